@@ -1,0 +1,209 @@
+"""What a reconstruction run leaves behind: tables (results.json, results.csv, logits.csv) and the sheet of pictures."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from data_loader import to_uint8
+from utils import InputError, atomic_write, nearest
+
+SHEET_ROWS = 10  # rows a page of the sheet: a stranger reads one page
+
+
+@dataclass
+class Figures:
+    """One image's figures; None where one could not be had.
+
+    Attributes:
+        agreement: share of the attributes whose sign, by g, is the target's, in [0, 1].
+        judge_agreement: the same by the independent judge.
+        prob_error: mean |sigmoid(g(x)) - sigmoid(y)|, in [0, 1].
+        psnr: against the input, dB. lpips: against the input (AlexNet).
+        seconds: of its share of the batch. steps: evaluations of the prior.
+    """
+
+    name: str
+    agreement: float | None = None
+    judge_agreement: float | None = None
+    prob_error: float | None = None
+    psnr: float | None = None
+    lpips: float | None = None
+    seconds: float | None = None
+    steps: int | None = None
+    seed: int | None = None
+
+
+def mean_figures(figures: Sequence[Figures]) -> dict:
+    """The mean of every figure over the images that have it, None where none has."""
+    means = {}
+    for key in list(asdict(figures[0]))[1:]:
+        values = [v for f in figures if (v := getattr(f, key)) is not None and math.isfinite(v)]
+        means[key] = sum(values) / len(values) if values else None
+    return means
+
+
+def write_tables(folder: Path, settings: dict, figures: Sequence[Figures], base: Sequence[Figures] | None) -> dict:
+    """Write results.json and results.csv; ``base`` are the figures of unguided samples, in the same order."""
+
+    def rows(of: Sequence[Figures]) -> list[dict]:  # JSON has no infinity: the PSNR of equal images becomes null
+        finite = [{k: v for k, v in asdict(f).items() if not isinstance(v, float) or math.isfinite(v)} for f in of]
+        return [{key: row.get(key) for key in asdict(of[0])} for row in finite]
+
+    record = {"settings": settings, "images": rows(figures), "mean": mean_figures(figures)}
+    if base is not None:
+        record["unguided"] = {"images": rows(base), "mean": mean_figures(base)}
+    with atomic_write(folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(folder / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(record["images"][0]))
+        writer.writeheader()
+        writer.writerows(record["images"])
+    return record
+
+
+def write_logits(path: Path, names: Sequence[str], attributes: Sequence[str], logits: Tensor) -> None:
+    """Write logits, (N, d), as a table that `read_logits` reads."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", *attributes])
+        for name, row in zip(names, logits.tolist(), strict=True):
+            writer.writerow([name, *(f"{value:.6g}" for value in row)])
+
+
+def read_logits(path: Path, attributes: Sequence[str]) -> tuple[list[str], Tensor]:
+    """Names and logits, (N, d), of a table with the columns ``name`` and every attribute, in any order.
+
+    Raises:
+        InputError: a missing or unknown column, or a value that is no finite number, with its line.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not readable as a table: {error}") from None
+    if not rows:
+        raise InputError(f"{path}: no rows; expected the columns name and {len(attributes)} attributes")
+    for column in rows[0]:
+        if column not in ("name", *attributes):
+            raise InputError(f"{path}: unknown column {column!r}{nearest(str(column), attributes)}")
+    if missing := [a for a in ("name", *attributes) if a not in rows[0]]:
+        raise InputError(f"{path}: column {missing[0]!r} is missing")
+    names, values = [], []
+    for line, row in enumerate(rows, start=2):
+        try:
+            values.append([float(row[a]) for a in attributes])
+        except (TypeError, ValueError):
+            raise InputError(f"{path}, line {line}: expected {len(attributes)} numbers") from None
+        if not all(map(math.isfinite, values[-1])):
+            raise InputError(f"{path}, line {line}: a value is not finite")
+        names.append(row["name"])
+    return names, torch.tensor(values)
+
+
+# --- The sheet -------------------------------------------------------------------------------------------------------
+
+_INK, _PALE, _WRONG = (30, 32, 38), (236, 238, 242), (214, 60, 50)
+_ROWS, _COLUMNS = 4, 10
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _picture(image: Tensor | None, side: int) -> Image.Image:
+    if image is None:
+        blank = Image.new("RGB", (side, side), _PALE)
+        ImageDraw.Draw(blank).text((side / 2, side / 2), "no picture", _INK, _font(side // 10), anchor="mm")
+        return blank
+    pixels = to_uint8(image).permute(1, 2, 0).contiguous().numpy()
+    picture = Image.fromarray(pixels)
+    whole = side // picture.width  # small pictures grow by a whole factor first, so that their pixels stay square
+    if whole > 1:
+        picture = picture.resize((picture.width * whole, picture.height * whole), Image.Resampling.NEAREST)
+    return picture.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def _shades(logits: Tensor, side: int, against: Tensor | None = None) -> Image.Image:
+    """The probabilities as a 4x10 grid, dark is present; framed in red where the sign differs from ``against``."""
+    cell = side / _ROWS
+    grid = Image.new("RGB", (round(_COLUMNS * cell * 0.75), side), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, p in enumerate(logits.sigmoid().tolist()):
+        row, column = divmod(index, _COLUMNS)
+        box = [column * cell * 0.75 + 1, row * cell + 1, (column + 1) * cell * 0.75 - 2, (row + 1) * cell - 2]
+        shade = tuple(round(a + (b - a) * p) for a, b in zip(_PALE, _INK, strict=True))
+        wrong = against is not None and bool((logits[index] > 0) != (against[index] > 0))
+        draw.rectangle(box, fill=shade, outline=_WRONG if wrong else None, width=max(2, side // 50))
+    return grid
+
+
+def _key(attributes: Sequence[str], width: int) -> Image.Image:
+    """The attributes' names in the order of the grids: four lines of ten."""
+    font, line = _font(11), 40
+    key = Image.new("RGB", (width, _ROWS * line + 30), "white")
+    draw = ImageDraw.Draw(key)
+    draw.text((12, 4), "Order of the shades (dark: present; red frame: differs from the input):", _INK, _font(13))
+    for index, name in enumerate(attributes):
+        row, column = divmod(index, _COLUMNS)
+        text = name.replace("_", " ").replace(" ", "\n", 1)
+        draw.multiline_text((12 + column * (width - 24) / _COLUMNS, 28 + row * line), text, _INK, font, spacing=1)
+    return key
+
+
+def write_sheet(
+    folder: Path,
+    attributes: Sequence[str],
+    names: Sequence[str],
+    inputs: Sequence[Tensor | None],
+    targets: Tensor,
+    images: Tensor,
+    logits: Tensor,
+    captions: Sequence[str],
+) -> list[Path]:
+    """The sheet: a row an input with the input, its target shades, the reconstruction, and its own shades.
+
+    Args:
+        inputs: N pictures (3, H, W) in [-1, 1], None where only logits were given.
+        targets, logits: (N, d), of the input and of the reconstruction.
+        images: (N, 3, H, W).
+        captions: a line for each row.
+
+    Returns:
+        The pages, sheet.png, sheet_2.png ..., of `SHEET_ROWS` rows each.
+    """
+    side, gap, caption = 160, 16, 24
+    grid_width = round(_COLUMNS * side / _ROWS * 0.75)
+    columns = [gap, gap * 2 + side, gap * 3 + side + grid_width, gap * 4 + 2 * side + grid_width]
+    width = columns[3] + grid_width + gap
+    headings = ["input", f"its {len(attributes)} attributes, all that is used", "reconstruction", "its attributes"]
+    key = _key(attributes, width)
+    pages = []
+    for start in range(0, len(names), SHEET_ROWS):
+        rows = range(start, min(start + SHEET_ROWS, len(names)))
+        page = Image.new("RGB", (width, 40 + len(rows) * (side + caption + 8) + key.height), "white")
+        draw = ImageDraw.Draw(page)
+        for x, heading in zip(columns, headings, strict=True):
+            draw.text((x, 12), heading, _INK, _font(16))
+        for line, i in enumerate(rows):
+            y = 40 + line * (side + caption + 8)
+            parts = [
+                _picture(inputs[i], side),
+                _shades(targets[i], side),
+                _picture(images[i], side),
+                _shades(logits[i], side, targets[i]),
+            ]
+            for x, part in zip(columns, parts, strict=True):
+                page.paste(part, (x, y))
+            draw.text((gap, y + side + 4), f"{names[i]}   {captions[i]}", _INK, _font(13))
+        page.paste(key, (0, page.height - key.height))
+        pages.append(folder / (f"sheet_{start // SHEET_ROWS + 1}.png" if start else "sheet.png"))
+        with atomic_write(pages[-1]) as temporary:
+            page.save(temporary)
+    return pages

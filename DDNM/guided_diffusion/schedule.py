@@ -1,0 +1,120 @@
+"""The noise schedule: betas, the steps a sampler visits, and time travel. Knows nothing of data, files or devices.
+
+Notation (DDPM, Ho et al. 2020): ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps``, where
+``abar_t = prod_{s <= t} (1 - beta_s)``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear betas from ``beta_start`` to ``beta_end`` over ``num_diffusion_timesteps`` steps (DDPM, section 4).
+
+    The cumulative product is taken in float64 and stored in float32, so it is the same on every machine.
+
+    Raises:
+        ValueError: not ``0 < beta_start <= beta_end < 1``, or fewer than one step.
+    """
+
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    num_diffusion_timesteps: int = 1000
+    betas: Tensor = field(init=False, repr=False, compare=False)  # (T,), float32
+    _abar: Tensor = field(init=False, repr=False, compare=False)  # (T + 1,), float32; entry 0 belongs to t = -1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}")
+        if self.num_diffusion_timesteps < 1:
+            raise ValueError(f"num_diffusion_timesteps must be at least 1, got {self.num_diffusion_timesteps}")
+        betas = torch.linspace(self.beta_start, self.beta_end, self.num_diffusion_timesteps, dtype=torch.float64)
+        abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+        object.__setattr__(self, "betas", betas.float())
+        object.__setattr__(self, "_abar", abar.float())
+
+    def abar(self, t: int | Tensor) -> Tensor:
+        """``abar_t`` in (0, 1] for t in -1 ... T - 1; ``abar_{-1} = 1`` is the clean image.
+
+        Args:
+            t: an integer, or an integer tensor of any shape on any device.
+
+        Returns:
+            float32 of the shape of ``t``, where ``t`` is.
+
+        Raises:
+            ValueError: a step outside -1 ... T - 1, or not an integer.
+        """
+        if not isinstance(t, Tensor):
+            t = torch.tensor(t)
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            raise ValueError(f"t must be an integer, got {t.dtype}")
+        last = self.num_diffusion_timesteps - 1
+        if t.numel() > 0 and (t.min() < -1 or t.max() > last):
+            raise ValueError(f"t must be in -1 ... {last}, got {t.min().item()} ... {t.max().item()}")
+        return self._abar.to(t.device)[t.long() + 1]
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+        """``sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise`` (DDPM, equation 4), with t an integer or of shape (B,)."""
+        abar = self.abar(t).to(device=x0.device, dtype=x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))  # (B or 1, 1, 1, 1)
+        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise  # (B, C, H, W)
+
+
+def sampling_timesteps(num_diffusion_timesteps: int, num_sampling_steps: int) -> list[int]:
+    """The training-time steps a sampler of ``num_sampling_steps`` visits, ascending: index i stands for
+    ``t = i * (num_diffusion_timesteps // num_sampling_steps)``.
+
+    Raises:
+        ValueError: not ``1 <= num_sampling_steps <= num_diffusion_timesteps``.
+    """
+    if not 1 <= num_sampling_steps <= num_diffusion_timesteps:
+        raise ValueError(
+            f"the number of sampling steps must be in 1 ... {num_diffusion_timesteps}, got {num_sampling_steps}"
+        )
+    stride = num_diffusion_timesteps // num_sampling_steps
+    return [i * stride for i in range(num_sampling_steps)]
+
+
+def time_travel_steps(num_steps: int, travel_length: int = 1, travel_repeat: int = 1) -> list[int]:
+    """The walk ``num_steps - 1, ..., 0, -1`` with its jumps back (RePaint, Lugmayr et al. 2022, as DDNM states it).
+
+    At every multiple j of ``travel_length`` with ``j < num_steps - travel_length`` the walk climbs back to
+    ``j + travel_length``, one index at a time, and descends again: ``travel_repeat - 1`` times each.
+
+    Returns:
+        Indices; consecutive ones differ by exactly 1, the first is ``num_steps - 1``, the last is -1.
+
+    Raises:
+        ValueError: an argument below 1.
+    """
+    for name, value in (("num_steps", num_steps), ("travel_length", travel_length), ("travel_repeat", travel_repeat)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    jumps_left = dict.fromkeys(range(0, num_steps - travel_length, travel_length), travel_repeat - 1)
+    walk, index = [], num_steps
+    while index > 0:
+        index -= 1
+        walk.append(index)
+        if jumps_left.get(index, 0) > 0:
+            jumps_left[index] -= 1
+            walk.extend(range(index + 1, index + travel_length + 1))
+            index += travel_length
+    return [*walk, -1]
+
+
+def time_pairs(
+    num_diffusion_timesteps: int, num_sampling_steps: int, travel_length: int = 1, travel_repeat: int = 1
+) -> list[tuple[int, int]]:
+    """Consecutive ``(t, t_next)`` of the walk in training-time units; ``t_next > t`` jumps back, -1 is the clean image.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    times: Sequence[int] = sampling_timesteps(num_diffusion_timesteps, num_sampling_steps)
+    walk = time_travel_steps(num_sampling_steps, travel_length, travel_repeat)
+    visited = [times[index] if index >= 0 else -1 for index in walk]
+    return list(zip(visited[:-1], visited[1:], strict=True))

@@ -1,0 +1,436 @@
+"""Reconstruct images from nothing but their attribute logits.
+
+    python DDNM/main.py --ni --config faces.yml --path_y faces --image_folder demo
+    python DDNM/main.py --ni --config celeba_hq.yml --path_y /path/to/portraits --image_folder results
+
+Results go to DDNM/exp/image_samples/<image_folder>: the inputs, the reconstructions, sheet.png with both and their
+attributes, results.csv, results.json, logits.csv and log.txt.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the command runs from any folder
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from checkpoints import load_spnn  # noqa: E402
+from data_loader import ATTRIBUTES, find_images, load_image, save_image  # noqa: E402
+from DDNM.guided_diffusion.diffusion import Guidance, image_generator, sample  # noqa: E402
+from DDNM.guided_diffusion.prior import Prior, load_prior  # noqa: E402
+from DDNM.guided_diffusion.results import (  # noqa: E402
+    Figures,
+    mean_figures,
+    read_logits,
+    write_logits,
+    write_sheet,
+    write_tables,
+)
+from DDNM.guided_diffusion.schedule import Schedule, time_travel_steps  # noqa: E402
+from judge import load_judge  # noqa: E402
+from logger import get_logger  # noqa: E402
+from metrics import agreement, prob_error, psnr  # noqa: E402
+from models import SPNN  # noqa: E402
+from utils import InputError, nearest, number, parse_with_config, resolve_device, run_command  # noqa: E402
+from weights import KNOWN, KnownWeights, fetch, locate, missing_message  # noqa: E402
+
+DDNM = ROOT / "DDNM"
+SAMPLES = DDNM / "exp" / "image_samples"
+# settings that only a config file has: the architecture of a prior in the published layout
+CONFIG_ONLY = ("prior_model", "prior_image_size")
+
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; every flag but --config may also stand in the config file."""
+    rule = Guidance()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--config", required=True, help="a file under DDNM/configs, or a path; flags given here win")
+    p.add_argument("--path_y", required=True, help="input images: a name under exp/datasets, a folder or a file; or a "
+                   "table of logits (.csv) as written to logits.csv")  # fmt: skip
+    p.add_argument("--image_folder", default="images", help="folder under exp/image_samples (default %(default)s)")
+    p.add_argument("--ni", action="store_true", help="non-interactive: never ask, refuse instead")
+    p.add_argument("--overwrite", action="store_true", help="replace the results in a folder that has some")
+
+    what = p.add_argument_group("weights and targets")
+    what.add_argument("--spnn", help="SPNN weights: a file or a hub id")
+    what.add_argument("--prior", help="diffusion prior: a diffusers folder, a DDPM weight file or a hub id")
+    what.add_argument("--judge", help="weights of the independent judge (judge.py); none: no judge's figures")
+    what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="set an attribute of every "
+                      "target; 0 or 1 for the typical logit without or with it, or a logit such as +4")  # fmt: skip
+
+    nlbp = p.add_argument_group("non-linear back-projection")
+    nlbp.add_argument("--guidance", choices=("nlbp", "none"), default="nlbp", help="none: plain samples of the prior")
+    nlbp.add_argument("--min_bp_step", type=number(int, 0), default=rule.min_bp_step,
+                      help="lambda2 at steps from here on, lambda1 below (default %(default)s)")  # fmt: skip
+    nlbp.add_argument("--lambda1", type=number(float, 0), default=rule.lambda1, help="default %(default)s")
+    nlbp.add_argument("--lambda2", type=number(float, 0), default=rule.lambda2, help="default %(default)s")
+    nlbp.add_argument("--nlbp_stop_cond", type=number(float, 0, 1), default=rule.nlbp_stop_cond,
+                      help="no back-projection below this mean attribute error (default %(default)s)")  # fmt: skip
+    nlbp.add_argument("--clip_x0", action=argparse.BooleanOptionalAction, default=rule.clip_x0,
+                      help="keep x0 in [-1, 1]; --no-clip_x0 is the published rule (default: on)")  # fmt: skip
+    nlbp.add_argument("--max_move", type=number(float, 0), default=rule.max_move,
+                      help="largest root mean square move of a back-projection; 0: no limit, the published rule "
+                      "(default %(default)s)")  # fmt: skip
+
+    sampler = p.add_argument_group("sampler")
+    sampler.add_argument("--steps", type=number(int, 1, 1000), default=100, help="T_sampling (default %(default)s)")
+    sampler.add_argument("--travel_length", type=number(int, 1), default=1, help="time travel (default %(default)s)")
+    sampler.add_argument("--travel_repeat", type=number(int, 1), default=1, help="time travel (default %(default)s)")
+    sampler.add_argument("--eta", type=number(float, 0, 1), help="DDIM's variance; not given: the published one")
+    sampler.add_argument("--beta_start", type=number(float, 0, 1), default=1e-4, help="of the prior's schedule")
+    sampler.add_argument("--beta_end", type=number(float, 0, 1), default=0.02, help="of the prior's schedule")
+
+    run = p.add_argument_group("run")
+    run.add_argument("--batch_size", type=number(int, 1), default=1, help="images at once (default %(default)s)")
+    run.add_argument("--seed", type=number(int, 0), default=1234)
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    run.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the prior's network")
+    run.add_argument("--base_rate", action=argparse.BooleanOptionalAction, default=False,
+                     help="also draw each image unguided from the same noise, and report its figures")  # fmt: skip
+    run.add_argument("--lpips", action=argparse.BooleanOptionalAction, default=True, help="measure LPIPS")
+    run.add_argument("--strict", action="store_true", help="refuse unreadable images instead of skipping them")
+    return p
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """The settings of a run, and what only its config file has (`CONFIG_ONLY`)."""
+    p = parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    config = early.parse_known_args(argv)[0].config
+    if config is not None:
+        here, shipped = Path(config), DDNM / "configs" / config
+        config = here if here.is_file() else shipped
+        if not config.is_file():
+            known = sorted(path.name for path in shipped.parent.glob("*.yml"))
+            raise InputError(f"--config {here}: no such file, and none under {shipped.parent} ({', '.join(known)})")
+    args, others = parse_with_config(p, config, argv, extra=CONFIG_ONLY)
+    args.config = str(args.config)
+    if args.beta_start > args.beta_end or args.beta_start == 0:
+        raise InputError(f"need 0 < beta_start <= beta_end, got {args.beta_start} and {args.beta_end}")
+    return args, others
+
+
+def from_ddnm(source: str) -> str:
+    """A path that is given relative to DDNM/, as the configs do, from wherever the command runs."""
+    inside = DDNM / source
+    return str(inside) if not Path(source).exists() and inside.exists() else source
+
+
+# --- Inputs ----------------------------------------------------------------------------------------------------------
+
+
+def input_path(path_y: str) -> Path:
+    """What --path_y names: a path, or a name under exp/datasets."""
+    for candidate in (Path(path_y), DDNM / "exp" / "datasets" / path_y):
+        if candidate.exists():
+            return candidate
+    named = sorted(p.name for p in (DDNM / "exp" / "datasets").glob("*") if p.is_dir())
+    raise InputError(f"--path_y {path_y}: no such file or folder, nor a name under exp/datasets ({', '.join(named)})")
+
+
+def image_names(paths: Sequence[Path], top: Path) -> list[str]:
+    """A name for each image's results: its path below ``top`` without suffix; with it where two would meet."""
+    top = top if top.is_dir() else top.parent
+    relative = [path.relative_to(top) for path in paths]
+    names = ["__".join(r.with_suffix("").parts) for r in relative]
+    return [n if names.count(n) == 1 else "__".join(r.parts) for n, r in zip(names, relative, strict=True)]
+
+
+def read_inputs(path: Path, size: int, strict: bool, log) -> tuple[list[str], list[Tensor]]:
+    """Names and images (3, S, S) of a folder or file; unreadable ones are named and skipped, or refused."""
+    paths = find_images(path)
+    names, images = [], []
+    for name, file in zip(image_names(paths, path), paths, strict=True):
+        try:
+            images.append(load_image(file, size))
+            names.append(name)
+        except InputError as error:
+            if strict:
+                raise
+            log.warning("skipped: %s", error)
+    if not images:
+        raise InputError(f"{path}: none of its {len(paths)} images can be read")
+    return names, images
+
+
+def parse_set(assignments: Sequence[str], attributes: Sequence[str], typical: Sequence | None) -> dict[int, float]:
+    """Attribute index -> logit, from ``NAME=VALUE`` strings.
+
+    Args:
+        typical: for each attribute its typical logits (without, with), from config.json; None where it has none.
+
+    Raises:
+        InputError: an attribute that does not exist (with the nearest match), or a value that is no number.
+    """
+    logits = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise InputError(f"--set {assignment}: expected NAME=VALUE, such as Eyeglasses=1")
+        if name not in attributes:
+            raise InputError(f"--set {assignment}: no attribute {name!r}{nearest(name, attributes)}")
+        index = list(attributes).index(name)
+        if value in ("0", "1"):
+            if typical is None:
+                raise InputError(f"--set {assignment}: these weights record no typical logits; give one: {name}=+4")
+            logits[index] = float(typical[index][int(value)])
+        else:
+            try:
+                logits[index] = float(value)
+            except ValueError:
+                logits[index] = math.nan
+            if not math.isfinite(logits[index]):
+                raise InputError(f"--set {assignment}: {value!r} is neither 0, 1 nor a logit such as +4")
+    return logits
+
+
+# --- Networks --------------------------------------------------------------------------------------------------------
+
+
+def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
+    """Where the SPNN's and the prior's weights are: local paths, or for a diffusers prior a hub id.
+
+    Raises:
+        InputError: one message for all that is missing: addresses, and where to put the files.
+    """
+    missing: list[KnownWeights] = []
+    found, problems = {}, []
+    for flag, source in (("spnn", args.spnn), ("prior", args.prior)):
+        if source is None:
+            raise InputError(f"--{flag}: give the weights, here or in the config")
+        source = from_ddnm(source)
+        known = next((k for k in KNOWN.values() if source in (k.repo, k.filename, k.manual_path)), None)
+        path = Path(source)
+        try:
+            if path.exists():
+                found[flag] = source
+            elif known is not None and (flag == "spnn" or known.filename.endswith(".ckpt")):
+                found[flag] = str(fetch(known))
+            elif flag == "spnn":
+                found[flag] = str(locate(source, "spnn.safetensors"))
+            else:
+                found[flag] = source  # a hub id: load_prior fetches it
+        except InputError as error:
+            if known is None:
+                problems.append(f"--{flag}: {error}")
+            else:
+                missing.append(known)
+    if missing:
+        problems.insert(0, missing_message(missing))
+    if problems:
+        raise InputError("\n".join(problems))
+    return Path(found["spnn"]), found["prior"]
+
+
+def load_networks(
+    args: argparse.Namespace, others: dict, device: torch.device
+) -> tuple[SPNN, dict, Prior, nn.Module | None]:
+    """The SPNN with its config.json, the prior and the judge, in eval mode on ``device``, sizes checked."""
+    spnn_path, prior_source = find_weights(args)
+    model, notes = load_spnn(spnn_path)
+    image_size = others.get("prior_image_size", model.img_size)
+    autocast = torch.bfloat16 if args.precision == "bf16" else None
+    prior = load_prior(prior_source, others.get("prior_model"), image_size, autocast, channels_last=True)
+    if prior.image_size != model.img_size:
+        raise InputError(
+            f"the SPNN takes {model.img_size}x{model.img_size} images, the prior draws "
+            f"{prior.image_size}x{prior.image_size}: use weights for one size"
+        )
+    judge = None
+    if args.judge is not None:
+        judge = load_judge(from_ddnm(args.judge)).to(device).eval()
+        if judge.img_size != model.img_size:
+            raise InputError(f"the judge takes {judge.img_size}x{judge.img_size} images, not {model.img_size}")
+    return model.to(device).eval().requires_grad_(False), notes, prior.to(device), judge
+
+
+def load_lpips(device: torch.device, log) -> nn.Module | None:
+    """LPIPS (Zhang et al. 2018, AlexNet), or None where its weights cannot be had."""
+    try:
+        import lpips
+
+        return lpips.LPIPS(net="alex", verbose=False).to(device).eval()
+    except Exception as error:  # torchvision fetches AlexNet's weights: any network error may come
+        log.warning("no LPIPS: its weights cannot be had (%s)", " ".join(str(error).split())[:120])
+        return None
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+
+def result_folder(name: str, overwrite: bool, ask: bool) -> Path:
+    """An empty folder for results, inside exp/image_samples; existing results stay unless they may be replaced.
+
+    Raises:
+        InputError: a folder outside, or one that has results.
+    """
+    root = SAMPLES.resolve()
+    folder = (root / name).resolve()
+    if root not in folder.parents:
+        raise InputError(f"--image_folder {name}: must be inside {SAMPLES}")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--image_folder {name}: {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite and ask and sys.stdin.isatty():
+            overwrite = input(f"{folder} has results. Replace them? [y/N] ").strip().lower() in ("y", "yes")
+        if not overwrite:
+            raise InputError(f"{folder} is not empty; give --overwrite or another --image_folder")
+        ours = ("sheet*.png", "results.json", "results.csv", "logits.csv", "log.txt", "*/*.png")
+        for pattern in ours:  # what an earlier run wrote, and nothing else
+            for file in folder.glob(pattern):
+                if file.parent == folder or file.parent.name in ("input", "reconstruction", "unguided"):
+                    file.unlink()
+    return folder
+
+
+@torch.no_grad()
+def measure(
+    names: Sequence[str],
+    images: Tensor,
+    inputs: Sequence[Tensor | None],
+    targets: Tensor,
+    model: SPNN,
+    judge: nn.Module | None,
+    judge_targets: Tensor | None,
+    lpips: nn.Module | None,
+    **common,
+) -> tuple[list[Figures], Tensor]:
+    """The figures of images (B, 3, H, W), and their logits by g, (B, d)."""
+    logits = model(images)
+    by_g, error = agreement(logits, targets), prob_error(logits, targets)
+    by_judge = agreement(judge(images), judge_targets) if judge is not None and judge_targets is not None else None
+    figures = []
+    for i, name in enumerate(names):
+        f = Figures(name, by_g[i].item(), prob_error=error[i].item(), **common)
+        if by_judge is not None:
+            f = replace(f, judge_agreement=by_judge[i].item())
+        if inputs[i] is not None:
+            original = inputs[i][None].to(images.device)
+            f = replace(f, psnr=psnr(images[i : i + 1], original).item())
+            if lpips is not None:
+                f = replace(f, lpips=lpips(images[i : i + 1].clamp(-1, 1), original).item())
+        figures.append(f)
+    return figures, logits
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, others = parse(argv)
+    device = resolve_device(args.device)
+    source = input_path(args.path_y)
+    folder = result_folder(args.image_folder, args.overwrite, ask=not args.ni)
+    model, notes, prior, judge = load_networks(args, others, device)
+    attributes = notes.get("attributes") or (ATTRIBUTES if model.num_classes == len(ATTRIBUTES) else None)
+    if attributes is None or len(attributes) != model.num_classes:
+        raise InputError(f"{args.spnn}: config.json does not name its {model.num_classes} attributes")
+    edits = parse_set(args.set, attributes, notes.get("typical_logits"))
+    log = get_logger("reconstruct", folder)
+
+    inputs: list[Tensor | None]
+    if source.suffix.lower() == ".csv":
+        names, targets = read_logits(source, attributes)
+        inputs, judge_targets = [None] * len(names), targets.clone()
+    else:
+        names, inputs = read_inputs(source, model.img_size, args.strict, log)
+        with torch.no_grad():
+            batches = torch.stack(inputs).split(args.batch_size)
+            targets = torch.cat([model(batch.to(device)).cpu() for batch in batches])
+            judge_targets = None if judge is None else torch.cat([judge(batch.to(device)).cpu() for batch in batches])
+    for index, logit in edits.items():
+        targets[:, index] = logit
+        if judge_targets is not None:
+            judge_targets[:, index] = logit
+
+    guidance = Guidance(args.lambda1, args.lambda2, args.min_bp_step, args.nlbp_stop_cond, args.clip_x0,
+                        args.max_move if args.max_move else None)  # fmt: skip
+    schedule = Schedule(args.beta_start, args.beta_end)
+    lpips = load_lpips(device, log) if args.lpips and inputs[0] is not None else None
+    walk = time_travel_steps(args.steps, args.travel_length, args.travel_repeat)
+    evaluations = sum(b < a for a, b in zip(walk, walk[1:], strict=False))
+    log.info("%d targets, %d steps, guidance %s, on %s", len(names), evaluations, args.guidance, device)
+
+    def draw(part: slice, guided: bool, label: str) -> tuple[Tensor, list[Figures], Tensor]:
+        """Images of a part of the inputs, on the CPU, their figures and logits."""
+        target = targets[part].to(device)
+        bar = tqdm(total=evaluations, desc=label, unit="step", leave=False, dynamic_ncols=True)
+        started = time.perf_counter()
+        with bar:
+            images = sample(
+                prior,
+                schedule,
+                [image_generator(args.seed, name) for name in names[part]],
+                (3, model.img_size, model.img_size),
+                device,
+                steps=args.steps,
+                travel_length=args.travel_length,
+                travel_repeat=args.travel_repeat,
+                eta=args.eta,
+                operator=model if guided else None,
+                target=target if guided else None,
+                guidance=guidance,
+                on_step=lambda *_: bar.update(),
+            )
+        seconds = (time.perf_counter() - started) / len(images)
+        judged = None if judge_targets is None else judge_targets[part].to(device)
+        figures, logits = measure(names[part], images, inputs[part], target, model, judge, judged, lpips,
+                                  seconds=seconds, steps=evaluations, seed=args.seed)  # fmt: skip
+        broken = [name for name, ok in zip(names[part], images.isfinite().flatten(1).all(1), strict=True) if not ok]
+        if broken:
+            log.warning("not finite: %s; --clip_x0 and --max_move keep images in range", ", ".join(broken))
+        return images.nan_to_num(0.0, 1.0, -1.0).cpu(), figures, logits.cpu()
+
+    results, base = [], []
+    parts = [slice(i, i + args.batch_size) for i in range(0, len(names), args.batch_size)]
+    for index, part in enumerate(parts):
+        counter = f"batch {index + 1}/{len(parts)}"
+        results.append(draw(part, args.guidance == "nlbp", counter))
+        if args.base_rate and args.guidance == "nlbp":
+            base.append(draw(part, False, f"{counter}, unguided"))
+        for i, name in enumerate(names[part]):  # at once: an interruption loses nothing that is done
+            if inputs[part][i] is not None:
+                save_image(inputs[part][i], folder / "input" / f"{name}.png")
+            save_image(results[-1][0][i], folder / "reconstruction" / f"{name}.png")
+            if base:
+                save_image(base[-1][0][i], folder / "unguided" / f"{name}.png")
+
+    images, logits = (torch.cat([r[k] for r in results]) for k in (0, 2))
+    figures = [f for r in results for f in r[1]]
+    unguided = [f for r in base for f in r[1]] or None
+    settings = {**vars(args), **others, "device": str(device), "guidance_rule": asdict(guidance)}
+    record = write_tables(folder, settings, figures, unguided)
+    write_logits(folder / "logits.csv", names, attributes, targets)
+    pages = write_sheet(folder, attributes, names, inputs, targets, images, logits, [caption(f) for f in figures])
+    log.info("mean: %s", caption(Figures("", **mean_figures(figures))))
+    if unguided is not None:
+        log.info("unguided, same noise: %s", caption(Figures("", **record["unguided"]["mean"])))
+    log.info("%s", ", ".join(str(page) for page in pages))
+    return 0
+
+
+def caption(f: Figures) -> str:
+    """A line of figures, those that there are."""
+    shown = {
+        "agreement by g": (f.agreement, ".2f"),
+        "by the judge": (f.judge_agreement, ".2f"),
+        "probability error": (f.prob_error, ".3f"),
+        "PSNR": (f.psnr, ".1f"),
+        "LPIPS": (f.lpips, ".3f"),
+        "seconds": (f.seconds, ".1f"),
+    }
+    return ", ".join(f"{key} {value:{form}}" for key, (value, form) in shown.items() if value is not None)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,51 @@
+# make demo        nine faces from nothing but their 40 attribute logits
+# make test        the tests; make test-slow the long ones too
+# make train-demo  train the demo's networks anew
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+FACES := data/faces_64
+LOGS := DDNM/exp/logs/faces
+
+.PHONY: demo test test-slow lint bench train-demo faces judge prior
+
+demo: $(VENV)/ready
+	$(RUN) DDNM/main.py --ni --overwrite --config faces.yml --path_y faces --image_folder demo
+	@echo "The picture: DDNM/exp/image_samples/demo/sheet.png"
+
+$(VENV)/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed: make demo PYTHON=python3.11') if sys.version_info < (3, 10) else 0"
+	$(PYTHON) -m venv $(VENV) || { echo "python3 has no venv: apt install python3-venv, or make demo PYTHON=..."; exit 1; }
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+test: $(VENV)/ready
+	$(RUN) -m pytest -q
+
+test-slow: $(VENV)/ready
+	$(RUN) -m pytest -q -m "slow or not slow"
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(VENV)/ready
+	$(RUN) benchmarks/back_projection.py
+
+# --- The demo's networks, from nothing ---
+
+$(FACES)/CelebAMask-HQ-attribute-anno.txt: | $(VENV)/ready
+	$(RUN) procedural_faces.py --out $(FACES) --count 20000 --size 64 --seed 0
+
+faces: $(FACES)/CelebAMask-HQ-attribute-anno.txt
+
+train-demo: faces
+	@echo "About NN minutes on 2 CPU cores; expect a validation balanced accuracy of about 0.NN"
+	$(RUN) train_celeba.py --config configs/faces_64.yml --dataset_path $(FACES)
+	$(RUN) weights.py convert check_points/faces_64/best_model_r_opt_real.pth $(LOGS)/spnn.safetensors --dtype float16
+
+judge: faces
+	$(RUN) judge.py --dataset_path $(FACES) --out $(LOGS)/judge.safetensors --overwrite
+
+prior: faces
+	$(RUN) DDNM/train_prior.py --images $(FACES)/CelebA-HQ-img --out check_points/prior_64

@@ -1,0 +1,408 @@
+"""Diagnostics of an SPNN: the Penrose identities, how natural its pseudo-inverse is, its accuracy, its first NaN.
+
+python diagnostics.py --checkpoint check_points/best_model.pth --dataset_path CelebAMask-HQ
+
+A library and a command. The identities hold for every weight, by algebra: what is measured here is rounding, which
+grows with depth, and float64 beside float32 tells rounding from a mistake.
+"""
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
+from models import SPNN, Latents, PixelUnshuffleBlock, solved_once
+from utils import InputError, atomic_write, number, resolve_device, run_command
+
+IDENTITIES = {
+    "right_inverse": "g g' (y) = y",
+    "reflexive_g": "g g' g = g",
+    "reflexive_pinv": "g' g g' = g'",
+    "completion": "G^-1 G = 1",
+    "natural_latents": "G g' (y) = (y, r)",
+}
+
+
+# --- Penrose identities and naturalness ------------------------------------------------------------------------------
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger one; NaN where either is, which Python's max would drop."""
+    return b if b != b or b > a else a
+
+
+class _Error:
+    """Errors of one identity, gathered over batches, in float64 whatever was measured."""
+
+    def __init__(self) -> None:
+        self.max = self.largest = self.squares = self.expected_squares = 0.0
+        self.count = 0
+
+    def add(self, actual: Tensor, expected: Tensor) -> None:
+        difference, expected = (actual - expected).double(), expected.double()
+        if not difference.numel():
+            return
+        self.max = _larger(self.max, difference.abs().max().item())
+        self.largest = _larger(self.largest, expected.abs().max().item())
+        self.squares += difference.square().sum().item()
+        self.expected_squares += expected.square().sum().item()
+        self.count += difference.numel()
+
+    def figures(self) -> dict[str, float]:
+        def ratio(a: float, b: float) -> float:
+            return a / b if b else (0.0 if a == 0 else math.inf if a == a else math.nan)
+
+        return {
+            "relative_max": ratio(self.max, self.largest),
+            "relative_rms": ratio(self.squares**0.5, self.expected_squares**0.5),
+            "absolute_max": self.max,
+            "absolute_rms": ratio(self.squares, self.count) ** 0.5,
+        }
+
+
+def _concatenated(z: Latents) -> Tensor:
+    """All latents of an image in one row, (B, sum of their sizes)."""
+    return torch.cat([a.flatten(1) for a in z if a is not None], dim=1)
+
+
+@torch.no_grad()
+def penrose(
+    model: SPNN,
+    images: Tensor,
+    targets: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> dict:
+    """Errors of the identities, and the naturalness of g'.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        targets: logits y, (M, d), for the right inverse and g' g g' = g'. None draws N from a normal distribution of
+            three times the spread of g(images): far from the data, where a mere fit to the data would fail.
+        dtype: what to compute in; the model itself stays as it is.
+        seed: of the drawn targets.
+        batch_size: images at a time.
+
+    Returns:
+        For every name in `IDENTITIES`, errors: ``absolute_max`` and ``absolute_rms`` over all elements,
+        ``relative_max`` and ``relative_rms`` against the largest expected value and the expected root mean square.
+        The right inverse at y = g(x) is the identity g g' g = g, ``reflexive_g``. ``completion`` is G^-1(G(x)) = x,
+        ``natural_latents`` the closed form of G(g'(y)). Besides, over y = g(images):
+
+        ``naturalness_norm``: mean |g'(y)|^2 of an image, summed over its pixels.
+        ``natural_distance``: mean squared difference of the latents of g'(y) from those of the zero image, over all
+        latents; what stage 2 of training brings down.
+        ``lost``: |g'(g(x)) - x| / |x|: what the projection on natural images takes away. No error.
+
+    Raises:
+        ValueError: no images.
+    """
+    if not len(images):
+        raise ValueError("penrose: no images to measure")
+    first = next(model.parameters(), images)
+    # MPS has no float64
+    device = torch.device("cpu") if dtype == torch.float64 and first.device.type == "mps" else first.device
+    if (first.dtype, first.device) != (dtype, device):
+        model = copy.deepcopy(model).to(device=device, dtype=dtype)
+    was_training = model.training
+    model.eval()
+
+    errors = {name: _Error() for name in IDENTITIES}
+    norms = distances = lost = total = 0.0
+    try:
+        with solved_once():
+            _, z_zero = model(torch.zeros_like(images[:1], dtype=dtype, device=device), return_latents=True)
+            z_zero = _concatenated(z_zero)  # (1, Z)
+            logits = []
+            for batch in images.split(batch_size):
+                x = batch.to(device=device, dtype=dtype)
+                y, z = model(x, return_latents=True)
+                logits.append(y)
+                natural = model.pinv(y)  # P x = g'(g(x))
+                errors["reflexive_g"].add(model(natural), y)
+                errors["completion"].add(model.pinv(y, z), x)
+                norms += natural.double().square().sum().item()
+                z_natural = _concatenated(model.natural(y).z)
+                distances += (z_natural - z_zero).double().square().mean(1).sum().item()
+                lost += (natural - x).double().square().sum().item()
+                total += x.double().square().sum().item()
+            if targets is None:
+                y = torch.cat(logits)
+                generator = torch.Generator().manual_seed(seed)
+                spread = 3 * y.double().square().mean().sqrt().item() or 1.0  # fresh networks may give g = 0
+                targets = spread * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+            for y in targets.split(batch_size):
+                y = y.to(device=device, dtype=dtype)
+                x = model.pinv(y)
+                y_again, z = model(x, return_latents=True)
+                errors["right_inverse"].add(y_again, y)
+                errors["reflexive_pinv"].add(model.pinv(y_again), x)
+                errors["natural_latents"].add(_concatenated(z), _concatenated(model.natural(y).z))
+    finally:
+        model.train(was_training)
+    return {
+        **{name: error.figures() for name, error in errors.items()},
+        "naturalness_norm": norms / len(images),
+        "natural_distance": distances / len(images),
+        "lost": math.sqrt(lost / total) if total else math.nan,
+        "images": len(images),
+    }
+
+
+# --- Accuracy --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> dict:
+    """Accuracy of the attributes over a loader of (images (B, C, H, W), labels (B, d) in {0, 1}).
+
+    Returns:
+        ``by_attribute`` and ``balanced_by_attribute``, lists of d figures in [0, 1] (NaN where an attribute is always
+        or never present), their means ``accuracy`` and ``balanced_accuracy`` (over attributes that have one), and the
+        number of ``images``.
+
+    Raises:
+        ValueError: no images, or another number of labels than logits.
+    """
+    was_training = model.training
+    model.eval()
+    logits, labels = [], []
+    try:
+        for images, truth in loader:
+            logits.append(model(images.to(device)).float().cpu())
+            labels.append(truth.cpu())
+    finally:
+        model.train(was_training)
+    if not logits:
+        raise ValueError("accuracy: no images to measure")
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    plain, balanced = accuracy_by_attribute(logits, labels), balanced_accuracy_by_attribute(logits, labels)
+    return {
+        "accuracy": plain.mean().item(),
+        "balanced_accuracy": balanced.nanmean().item(),
+        "by_attribute": plain.tolist(),
+        "balanced_by_attribute": balanced.tolist(),
+        "images": len(logits),
+    }
+
+
+# --- The first number that is not finite -----------------------------------------------------------------------------
+
+
+def _block_name(index: int, block) -> str:
+    if isinstance(block, PixelUnshuffleBlock):
+        return f"block {index} PixelUnshuffleBlock(r={block.r})"
+    return f"block {index} {getattr(block, 'name', type(block).__name__)}"
+
+
+@torch.no_grad()
+def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str | None:
+    """Where NaN or infinity appears first: in a weight, the images, a block on the way up, or one on the way down.
+
+    Args:
+        x: images, (B, C, H, W).
+        target: logits for g', (B, d); None takes g(x).
+
+    Returns:
+        A phrase that names it, such as "weight pinn.blocks.3.s.net.0.weight" or
+        "block 3 ConvPINNBlock(192->48), its latent", or None where all is finite.
+    """
+
+    def bad(value: Tensor | None) -> bool:
+        return value is not None and not torch.isfinite(value).all()
+
+    for name, parameter in model.named_parameters():
+        if bad(parameter):
+            return f"weight {name}"
+    if bad(x):
+        return "the images"
+    blocks = list(enumerate(model.pinn.blocks))
+    with solved_once():
+        for index, block in blocks:
+            x, z = block(x, return_latent=True)
+            if bad(z):
+                return f"{_block_name(index, block)}, its latent"
+            if bad(x):
+                return f"{_block_name(index, block)}, its output"
+        if bad(target):
+            return "the target logits"
+        y = x if target is None else target[..., None, None]
+        for index, block in reversed(blocks):
+            z = block.natural_latent(y)
+            if bad(z):
+                return f"{_block_name(index, block)}, its natural latent"
+            y = block.pinv(y, z)
+            if bad(y):
+                return f"{_block_name(index, block)}, its pseudo-inverse"
+    return None
+
+
+# --- Everything at once ----------------------------------------------------------------------------------------------
+
+
+def _plain(value):
+    """``value`` with NaN and infinity as None, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def diagnose(
+    model: SPNN,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str = "cpu",
+    samples: int = 64,
+    seed: int = 0,
+    attributes: Sequence[str] | None = None,
+    batch_size: int = 32,
+    float64: bool = True,
+) -> dict:
+    """All diagnostics of a model: accuracy over the whole loader, identities over its first images.
+
+    Args:
+        loader: of (images (B, C, H, W) in [-1, 1], labels (B, d) in {0, 1}).
+        device: where the model is.
+        samples: images for the identities.
+        seed: of the random targets.
+        attributes: names of the logits, for the report.
+        batch_size: images at a time in the identities.
+        float64: measure in float64 too, on a copy of the model (twice its memory for as long as it takes).
+
+    Returns:
+        ``{"accuracy": see accuracy, "penrose": {"float32": see penrose, "float64": ...}, "nonfinite": str | None,
+        "attributes": names | None}``: JSON values only. A figure that is NaN or infinite is None there.
+
+    Raises:
+        ValueError: no images, fewer than one sample, or names that are not one a logit.
+    """
+    if samples < 1:
+        raise ValueError(f"diagnose: samples must be at least 1, got {samples}")
+    if attributes is not None and len(attributes) != model.num_classes:
+        raise ValueError(f"diagnose: {len(attributes)} attribute names for {model.num_classes} logits")
+    kept: list[Tensor] = []
+
+    def keeping() -> Iterable[tuple[Tensor, Tensor]]:
+        """The loader, its first ``samples`` images remembered: one pass over the data is enough."""
+        missing = samples
+        for images, labels in loader:
+            if missing > 0:
+                kept.append(images[:missing])
+                missing -= len(kept[-1])
+            yield images, labels
+
+    measured = accuracy(model, keeping(), device)
+    images = torch.cat(kept)
+    dtypes = {"float32": torch.float32, **({"float64": torch.float64} if float64 else {})}
+    return _plain(
+        {
+            "accuracy": measured,
+            "penrose": {
+                name: penrose(model, images, dtype=dtype, seed=seed, batch_size=batch_size)
+                for name, dtype in dtypes.items()
+            },
+            "nonfinite": first_nonfinite(model, images[:batch_size].to(device)),
+            "attributes": None if attributes is None else list(attributes),
+        }
+    )
+
+
+def format_table(report: dict) -> str:
+    """What `diagnose` returned, as text for the screen."""
+
+    def figure(value: float | None, form: str) -> str:
+        return "not finite" if value is None else format(value, form)
+
+    columns = list(report["penrose"])
+    lines = [f"{'relative error (max / rms)':<38}" + "".join(f"{name:>24}" for name in columns)]
+    for key, formula in IDENTITIES.items():
+        cells = []
+        for name in columns:
+            error = report["penrose"][name][key]
+            cells.append(f"{figure(error['relative_max'], '.1e')} / {figure(error['relative_rms'], '.1e')}")
+        lines.append(f"  {key:<16}{formula:<20}" + "".join(f"{cell:>24}" for cell in cells))
+    natural = report["penrose"][columns[-1]]
+    lines += [
+        f"naturalness: mean |g'(y)|^2 {figure(natural['naturalness_norm'], '.4g')}, "
+        f"distance of latents from the zero image's {figure(natural['natural_distance'], '.4g')}, "
+        f"|g'(g(x)) - x| / |x| {figure(natural['lost'], '.3f')} ({natural['images']} images)",
+        f"first number that is not finite: {report['nonfinite'] or 'none'}",
+    ]
+    measured = report["accuracy"]
+    lines.append(
+        f"accuracy {figure(measured['accuracy'], '.4f')}, balanced {figure(measured['balanced_accuracy'], '.4f')} "
+        f"({measured['images']} images)"
+    )
+    names = report["attributes"] or [f"logit {index}" for index in range(len(measured["by_attribute"]))]
+    width = max(len(name) for name in names)
+    for name, plain, balanced in zip(names, measured["by_attribute"], measured["balanced_by_attribute"], strict=True):
+        shown = "only one class" if balanced is None else f"{balanced:.4f}"
+        lines.append(f"  {name:<{width}}  {figure(plain, '.4f')}  {shown}")
+    return "\n".join(lines)
+
+
+# --- Command ---------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description="Penrose identities, naturalness and accuracy of an SPNN checkpoint on a labelled data set."
+    )
+    p.add_argument("--checkpoint", required=True, metavar="FILE", help="SPNN weights, .pth or .safetensors")
+    p.add_argument("--dataset_path", required=True, metavar="DIR", help="a folder in CelebAMask-HQ's layout")
+    p.add_argument("--split", choices=["train", "val", "test", "all"], default="test")
+    p.add_argument("--batch_size", type=number(int, 1), default=32)
+    p.add_argument("--samples", type=number(int, 1), default=64, help="images for the identities (default: 64)")
+    p.add_argument("--json", metavar="FILE", help="write the report there too")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of the random targets (default: 0)")
+    return p
+
+
+class _Columns:
+    """A loader whose labels are some columns of another's."""
+
+    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], columns: list[int]) -> None:
+        self.loader, self.columns = loader, columns
+
+    def __iter__(self):
+        for images, labels in self.loader:
+            yield images, labels[:, self.columns]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    from checkpoints import load_spnn
+    from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
+
+    device = resolve_device(args.device)
+    model, notes = load_spnn(args.checkpoint)
+    attributes = notes.get("attributes") or (list(ATTRIBUTES) if model.num_classes == len(ATTRIBUTES) else None)
+    if attributes is None or len(attributes) != model.num_classes:
+        raise InputError(
+            f"weights {args.checkpoint}: {model.num_classes} logits, but "
+            f"{'no' if attributes is None else len(attributes)} attribute names beside it: their labels are unknown"
+        )
+    columns = attribute_indices(attributes)
+    if model.config["img_ch"] != 3:
+        raise InputError(f"weights {args.checkpoint}: takes {model.config['img_ch']} channels, photographs have 3")
+    data = CelebAMaskHQ(args.dataset_path, args.split, model.img_size)
+    loader = _Columns(make_loader(data, args.batch_size), columns)
+    report = diagnose(model.to(device), loader, device, args.samples, args.seed, attributes, args.batch_size)
+    print(format_table(report))
+    if args.json is not None:
+        settings = {key: getattr(args, key) for key in ("checkpoint", "dataset_path", "split", "samples", "seed")}
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps({"settings": settings, **report}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

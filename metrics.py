@@ -1,0 +1,55 @@
+"""Figures of merit for attribute logits and images. torch only.
+
+Shapes: N images, C attributes. Logits are (N, C) real, labels (N, C) in {0, 1}, images (N, 3, H, W) in [-1, 1].
+"""
+
+import torch
+from torch import Tensor
+
+
+def _hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each prediction is right, and whether each label is positive; both (N, C) bool."""
+    if logits.shape != labels.shape or logits.ndim != 2:
+        shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"expected logits and labels of one shape (N, C), got {shapes}")
+    if logits.shape[0] == 0:
+        raise ValueError("no images to measure")
+    positive = labels > 0.5
+    # a NaN logit is neither positive nor negative: wrong for either label
+    return torch.where(positive, logits > 0, logits <= 0), positive
+
+
+def accuracy_by_attribute(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of right predictions of each attribute, (C,) in [0, 1]; a logit above 0 predicts "present"."""
+    hits, _ = _hits(logits, labels)
+    return hits.sum(0) / hits.shape[0]  # (C,)
+
+
+def balanced_accuracy_by_attribute(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of sensitivity and specificity of each attribute, (C,) in [0, 1]; 0.5 is chance.
+
+    NaN where an attribute is present in every image or in none: it cannot be told then.
+    """
+    hits, positive = _hits(logits, labels)
+    sensitivity = (hits & positive).sum(0) / positive.sum(0)  # 0 / 0 is NaN
+    specificity = (hits & ~positive).sum(0) / (~positive).sum(0)
+    return (sensitivity + specificity) / 2  # (C,)
+
+
+def agreement(logits_a: Tensor, logits_b: Tensor) -> Tensor:
+    """Share of attributes on which two sets of logits say the same, by image: (N, C), (N, C) -> (N,) in [0, 1]."""
+    known = ~(logits_a.isnan() | logits_b.isnan())
+    return (((logits_a > 0) == (logits_b > 0)) & known).float().mean(-1)  # (N,)
+
+
+def prob_error(logits_a: Tensor, logits_b: Tensor) -> Tensor:
+    """Mean absolute difference of probabilities, by image: (N, C), (N, C) -> (N,) in [0, 1]."""
+    return (logits_a.float().sigmoid() - logits_b.float().sigmoid()).abs().mean(-1)  # (N,)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, by image: (N, 3, H, W) in [-1, 1], twice -> (N,); infinite where equal."""
+    if a.shape != b.shape:
+        raise ValueError(f"psnr: images differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
+    error = (a.float() - b.float()).square().flatten(1).mean(1)  # (N,)
+    return 10 * torch.log10(4 / error)  # the range is 2, its square 4

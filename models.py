@@ -1,0 +1,699 @@
+"""Pseudo-invertible neural networks: a classifier ``g``, its exact pseudo-inverse ``g'``, and back-projection.
+
+A surjective block maps many channels to few, ``y = g(x)``. The channels it drops, ``z``, would complete it to a
+bijection ``G(x) = (g(x), z)``. Its pseudo-inverse puts natural ones back, ``g'(y) = G^-1(y, r(y))`` with ``r`` learned.
+Whatever the weights are, ``g(g'(y)) = y``: that is algebra, and tests/test_laws.py holds every block to it.
+
+Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042.
+
+Letters: B batch, C channels, H and W size, d classes; x an image, y logits, z a latent, u a mixed feature map.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shape = tuple[int, int, int]  # (C, H, W)
+
+
+# --- Precision -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Run matrix products in true float32: no autocast, no TF32. Rounding W to ten bits breaks ``W^T W = I``."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in the type that mixing and coupling compute in: float32, or float64 where it has it already."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+# --- Orthogonal mixing -----------------------------------------------------------------------------------------------
+
+_solved: dict["Mixing", tuple] | None = None  # what `solved_once` keeps; None outside of it
+
+
+@contextmanager
+def solved_once() -> Iterator[None]:
+    """Solve every mixing matrix at most once inside the block, gradients included.
+
+    For code that uses g and g' several times between two changes of the weights: a training step, a sampling run.
+    Weights must not change inside. Nested blocks share the outermost one's matrices.
+    """
+    global _solved
+    outermost = _solved is None
+    if outermost:
+        _solved = {}
+    try:
+        yield
+    finally:
+        if outermost:
+            _solved = None
+
+
+class Mixing(nn.Module):
+    """A learned orthogonal matrix W over the channels of x: ``forward`` is ``W x``, ``inverse`` is ``W^T x``.
+
+    W follows from the parameter by some work (a linear solve), so it is kept: for the length of a `solved_once` block,
+    and without gradients for as long as the parameter equals, bit by bit, the one W was made from. The comparison costs
+    a hundredth of the solve, and holds whoever changed the weights, and however.
+    """
+
+    weight_name: str
+
+    def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """What applying W needs, from the parameter."""
+        raise NotImplementedError
+
+    def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
+        """W x or W^T x for x of shape (..., C)."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors of W for the weights as they are now."""
+        weight = getattr(self, self.weight_name)
+        with_graph = torch.is_grad_enabled() and weight.requires_grad
+        if _solved is not None and self in _solved:
+            factors = _solved[self]
+            if factors[0].requires_grad or not with_graph:
+                return factors
+        with full_precision(weight.device):
+            factors = self._factors(at_least_float32(weight)) if with_graph else self._remembered(weight.detach())
+        if _solved is not None:
+            _solved[self] = factors
+        return factors
+
+    @torch.no_grad()
+    def _remembered(self, weight: Tensor) -> tuple[Tensor, ...]:
+        made_from, factors = self.__dict__.get("_memory", (None, None))
+        same_kind = made_from is not None and (made_from.dtype, made_from.device) == (weight.dtype, weight.device)
+        if not (same_kind and torch.equal(made_from, weight)):
+            factors = self._factors(at_least_float32(weight))
+            self.__dict__["_memory"] = (weight.clone(), factors)
+        return factors
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_memory"}
+
+    def _mix(self, x: Tensor, transpose: bool) -> Tensor:
+        factors = self.factors()
+        with full_precision(x.device):
+            x = at_least_float32(x).movedim(1, -1)  # (B, ..., C)
+            return self._apply_factors(x, factors, transpose).movedim(-1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``W x`` over dimension 1 of x, (B, C, ...) -> (B, C, ...)."""
+        return self._mix(x, transpose=False)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """``W^T u`` over dimension 1 of u, (B, C, ...) -> (B, C, ...)."""
+        return self._mix(u, transpose=True)
+
+    def matrix(self) -> Tensor:
+        """W itself, (C, C): the oracle of the tests, not used by the network."""
+        weight = getattr(self, self.weight_name)
+        return self(torch.eye(weight.shape[-1], dtype=at_least_float32(weight).dtype, device=weight.device)).T
+
+
+class CayleyMixing(Mixing):
+    """``W = (I + A)^-1 (I - A)`` with ``A = B - B^T``, B unconstrained, (C, C) and zero at first (W = I).
+
+    The published weights were trained with ``(1 + 1e-6) I + A`` on the left, which is orthogonal to 1e-6 only; the
+    exact transform agrees with it to rounding.
+    """
+
+    weight_name = "A_unconstrained"
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.A_unconstrained = nn.Parameter(torch.zeros(channels, channels))
+
+    def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
+        skew = weight - weight.T
+        identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        return (torch.linalg.solve(identity + skew, identity - skew),)
+
+    def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
+        (matrix,) = factors
+        return F.linear(x, matrix.T if transpose else matrix)
+
+
+class HouseholderMixing(Mixing):
+    """``W = H_k ... H_1`` with ``H = I - 2 v v^T / |v|^2``, the v being the rows of V, (k, C). W is never formed.
+
+    The k reflections are applied as one: ``W = I - V^T S^-1 V`` with S the lower triangle of ``V V^T``, its diagonal
+    halved (the compact form of a product of reflections; Joffrain et al. 2006, "UT transform").
+    """
+
+    weight_name = "V"
+    reflections = 8
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.V = nn.Parameter(torch.randn(self.reflections, channels))
+
+    def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
+        gram = weight @ weight.T  # (k, k)
+        return weight, gram.tril(-1) + torch.diag(gram.diagonal() / 2)
+
+    def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
+        v, triangle = factors
+        triangle = triangle.T if transpose else triangle
+        along = F.linear(x, v).flatten(0, -2).T  # (k, B*...)
+        along = torch.linalg.solve_triangular(triangle, along, upper=transpose)
+        return x - (along.T @ v).view(x.shape)
+
+
+MIXINGS = {"cayley": CayleyMixing, "householder": HouseholderMixing}
+
+
+# --- The networks inside a block -------------------------------------------------------------------------------------
+
+# Layouts are written in a small language, an entry a layer and a ReLU between layers:
+#   a>b conv 3x3   a>b/2 conv 3x3, stride 2   a>b^ transposed conv 4x4, stride 2   a.b conv 1x1   PS(k) pixel shuffle
+# a and b are channels: a number, `in` and `out` (the block's), `h` and `2h` (the block's width).
+UNET = "in>h h>h h>2h/2 2h>2h 2h>h^ h>out"
+POINTWISE = "in.h h.2h 2h.h h.out"
+PLAIN = "in>h h>2h 2h>2h 2h>h h>out"
+
+
+def conv_mlp(layout: str, in_ch: int, out_ch: int, width: int, scale: float = 1.0) -> nn.Sequential:
+    """The network that ``layout`` writes down, its last layer zero.
+
+    Args:
+        in_ch, out_ch: what `in` and `out` stand for.
+        width: what `h` stands for; `2h` is twice that, at most 2048.
+        scale: a factor on the channel counts that ``layout`` gives as numbers, but for the first layer's input.
+    """
+    names = {"in": in_ch, "out": out_ch, "h": width, "2h": min(2 * width, 2048)}
+    layers: list[nn.Module] = []
+    channels = in_ch
+    for entry in layout.split():
+        if shuffle := re.fullmatch(r"PS\((\d+)\)", entry):
+            factor = int(shuffle[1])
+            layers.append(nn.PixelShuffle(factor))
+            channels //= factor**2
+            continue
+        _, kind, after, step = re.fullmatch(r"(\w+)([>.])(\w+)([/^]?2?)", entry).groups()
+        after = names[after] if after in names else max(1, round(int(after) * scale))
+        if kind == ".":
+            layer = nn.Conv2d(channels, after, 1)
+        elif step == "^":
+            layer = nn.ConvTranspose2d(channels, after, 4, stride=2, padding=1)
+        else:
+            layer = nn.Conv2d(channels, after, 3, stride=2 if step == "/2" else 1, padding=1)
+        layers += [layer, nn.ReLU()]
+        channels = after
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers[:-1])
+
+
+class ConvMLP(nn.Module):
+    """One of a block's networks s, t, r: (B, in, H, W) -> (B, out, H', W'), in the precision of its own weights.
+
+    See `conv_mlp` for the arguments. Half-precision weights, or autocast around it, cost speed and not exactness:
+    input and output have the block's type.
+    """
+
+    def __init__(self, layout: str, in_ch: int, out_ch: int, width: int, scale: float = 1.0):
+        super().__init__()
+        self.net = conv_mlp(layout, in_ch, out_ch, width, scale)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.net(v.to(self.net[-1].weight.dtype)).to(v.dtype)
+
+
+# --- Blocks ----------------------------------------------------------------------------------------------------------
+
+
+class Surjection(nn.Module):
+    """A map onto its outputs, g, with a pseudo-inverse g' that is exact on one side: ``g(g'(y)) = y`` for every y.
+
+    ``forward(x, return_latent=True)`` completes it to the bijection ``G(x) = (y, z)``, and ``pinv(y, z)`` is ``G^-1``,
+    so that ``pinv(*forward(x, True)) = x`` as well. Without a latent, ``pinv(y)`` takes ``natural_latent(y)``. The
+    other order, ``g'(g(x))``, is the projection of x on the natural images and differs from x.
+
+    Attributes:
+        lossy: whether something is dropped; where False, the latent is None.
+        exact: whether the laws above hold to rounding, whatever the weights are.
+    """
+
+    lossy = True
+    exact = True
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """(C, H, W) of y for an x of ``shape``; a ValueError where such an x does not fit."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        """``y = g(x)``, or ``G(x) = (y, z)``."""
+        raise NotImplementedError
+
+    def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
+        """``g'(y)``, or ``G^-1(y, latent)``."""
+        raise NotImplementedError
+
+    def natural_latent(self, y: Tensor) -> Tensor | None:
+        """``r(y)``, the latent of ``g'(y)``."""
+        return None
+
+
+class PixelUnshuffleBlock(Surjection):
+    """Pixels into channels, (B, C, H, W) -> (B, C r^2, H/r, W/r): a bijection, nothing learned, latent None."""
+
+    lossy = False
+
+    def __init__(self, r: int):
+        super().__init__()
+        if r < 1:
+            raise ValueError(f"PixelUnshuffleBlock(r={r}): r must be at least 1")
+        self.r = r
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}"
+
+    def output_shape(self, shape: Shape) -> Shape:
+        c, h, w = shape
+        if h % self.r or w % self.r:
+            raise ValueError(f"PixelUnshuffleBlock(r={self.r}): r must divide the size, got {h}x{w}")
+        return c * self.r**2, h // self.r, w // self.r
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, None]:
+        y = F.pixel_unshuffle(x, self.r)
+        return (y, None) if return_latent else y
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        return F.pixel_shuffle(y, self.r)
+
+
+class BlockNets(NamedTuple):
+    """Layouts of a block's networks: of s and t, and of r. `h` is ``width``, or the custom blocks' rule where 0."""
+
+    st: str
+    r: str
+    width: int = 0
+
+
+class ConvPINNBlock(Surjection):
+    """The surjective coupling block, (B, in_ch, H, W) -> (B, out_ch, H, W).
+
+    ::
+
+        u = W x = [u0 | u1]                              W orthogonal, u0 the first out_ch channels
+        y = u0 * S(u1) + t(u1),   z = u1                 S = exp(scale_bound * tanh(s)),   t = tanh(T)
+        g'(y):  u1 = r(y),  u0 = (y - t(u1)) / S(u1),  x = W^T [u0 | u1]                   r = tanh(R)
+
+    Args:
+        in_ch, out_ch: channels, 0 < out_ch < in_ch.
+        hidden: width of s, T and R; at least their input's channels, at most 1024.
+        scale_bound: largest absolute log-scale. A block's inverse amplifies by at most exp(scale_bound).
+        feat_size: H = W at this block. Even: U-Net like networks; 1: pointwise ones; None: 3x3 ones for any size.
+        mix_type: "cayley" or "householder".
+        nets: layouts of a built-in architecture, in place of those that feat_size stands for.
+        nets_scale: a factor on the widths that ``nets`` gives as numbers.
+
+    Raises:
+        ValueError: out_ch not below in_ch, an odd feat_size above 1, an unknown mix_type.
+    """
+
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        hidden: int = 64,
+        scale_bound: float = 2.0,
+        feat_size: int | None = None,
+        mix_type: str = "cayley",
+        nets: BlockNets | None = None,
+        nets_scale: float = 1.0,
+    ):
+        super().__init__()
+        self.name = f"ConvPINNBlock({in_ch}->{out_ch})"
+        if not 0 < out_ch < in_ch:
+            raise ValueError(f"{self.name}: out_ch must be below in_ch and above 0, got out_ch {out_ch}, in_ch {in_ch}")
+        if feat_size is not None and (feat_size < 1 or feat_size > 1 and feat_size % 2):
+            raise ValueError(f"{self.name}: feat_size must be 1, even or None, got {feat_size}; None fits any size")
+        if mix_type not in MIXINGS:
+            raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
+        if hidden < 1 or not scale_bound > 0:
+            raise ValueError(f"{self.name}: hidden and scale_bound must be positive, got {hidden} and {scale_bound}")
+        self.in_ch, self.out_ch, self.feat_size, self.scale_bound = in_ch, out_ch, feat_size, scale_bound
+
+        if nets is None:
+            layout = PLAIN if feat_size is None else POINTWISE if feat_size == 1 else UNET
+            nets = BlockNets(layout, layout)
+
+        def network(layout: str, before: int, after: int) -> ConvMLP:
+            width = round(nets.width * nets_scale) if nets.width else min(max(hidden, before), 1024)
+            return ConvMLP(layout, before, after, max(width, 1), nets_scale)
+
+        dropped = in_ch - out_ch
+        self.t = network(nets.st, dropped, out_ch)
+        self.s = network(nets.st, dropped, out_ch)
+        self.r = network(nets.r, out_ch, dropped)
+        self.mix = MIXINGS[mix_type](in_ch)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_ch}->{self.out_ch}, scale_bound={self.scale_bound}, feat_size={self.feat_size}"
+
+    def output_shape(self, shape: Shape) -> Shape:
+        c, h, w = shape
+        if c != self.in_ch:
+            raise ValueError(f"{self.name}: in_ch is {self.in_ch}, but {c} channels arrive")
+        if self.feat_size is not None and (h, w) != (self.feat_size, self.feat_size):
+            raise ValueError(f"{self.name}: feat_size is {self.feat_size}, but the map that arrives is {h}x{w}")
+        return self.out_ch, h, w
+
+    def log_scale(self, u1: Tensor) -> Tensor:
+        """log S(u1), within +-scale_bound."""
+        return self.scale_bound * torch.tanh(self.s(u1))
+
+    def shift(self, u1: Tensor) -> Tensor:
+        """t(u1), within +-1."""
+        return torch.tanh(self.t(u1))
+
+    def natural_latent(self, y: Tensor) -> Tensor:
+        return torch.tanh(self.r(y))  # (B, in_ch - out_ch, H, W)
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        u = self.mix(x)  # (B, in_ch, H, W)
+        u0, u1 = u[:, : self.out_ch], u[:, self.out_ch :]  # (B, out_ch, H, W), (B, in_ch - out_ch, H, W)
+        y = u0 * torch.exp(self.log_scale(u1)) + self.shift(u1)  # (B, out_ch, H, W)
+        return (y, u1) if return_latent else y
+
+    def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
+        y = at_least_float32(y)
+        u1 = self.natural_latent(y) if latent is None else latent  # (B, in_ch - out_ch, H, W)
+        u0 = (y - self.shift(u1)) * torch.exp(-self.log_scale(u1))  # (B, out_ch, H, W)
+        return self.mix.inverse(torch.cat([u0, u1], dim=1))  # (B, in_ch, H, W)
+
+
+# --- The chain -------------------------------------------------------------------------------------------------------
+
+Latents = list[Tensor | None]
+
+
+def _by_image(strength: float | Tensor, like: Tensor) -> float | Tensor:
+    """A strength an image, (B,), shaped to multiply ``like``, (B, ...)."""
+    return strength.view(-1, *[1] * (like.dim() - 1)) if isinstance(strength, Tensor) and strength.dim() else strength
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A point ``(y, z)`` of the completed network's output space, where ``G`` is a bijection.
+
+    Attributes:
+        y: logits (B, d), or a feature map.
+        z: the latent of every block, in the order of forward; None for a block that drops nothing.
+    """
+
+    y: Tensor
+    z: Latents
+
+    def __sub__(self, other: "Completion") -> "Completion":
+        return Completion(
+            self.y - other.y, [None if a is None else a - b for a, b in zip(self.z, other.z, strict=True)]
+        )
+
+    def moved(self, direction: "Completion", strength: float | Tensor) -> "Completion":
+        """``self + strength * direction``; strength is a number, or one an image, (B,)."""
+        z = [None if a is None else a + _by_image(strength, a) * b for a, b in zip(self.z, direction.z, strict=True)]
+        return Completion(self.y + _by_image(strength, self.y) * direction.y, z)
+
+    def __getitem__(self, images) -> "Completion":
+        """The same for some images of the batch: an index, a mask or a slice over dimension 0."""
+        return Completion(self.y[images], [None if a is None else a[images] for a in self.z])
+
+
+class PINN(nn.Module):
+    """A chain of surjections, itself one: (B, C, H, W) -> (B, C', H', W'), its latents the list of its blocks'.
+
+    Args:
+        blocks: `Surjection`s, applied in order.
+        in_shape: (C, H, W) of the input.
+
+    Raises:
+        ValueError: a block that does not fit what reaches it, named with what it got and what it needs.
+    """
+
+    def __init__(self, blocks: Sequence[Surjection], in_shape: Shape):
+        super().__init__()
+        shape = in_shape
+        for index, block in enumerate(blocks):
+            try:
+                shape = block.output_shape(shape)
+            except ValueError as error:
+                raise ValueError(f"block {index}: {error}") from None
+        self.blocks = nn.ModuleList(blocks)
+        self.in_shape, self.out_shape = tuple(in_shape), tuple(shape)
+
+    def forward(self, x: Tensor, return_latents: bool = False) -> Tensor | tuple[Tensor, Latents]:
+        """``g(x)``, or ``G(x)`` as (y, latents)."""
+        latents = []
+        for block in self.blocks:
+            x, z = block(x, return_latent=True)
+            latents.append(z)
+        return (x, latents) if return_latents else x
+
+    def pinv(
+        self, y: Tensor, latents: Latents | None = None, return_latents: bool = False
+    ) -> Tensor | tuple[Tensor, Latents]:
+        """``g'(y)``, or ``G^-1(y, latents)``; on request with the latents it used, natural where none were given."""
+        latents = [None] * len(self.blocks) if latents is None else list(latents)
+        for index in reversed(range(len(self.blocks))):
+            block = self.blocks[index]
+            if latents[index] is None:
+                latents[index] = block.natural_latent(y)
+            y = block.pinv(y, latents[index])
+        return (y, latents) if return_latents else y
+
+    def natural_latents(self, y: Tensor) -> Latents:
+        """The latents of ``g'(y)``, met on the way down to it: ``G(g'(y)) = (y, natural_latents(y))``.
+
+        No forward pass is needed to know them, nor the inverse of the first lossy block, the largest.
+        """
+        latents: Latents = [None] * len(self.blocks)
+        first = next((index for index, block in enumerate(self.blocks) if block.lossy), len(self.blocks))
+        for index in reversed(range(first, len(self.blocks))):
+            latents[index] = self.blocks[index].natural_latent(y)
+            if index > first:
+                y = self.blocks[index].pinv(y, latents[index])
+        return latents
+
+
+class BackProjection:
+    """Non-linear back-projection of an image as a function of its strength.
+
+    ::
+
+        G(x') = G(x) + strength * ( G(g'(y)) - G(g'(g(x))) )
+
+    Both ``G(g'(.))`` are known without a forward pass (`PINN.natural_latents`), so this costs one forward and one
+    descent of the r-networks, and each call one inverse. At strength 1, ``g(x') = y``.
+
+    Args:
+        model: an `SPNN`.
+        x: images, (B, C, H, W).
+        goal: ``model.natural(y)`` for the targets y. It is the same for every x: compute it once a run.
+
+    Attributes:
+        start: ``G(x)``; ``start.y`` is ``g(x)``, (B, d).
+    """
+
+    def __init__(self, model: "SPNN", x: Tensor, goal: Completion):
+        self.model = model
+        self.start = model.complete(x)
+        self.direction = goal - model.natural(self.start.y)
+
+    def __call__(self, strength: float | Tensor, images=slice(None)) -> Tensor:
+        """x', (B, C, H, W), for a strength (a number, or (B,)) and, if given, for some ``images`` of the batch only."""
+        point = self.start[images].moved(self.direction[images], strength)
+        return self.model.pinv(point.y, point.z)
+
+
+# --- Architectures ---------------------------------------------------------------------------------------------------
+
+BLOCKS: dict[str, type[Surjection]] = {"PixelUnshuffleBlock": PixelUnshuffleBlock, "ConvPINNBlock": ConvPINNBlock}
+
+_SHUFFLED_32 = "PS(4) 1>32 32>128 128>256/2 256>512 512>512/2 512>out"
+_SHUFFLED_2048 = "PS(8) 16>128 128>256 256>512/2 512>512 512>1024/2 1024>out/2"
+_HEAD = BlockNets("in.512 512.256 256.128 128.out", "in.128 128.256 256.512 512.out")
+_HEAD_32 = (
+    (4, 48, 32, BlockNets(_SHUFFLED_32, "in>512 512>256 256>128 128>64 64>out")),
+    (8, 2048, 1024, BlockNets(_SHUFFLED_2048, _SHUFFLED_2048)),
+    (1, 1024, None, _HEAD),
+)
+# img_size -> the chain: (unshuffle by, channels in, channels out, networks); out None is num_classes. Widths given as
+# numbers are those of hidden = 128, the published ones, and scale with it.
+BUILT_IN: dict[int, tuple[tuple[int, int, int | None, BlockNets], ...]] = {
+    256: (
+        (4, 48, 12, BlockNets(UNET, UNET, 128)),
+        (4, 192, 48, BlockNets(UNET, UNET, 256)),
+        (4, 768, 192, BlockNets(UNET, UNET, 512)),
+        (4, 3072, 1024, BlockNets("in.2048 2048.1536 1536.out", "in.1536 1536.2048 2048.out")),
+        (1, 1024, None, _HEAD),
+    ),
+    64: (
+        (2, 12, 6, BlockNets(*["in>64 64>128/2 128>128 128>64^ 64>out"] * 2)),
+        (1, 6, 3, BlockNets(*["in>64 64>64 64>64 64>out"] * 2)),
+        *_HEAD_32,
+    ),
+    32: _HEAD_32,
+}
+
+
+def built_in_blocks(
+    img_size: int, num_classes: int, hidden: int, scale_bound: float, mix_type: str
+) -> list[Surjection]:
+    """The blocks of a built-in architecture. Raises ValueError where img_size has none."""
+    if img_size not in BUILT_IN:
+        raise ValueError(
+            f"SPNN: img_size {img_size} has no built-in architecture ({sorted(BUILT_IN)} have): give layer_channels"
+        )
+    blocks: list[Surjection] = []
+    for unshuffle, in_ch, out_ch, nets in BUILT_IN[img_size]:
+        if unshuffle > 1:
+            blocks.append(PixelUnshuffleBlock(unshuffle))
+        out_ch = num_classes if out_ch is None else out_ch
+        blocks.append(
+            ConvPINNBlock(in_ch, out_ch, hidden, scale_bound, mix_type=mix_type, nets=nets, nets_scale=hidden / 128)
+        )
+    return blocks
+
+
+def custom_blocks(layer_channels: Sequence, mix_type: str) -> list[Surjection]:
+    """The blocks of a ``layer_channels`` list: (class or its name, its arguments) a block.
+
+    Raises:
+        ValueError: an unknown block or argument, or arguments that the block refuses.
+    """
+    blocks = []
+    for index, entry in enumerate(layer_channels):
+        try:
+            kind, arguments = entry
+            kind = BLOCKS[kind] if isinstance(kind, str) else kind
+            arguments = dict(arguments)
+        except KeyError:
+            raise ValueError(f"block {index}: unknown block {entry[0]!r}, known are {sorted(BLOCKS)}") from None
+        except (TypeError, ValueError):
+            raise ValueError(f"block {index}: expected (block, arguments), got {entry!r}") from None
+        if kind is ConvPINNBlock:
+            arguments.setdefault("mix_type", mix_type)
+        try:
+            blocks.append(kind(**arguments))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"block {index}: {error}") from None
+    return blocks
+
+
+class SPNN(nn.Module):
+    """A surjective classifier g from images to logits, with its pseudo-inverse g' from logits to images.
+
+    Args:
+        img_ch: channels of an image.
+        num_classes: d, the number of logits.
+        hidden: width of a built-in architecture's networks; 128 is the published one, others scale it. Custom blocks
+            have their own.
+        scale_bound: bound of the log-scales of a built-in architecture. Custom blocks have their own.
+        img_size: H = W. 32, 64 and 256 have a built-in architecture.
+        mix_type: "cayley" or "householder"; for custom blocks, that of those which do not name one.
+        layer_channels: a custom architecture, a list of (block class or its name, its arguments).
+
+    Raises:
+        ValueError: a chain that does not fit: the block, what it got and what it needs are named.
+    """
+
+    def __init__(
+        self,
+        img_ch: int = 3,
+        num_classes: int = 40,
+        hidden: int = 128,
+        scale_bound: float = 2.0,
+        img_size: int = 256,
+        mix_type: str = "cayley",
+        layer_channels: Sequence | None = None,
+    ):
+        super().__init__()
+        if layer_channels is None:
+            blocks = built_in_blocks(img_size, num_classes, hidden, scale_bound, mix_type)
+        else:
+            blocks = custom_blocks(layer_channels, mix_type)
+        self.pinn = PINN(blocks, (img_ch, img_size, img_size))
+        c, h, w = self.pinn.out_shape
+        if (h, w) != (1, 1):
+            raise ValueError(f"block {len(blocks) - 1}: the chain must end at 1x1, it ends at {h}x{w}")
+        if c != num_classes:
+            raise ValueError(
+                f"block {len(blocks) - 1}: num_classes is {num_classes}, but the chain ends with {c} channels"
+            )
+        self.img_size, self.num_classes = img_size, num_classes
+        self.config = {
+            "img_ch": img_ch,
+            "num_classes": num_classes,
+            "hidden": hidden,
+            "scale_bound": scale_bound,
+            "img_size": img_size,
+            "mix_type": mix_type,
+        }
+        if layer_channels is not None:
+            names = {kind: name for name, kind in BLOCKS.items()}
+            self.config["layer_channels"] = [
+                [kind if isinstance(kind, str) else names.get(kind, kind.__name__), dict(arguments)]
+                for kind, arguments in layer_channels
+            ]
+
+    def _check(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.pinn.in_shape:
+            c, h, w = self.pinn.in_shape
+            raise ValueError(f"SPNN expects images of shape (B, {c}, {h}, {w}), got {tuple(x.shape)}")
+
+    def forward(self, x: Tensor, return_latents: bool = False) -> Tensor | tuple[Tensor, Latents]:
+        """Logits ``g(x)``, (B, d), of images (B, C, H, W) in [-1, 1]; with their latents on request, ``G(x)``."""
+        self._check(x)
+        y, latents = self.pinn(x, return_latents=True)  # (B, d, 1, 1)
+        return (y.flatten(1), latents) if return_latents else y.flatten(1)
+
+    def pinv(
+        self, logits: Tensor, latents: Latents | None = None, return_latents: bool = False
+    ) -> Tensor | tuple[Tensor, Latents]:
+        """Images ``g'(y)``, (B, C, H, W), of logits (B, d); with latents of `forward`, ``G^-1``."""
+        if logits.dim() != 2 or logits.shape[1] != self.num_classes:
+            raise ValueError(f"SPNN expects logits of shape (B, {self.num_classes}), got {tuple(logits.shape)}")
+        return self.pinn.pinv(logits[..., None, None], latents, return_latents)
+
+    def complete(self, x: Tensor) -> Completion:
+        """``G(x) = (g(x), z)``."""
+        return Completion(*self(x, return_latents=True))
+
+    def natural(self, logits: Tensor) -> Completion:
+        """``G(g'(y)) = (y, r-latents)``, without a forward pass."""
+        return Completion(logits, self.pinn.natural_latents(logits[..., None, None]))
+
+    def back_project(self, x: Tensor, target: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+        """Move images x towards logits ``target`` by non-linear back-projection (see `BackProjection`).
+
+        Args:
+            x: (B, C, H, W).
+            target: (B, d).
+            strength: lambda, a number or one an image, (B,). 1 reaches the target, 0 returns x.
+
+        Returns:
+            x', (B, C, H, W).
+        """
+        with solved_once():
+            return BackProjection(self, x, self.natural(target))(strength)

@@ -1,0 +1,1159 @@
+"""Draw labelled portrait faces: a data set that may be passed on, in the layout of CelebAMask-HQ.
+
+Every picture is drawn from nothing by the code below (polygons and soft masks, supersampled): background, clothes,
+neck, hair, head, shading, features, and whatever the 40 attributes of CelebA ask for. Geometric attributes come from
+two ranges with a gap between them, so that a label is never a matter of taste.
+
+Image ``index`` of ``seed`` is the same whatever the number of images or processes: it has a generator of its own, which
+first draws the attributes, then the `Variation` (pose, light, colours, shape within the ranges), both free of the size
+in pixels.
+
+Rules for the names that are not drawn as such, or that depend on others:
+
+* Attractive: Young, and none of Bags_Under_Eyes, Big_Nose, Chubby, Double_Chin.
+* No_Beard: none of 5_o_Clock_Shadow, Goatee, Mustache. Where none of these holds and No_Beard does not hold either, a
+  full beard is drawn on cheeks and jaw. Only men have beards or sideburns.
+* At most one of the four hair colours holds; with none of them the hair is red, or the head is bald.
+* Straight_Hair (light streaks) and Wavy_Hair (scalloped outline) exclude each other; with neither the hair is smooth
+  and matt.
+* Bald excludes every hair colour and cut, and a hat; hat, bangs and a receding hairline exclude one another; Chubby
+  excludes Oval_Face; a necktie excludes a necklace.
+
+::
+
+    python procedural_faces.py --out DIR --count N --size S --seed K [--workers W] [--overwrite] [--sheet FILE.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from tqdm import tqdm
+
+from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER
+from utils import InputError, atomic_write, number, run_command
+
+SMALLEST_SIZE = 16  # pixels
+
+HAIR_COLOURS = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")
+BEARDS = ("5_o_Clock_Shadow", "Goatee", "Mustache")
+UNATTRACTIVE = ("Bags_Under_Eyes", "Big_Nose", "Chubby", "Double_Chin")
+
+# Pairs that never hold together.
+EXCLUSIVE = (
+    *((a, b) for i, a in enumerate(HAIR_COLOURS) for b in HAIR_COLOURS[i + 1 :]),
+    *(("Bald", other) for other in HAIR_COLOURS),
+    *(("Bald", other) for other in ("Straight_Hair", "Wavy_Hair", "Bangs", "Receding_Hairline", "Wearing_Hat")),
+    *(("No_Beard", other) for other in BEARDS),
+    ("Straight_Hair", "Wavy_Hair"),
+    ("Wearing_Hat", "Bangs"),
+    ("Wearing_Hat", "Receding_Hairline"),
+    ("Bangs", "Receding_Hairline"),
+    ("Chubby", "Oval_Face"),
+    ("Wearing_Necktie", "Wearing_Necklace"),
+)
+
+# Colours, 0 to 255.
+SKIN_TONES = ((228, 180, 146), (206, 152, 115), (176, 120, 84), (142, 94, 66))
+PALE_SKIN = (252, 236, 228)
+HAIR = {
+    "Black_Hair": (30, 26, 34),
+    "Blond_Hair": (236, 202, 112),
+    "Brown_Hair": (96, 54, 26),
+    "Gray_Hair": (178, 182, 190),
+    "red": (190, 66, 26),
+    "bald": (70, 50, 40),
+}
+STREAKS = {
+    "Black_Hair": (104, 108, 140),
+    "Blond_Hair": (255, 248, 214),
+    "Brown_Hair": (178, 124, 78),
+    "Gray_Hair": (248, 250, 252),
+    "red": (254, 172, 112),
+    "bald": (70, 50, 40),
+}
+BACKGROUNDS = ((120, 168, 190), (132, 178, 150), (170, 150, 196), (196, 178, 140), (150, 170, 214))
+EYE_COLOURS = ((84, 52, 28), (52, 104, 158), (66, 122, 76), (108, 84, 44))
+MEN_CLOTHES = ((44, 62, 100), (60, 66, 72), (48, 84, 76), (92, 52, 52))
+WOMEN_CLOTHES = ((196, 84, 112), (120, 92, 176), (56, 150, 150), (214, 138, 60))
+HATS = ((38, 96, 190), (26, 140, 92), (146, 40, 150), (214, 116, 20))
+TIES = ((206, 24, 40), (30, 70, 200), (20, 150, 80), (230, 150, 10))
+MAKEUP = ((40, 70, 235), (130, 40, 225), (20, 140, 230))
+LIPSTICKS = ((208, 8, 44), (224, 10, 84), (176, 4, 30))
+FRAMES = ((24, 22, 26), (96, 16, 24), (20, 34, 84))
+BLACK, WHITE, INK = (0, 0, 0), (255, 255, 255), (34, 22, 22)
+
+
+# ---------------------------------------------------------------- what is drawn: attributes and variation
+
+
+def sample_attributes(rng: np.random.Generator) -> dict[str, bool]:
+    """Draw the 40 attributes: correlated as in portraits, never contradictory (see the module's rules)."""
+    chance = dict(zip(ATTRIBUTES, rng.random(len(ATTRIBUTES)), strict=True))
+    a = dict.fromkeys(ATTRIBUTES, False)
+
+    def decide(name: str, probability: float) -> bool:
+        a[name] = bool(chance[name] < probability)
+        return a[name]
+
+    male, young = decide("Male", 0.48), decide("Young", 0.62)
+    for name, for_men, for_women in (
+        ("Arched_Eyebrows", 0.14, 0.44),
+        ("Big_Lips", 0.18, 0.32),
+        ("Bushy_Eyebrows", 0.30, 0.12),
+        ("Heavy_Makeup", 0.02, 0.42),
+        ("High_Cheekbones", 0.20, 0.36),
+        ("Rosy_Cheeks", 0.08, 0.28),
+        ("Wearing_Earrings", 0.05, 0.38),
+        ("Wearing_Necktie", 0.26, 0.03),
+    ):
+        decide(name, for_men if male else for_women)
+    for name, if_young, if_old in (
+        ("Bags_Under_Eyes", 0.14, 0.40),
+        ("Chubby", 0.10, 0.18),
+        ("Eyeglasses", 0.14, 0.26),
+    ):
+        decide(name, if_young if young else if_old)
+    for name, probability in (
+        ("Blurry", 0.06),
+        ("Mouth_Slightly_Open", 0.42),
+        ("Narrow_Eyes", 0.20),
+        ("Pale_Skin", 0.15),
+        ("Pointy_Nose", 0.30),
+        ("Smiling", 0.46),
+    ):
+        decide(name, probability)
+    decide("Big_Nose", (0.28 if male else 0.12) + (0.0 if young else 0.08))
+    decide("Double_Chin", 0.50 if a["Chubby"] else 0.08)
+    decide("Oval_Face", 0.0 if a["Chubby"] else 0.34)
+    decide("Wearing_Lipstick", 0.02 if male else 0.75 if a["Heavy_Makeup"] else 0.36)
+    decide("Wearing_Necklace", 0.0 if a["Wearing_Necktie"] else 0.06 if male else 0.30)
+
+    if not decide("Bald", (0.12 if young else 0.24) if male else 0.03):
+        if not decide("Wearing_Hat", 0.14) and not decide("Bangs", 0.16 if male else 0.36):
+            decide("Receding_Hairline", (0.16 if young else 0.55) if male else (0.04 if young else 0.14))
+        if not decide("Straight_Hair", 0.36):
+            decide("Wavy_Hair", 0.45 if male else 0.68)
+        shares = (0.31, 0.22, 0.29, 0.04) if young else (0.18, 0.12, 0.18, 0.42)
+        for name, upper in zip(HAIR_COLOURS, np.cumsum(shares), strict=True):
+            if chance["Black_Hair"] < upper:
+                a[name] = True
+                break
+
+    a["No_Beard"] = not male or bool(chance["No_Beard"] < 0.22)
+    if not a["No_Beard"] and chance["No_Beard"] > 0.38:  # between the two bounds: a full beard only
+        for name in BEARDS:
+            decide(name, 0.42)
+        if not any(a[name] for name in BEARDS):
+            a[BEARDS[int(chance["Goatee"] * 1e4) % 3]] = True
+    decide("Sideburns", 0.32 if male else 0.0)
+    a["Attractive"] = _attractive(a)
+    return a
+
+
+def _attractive(a: dict[str, bool]) -> bool:
+    return a["Young"] and not any(a[name] for name in UNATTRACTIVE)
+
+
+def contradictions(attributes: dict[str, bool]) -> list[str]:
+    """The rules of this module that the attributes break, in words; empty when there are none."""
+    a = attributes
+    broken = [f"{one} with {other}" for one, other in EXCLUSIVE if a[one] and a[other]]
+    if a["Attractive"] != _attractive(a):
+        broken.append("Attractive against its rule")
+    if not a["Male"] and (a["Sideburns"] or not a["No_Beard"]):
+        broken.append("a beard or sideburns without Male")
+    return broken
+
+
+def flip_attribute(attributes: dict[str, bool], name: str) -> dict[str, bool]:
+    """The same attributes with ``name`` flipped, and only those others changed that would contradict it.
+
+    Raises:
+        KeyError: when ``name`` is none of `ATTRIBUTES`.
+    """
+    a = dict(attributes)
+    a[name] = not a[name]
+    if name == "Attractive":  # by its rule: age decides, and the four faults go
+        a["Young"] = a[name]
+        if a[name]:
+            a.update(dict.fromkeys(UNATTRACTIVE, False))
+    if a[name]:
+        for pair in EXCLUSIVE:
+            if name in pair:
+                a[pair[pair[0] == name]] = False
+    elif name in BEARDS and not any(a[other] for other in BEARDS):
+        a["No_Beard"] = True  # else the last beard to go would leave a full one
+    if a["Sideburns"] or not a["No_Beard"]:
+        if name == "Male":
+            a.update(dict.fromkeys((*BEARDS, "Sideburns"), False), No_Beard=True)
+        else:
+            a["Male"] = True
+    a["Attractive"] = _attractive(a)
+    return a
+
+
+@dataclasses.dataclass(frozen=True)
+class Variation:
+    """What differs between two faces of equal attributes: values uniform in [0, 1], free of the image's size."""
+
+    roll: float  # head tilt, 0.5 upright
+    yaw: float  # turn of the head, 0.5 frontal
+    scale: float
+    shift_x: float
+    shift_y: float
+    light: float  # below 0.5: from the left
+    skin: float
+    width: float  # of the face, within the range its attributes give
+    length: float
+    eyes: float
+    eye_colour: float
+    brows: float
+    nose: float
+    mouth: float
+    hair_length: float
+    hair_volume: float
+    hair_shade: float
+    parting: float
+    background: float
+    background_tilt: float
+    clothes: float
+    accessory: float  # colour of hat, tie, make-up, glasses
+
+
+def sample_variation(rng: np.random.Generator) -> Variation:
+    """Draw a `Variation`."""
+    fields = dataclasses.fields(Variation)
+    return Variation(*(float(value) for value in rng.random(len(fields))))
+
+
+# ---------------------------------------------------------------- colours and curves
+
+
+def mix(one, other, t: float) -> tuple[int, int, int]:
+    """The colour at ``t`` (0 to 1) of the way from one to the other."""
+    return tuple(int(round(p + (q - p) * t)) for p, q in zip(one, other, strict=True))
+
+
+def pick(colours, t: float):
+    """One of the colours, by t in [0, 1]."""
+    return colours[min(int(t * len(colours)), len(colours) - 1)]
+
+
+def between(low: float, high: float, t: float) -> float:
+    """The number at ``t`` (0 to 1) of the way from low to high."""
+    return low + (high - low) * t
+
+
+def spline(points, closed: bool = False, steps: int = 7) -> np.ndarray:
+    """A Catmull-Rom curve through the points, (n, 2) to (m, 2)."""
+    p = np.asarray(points, float)
+    p = np.concatenate([p[-1:], p, p[:2]]) if closed else np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
+    windows = np.stack([p[i : len(p) - 3 + i] for i in range(4)], 1)  # (segments, 4, 2)
+    curve = (_spline_weights(steps) @ windows).reshape(-1, 2)
+    return curve if closed else np.concatenate([curve, p[-2:-1]])
+
+
+@functools.cache
+def _spline_weights(steps: int) -> np.ndarray:
+    t = np.linspace(0, 1, steps, endpoint=False)
+    return 0.5 * np.stack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], 1)
+
+
+def resample(curve: np.ndarray, count: int) -> np.ndarray:
+    """``count`` points at equal distances along the curve."""
+    distance = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(curve, axis=0).T))])
+    at = np.linspace(0, distance[-1], count)
+    return np.stack([np.interp(at, distance, curve[:, i]) for i in (0, 1)], 1)
+
+
+def normals(curve: np.ndarray) -> np.ndarray:
+    """Unit vectors at right angles to the curve, on its left seen along it with v downwards."""
+    tangent = np.empty_like(curve)
+    tangent[1:-1] = curve[2:] - curve[:-2]
+    tangent[0], tangent[-1] = curve[1] - curve[0], curve[-1] - curve[-2]
+    x, y = tangent.T
+    length = np.maximum(np.sqrt(x * x + y * y), 1e-9)
+    return np.stack([y / length, -x / length], 1)
+
+
+def ribbon(curve, width, ends: float = 0.25) -> np.ndarray:
+    """The outline of a brush stroke along the curve, ``width`` in the middle and ``ends`` times that at both ends."""
+    curve = np.asarray(curve, float)
+    side = 0.5 * width * (ends + (1 - ends) * _taper(len(curve))) * normals(curve)
+    return np.concatenate([curve + side, (curve - side)[::-1]])
+
+
+@functools.cache
+def _taper(count: int) -> np.ndarray:
+    return 1 - np.linspace(-1, 1, count)[:, None] ** 2
+
+
+def ellipse(x: float, y: float, rx: float, ry: float, count: int = 28) -> np.ndarray:
+    return (x, y) + _circle(count) * (rx, ry)
+
+
+@functools.cache
+def _circle(count: int) -> np.ndarray:
+    angle = np.linspace(0, 2 * np.pi, count, endpoint=False)
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def mirror(points) -> np.ndarray:
+    return np.asarray(points, float) * (-1, 1)
+
+
+def both(points) -> list[np.ndarray]:
+    """A shape of the right half and its mirror image."""
+    return [np.asarray(points, float), mirror(points)]
+
+
+def arch(right_half) -> np.ndarray:
+    """A curve from the left end over the middle to the right end, given its right half from the middle outwards."""
+    right_half = np.asarray(right_half, float)
+    return spline(np.concatenate([mirror(right_half[:0:-1]), right_half]))
+
+
+def loop(right_half) -> np.ndarray:
+    """A closed symmetric curve, given its right half from top to bottom."""
+    right_half = np.asarray(right_half, float)
+    left_half = mirror(right_half)[::-1]
+    return spline(np.concatenate([right_half, left_half[left_half[:, 0] != 0]]), closed=True)
+
+
+def stroke(points, width: float, ends: float = 0.25) -> np.ndarray:
+    """A `ribbon` along the smooth curve through the points."""
+    return ribbon(spline(points), width, ends)
+
+
+# ---------------------------------------------------------------- the canvas
+
+
+class Canvas:
+    """A supersampled picture, addressed in the unit square, or in the head's own coordinates.
+
+    The head's coordinates have their origin between the eyes, u to the right and v down, in units of the picture's
+    width; roll, scale and yaw are applied here. Yaw shifts a part by its depth: 0 for the middle of the head, 1 for the
+    eyes, more for the nose.
+    """
+
+    def __init__(self, size: int, variation: Variation):
+        v = variation
+        self.size = size
+        # enough samples for smooth edges, fewer where the picture itself is fine enough
+        self.pixels = size * (4 if size <= 96 else 3 if size <= 192 else 2)
+        self.image = Image.new("RGB", (self.pixels, self.pixels))
+        self.draw = ImageDraw.Draw(self.image)
+        self.yaw = between(-0.026, 0.026, v.yaw)
+        angle = np.deg2rad(between(-6, 6, v.roll))
+        self.turn = between(0.95, 1.05, v.scale) * np.array(
+            [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+        )
+        self.origin = np.array([0.5 + between(-0.012, 0.012, v.shift_x), 0.455 + between(-0.012, 0.012, v.shift_y)])
+
+    def head(self, points, depth: float = 0.0) -> np.ndarray:
+        """Map points of the head, (n, 2), to the unit square."""
+        return (np.asarray(points, float) + (self.yaw * depth, 0)) @ self.turn + self.origin
+
+    def fill(
+        self, shapes, colour, depth: float | None = None, alpha: float = 1.0, blur: float = 0.0, clip=None
+    ) -> None:
+        """Fill one outline, or several at once; of the head at this depth, or of the unit square when depth is None.
+
+        ``alpha`` is the opacity, ``blur`` the standard deviation of a soft edge as a part of the picture's width, and
+        ``clip`` a mask (see `mask`) outside which nothing is drawn.
+        """
+        shapes = shapes if isinstance(shapes, list) else [shapes]
+        shapes = [(s if depth is None else self.head(s, depth)) * self.pixels for s in shapes]
+        if alpha == 1 and not blur and clip is None:
+            for shape in shapes:
+                self.draw.polygon(shape.ravel().tolist(), fill=colour)
+            return
+        margin = 2.6 * blur * self.pixels + 1
+        points = np.concatenate(shapes)
+        low = np.clip(np.floor(points.min(0) - margin), 0, self.pixels).astype(int)
+        high = np.clip(np.ceil(points.max(0) + margin), 0, self.pixels).astype(int)
+        if (high <= low).any():
+            return
+        mask = Image.new("L", tuple(int(n) for n in high - low))
+        draw = ImageDraw.Draw(mask)
+        for shape in shapes:
+            draw.polygon((shape - low).ravel().tolist(), fill=int(round(255 * alpha)))
+        if blur:
+            mask = mask.filter(ImageFilter.GaussianBlur(blur * self.pixels))
+        box = (int(low[0]), int(low[1]), int(high[0]), int(high[1]))
+        if clip is not None:
+            mask = ImageChops.multiply(mask, clip.crop(box))
+        self.image.paste(colour, box, mask)
+
+    def mask(self, shapes, depth: float | None) -> Image.Image:
+        """A mask of outlines to clip other shapes with; ``depth`` as for `fill`."""
+        mask = Image.new("L", self.image.size)
+        draw = ImageDraw.Draw(mask)
+        for shape in shapes if isinstance(shapes, list) else [shapes]:
+            shape = shape if depth is None else self.head(shape, depth)
+            draw.polygon((shape * self.pixels).ravel().tolist(), fill=255)
+        return mask
+
+    def finish(self, blurry: bool) -> Image.Image:
+        """The picture at its final size."""
+        image = self.image.resize((self.size, self.size), Image.Resampling.BOX)
+        return image.filter(ImageFilter.GaussianBlur(1.15 * self.size / 64)) if blurry else image
+
+
+# ---------------------------------------------------------------- the plan of a face
+
+
+@dataclasses.dataclass(frozen=True)
+class Face:
+    """Attributes and variation turned into lengths (head coordinates) and colours."""
+
+    a: dict[str, bool]
+    v: Variation
+    width: float  # half the width at the eyes
+    jaw: float  # half the width at the mouth
+    chin_width: float
+    chin: float  # v of its lowest point
+    outline: np.ndarray
+    skin: tuple
+    shadow: tuple
+    light: tuple
+    lit_side: int  # -1 left, 1 right
+    hair: tuple
+    hair_dark: tuple
+    hair_light: tuple
+    streak: tuple  # the sheen of straight hair
+    beard: tuple
+    hair_end: float  # v where the hair ends at the sides
+    volume: float
+
+    def half_width(self, at) -> np.ndarray:
+        """Half the width of the head at heights v."""
+        right = self.outline[self.outline[:, 0] >= 0]
+        right = right[np.argsort(right[:, 1])]
+        return np.interp(at, right[:, 1], right[:, 0])
+
+
+TOP = -0.29  # v of the skull's highest point
+MOUTH = 0.205
+LONG_HAIR = 0.16  # hair that ends below this v falls in locks at the sides of the face
+
+
+def plan_face(a: dict[str, bool], v: Variation) -> Face:
+    """Choose every length and colour from the range that the attributes give."""
+    if a["Chubby"]:
+        width, jaw, chin_width, chin = between(0.232, 0.240, v.width), between(0.246, 0.256, v.width), 0.175, 0.305
+    elif a["Oval_Face"]:
+        width, jaw, chin_width, chin = between(0.178, 0.186, v.width), between(0.126, 0.134, v.width), 0.070, 0.345
+    else:
+        width, jaw, chin_width, chin = between(0.208, 0.216, v.width), between(0.176, 0.186, v.width), 0.118, 0.292
+    chin += between(-0.006, 0.006, v.length)
+    if a["Male"]:
+        jaw, chin_width = jaw + 0.012, chin_width + 0.022
+    skull = [(0, TOP), (0.60 * width, TOP + 0.034), (0.92 * width, -0.17), (width, -0.05), (0.99 * width, 0.06)]
+    lower = [(jaw, 0.19), (chin_width, chin - 0.045), (0.5 * chin_width, chin - 0.008), (0, chin)]
+    outline = arch(skull + lower)
+    skin = PALE_SKIN if a["Pale_Skin"] else _along(SKIN_TONES, v.skin)
+    colour = next((name for name in HAIR_COLOURS if a[name]), "bald" if a["Bald"] else "red")
+    hair = mix(HAIR[colour], BLACK if v.hair_shade < 0.5 else WHITE, 0.10 * abs(2 * v.hair_shade - 1))
+    short = v.hair_length < (0.88 if a["Male"] else 0.14)
+    end = 0.03 if short else 0.24 if v.hair_length < 0.42 else between(0.38, 0.46, v.hair_length)
+    if a["Wearing_Hat"]:
+        end = max(end, 0.20)  # or no hair would show
+    volume = between(0.0, 0.014, v.hair_volume) + (0.012 if a["Wavy_Hair"] else 0)
+    return Face(
+        a=a,
+        v=v,
+        width=width,
+        jaw=jaw,
+        chin_width=chin_width,
+        chin=chin,
+        outline=outline,
+        skin=skin,
+        shadow=mix(skin, (96, 40, 40), 0.42),
+        light=mix(skin, (255, 246, 226), 0.5),
+        lit_side=-1 if v.light < 0.5 else 1,
+        hair=hair,
+        hair_dark=mix(hair, BLACK, 0.42),
+        hair_light=mix(hair, (255, 250, 235), 0.30),
+        streak=STREAKS[colour],
+        beard=mix(hair, BLACK, 0.25),
+        hair_end=end,
+        volume=volume,
+    )
+
+
+def _along(colours, t: float):
+    """The colour at t in [0, 1] along a scale of colours."""
+    at = t * (len(colours) - 1)
+    i = min(int(at), len(colours) - 2)
+    return mix(colours[i], colours[i + 1], at - i)
+
+
+# ---------------------------------------------------------------- behind the face
+
+
+def draw_background(c: Canvas, f: Face) -> None:
+    """A soft gradient of one colour, darker towards the corners."""
+    base = mix(pick(BACKGROUNDS, f.v.background), WHITE, 0.15)
+    y, x = np.mgrid[0:24, 0:24] / 23.0 - 0.5
+    angle = 2 * np.pi * f.v.background_tilt
+    ramp = 1 - 0.16 * (x * np.cos(angle) + y * np.sin(angle)) * 2 - 0.35 * (x**2 + y**2)
+    small = np.clip(np.array(base) * ramp[..., None], 0, 255).astype(np.uint8)
+    c.image.paste(Image.fromarray(small).resize(c.image.size, Image.Resampling.BILINEAR))
+
+
+def draw_body(c: Canvas, f: Face) -> None:
+    """Neck, shoulders, clothes, and what is worn there. The body does not roll with the head."""
+    a, v = f.a, f.v
+    male = a["Male"]
+    centre = 0.5 * (0.5 + c.head([(0, 0.4)])[0, 0])
+    neck, shoulder, drop = (0.128, 0.60, 0.835) if male else (0.074, 0.40, 0.885)
+    cloth = pick(MEN_CLOTHES if male else WOMEN_CLOTHES, v.clothes)
+
+    def at(points):
+        return np.asarray(points, float) + (centre, 0)
+
+    right = [(0.9 * neck, 0.80), (neck + 0.05, drop + 0.005), (0.72 * shoulder, drop + 0.035), (shoulder, 1.02)]
+    c.fill(at(np.concatenate([spline(right), mirror(spline(right))[::-1]])), cloth)
+    fold = stroke([(0.62 * shoulder, drop + 0.06), (0.58 * shoulder, 0.96), (0.60 * shoulder, 1.03)], 0.02)
+    c.fill([at(s) for s in both(fold)], mix(cloth, BLACK, 0.4), alpha=0.6, blur=0.008)
+    left, right = c.head([(-neck * 0.96, 0.15), (neck * 0.96, 0.15)])
+    throat = np.array([left, right, (centre + neck, 0.85), (centre, 0.90), (centre - neck, 0.85)])
+    c.fill(throat, f.skin)
+    if male:
+        c.fill(at(loop([(0, 0.875), (neck + 0.02, 0.84), (0, 0.915)])), f.skin)
+        collar = ribbon(arch([(0, 0.912), (0.06, 0.895), (neck + 0.025, 0.835)]), 0.022, 0.8)
+        c.fill(at(collar), mix(cloth, WHITE, 0.25))
+        c.fill(at(ellipse(0, 0.835, 0.020, 0.030)), f.shadow, alpha=0.75, blur=0.010)  # Adam's apple
+    else:
+        c.fill(at(loop([(0, 0.85), (neck, 0.86), (0.19, drop + 0.02), (0.11, 0.975), (0, 0.995)])), f.skin)
+        bone = stroke([(0.03, 0.912), (0.08, 0.902), (0.14, 0.895)], 0.012)
+        c.fill([at(s) for s in both(bone)], f.shadow, alpha=0.6, blur=0.006)
+    under_chin = ellipse(-0.02 * f.lit_side, f.chin + 0.005, 0.95 * f.jaw, 0.062)
+    c.fill(under_chin, f.shadow, depth=0.2, alpha=0.85, blur=0.016, clip=c.mask(throat, None))
+    if a["Wearing_Necktie"]:
+        _draw_necktie(c, at, pick(TIES, v.accessory))
+    if a["Wearing_Necklace"]:
+        _draw_necklace(c, at, neck)
+
+
+def _draw_necktie(c: Canvas, at, colour) -> None:
+    white = (246, 246, 250)
+    for flap in both([(0, 0.885), (0.115, 0.815), (0.150, 0.86), (0.085, 0.965)]):
+        c.fill(at(flap), white)
+        c.fill(at(ribbon(np.array([flap[0], flap[3], flap[2]]), 0.007, 1)), (120, 120, 140), alpha=0.7)
+    c.fill(at([(-0.036, 0.872), (0.036, 0.872), (0.026, 0.925), (-0.026, 0.925)]), mix(colour, BLACK, 0.25))
+    c.fill(at([(-0.026, 0.925), (0.026, 0.925), (0.062, 1.02), (-0.062, 1.02)]), colour)
+
+
+def _draw_necklace(c: Canvas, at, neck: float) -> None:
+    t = np.linspace(-1, 1, 11)
+    x, y = (neck + 0.03) * t, 0.935 - 0.085 * t**2
+    c.fill([at(ellipse(*p, 0.0185, 0.0185, 14)) for p in zip(x, y, strict=True)], (40, 30, 60))
+    c.fill([at(ellipse(*p, 0.0150, 0.0150, 14)) for p in zip(x, y, strict=True)], (70, 236, 250))
+    c.fill([at(ellipse(p - 0.004, q - 0.004, 0.006, 0.006, 10)) for p, q in zip(x, y, strict=True)], WHITE)
+
+
+# ---------------------------------------------------------------- hair
+
+
+def scallop(curve: np.ndarray, depth: float, period: float) -> np.ndarray:
+    """The curve with round bumps on its outer (left-hand) side."""
+    length = np.hypot(*np.diff(curve, axis=0).T).sum()
+    bumps = max(int(round(length / period)), 1)
+    curve = resample(curve, 10 * bumps + 1)
+    height = np.abs(np.sin(np.pi * bumps * np.linspace(0, 1, len(curve))))
+    return curve + depth * height[:, None] * normals(curve)
+
+
+def hair_outline(f: Face, end: float) -> np.ndarray:
+    """The outer edge of the hair, from its left end over the crown to its right end."""
+    w, vol = f.width, f.volume
+    half = [(0, TOP - 0.045 - vol), (0.58 * w, TOP - 0.022 - vol), (w + 0.004 + vol, -0.20), (w + 0.030 + vol, -0.06)]
+    half.append((w + 0.030 + vol, 0.035))
+    if end > LONG_HAIR:
+        widest = max(w, float(f.half_width(0.15)))
+        half += [(widest + 0.052 + vol, 0.15), (widest + 0.050 + vol, end - 0.05), (widest + 0.03, end)]
+    curve = arch(half)
+    return scallop(curve, 0.030, 0.078) if f.a["Wavy_Hair"] else curve
+
+
+def draw_back_hair(c: Canvas, f: Face) -> None:
+    """The hair behind neck and ears."""
+    if not f.a["Bald"]:
+        c.fill(hair_outline(f, f.hair_end), f.hair_dark if f.hair_end > LONG_HAIR else f.hair, depth=-0.1)
+
+
+def hairline(f: Face) -> np.ndarray:
+    """The inner edge of the hair on the forehead, from the left ear to the right one."""
+    w, a = f.width, f.a
+    if a["Receding_Hairline"]:
+        temple = [(0.52 * w, -0.285), (0.80 * w, -0.235), (0.90 * w, -0.13), (0.97 * w, 0.02)]
+        return arch([(0, -0.222), (0.22 * w, -0.235), *temple])
+    part = between(-0.02, 0.02, f.v.parting)
+    return arch([(0, -0.200), (0.42 * w, -0.192), (0.74 * w, -0.165), (0.90 * w, -0.09), (0.97 * w, 0.02)]) + (part, 0)
+
+
+def strands(f: Face, outer: np.ndarray, inner: np.ndarray, at, width: float, parted: bool) -> list[np.ndarray]:
+    """Brush strokes that follow the hair between its two edges, ``at`` 0 (outer) to 1; they wave where the hair does.
+
+    ``parted`` strokes start together at the crown, as combed hair does, and need edges that run from ear to ear.
+    """
+    strokes = []
+    middle = len(outer) // 2
+    for t in at:
+        curve = (1 - t) * outer + t * inner
+        if parted:
+            spread = np.abs(np.linspace(-1, 1, len(curve)))[:, None]
+            spread = np.clip(spread / 0.5, 0, 1) ** 0.7
+            crown = 0.75 * outer[middle] + 0.25 * inner[middle] + (between(-0.03, 0.03, f.v.parting), 0)
+            curve = spread * curve + (1 - spread) * crown
+        if f.a["Wavy_Hair"]:
+            wave = np.sin(np.linspace(0, 2 * np.pi * len(curve) / 13, len(curve)))
+            curve = curve + 0.011 * wave[:, None] * normals(curve)
+        halves = (curve[: middle + 1], curve[middle:]) if parted else (curve,)
+        strokes += [ribbon(half, width, 0.25) for half in halves]
+    return strokes
+
+
+def draw_hair_strands(c: Canvas, f: Face, outer, inner, clip, parted: bool) -> None:
+    """Dark and light strands where the hair is wavy, a straight sheen where it is straight, none otherwise."""
+    outer, inner = resample(outer, 60), resample(inner, 60)
+
+    def comb(at, width, colour, alpha):
+        c.fill(strands(f, outer, inner, at, width, parted), colour, depth=0.1, alpha=alpha, clip=clip)
+
+    if f.a["Wavy_Hair"]:
+        comb((0.10, 0.42, 0.74), 0.014, f.hair_dark, 0.9)
+        comb((0.26, 0.58, 0.90), 0.012, f.hair_light, 0.6)
+    elif f.a["Straight_Hair"]:
+        comb((0.34, 0.66), 0.010, f.hair_dark, 0.7)
+        comb((0.20, 0.50, 0.82), 0.014, f.streak, 0.9)
+
+
+def draw_front_hair(c: Canvas, f: Face) -> None:
+    """The hair on top of the head, the locks beside the face, and the fringe."""
+    if f.a["Bald"]:
+        return
+    if f.hair_end > LONG_HAIR:
+        _draw_locks(c, f)
+    if not f.a["Wearing_Hat"]:
+        outer, inner = hair_outline(f, 0.0), hairline(f)
+        cap = np.concatenate([outer, inner[::-1]])
+        c.fill(cap, f.hair, depth=0.1)
+        clip = c.mask(cap, 0.1)
+        side = f.lit_side * 0.4 * f.width
+        c.fill(ellipse(side, TOP + 0.01, 0.13, 0.055), f.hair_light, depth=0.1, alpha=0.55, blur=0.025, clip=clip)
+        dark = ellipse(-f.lit_side * f.width, -0.12, 0.07, 0.14)
+        c.fill(dark, f.hair_dark, depth=0.1, alpha=0.55, blur=0.03, clip=clip)
+        draw_hair_strands(c, f, outer, inner, clip, parted=True)
+    if f.a["Bangs"]:
+        _draw_bangs(c, f)
+
+
+def _draw_locks(c: Canvas, f: Face) -> None:
+    end = f.hair_end
+    heights = np.array([-0.16, -0.05, 0.06, 0.16, max(0.24, 0.6 * end), end])
+    inner = np.stack([f.half_width(heights) - 0.016, heights], 1)
+    inner[4:, 0] = np.minimum(inner[3, 0], (0.175, 0.150))[: len(inner[4:])]
+    right = resample(hair_outline(f, end)[::-1], 120)
+    outer = right[(right[:, 0] > 0) & (right[:, 1] > -0.17)][::-1]
+    inner = spline(inner)
+    for side in (1, -1):
+        edge, inside = outer * (side, 1), inner * (side, 1)
+        lock = np.concatenate([edge, inside[::-1]])
+        c.fill(lock, f.hair, depth=0.1)
+        clip = c.mask(lock, 0.1)
+        away = 0.60 if side != f.lit_side else 0.35
+        tip = ellipse(side * (f.width + 0.02), end, 0.07, 0.15)
+        c.fill(tip, f.hair_dark, depth=0.1, alpha=away, blur=0.05, clip=clip)
+        draw_hair_strands(c, f, edge, inside, clip, parted=False)
+
+
+def _draw_bangs(c: Canvas, f: Face) -> None:
+    w = f.width
+    tips = np.linspace(-0.86 * w, 0.86 * w, 8)
+    lower = []
+    for i, u in enumerate(tips[:-1]):
+        lower += [(u, -0.126), (0.5 * (u + tips[i + 1]), -0.108)]
+    lower.append((tips[-1], -0.126))
+    upper = [(0.93 * w, -0.16), (0.6 * w, -0.245), (0, -0.27), (-0.6 * w, -0.245), (-0.93 * w, -0.16)]
+    shape = np.array(lower + upper)
+    c.fill(shape + (0, 0.018), f.shadow, depth=0.3, alpha=0.55, blur=0.008)
+    c.fill(shape, f.hair, depth=0.3)
+    lines = [ribbon([(0.75 * u, -0.24), (0.95 * u, -0.17), (u, -0.115)], 0.009, 0.4) for u in tips[1:-1]]
+    c.fill(lines, f.hair_dark, depth=0.3, alpha=0.8)
+    if f.a["Straight_Hair"]:
+        lines = [ribbon([(0.75 * u + 0.01, -0.24), (0.97 * u + 0.012, -0.11)], 0.008, 0.4) for u in tips[1:-1]]
+        c.fill(lines, f.streak, depth=0.3, alpha=0.9)
+
+
+def draw_hat(c: Canvas, f: Face) -> None:
+    """A hat with band and brim over the top of the head."""
+    colour = pick(HATS, f.v.accessory)
+    w = f.width + f.volume
+    crown = arch([(0, -0.425), (0.55 * w, -0.410), (0.95 * w, -0.32), (w + 0.025, -0.17)])
+    c.fill(ellipse(0, -0.125, w, 0.05), f.shadow, depth=0.2, alpha=0.6, blur=0.012)
+    c.fill(crown, colour, depth=0.1)
+    clip = c.mask(crown, 0.1)
+    shine = ellipse(f.lit_side * 0.09, -0.34, 0.06, 0.09)
+    c.fill(shine, mix(colour, WHITE, 0.6), depth=0.1, alpha=0.6, blur=0.03, clip=clip)
+    c.fill(ellipse(-f.lit_side * 0.20, -0.26, 0.07, 0.16), BLACK, depth=0.1, alpha=0.45, blur=0.03, clip=clip)
+    band = np.array([(-w - 0.03, -0.245), (w + 0.03, -0.245), (w + 0.03, -0.16), (-w - 0.03, -0.16)])
+    c.fill(band, mix(colour, WHITE, 0.75), depth=0.1, clip=clip)
+    brim = loop([(0, -0.205), (w + 0.115, -0.165), (0.6 * w, -0.135), (0, -0.128)])
+    c.fill(brim, mix(colour, BLACK, 0.22), depth=0.1)
+
+
+# ---------------------------------------------------------------- the head and its shading
+
+
+def draw_ears(c: Canvas, f: Face) -> None:
+    """Both ears; the head covers what yaw turns away."""
+    for side in (-1, 1):
+        x = side * (f.width + 0.010)
+        c.fill(ellipse(x, 0.03, 0.030, 0.058), f.skin, depth=-0.3)
+        c.fill(ellipse(x + side * 0.002, 0.026, 0.016, 0.036), f.shadow, depth=-0.3, alpha=0.7, blur=0.006)
+
+
+def draw_head(c: Canvas, f: Face) -> Image.Image:
+    """The head's skin and its modelling by the light; returns the mask of the face."""
+    if f.a["Double_Chin"]:
+        _draw_second_chin(c, f)
+    c.fill(f.outline, f.skin, depth=0.2)
+    clip = c.mask(f.outline, 0.2)
+    w, jaw = f.width, f.jaw
+    shade = [
+        (0.62 * w, -0.30),
+        (1.3 * w, -0.2),
+        (1.4 * w, 0.1),
+        (0.9 * jaw, 0.36),
+        (0.25 * jaw, 0.33),
+        (0.78 * jaw, 0.15),
+    ]
+    shade = spline([*shade, (0.86 * w, -0.05)], closed=True) * (-f.lit_side, 1)
+    c.fill(shade, f.shadow, depth=0.2, alpha=0.62, blur=0.03, clip=clip)
+    c.fill(ellipse(f.lit_side * 0.06, -0.15, 0.085, 0.06), f.light, depth=0.5, alpha=0.6, blur=0.035, clip=clip)
+    c.fill(ellipse(f.lit_side * 0.115, 0.085, 0.04, 0.035), f.light, depth=0.8, alpha=0.5, blur=0.022, clip=clip)
+    chin = ellipse(0.01 * f.lit_side, f.chin - 0.045, 0.035, 0.02)
+    c.fill(chin, f.light, depth=0.8, alpha=0.5, blur=0.015, clip=clip)
+    c.fill(both(ellipse(0.095, -0.028, 0.058, 0.032)), f.shadow, depth=1, alpha=0.42, blur=0.016, clip=clip)
+    if f.a["Bald"]:
+        shine = ellipse(f.lit_side * 0.07, TOP + 0.075, 0.055, 0.028)
+        c.fill(shine, WHITE, depth=0.3, alpha=0.75, blur=0.012, clip=clip)
+    return clip
+
+
+def _draw_second_chin(c: Canvas, f: Face) -> None:
+    half = min(f.chin_width + 0.030, 0.158)
+    roll = [(half + 0.02, f.chin - 0.09), (half, f.chin), (0.6 * half, f.chin + 0.052), (0, f.chin + 0.064)]
+    roll = loop(roll)
+    c.fill(roll + (0, 0.022), mix(f.shadow, BLACK, 0.35), depth=0.2, alpha=0.8, blur=0.008)
+    c.fill(roll, mix(f.skin, f.light, 0.4), depth=0.2)
+    crease = arch([(0, f.chin + 0.020), (0.5 * half, f.chin + 0.008), (half, f.chin - 0.05)])
+    c.fill(ribbon(crease, 0.030, 0.4), mix(f.shadow, BLACK, 0.45), depth=0.2, blur=0.004)
+
+
+def draw_cheeks(c: Canvas, f: Face, clip) -> None:
+    """Rosy discs, and the light and the hollow that high cheekbones give."""
+    if f.a["Rosy_Cheeks"]:
+        c.fill(both(ellipse(0.128, 0.105, 0.046, 0.040)), (240, 60, 90), depth=0.8, alpha=0.72, blur=0.010, clip=clip)
+    if f.a["High_Cheekbones"]:
+        hollow = stroke([(0.195, 0.105), (0.150, 0.150), (0.105, 0.185)], 0.042, 0.5)
+        c.fill(both(hollow), mix(f.shadow, (70, 20, 20), 0.55), depth=0.7, alpha=0.85, blur=0.007, clip=clip)
+        bone = stroke([(0.190, 0.035), (0.150, 0.075), (0.105, 0.088)], 0.030, 0.4)
+        c.fill(both(bone), (255, 248, 232), depth=0.7, alpha=0.85, blur=0.006, clip=clip)
+
+
+def draw_age(c: Canvas, f: Face, clip) -> None:
+    """Wrinkles: forehead, crow's feet, from nose to mouth, beside the chin."""
+    if f.a["Young"]:
+        return
+    ink = mix(f.shadow, (60, 26, 26), 0.5)
+    lines = [arch([(0, y + 0.004), (0.05, y - 0.004), (0.115, y + 0.008)]) for y in (-0.180, -0.150, -0.120)]
+    forehead = [ribbon(line, 0.012) for line in lines]
+    c.fill(forehead, ink, depth=0.8, alpha=0.8, blur=0.002, clip=clip)
+    folds = [
+        stroke([(0.058, 0.100), (0.092, 0.140), (0.108, 0.190), (0.104, 0.225)], 0.018, 0.35),
+        ribbon([(0.152, -0.006), (0.172, -0.018), (0.192, -0.034)], 0.010, 0.5),
+        ribbon([(0.152, 0.006), (0.174, 0.008), (0.196, 0.008)], 0.010, 0.5),
+        ribbon([(0.150, 0.018), (0.170, 0.032), (0.188, 0.050)], 0.010, 0.5),
+        stroke([(0.100, 0.235), (0.104, 0.260), (0.094, 0.285)], 0.013, 0.35),
+    ]
+    c.fill([s for fold in folds for s in both(fold)], ink, depth=0.8, alpha=0.85, blur=0.002, clip=clip)
+
+
+# ---------------------------------------------------------------- beards
+
+
+def draw_beard(c: Canvas, f: Face, clip) -> None:
+    """What grows below the mouth and on the cheeks; the moustache is drawn after the mouth."""
+    a = f.a
+    if a["5_o_Clock_Shadow"]:
+        heights = np.array([0.115, 0.16, 0.22, 0.27, f.chin])
+        edge = np.stack([f.half_width(heights) + 0.01, heights], 1)
+        inner = [(0.05, 0.135), (0.11, 0.150)]
+        right = np.concatenate([inner, edge])
+        area = np.concatenate([right, mirror(right)[::-1]])
+        c.fill(area, (62, 76, 104), depth=0.4, alpha=0.62, blur=0.007, clip=clip)
+    if a["Sideburns"]:
+        heights = np.array([-0.12, -0.05, 0.02, 0.08, 0.125])
+        edge = np.stack([f.half_width(heights) + 0.002, heights], 1)
+        inner = edge - np.stack([(0.022, 0.036, 0.048, 0.060, 0.068), (0, 0, 0, 0, -0.016)], 1)
+        c.fill(both(np.concatenate([spline(edge), spline(inner)[::-1]])), f.beard, depth=0.2)
+        hairs = [ribbon([(x - 0.018, y - 0.05), (x - 0.030, y + 0.01)], 0.007) for x, y in edge[1:]]
+        c.fill([h for hair in hairs for h in both(hair)], mix(f.beard, WHITE, 0.25), depth=0.2, alpha=0.6)
+    if not a["No_Beard"] and not any(a[name] for name in BEARDS):
+        heights = np.array([0.095, 0.16, 0.20, 0.24, 0.27])
+        edge = np.stack([f.half_width(heights) + 0.010, heights], 1)
+        tip = [(0.75 * f.chin_width, f.chin + 0.020), (0, f.chin + 0.036)]
+        inner = [(0, 0.262), (0.055, 0.256), (0.105, 0.225), (0.80 * edge[1, 0], 0.180), (edge[0, 0] - 0.02, 0.10)]
+        c.fill(both(np.concatenate([spline([*edge, *tip]), spline(inner)])), f.beard, depth=0.4)
+        hairs = [ribbon([(u, 0.27), (0.97 * u, f.chin + 0.012)], 0.007) for u in np.linspace(-0.1, 0.1, 7)]
+        c.fill(hairs, mix(f.beard, WHITE, 0.25), depth=0.5, alpha=0.6)
+    if a["Goatee"]:
+        tip = [(0.062, f.chin - 0.015), (0.032, f.chin + 0.030), (0, f.chin + 0.044)]
+        patch = loop([(0, 0.262), (0.058, 0.250), *tip])
+        c.fill(patch, f.beard, depth=0.8)
+        hairs = [ribbon([(u, 0.265), (0.7 * u, f.chin + 0.028)], 0.006) for u in (-0.036, -0.012, 0.012, 0.036)]
+        c.fill(hairs, mix(f.beard, WHITE, 0.25), depth=0.8, alpha=0.6)
+
+
+def draw_mustache(c: Canvas, f: Face) -> None:
+    """Two drooping halves between nose and mouth."""
+    if not f.a["Mustache"]:
+        return
+    lower = [(0.112, 0.196), (0.074, 0.186), (0.03, 0.180), (0, 0.176)]
+    half = spline([(0, 0.140), (0.045, 0.138), (0.085, 0.158), *lower])
+    c.fill(both(half), f.beard, depth=1.1)
+    hairs = [ribbon([(0.012 + 0.5 * u, 0.146), (u + 0.012, 0.176)], 0.005) for u in (0.015, 0.035, 0.055)]
+    c.fill([s for h in hairs for s in both(h)], mix(f.beard, WHITE, 0.25), depth=1.1, alpha=0.6)
+
+
+# ---------------------------------------------------------------- the features
+
+
+def draw_eye(c: Canvas, f: Face, side: int) -> None:
+    """The left (side -1) or right (side 1) eye with lid, lashes, make-up, and the bag below it."""
+    a, v = f.a, f.v
+    x = side * between(0.093, 0.099, v.eyes)
+    half = 0.050
+    height = between(0.0080, 0.0100, v.eyes) if a["Narrow_Eyes"] else between(0.028, 0.032, v.eyes)
+    upper = arch([(0, -height), (0.5 * half, -0.78 * height), (half, 0.002)]) + (x, 0)
+    lower = arch([(0, 0.82 * height), (0.5 * half, 0.66 * height), (half, 0.002)])[::-1] + (x, 0)
+    almond = np.concatenate([upper, lower])
+    if a["Heavy_Makeup"]:
+        brow_bone = (upper - (x, 0)) * (1.16, 0.3) + (x + side * 0.010, -0.050)
+        lid = np.concatenate([upper + (side * 0.006, 0), brow_bone[::-1]])
+        c.fill(lid, pick(MAKEUP, v.accessory), depth=1, alpha=0.92, blur=0.004)
+    if a["Bags_Under_Eyes"]:
+        bag = ribbon(arch([(0, 0.056), (0.026, 0.050), (0.052, 0.026)]) + (x, 0), 0.030, 0.4)
+        c.fill(bag, (74, 46, 92), depth=0.95, alpha=0.82, blur=0.004)
+    c.fill(almond, (252, 250, 248), depth=1)
+    clip = c.mask(almond, 1)
+    iris = pick(EYE_COLOURS, v.eye_colour)
+    gaze = x + 0.35 * c.yaw
+    c.fill(ellipse(gaze, -0.002, 0.0245, 0.0245), mix(iris, BLACK, 0.45), depth=1, clip=clip)
+    c.fill(ellipse(gaze, 0.000, 0.0200, 0.0200), iris, depth=1, clip=clip)
+    c.fill(ellipse(gaze, -0.001, 0.0105, 0.0105), (12, 8, 8), depth=1, clip=clip)
+    c.fill(upper + (0, 0.006), BLACK, depth=1, alpha=0.30, blur=0.005, clip=clip)
+    c.fill(ellipse(gaze + f.lit_side * 0.008, -0.010, 0.0062, 0.0062, 12), WHITE, depth=1, clip=clip)
+    made_up = a["Heavy_Makeup"]
+    c.fill(ribbon(upper, 0.017 if made_up else 0.010 if a["Male"] else 0.014, 0.5), INK, depth=1)
+    c.fill(ribbon(lower, 0.005, 0.3), mix(f.shadow, INK, 0.5), depth=1, alpha=0.8)
+    if not a["Narrow_Eyes"] and not made_up:
+        c.fill(ribbon(upper + (0, -0.014), 0.006, 0.2), mix(f.shadow, INK, 0.4), depth=1, alpha=0.8)
+    if made_up or not a["Male"]:
+        reach, width = (0.034, 0.011) if made_up else (0.016, 0.007)
+        lashes = []
+        for along, sideways in ((0.35, 0.35), (0.65, 0.6), (0.95, 0.9)):
+            u, root = upper[np.argmin(abs(upper[:, 0] - x - side * half * along))]
+            lashes.append(ribbon([(u, root), (u + side * reach * sideways, root - 0.75 * reach)], width, 0.6))
+        c.fill(lashes, INK, depth=1)
+
+
+def draw_brows(c: Canvas, f: Face) -> None:
+    """Flat and thin, arched, bushy, or both."""
+    a, v = f.a, f.v
+    if a["Arched_Eyebrows"]:
+        curve = spline([(0.046, -0.060), (0.080, -0.090), (0.112, -0.112), (0.136, -0.090), (0.160, -0.052)])
+    else:
+        y = between(-0.067, -0.073, v.brows)
+        curve = spline([(0.042, y + 0.003), (0.075, y - 0.003), (0.110, y - 0.004), (0.152, y + 0.006)])
+    colour = mix(f.hair_dark if not a["Gray_Hair"] else f.hair, INK, 0.35)
+    if a["Bushy_Eyebrows"]:
+        c.fill(both(ribbon(curve, 0.044, 0.65)), mix(colour, (20, 14, 12), 0.7), depth=1)
+    else:
+        c.fill(both(ribbon(curve, between(0.0135, 0.0165, v.brows), 0.35)), colour, depth=1)
+
+
+def draw_nose(c: Canvas, f: Face) -> None:
+    """A small or a big one, round or as a sharp pyramid with one side in the shade."""
+    a, v = f.a, f.v
+    big, pointy = a["Big_Nose"], a["Pointy_Nose"]
+    half = between(0.062, 0.068, v.nose) if big else between(0.029, 0.033, v.nose)
+    tip = 0.128 if big else 0.112
+    dark = -f.lit_side
+    strong = mix(f.shadow, (60, 16, 16), 0.45)
+    bridge = stroke([(dark * 0.020, -0.035), (dark * 0.018, 0.02), (dark * 0.7 * half, 0.085)], 0.020, 0.5)
+    c.fill(bridge, f.shadow, depth=1.2, alpha=0.6, blur=0.008)
+    c.fill(ribbon([(0, -0.03), (0, 0.03), (0, 0.075)], 0.016, 0.5), f.light, depth=1.35, alpha=0.7, blur=0.006)
+    if pointy:
+        tip += 0.022
+        left, right, top = (-half - 0.012, tip - 0.024), (half + 0.012, tip - 0.024), (0, -0.020)
+        c.fill(np.array([top, left, (0, tip), right]), f.light, depth=1.4)
+        c.fill(np.array([top, (dark * (half + 0.012), tip - 0.024), (0, tip)]), strong, depth=1.4)
+        nostril = 0.45 * half
+        c.fill(both(ellipse(nostril + 0.008, tip - 0.016, 0.30 * half, 0.007)), mix(strong, BLACK, 0.55), depth=1.3)
+        return
+    c.fill(ellipse(0, tip + 0.010, 1.25 * half, 0.016), f.shadow, depth=1.2, alpha=0.7, blur=0.007)
+    wing = 0.026 if big else 0.014
+    c.fill(both(ellipse(half - 0.5 * wing, tip - wing, wing, 1.05 * wing)), mix(f.skin, f.shadow, 0.55), depth=1.25)
+    ball = 0.046 if big else 0.024
+    c.fill(ellipse(0, tip - 0.62 * ball, ball, 0.86 * ball), mix(f.skin, f.shadow, 0.18), depth=1.45)
+    shade = ellipse(dark * 0.4 * ball, tip - 0.5 * ball, 0.6 * ball, 0.6 * ball)
+    c.fill(shade, f.shadow, depth=1.45, alpha=0.55, blur=0.006)
+    shine = ellipse(-dark * 0.25 * ball, tip - 0.95 * ball, 0.36 * ball, 0.28 * ball)
+    c.fill(shine, WHITE, depth=1.45, alpha=0.65, blur=0.004)
+    nostrils = both(ellipse(0.55 * half, tip - 0.003, 0.30 * half, 0.0085 if big else 0.006))
+    c.fill(nostrils, mix(strong, BLACK, 0.55), depth=1.35)
+    if big:
+        rim = stroke([(half + 0.006, tip - 0.045), (half + 0.016, tip - 0.022), (half + 0.004, tip)], 0.012, 0.5)
+        c.fill(both(rim), strong, depth=1.25, alpha=0.9)
+
+
+def draw_mouth(c: Canvas, f: Face) -> None:
+    """Lips, thin or full; corners level or up; closed, or open on a row of teeth."""
+    a, v = f.a, f.v
+    big, smile = a["Big_Lips"], a["Smiling"]
+    half = between(0.068, 0.074, v.mouth) + (0.008 if big else 0) + (0.028 if smile else 0)
+    lift = 0.050 if smile else between(0.002, 0.007, v.mouth)
+    up, low = (0.036, 0.044) if big else (0.014, 0.019)
+    gap = 0.017 if a["Mouth_Slightly_Open"] else 0.0
+    y = MOUTH + (0.012 if smile else 0.0)
+    corner, bow = (half, y - lift), y - 0.1 * lift - gap
+    low_edge, side_lift = y + 0.1 * lift + 1.3 * gap, 0.24 * lift
+    inner_up = arch([(0, bow), (0.5 * half, y - side_lift - gap), corner])
+    inner_low = arch([(0, low_edge), (0.55 * half, y - 0.18 * lift + 1.1 * gap), corner])[::-1]
+    peaks = [(0.16 * half, bow - 0.05 * lift - 1.1 * up), (0.45 * half, y - 0.30 * lift - gap - 0.8 * up)]
+    outer_up = arch([(0, bow - 0.85 * up), *peaks, corner])
+    full = (0.6 * half, y - 0.3 * lift + 1.1 * gap + 0.75 * low)
+    outer_low = arch([(0, low_edge + 1.1 * low), full, corner])[::-1]
+    lip = pick(LIPSTICKS, v.mouth) if a["Wearing_Lipstick"] else mix(f.skin, (204, 68, 84), 0.6)
+    c.fill(outer_low + (0, 0.016), f.shadow, depth=1, alpha=0.5, blur=0.008)
+    c.fill(np.concatenate([outer_up, outer_low]), lip, depth=1)
+    c.fill(np.concatenate([outer_up, inner_up[::-1]]), mix(lip, BLACK, 0.22), depth=1)
+    shine = ellipse(f.lit_side * 0.012, y + 1.3 * gap + 0.55 * low, 0.024, 0.30 * low)
+    c.fill(shine, mix(lip, WHITE, 0.65), depth=1, alpha=0.75, blur=0.004)
+    if gap:
+        hole = np.concatenate([inner_up, inner_low])
+        c.fill(hole, (52, 8, 14), depth=1)
+        teeth = np.concatenate([inner_up, 0.45 * inner_low + 0.55 * inner_up[::-1]])
+        c.fill(teeth * (0.86, 1), (250, 248, 242), depth=1, clip=c.mask(hole, 1))
+    else:
+        c.fill(ribbon(inner_up, 0.008, 0.5), mix(lip, (30, 0, 0), 0.65), depth=1)
+    if smile:
+        dimple = [(half + 0.006, y - lift - 0.030), (half + 0.022, y - lift), (half + 0.014, y - lift + 0.026)]
+        cheek = stroke(dimple, 0.017, 0.3)
+        c.fill(both(cheek), mix(f.shadow, (60, 20, 20), 0.35), depth=0.9, alpha=0.9)
+
+
+def draw_glasses(c: Canvas, f: Face) -> None:
+    """Dark frames, hardly tinted lenses."""
+    colour = pick(FRAMES, f.v.accessory)
+    top = [(0.024, -0.038), (0.096, -0.046), (0.170, -0.038), (0.172, 0.022)]
+    ring = spline([*top, (0.150, 0.058), (0.096, 0.066), (0.042, 0.056), (0.024, 0.020)], closed=True)
+    c.fill(both(ring), (225, 240, 255), depth=1.1, alpha=0.16)
+    closed = np.concatenate([ring, ring[:2]])
+    c.fill(both(ribbon(closed, 0.017, 1)), colour, depth=1.1)
+    c.fill(stroke([(-0.026, -0.012), (0, -0.020), (0.026, -0.012)], 0.017, 1), colour, depth=1.2)
+    c.fill(both(ribbon([(0.168, -0.015), (f.width, -0.012)], 0.015, 1)), colour, depth=0.8)
+
+
+def draw_earrings(c: Canvas, f: Face) -> None:
+    """Golden discs below the ears."""
+    x, y = f.width + 0.022, 0.118
+    c.fill(both(ellipse(x, y, 0.041, 0.041)), (110, 66, 0), depth=-0.3)
+    c.fill(both(ellipse(x, y, 0.034, 0.034)), (255, 206, 20), depth=-0.3)
+    for side in (-1, 1):
+        c.fill(ellipse(side * x - 0.010, y - 0.011, 0.012, 0.012), (255, 255, 220), depth=-0.3)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def render(attributes: dict[str, bool], variation: Variation, size: int) -> Image.Image:
+    """Draw the face with these attributes, ``size`` pixels square, RGB. Free of chance.
+
+    Raises:
+        ValueError: when ``size`` is below `SMALLEST_SIZE`.
+    """
+    if size < SMALLEST_SIZE:
+        raise ValueError(f"size {size} is too small: the smallest face is {SMALLEST_SIZE} pixels wide")
+    a = attributes
+    c, f = Canvas(size, variation), plan_face(attributes, variation)
+    draw_background(c, f)
+    draw_back_hair(c, f)
+    draw_body(c, f)
+    ears_free = a["Bald"] or f.hair_end <= LONG_HAIR or a["Wearing_Earrings"]
+    draw_ears(c, f)
+    clip = draw_head(c, f)
+    draw_cheeks(c, f, clip)
+    draw_age(c, f, clip)
+    draw_front_hair(c, f)
+    if ears_free and f.hair_end > LONG_HAIR and not a["Bald"]:
+        draw_ears(c, f)
+    draw_beard(c, f, clip)
+    draw_nose(c, f)
+    draw_mouth(c, f)
+    draw_mustache(c, f)
+    for side in (-1, 1):
+        draw_eye(c, f, side)
+    draw_brows(c, f)
+    if a["Eyeglasses"]:
+        draw_glasses(c, f)
+    if a["Wearing_Hat"]:
+        draw_hat(c, f)
+    if a["Wearing_Earrings"]:
+        draw_earrings(c, f)
+    return c.finish(a["Blurry"])
+
+
+def draw_face(seed: int, index: int, size: int) -> tuple[Image.Image, dict[str, bool]]:
+    """Image ``index`` of ``seed`` (both 0 or more), ``size`` pixels square, with its 40 attributes.
+
+    Raises:
+        ValueError: when seed or index is negative, or ``size`` is below `SMALLEST_SIZE`.
+    """
+    rng = np.random.default_rng([seed, index])
+    attributes = sample_attributes(rng)
+    return render(attributes, sample_variation(rng), size), attributes
+
+
+def _write_face(index: int, folder: Path, seed: int, size: int) -> str:
+    image, attributes = draw_face(seed, index, size)
+    image.save(folder / f"{index}.jpg", quality=95, subsampling=0)
+    return f"{index}.jpg  " + " ".join("1" if attributes[name] else "-1" for name in ATTRIBUTES)
+
+
+def write_dataset(
+    out: str | Path, count: int, size: int, seed: int, workers: int | None = None, overwrite: bool = False
+) -> None:
+    """Write ``count`` faces and their annotation into the folder ``out``, laid out as CelebAMask-HQ is.
+
+    The files do not depend on ``workers`` (processes; by default one a core). With ``overwrite`` the numbered pictures
+    and the annotation of that layout are replaced; anything else in the folder stays.
+
+    Raises:
+        InputError: ``out`` is a file, cannot be written, or holds something and ``overwrite`` is not set; or a number
+            is out of range: count and workers from 1, size from `SMALLEST_SIZE`, seed from 0.
+    """
+    workers = workers if workers is not None else os.cpu_count() or 1
+    lowest = {"count": (count, 1), "size": (size, SMALLEST_SIZE), "seed": (seed, 0), "workers": (workers, 1)}
+    for name, (value, low) in lowest.items():
+        if value < low:
+            raise InputError(f"{name} {value} is out of range, must be at least {low}")
+    out = Path(out)
+    folder = _prepare_folder(out, overwrite)
+    write = functools.partial(_write_face, folder=folder, seed=seed, size=size)
+    progress = functools.partial(tqdm, total=count, unit="face", desc="drawing faces")
+    if workers == 1:
+        lines = list(progress(map(write, range(count))))
+    else:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            lines = list(progress(pool.imap(write, range(count), chunksize=32)))
+    with atomic_write(out / ANNOTATION_FILE) as file:
+        file.write_text("\n".join([str(count), " ".join(ATTRIBUTES), *lines]) + "\n", encoding="utf-8")
+
+
+def _prepare_folder(out: Path, overwrite: bool) -> Path:
+    """The folder for the pictures, without pictures of an earlier run (those beyond a smaller count would linger)."""
+    folder = out / IMAGE_FOLDER
+    try:
+        if out.is_dir() and any(out.iterdir()) and not overwrite:
+            raise InputError(f"--out {out}: not empty; name another folder, or replace its faces with --overwrite")
+        folder.mkdir(parents=True, exist_ok=True)
+        (out / ANNOTATION_FILE).unlink(missing_ok=True)
+        for old in folder.glob("*.jpg"):
+            if old.stem.isdecimal():
+                old.unlink()
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there: {error.strerror}") from None
+    return folder
+
+
+def sheet_attributes(name: str) -> dict[str, bool]:
+    """A plain face without ``name``, on which it can be seen: a man for beards, a woman for make-up, and so on."""
+    a = dict.fromkeys(ATTRIBUTES, False)
+    men = (
+        *BEARDS,
+        "Sideburns",
+        "No_Beard",
+        "Bald",
+        "Receding_Hairline",
+        "Wearing_Necktie",
+        "Bushy_Eyebrows",
+        "Double_Chin",
+    )
+    a.update(Male=name in men, Young=True, No_Beard=True)
+    if name not in HAIR_COLOURS:
+        a["Brown_Hair"] = True
+    a["Attractive"] = True
+    if a[name]:
+        a = flip_attribute(a, name)
+    return a
+
+
+def contact_sheet(path: str | Path, size: int = 104, seed: int = 0, columns: int = 5) -> None:
+    """Write a PNG that shows each attribute on a pair of faces, without and with it, all else equal.
+
+    ``size`` is the width of a face in pixels, ``columns`` the number of pairs in a row.
+
+    Raises:
+        InputError: ``path`` cannot be written.
+    """
+    label, gap = 20, 10
+    rows = -(-len(ATTRIBUTES) // columns)
+    cell = (2 * size + 2 + gap, size + label + gap)
+    sheet = Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + gap), WHITE)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, name in enumerate(ATTRIBUTES):
+        without = sheet_attributes(name)
+        variation = sample_variation(np.random.default_rng([seed, i]))
+        # short hair on men and long on women keeps the pairs easy to read
+        variation = dataclasses.replace(variation, hair_length=0.6)
+        x, y = gap + (i % columns) * cell[0], gap + (i // columns) * cell[1]
+        draw.text((x, y), name, fill=INK, font=font)
+        for k, attributes in enumerate((without, flip_attribute(without, name))):
+            sheet.paste(render(attributes, variation, size), (x + k * (size + 2), y + label))
+    with atomic_write(path) as file:
+        sheet.save(file, format="PNG")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Draw labelled faces in the layout of CelebAMask-HQ.")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
+    parser.add_argument("--count", type=number(int, 1), required=True, metavar="N", help="number of faces")
+    size = number(int, SMALLEST_SIZE)
+    parser.add_argument("--size", type=size, default=64, metavar="S", help="width and height in pixels (64)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="K", help="same seed, same faces (0)")
+    parser.add_argument("--workers", type=number(int, 1), metavar="W", help="processes (one a core)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the faces in a folder that is not empty")
+    parser.add_argument("--sheet", metavar="FILE.png", help="also write a contact sheet of the 40 attributes")
+    args = parser.parse_args(argv)
+    write_dataset(args.out, args.count, args.size, args.seed, args.workers, args.overwrite)
+    if args.sheet is not None:
+        contact_sheet(args.sheet)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,225 @@
+"""The report of diagnostics.py, and that it catches what it is there to catch."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from test_laws import ForgetsShift, random, randomise, seeded, tiny
+
+import diagnostics
+from checkpoints import load_spnn, save_spnn
+from data_loader import attribute_indices
+from diagnostics import IDENTITIES, accuracy, diagnose, first_nonfinite, format_table, penrose
+from models import SPNN, ConvPINNBlock
+from utils import InputError
+
+
+@pytest.fixture
+def model() -> SPNN:
+    return randomise(tiny(), seeded(0))
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return random((5, 3, 4, 4), seed=1, dtype=torch.float32).clamp(-1, 1)
+
+
+def loader(images: torch.Tensor, classes: int = 3, batch: int = 2) -> list:
+    labels = (torch.rand((len(images), classes), generator=seeded(4)) > 0.5).float()
+    return list(zip(images.split(batch), labels.split(batch), strict=True))
+
+
+def test_penrose_measures_rounding(model, images):
+    single, double = (penrose(model, images, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    for name in IDENTITIES:
+        assert double[name]["relative_max"] < 1e-10 < single[name]["relative_max"] < 1e-3, name
+        for figures in (single[name], double[name]):
+            assert figures["absolute_rms"] <= figures["absolute_max"]
+    assert single["lost"] == pytest.approx(double["lost"], rel=1e-4) and double["lost"] > 0.01
+
+
+def test_penrose_leaves_the_model_alone(model, images):
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    penrose(model, images, dtype=torch.float64)
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, before[name])
+        assert value.requires_grad is False and model.get_parameter(name).grad is None
+
+
+def test_penrose_does_not_depend_on_the_batch_size(model, images):
+    one, all_at_once = (penrose(model, images, dtype=torch.float64, batch_size=b) for b in (1, 5))
+    for key in ("naturalness_norm", "natural_distance", "lost"):
+        assert one[key] == pytest.approx(all_at_once[key], rel=1e-9)
+    again = penrose(model, images, dtype=torch.float64, batch_size=5)
+    assert again == all_at_once
+
+
+def test_naturalness_is_what_it_says(model, images):
+    figures = penrose(model, images, dtype=torch.float64)
+    model = model.double()
+    with torch.no_grad():
+        y = model(images.double())
+        natural, zero = model.natural(y).z, model(torch.zeros(1, 3, 4, 4).double(), True)[1]
+        squares = [(a - b).square().flatten(1) for a, b in zip(natural, zero, strict=True) if a is not None]
+        assert figures["natural_distance"] == pytest.approx(torch.cat(squares, 1).mean().item())
+        assert figures["naturalness_norm"] == pytest.approx(model.pinv(y).square().flatten(1).sum(1).mean().item())
+
+
+def test_given_targets_are_used(model, images):
+    near = penrose(model, images, targets=torch.zeros(2, 3))
+    assert near["right_inverse"]["relative_max"] in (0.0, math.inf)  # relative to nothing
+    assert near["right_inverse"]["absolute_max"] < 1e-5
+
+
+def test_a_fresh_network_can_be_measured(images):
+    figures = penrose(tiny(), torch.zeros(2, 3, 4, 4))  # g = 0
+    assert figures["right_inverse"]["relative_max"] < 1e-5 and math.isnan(figures["lost"])
+    with pytest.raises(ValueError, match="no images"):
+        penrose(tiny(), images[:0])
+
+
+def test_the_report_catches_a_broken_pinv(images):
+    model = tiny()
+    model.pinn.blocks[1] = ForgetsShift(12, 5, hidden=6)
+    figures = penrose(randomise(model, seeded(0)), images, dtype=torch.float64)
+    for name in IDENTITIES:
+        assert figures[name]["relative_rms"] > 1e-3, name
+
+
+def test_accuracy(model, images):
+    with torch.no_grad():
+        truth = (model(images) > 0).float()
+    truth[:, 1] = 1 - truth[:, 1]
+    figures = accuracy(model.train(), [(images[:2], truth[:2]), (images[2:], truth[2:])], "cpu")
+    assert figures["by_attribute"] == [1.0, 0.0, 1.0] and figures["images"] == 5 and model.training
+    assert figures["accuracy"] == pytest.approx(2 / 3)
+    always = [(images, torch.ones(5, 3))]
+    assert all(math.isnan(value) for value in accuracy(model, always, "cpu")["balanced_by_attribute"])
+    with pytest.raises(ValueError, match="no images"):
+        accuracy(model, [], "cpu")
+
+
+def test_first_nonfinite_is_none_for_a_sound_model(model, images):
+    assert first_nonfinite(model, images) is None
+    assert first_nonfinite(model, images, 50 * torch.ones(5, 3)) is None
+
+
+@torch.no_grad()
+def test_first_nonfinite_names_a_weight_or_an_input(model, images):
+    broken = copy.deepcopy(model)
+    broken.pinn.blocks[2].s.net[0].weight[0, 0] = math.nan
+    broken.pinn.blocks[4].s.net[0].weight[0, 0] = math.inf
+    assert first_nonfinite(broken, images) == "weight pinn.blocks.2.s.net.0.weight"
+    assert first_nonfinite(model, images * math.inf) == "the images"
+    assert first_nonfinite(model, images, torch.full((5, 3), math.nan)) == "the target logits"
+
+
+class Overflows(ConvPINNBlock):
+    """A block with finite weights that fails at one place."""
+
+    where = ""
+
+    def natural_latent(self, y):
+        return super().natural_latent(y) * (math.inf if self.where == "natural latent" else 1)
+
+    def forward(self, x, return_latent=False):
+        y, z = super().forward(x, True)
+        y = y * math.nan if self.where == "output" else y
+        z = z * math.nan if self.where == "latent" else z
+        return (y, z) if return_latent else y
+
+    def pinv(self, y, latent=None):
+        return super().pinv(y, latent) * (math.nan if self.where == "pseudo-inverse" else 1)
+
+
+@pytest.mark.parametrize("where", ["output", "latent", "natural latent", "pseudo-inverse"])
+def test_first_nonfinite_names_the_block(images, where):
+    model = tiny()
+    model.pinn.blocks[2] = Overflows(5, 4, hidden=6, feat_size=2)
+    model.pinn.blocks[2].where = where
+    randomise(model, seeded(0))
+    assert first_nonfinite(model, images) == f"block 2 ConvPINNBlock(5->4), its {where}"
+
+
+def test_first_nonfinite_names_a_float32_overflow(model, images):
+    with torch.no_grad():
+        model.pinn.blocks[2].r.net[0].weight.fill_(3e38)
+    found = first_nonfinite(model, images)
+    assert found is None or found.startswith("block 2 ")
+
+
+def test_diagnose_is_json_and_a_table(model, images):
+    report = diagnose(model, loader(images), samples=3, attributes=["Bald", "Young", "Male"])
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["penrose"]["float64"]["images"] == 3 and report["accuracy"]["images"] == 5
+    table = format_table(report)
+    for text in ("g g' (y) = y", "float64", "Young", "first number that is not finite: none"):
+        assert text in table
+    assert "only one class" in format_table(diagnose(model, [(images, torch.ones(5, 3))], float64=False))
+    with pytest.raises(ValueError, match="2 attribute names for 3 logits"):
+        diagnose(model, loader(images), attributes=["Bald", "Young"])
+    with pytest.raises(ValueError, match="samples"):
+        diagnose(model, loader(images), samples=0)
+
+
+def test_diagnose_of_a_model_with_nan_is_a_report(model, images):
+    with torch.no_grad():
+        model.pinn.blocks[4].t.net[0].bias.fill_(math.nan)
+    report = diagnose(model, loader(images))
+    json.dumps(report, allow_nan=False)
+    assert report["nonfinite"] == "weight pinn.blocks.4.t.net.0.bias"
+    assert report["penrose"]["float32"]["right_inverse"]["relative_max"] is None
+    assert "not finite" in format_table(report)
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+class Faces(torch.utils.data.Dataset):
+    """Stands for the data set: random images with 40 labels."""
+
+    def __init__(self, root, split, img_size):
+        self.images = random((7, 3, img_size, img_size), seed=2, dtype=torch.float32).clamp(-1, 1)
+        self.labels = (torch.rand((7, 40), generator=seeded(3)) > 0.5).float()
+
+    def __len__(self):
+        return 7
+
+    def batch(self, indices, flip=None):
+        return self.images[list(indices)], self.labels[list(indices)]
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_loader.CelebAMaskHQ", Faces)
+    path = tmp_path / "run" / "best_model.pth"
+    save_spnn(path, model, {"attributes": ["Smiling", "Male", "Eyeglasses"]})
+    return path
+
+
+def test_command(checkpoint, tmp_path, capsys):
+    target = tmp_path / "report.json"
+    arguments = ["--checkpoint", checkpoint, "--dataset_path", "anywhere", "--json", target, "--device", "cpu"]
+    assert diagnostics.main([str(a) for a in [*arguments, "--samples", 4, "--batch_size", 3]]) == 0
+    assert "Eyeglasses" in capsys.readouterr().out
+    report = json.loads(target.read_text())
+    assert report["accuracy"]["images"] == 7 and report["penrose"]["float32"]["images"] == 4
+    assert report["attributes"] == ["Smiling", "Male", "Eyeglasses"] and report["settings"]["split"] == "test"
+    labels = Faces("", "test", 4)
+    with torch.no_grad():
+        logits = load_spnn(checkpoint)[0](labels.images)
+    truth = labels.labels[:, attribute_indices(report["attributes"])]
+    hits = (logits > 0) == (truth > 0.5)
+    assert report["accuracy"]["by_attribute"] == pytest.approx(hits.double().mean(0).tolist())
+
+
+def test_command_refuses_unknown_labels(checkpoint, model):
+    save_spnn(checkpoint, model)  # no names
+    (checkpoint.parent / "config.json").unlink()
+    save_spnn(checkpoint, model)
+    with pytest.raises(InputError, match="3 logits, but no attribute names"):
+        diagnostics.main(["--checkpoint", str(checkpoint), "--dataset_path", "anywhere", "--device", "cpu"])

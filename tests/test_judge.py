@@ -1,0 +1,152 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import judge as judge_module
+from data_loader import ATTRIBUTES, CelebAMaskHQ
+from judge import Judge, figures, format_table, load_judge, main, train_judge
+from utils import InputError, run_command
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Pictures this small are slower on many threads, much slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """120 pictures of 16 x 16 whose top left and bottom right corners show "Wearing_Hat" and "Wearing_Necktie"."""
+    root = tmp_path_factory.mktemp("faces")
+    (root / "CelebA-HQ-img").mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["120", " ".join(ATTRIBUTES)]
+    for i in range(120):
+        bits = rng.integers(0, 2, 40)
+        pixels = rng.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+        if bits[ATTRIBUTES.index("Wearing_Hat")]:
+            pixels[:6] = 250
+        if bits[ATTRIBUTES.index("Wearing_Necktie")]:
+            pixels[-6:, 5:11] = 250
+        Image.fromarray(pixels).save(root / "CelebA-HQ-img" / f"{i}.jpg", quality=95)
+        lines.append(f"{i}.jpg " + " ".join("1" if bit else "-1" for bit in bits))
+    (root / "CelebAMask-HQ-attribute-anno.txt").write_text("\n".join(lines))
+    return root
+
+
+def arguments(faces, out, *more: str) -> list[str]:
+    small = ["--img_size", "16", "--width", "8", "--epochs", "12", "--batch_size", "16", "--device", "cpu"]
+    return ["--dataset_path", str(faces), "--out", str(out), *small, *more]
+
+
+@pytest.fixture(scope="module")
+def trained(faces, tmp_path_factory):
+    out = tmp_path_factory.mktemp("judge") / "judge.safetensors"
+    assert main(arguments(faces, out, "--dtype", "float16")) == 0
+    return out
+
+
+def test_size_and_shapes():
+    judge = Judge()
+    assert 0.5e6 <= sum(p.numel() for p in judge.parameters()) <= 0.9e6
+    with torch.inference_mode():
+        assert judge(torch.zeros(2, 3, 64, 64)).shape == (2, 40)
+        for size in (8, 9, 32, 33):
+            assert Judge(7, size, 4).eval()(torch.zeros(1, 3, size, size)).shape == (1, 7)
+    with pytest.raises(ValueError, match="64, 64"):
+        judge(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(InputError, match="img_size 4"):
+        Judge(img_size=4)
+
+
+def test_it_knows_where_things_are():
+    judge = Judge(img_size=16, width=8).eval()
+    image = torch.zeros(1, 3, 16, 16)
+    image[..., :4, :4] = 1
+    with torch.inference_mode():
+        assert not torch.allclose(judge(image), judge(image.roll((8, 8), (-2, -1))))
+
+
+def test_training_learns_what_can_be_seen_and_reports_it(trained):
+    record = json.loads(trained.with_suffix(".json").read_text())
+    by_attribute = record["test"]["by_attribute"]
+    assert list(by_attribute) == record["attributes"] == list(ATTRIBUTES)
+    assert by_attribute["Wearing_Hat"]["accuracy"] >= 0.9 and by_attribute["Wearing_Necktie"]["accuracy"] >= 0.9
+    assert record["test"]["images"] == 12 and len(record["history"]) == 12
+    assert record["history"][-1]["train_loss"] < record["history"][0]["train_loss"]
+
+
+def test_the_figures_are_those_of_the_file(trained, faces, capsys):
+    record = json.loads(trained.with_suffix(".json").read_text())
+    test = CelebAMaskHQ(faces, "test", 16)
+    judge = load_judge(trained)
+    assert not judge.training and judge.mean.dtype == torch.float32
+    with torch.inference_mode():
+        measured = figures(judge(test.batch(range(len(test)))[0]), test.labels)
+    assert measured == record["test"]
+    assert main(arguments(faces, trained, "--evaluate")) == 0
+    assert format_table(measured) in capsys.readouterr().out
+
+
+def test_an_existing_judge_is_kept(trained, faces):
+    before = trained.read_bytes()
+    with pytest.raises(InputError, match="--overwrite"):
+        main(arguments(faces, trained))
+    assert trained.read_bytes() == before
+
+
+def test_training_repeats_with_its_seed(faces):
+    train, val = (CelebAMaskHQ(faces, split, 16) for split in ("train", "val"))
+    settings = {"epochs": 1, "batch_size": 32, "width": 4, "device": torch.device("cpu")}
+    one, other, third = (train_judge(train, val, seed=seed, **settings)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["head.4.weight"], third["head.4.weight"])
+
+
+def test_load_failures(tmp_path, trained):
+    with pytest.raises(InputError, match="no such file"):
+        load_judge(tmp_path / "none.safetensors")
+    copy = tmp_path / "judge.safetensors"
+    copy.write_bytes(trained.read_bytes())
+    with pytest.raises(InputError, match="cannot read its architecture"):
+        load_judge(copy)
+    for text in ("{", "[]", "{}", '{"architecture": {"depth": 3}}'):
+        copy.with_suffix(".json").write_text(text)
+        with pytest.raises(InputError, match="no architecture of a judge"):
+            load_judge(copy)
+    copy.with_suffix(".json").write_text('{"architecture": {"num_classes": 40, "img_size": 16, "width": 4}}')
+    with pytest.raises(InputError, match="judge.safetensors"):
+        load_judge(copy)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(faces, monkeypatch):
+    train, val = (CelebAMaskHQ(faces, split, 16) for split in ("train", "val"))
+    monkeypatch.setattr(judge_module.F, "binary_cross_entropy_with_logits", lambda x, y: (x * float("nan")).mean())
+    with pytest.raises(FloatingPointError, match="not finite in epoch 1"):
+        train_judge(train, val, epochs=1, width=4, device=torch.device("cpu"))
+
+
+def test_a_mistake_of_the_user_is_one_line_and_status_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: main(["--dataset_path", str(tmp_path / "none"), "--out", str(tmp_path / "j.safetensors")]))
+    assert stopped.value.code == 2
+    assert "no such folder" in capsys.readouterr().err.strip().splitlines()[-1]
+    with pytest.raises(SystemExit):
+        main(["--out", "x.safetensors", "--lr", "nan"])
+
+
+def test_figures_with_an_attribute_of_one_class():
+    labels = torch.zeros(4, 40)
+    labels[:2, 0] = 1
+    measured = figures(torch.where(labels > 0, 1.0, -1.0), labels)
+    assert measured["balanced_accuracy_mean"] == 1 and measured["by_attribute"]["Young"]["balanced_accuracy"] is None
+    assert len(measured["attributes_of_one_class"]) == 39
+    json.dumps(measured, allow_nan=False)
+    assert "Young" in format_table(measured)
+    assert figures(torch.zeros(1, 40), torch.zeros(1, 40))["balanced_accuracy_mean"] is None

@@ -1,0 +1,707 @@
+"""The laws of a pseudo-invertible network, over every block and chain.
+
+A new layer is a new row in `ROWS`; a new law is a new function in `LAWS`. Weights are random throughout: at their
+start values the coupling networks are zero and most laws would hold by accident. Laws are held to 1e-10 in float64,
+where only algebra shows; float32 adds rounding that grows with depth, and has a bound a row. Each law returns the
+largest relative error it met, which goes into the report (``pytest --junitxml FILE -o junit_family=xunit1``).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import (
+    PINN,
+    SPNN,
+    CayleyMixing,
+    ConvPINNBlock,
+    HouseholderMixing,
+    Mixing,
+    PixelUnshuffleBlock,
+    Shape,
+    Surjection,
+)
+
+# --- Material --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Fill every parameter with moderate random values, the last layers and mixing parameters that start at zero too.
+
+    Drawn in float64 and in the order of names, so float32 and float64 copies of a module get the same weights.
+    """
+    for name, parameter in module.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("A_unconstrained"):
+            values *= 0.5 / math.sqrt(len(parameter))  # eigenvalues of A near 1: W far from the identity
+        elif name.endswith("mix.V") or name == "V":
+            pass
+        elif parameter.dim() > 1:
+            values *= math.sqrt(1 / parameter[0].numel())  # sqrt(2 / n) makes a chain that amplifies rounding by 1e9
+        else:
+            values *= 0.1
+        parameter.copy_(values)
+    return module
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape, generator=seeded(seed), dtype=torch.float64)).to(dtype)
+
+
+def diy16() -> SPNN:
+    """The worked example of a custom architecture in the README."""
+    return SPNN(
+        img_ch=3,
+        num_classes=7,
+        hidden=64,
+        scale_bound=2.0,
+        img_size=16,
+        layer_channels=[
+            (PixelUnshuffleBlock, {"r": 4}),
+            (ConvPINNBlock, {"in_ch": 48, "out_ch": 12, "hidden": 64, "scale_bound": 2.0, "feat_size": 4}),
+            (PixelUnshuffleBlock, {"r": 4}),
+            (ConvPINNBlock, {"in_ch": 192, "out_ch": 7, "hidden": 64, "scale_bound": 2.0, "feat_size": 1}),
+        ],
+    )
+
+
+def tiny(num_classes: int = 3, mix_type: str = "cayley", img_size: int = 4, hidden: int = 6) -> SPNN:
+    """A network of 4x4 images with a block of every kind that fits, small enough for any test."""
+    half = img_size // 2
+    return SPNN(
+        num_classes=num_classes,
+        img_size=img_size,
+        mix_type=mix_type,
+        layer_channels=[
+            ("PixelUnshuffleBlock", {"r": 2}),
+            ("ConvPINNBlock", {"in_ch": 12, "out_ch": 5, "hidden": hidden, "feat_size": None}),
+            ("ConvPINNBlock", {"in_ch": 5, "out_ch": 4, "hidden": hidden, "feat_size": half}),
+            ("PixelUnshuffleBlock", {"r": half}),
+            ("ConvPINNBlock", {"in_ch": 4 * half**2, "out_ch": num_classes, "hidden": hidden, "feat_size": 1}),
+        ],
+    )
+
+
+def diy12() -> SPNN:
+    """Both mixings in one chain, blocks that name theirs and blocks that take the network's."""
+    return SPNN(
+        num_classes=5,
+        img_size=12,
+        layer_channels=[
+            (PixelUnshuffleBlock, {"r": 2}),
+            (ConvPINNBlock, {"in_ch": 12, "out_ch": 5, "hidden": 16}),
+            (PixelUnshuffleBlock, {"r": 6}),
+            (ConvPINNBlock, {"in_ch": 180, "out_ch": 40, "hidden": 16, "feat_size": 1, "mix_type": "householder"}),
+            (ConvPINNBlock, {"in_ch": 40, "out_ch": 5, "hidden": 16, "feat_size": 1}),
+        ],
+    )
+
+
+def oblong() -> PINN:
+    """A chain over images that are not square."""
+    blocks = [PixelUnshuffleBlock(2), ConvPINNBlock(12, 5, 8), ConvPINNBlock(5, 4, 8, mix_type="householder")]
+    return PINN(blocks, (3, 6, 10))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module under test.
+
+    ``float32`` bounds the relative error of every law in float32, ``far`` that of the laws at 50 times usual outputs.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: Shape  # (C, H, W) of x
+    lossy: bool = True
+    float32: float = 1e-5
+    far: float = 1e-4
+    slow: bool = False
+
+
+def block_rows(mix: str) -> list[Row]:
+    def block(*args, **kwargs) -> Callable[[], ConvPINNBlock]:
+        return lambda: ConvPINNBlock(*args, mix_type=mix, **kwargs)
+
+    return [
+        Row(f"block {mix} any size, odd and oblong", block(7, 4, hidden=8), (7, 5, 3)),
+        Row(f"block {mix} any size, 1x1", block(9, 2, hidden=4), (9, 1, 1)),
+        Row(f"block {mix} feat_size 1", block(13, 5, hidden=16, feat_size=1), (13, 1, 1)),
+        Row(f"block {mix} feat_size 2", block(8, 3, hidden=8, feat_size=2), (8, 2, 2)),
+        Row(f"block {mix} feat_size 6", block(6, 3, hidden=8, feat_size=6), (6, 6, 6)),
+        Row(f"block {mix} one class", block(20, 1, hidden=8, feat_size=1), (20, 1, 1)),
+        Row(f"block {mix} one channel dropped", block(6, 5, hidden=8), (6, 3, 4)),
+        Row(f"block {mix} two channels", block(2, 1, hidden=1), (2, 3, 3)),
+        Row(f"block {mix} scale_bound 0.5", block(7, 4, hidden=8, scale_bound=0.5), (7, 4, 4)),
+    ]
+
+
+# Rounding of one block is amplified by the others, by S on the way up and by 1/S on the way down: exp(2 * scale_bound),
+# 55 a block, at most. Near the data tanh(s) stays small, and a factor of 5 or so a block makes 1e-4 a safe bound
+# (largest measured: 2e-5). Logits 50 times as large saturate it, which costs a block 55 at once (1.1e-5) and a chain two
+# more digits (8e-4, at img_size 64).
+CHAIN = {"float32": 1e-4, "far": 5e-3}
+
+
+def built_in(img_size: int, mix_type: str = "cayley", slow: bool = False) -> Row:
+    """A built-in chain at its real depth and channels, with thin networks."""
+    name = f"SPNN {img_size} {mix_type}"
+    build = functools.partial(SPNN, hidden=8, img_size=img_size, mix_type=mix_type)
+    return Row(name, build, (3, img_size, img_size), **CHAIN, slow=slow)
+
+
+ROWS = [
+    *block_rows("cayley"),
+    *block_rows("householder"),
+    Row("unshuffle 2", lambda: PixelUnshuffleBlock(2), (3, 4, 6), lossy=False),
+    Row("unshuffle 1", lambda: PixelUnshuffleBlock(1), (2, 3, 5), lossy=False),
+    Row("chain, oblong", oblong, (3, 6, 10), **CHAIN),
+    Row("chain of one unshuffle", lambda: PINN([PixelUnshuffleBlock(3)], (1, 6, 3)), (1, 6, 3), lossy=False),
+    Row("tiny cayley", tiny, (3, 4, 4), **CHAIN),
+    Row("tiny householder", lambda: tiny(mix_type="householder"), (3, 4, 4), **CHAIN),
+    Row("tiny, one class", lambda: tiny(num_classes=1), (3, 4, 4), **CHAIN),
+    Row("16x16 example", diy16, (3, 16, 16), **CHAIN),
+    Row("12x12, both mixings", diy12, (3, 12, 12), **CHAIN),
+    built_in(32, "householder"),
+    built_in(64),
+    built_in(32, slow=True),
+    built_in(64, "householder", slow=True),
+    built_in(256, "householder", slow=True),
+    built_in(256, slow=True),
+]
+LAWFUL = {row.name: row for row in ROWS}
+
+
+class Case:
+    """A module with random weights, and what to hold it against."""
+
+    def __init__(
+        self, g: nn.Module, shape: Shape, dtype: torch.dtype, rtol: float, far: float | None = None, lossy: bool = True
+    ):
+        self.g, self.dtype, self.lossy = g.to(dtype), dtype, lossy
+        self.rtol, self.far = rtol, rtol if far is None else far
+        self.x = random((2, *shape), seed=1, dtype=dtype)
+        with torch.no_grad():
+            self.out_shape = tuple(g(self.x).shape[1:])
+
+    def y(self, scale: float = 1.0, seed: int = 2, batch: int = 2) -> Tensor:
+        """Random outputs; at scale 50 nothing that a forward pass has ever given."""
+        return random((batch, *self.out_shape), seed, self.dtype, scale)
+
+    def close(self, actual: Tensor, expected: Tensor, among: Tensor | None = None, rtol: float | None = None) -> float:
+        """Largest error relative to the largest value, of ``expected`` or ``among``; fails above rtol, and for NaN."""
+        rtol = self.rtol if rtol is None else rtol
+        assert actual.shape == expected.shape
+        largest = (expected if among is None else among).abs().max().clamp_min(1e-30)
+        error = ((actual - expected).abs().max() / largest).item()
+        assert error <= rtol, f"relative error {error:.2e}, bound {rtol:.0e}"
+        return error
+
+    def all_close(self, actual, expected, among: Tensor | None = None, rtol: float | None = None) -> float:
+        """`close` over latents: a tensor, None, or a list of these."""
+        actual, expected = ([z] if not isinstance(z, list) else z for z in (actual, expected))
+        assert [z is None for z in actual] == [z is None for z in expected]
+        pairs = zip(actual, expected, strict=True)
+        return max([self.close(a, b, among, rtol) for a, b in pairs if a is not None], default=0.0)
+
+
+@functools.cache
+def built(name: str, dtype: torch.dtype) -> Case:
+    """The case of a row. Kept: tests do not change its weights."""
+    row = LAWFUL[name]
+    rtol, far = (1e-10, 1e-10) if dtype == torch.float64 else (row.float32, row.far)
+    g = randomise(row.build().to(dtype), seeded(0)).eval()
+    return Case(g, row.shape, dtype, rtol, far, row.lossy)
+
+
+# --- The laws --------------------------------------------------------------------------------------------------------
+
+
+def right_inverse(case: Case) -> float:
+    """g(g'(y)) = y for any y, near the data and far from it."""
+    g = case.g
+    near, far = case.y(), case.y(scale=50)
+    return max(case.close(g(g.pinv(near)), near), case.close(g(g.pinv(far)), far, rtol=case.far))
+
+
+def reflexive(case: Case) -> float:
+    """g g' g = g, and g' g g' = g'."""
+    g, y = case.g, case.y()
+    return max(
+        case.close(g(g.pinv(g(case.x))), g(case.x)),
+        case.close(g.pinv(g(g.pinv(y))), g.pinv(y)),
+    )
+
+
+def idempotent(case: Case) -> float:
+    """P = g' g is a projection: P P = P."""
+    g = case.g
+    projected = g.pinv(g(case.x))
+    return case.close(g.pinv(g(projected)), projected)
+
+
+def deterministic(case: Case) -> float:
+    """The same input gives the same bits, whatever was computed in between."""
+    g, y = case.g, case.y()
+    before = g(case.x), g.pinv(y)
+    g.pinv(g(2 * case.x))
+    assert torch.equal(g(case.x), before[0]) and torch.equal(g.pinv(y), before[1])
+    return 0.0
+
+
+def completion_of_images(case: Case) -> float:
+    """G^-1(G(x)) = x."""
+    y, z = case.g(case.x, True)
+    assert torch.equal(y, case.g(case.x)), "the latents change the output"
+    return case.close(case.g.pinv(y, z), case.x)
+
+
+def completion_of_outputs(case: Case) -> float:
+    """G(G^-1(y, z)) = (y, z) for random y and z."""
+    _, like = case.g(case.x, True)
+    if isinstance(like, list):
+        z = [None if a is None else random(a.shape, 10 + i, case.dtype) for i, a in enumerate(like)]
+    else:
+        z = None if like is None else random(like.shape, 10, case.dtype)
+    y = case.y(scale=3)
+    again, z_again = case.g(case.g.pinv(y, z), True)
+    return max(case.close(again, y), case.all_close(z_again, z))
+
+
+def natural_latents(case: Case) -> float:
+    """The latents of g'(y), known without a forward pass, are those that a forward pass of g'(y) finds."""
+    g = case.g
+    worst = 0.0
+    for y, rtol in ((case.y(), case.rtol), (case.y(scale=50), case.far)):
+        if isinstance(g, SPNN):
+            natural = g.natural(y)
+            assert torch.equal(natural.y, y)
+            z = natural.z
+        else:
+            z = g.natural_latents(y) if isinstance(g, PINN) else g.natural_latent(y)
+        x = g.pinv(y)
+        case.close(g.pinv(y, z), x)
+        # latents are read out of x, and rounded like it
+        worst = max(worst, case.all_close(g(x, True)[1], z, among=x, rtol=rtol))
+    return worst
+
+
+def loses_something(case: Case) -> float:
+    """g'(g(x)) differs from x, unless the module says that it drops nothing: the laws above are not a bijection's."""
+    x = case.x
+    difference = ((case.g.pinv(case.g(x)) - x).norm() / x.norm()).item()
+    assert difference > 1e-2 if case.lossy else difference <= case.rtol, f"relative difference {difference:.1e}"
+    return 0.0
+
+
+def batch_equals_one_by_one(case: Case) -> float:
+    """An image's result does not depend on its neighbours in the batch."""
+    g, x, y = case.g, random((3, *case.x.shape[1:]), 5, case.dtype), case.y(batch=3)
+    return max(
+        case.close(g(x), torch.cat([g(x[i : i + 1]) for i in range(3)])),
+        case.close(g.pinv(y), torch.cat([g.pinv(y[i : i + 1]) for i in range(3)])),
+    )
+
+
+def orthogonal(case: Case) -> float:
+    """W^T W = I for every mixing, and `inverse` is W^T."""
+    worst = 0.0
+    for mixing in case.g.modules():
+        if isinstance(mixing, Mixing):
+            w = mixing.matrix()
+            identity = torch.eye(len(w), dtype=w.dtype)
+            worst = max(worst, case.close(w.T @ w, identity), case.close(mixing.inverse(identity).T, w.T))
+    return worst
+
+
+def back_project_plainly(g: SPNN, x: Tensor, target: Tensor, strength: float) -> Tensor:
+    """The definition, in seven passes: G^-1( G(x) + strength * (G(g'(target)) - G(g'(g(x)))) )."""
+    y, z = g(x, True)
+    y_goal, z_goal = g(g.pinv(target), True)
+    y_from, z_from = g(g.pinv(g(x)), True)
+    moved = [None if a is None else a + strength * (b - c) for a, b, c in zip(z, z_goal, z_from, strict=True)]
+    return g.pinv(y + strength * (y_goal - y_from), moved)
+
+
+def back_projection_is_the_plain_one(case: Case) -> float:
+    """The closed form equals the seven passes of the definition."""
+    g, x, y = case.g, case.x, case.y(scale=3)
+    return max(case.close(g.back_project(x, y, s), back_project_plainly(g, x, y, s)) for s in (0.3, 0.7, 1.0))
+
+
+def back_projection_reaches(case: Case) -> float:
+    """At strength 1, g(x') = y; at strength s, g(x') is s of the way."""
+    g, x, y = case.g, case.x, case.y(scale=3)
+    part = g(x) + 0.25 * (y - g(x))
+    return max(case.close(g(g.back_project(x, y)), y), case.close(g(g.back_project(x, y, 0.25)), part))
+
+
+def back_projection_stays(case: Case) -> float:
+    """x' = x where g(x) = y already, and at strength 0."""
+    g, x = case.g, case.x
+    return max(
+        case.close(g.back_project(x, g(x), 1.0), x),
+        case.close(g.back_project(x, case.y(scale=3), 0.0), x),
+    )
+
+
+def back_projection_by_image(case: Case) -> float:
+    """A strength an image equals one call an image."""
+    g, x, y = case.g, case.x, case.y(scale=3)
+    strengths = torch.tensor([0.2, 0.9], dtype=case.dtype)
+    single = [g.back_project(x[i : i + 1], y[i : i + 1], strengths[i].item()) for i in range(2)]
+    return case.close(g.back_project(x, y, strengths), torch.cat(single))
+
+
+LAWS = [
+    right_inverse,
+    reflexive,
+    idempotent,
+    deterministic,
+    completion_of_images,
+    completion_of_outputs,
+    natural_latents,
+    loses_something,
+    batch_equals_one_by_one,
+    orthogonal,
+]
+LAWS_OF_NETWORKS = [
+    back_projection_is_the_plain_one,
+    back_projection_reaches,
+    back_projection_stays,
+    back_projection_by_image,
+]
+
+
+def cases(networks: bool = False) -> list:
+    """(row, dtype) pairs."""
+    rows = [row for row in ROWS if not networks or "SPNN" in row.name or "tiny" in row.name or row.build in DIY]
+    return [
+        pytest.param(row.name, dtype, id=f"{row.name}, {str(dtype)[6:]}", marks=[pytest.mark.slow] if row.slow else [])
+        for row in rows
+        for dtype in (torch.float64, torch.float32)
+    ]
+
+
+DIY = (diy12, diy16)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("name, dtype", cases())
+@torch.no_grad()
+def test_law(law, name, dtype, record_property):
+    record_property("largest relative error", law(built(name, dtype)))
+
+
+@pytest.mark.parametrize("law", LAWS_OF_NETWORKS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("name, dtype", cases(networks=True))
+@torch.no_grad()
+def test_law_of_networks(law, name, dtype, record_property):
+    record_property("largest relative error", law(built(name, dtype)))
+
+
+# --- Gradients -------------------------------------------------------------------------------------------------------
+
+
+def gradient_rows() -> list[Row]:
+    rows = []
+    for mix in ("cayley", "householder"):
+        for feat, shape in ((None, (3, 2, 1)), (1, (3, 1, 1)), (2, (3, 2, 2))):
+            rows.append(
+                Row(
+                    f"{mix}, feat_size {feat}",
+                    lambda mix=mix, feat=feat: ConvPINNBlock(3, 2, hidden=2, feat_size=feat, mix_type=mix),
+                    shape,
+                )
+            )
+    rows.append(Row("unshuffle", lambda: PixelUnshuffleBlock(2), (1, 2, 4), lossy=False))
+    rows.append(Row("chain", lambda: tiny(hidden=1), (3, 4, 4)))
+    return rows
+
+
+@pytest.mark.parametrize("row", gradient_rows(), ids=lambda row: row.name)
+def test_gradients(row):
+    """Derivatives of g, its latents and g', by inputs and by every parameter, against finite differences.
+
+    By parameters, and through the chain, in one random direction (``fast_mode``): a numerical Jacobian takes minutes.
+    """
+    case = Case(randomise(row.build().double(), seeded(3)), row.shape, torch.float64, 1e-10)
+    g, x, y = case.g, case.x.requires_grad_(), case.y().requires_grad_()
+    parameters = tuple(g.parameters())
+
+    def complete(x: Tensor, *_) -> tuple[Tensor, ...]:
+        y, z = g(x, True)
+        return (y, *[a for a in (z if isinstance(z, list) else [z]) if a is not None])
+
+    by_inputs_fast = isinstance(g, SPNN)
+    assert torch.autograd.gradcheck(complete, (x,), fast_mode=by_inputs_fast)
+    assert torch.autograd.gradcheck(g.pinv, (y,), fast_mode=by_inputs_fast)
+    if parameters:
+        assert torch.autograd.gradcheck(complete, (x, *parameters), fast_mode=True)
+        assert torch.autograd.gradcheck(lambda y, *_: g.pinv(y), (y, *parameters), fast_mode=True)
+    if isinstance(g, SPNN):
+        assert torch.autograd.gradcheck(lambda x, y, *_: g.back_project(x, y, 0.7), (x, y, *parameters), fast_mode=True)
+
+
+# --- Independent oracles ---------------------------------------------------------------------------------------------
+
+
+def linear(module: nn.Module) -> nn.Module:
+    """A fresh module, its coupling networks still zero, with random mixing: a linear map."""
+    module = module.double().eval().requires_grad_(False)
+    for index, mixing in enumerate(m for m in module.modules() if isinstance(m, Mixing)):
+        randomise(mixing, seeded(20 + index))
+    return module
+
+
+def materialised(g: nn.Module, shape: Shape) -> Tensor:
+    """The matrix A of a linear g, (d, D)."""
+    n = math.prod(shape)
+    return g(torch.eye(n, dtype=torch.float64).view(n, *shape)).flatten(1).T
+
+
+LINEAR = [
+    pytest.param(lambda: ConvPINNBlock(7, 3), (7, 2, 3), id="block"),
+    pytest.param(lambda: ConvPINNBlock(6, 5, feat_size=2, mix_type="householder"), (6, 2, 2), id="block householder"),
+    pytest.param(oblong, (3, 6, 10), id="oblong"),
+    pytest.param(tiny, (3, 4, 4), id="tiny"),
+    pytest.param(diy12, (3, 12, 12), id="12x12"),
+    pytest.param(diy16, (3, 16, 16), id="16x16"),
+]
+
+
+@pytest.mark.parametrize("build, shape", LINEAR)
+@torch.no_grad()
+def test_a_linear_network_has_the_moore_penrose_inverse(build, shape):
+    """With the coupling networks at zero, g' is `torch.linalg.pinv` of the matrix of g."""
+    g = linear(build())
+    matrix = materialised(g, shape)  # (d, D)
+    case = Case(g, shape, torch.float64, 1e-10)
+    y = case.y(scale=5)
+    case.close(g.pinv(y).flatten(1), y.flatten(1) @ torch.linalg.pinv(matrix).T)
+
+
+@pytest.mark.parametrize("build, shape", [row for row in LINEAR if row.id in ("tiny", "12x12")])
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+@torch.no_grad()
+def test_back_projection_of_a_linear_network_is_the_linear_one(build, shape, strength):
+    """x + strength * A^+ (y - A x)."""
+    g = linear(build())
+    matrix = materialised(g, shape)
+    case = Case(g, shape, torch.float64, 1e-10)
+    x, y = case.x, case.y(scale=5)
+    expected = x.flatten(1) + strength * (y - x.flatten(1) @ matrix.T) @ torch.linalg.pinv(matrix).T
+    case.close(g.back_project(x, y, strength).flatten(1), expected)
+
+
+@torch.no_grad()
+def test_cayley_is_its_formula():
+    mixing = randomise(CayleyMixing(9).double(), seeded(0))
+    skew = mixing.A_unconstrained - mixing.A_unconstrained.T
+    identity = torch.eye(9, dtype=torch.float64)
+    torch.testing.assert_close(mixing.matrix(), torch.linalg.inv(identity + skew) @ (identity - skew))
+
+
+@pytest.mark.parametrize("channels", [2, 9, 40])
+@torch.no_grad()
+def test_householder_is_the_product_of_its_reflections(channels):
+    """W = H_k ... H_1, also where there are more reflections than channels."""
+    mixing = randomise(HouseholderMixing(channels).double(), seeded(0))
+    product = torch.eye(channels, dtype=torch.float64)
+    for v in mixing.V:
+        product = (torch.eye(channels, dtype=torch.float64) - 2 * torch.outer(v, v) / v.dot(v)) @ product
+    torch.testing.assert_close(mixing.matrix(), product)
+    x = random((2, channels, 3, 2), seed=1)
+    torch.testing.assert_close(mixing(x), torch.einsum("ij,bjhw->bihw", product, x))
+    torch.testing.assert_close(mixing.inverse(x), torch.einsum("ji,bjhw->bihw", product, x))
+
+
+# --- Orthogonality while training ------------------------------------------------------------------------------------
+
+OPTIMISERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.05),
+    "fused adam": lambda p: torch.optim.Adam(p, lr=0.05, fused=True),
+}
+
+
+def train_a_little(g: nn.Module, case: Case, optimiser: str, steps: int = 3) -> None:
+    """A few steps of an optimiser on a loss that reaches every parameter, through g and g'."""
+    optimiser = OPTIMISERS[optimiser](g.parameters())
+    for step in range(steps):
+        optimiser.zero_grad()
+        loss = g(case.x).square().mean() + (g.pinv(case.y(seed=30 + step)) - case.x).square().mean()
+        loss.backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("mix_type", ["cayley", "householder"])
+def test_orthogonal_at_the_start_and_after_steps(mix_type, dtype, optimiser):
+    torch.manual_seed(0)
+    g = tiny(mix_type=mix_type).to(dtype)
+    case = Case(g, (3, 4, 4), dtype, 1e-12 if dtype == torch.float64 else 1e-5)
+    before = [m.matrix().detach() for m in g.modules() if isinstance(m, Mixing)]
+    with torch.no_grad():
+        orthogonal(case)
+    train_a_little(g, case, optimiser)
+    with torch.no_grad():
+        orthogonal(case)
+        case.rtol = case.far = 1e-10 if dtype == torch.float64 else 1e-3
+        right_inverse(case)
+        reflexive(case)
+        completion_of_images(case)
+    after = [m.matrix().detach() for m in g.modules() if isinstance(m, Mixing)]
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(after, before, strict=True)), "training left W as it was"
+
+
+# --- The suite fails where it should ---------------------------------------------------------------------------------
+
+
+class ForgetsShift(ConvPINNBlock):
+    """g' without the shift t."""
+
+    def pinv(self, y, latent=None):
+        u1 = self.natural_latent(y) if latent is None else latent
+        return self.mix.inverse(torch.cat([y * torch.exp(-self.log_scale(u1)), u1], dim=1))
+
+
+class ScalesTwice(ConvPINNBlock):
+    """g' that multiplies by S where it should divide."""
+
+    def pinv(self, y, latent=None):
+        u1 = self.natural_latent(y) if latent is None else latent
+        return self.mix.inverse(torch.cat([(y - self.shift(u1)) * torch.exp(self.log_scale(u1)), u1], dim=1))
+
+
+class StaleMixing(CayleyMixing):
+    """W^T from the first weights it ever saw."""
+
+    def inverse(self, u):
+        if not hasattr(self, "first"):
+            self.first = self.matrix().detach().clone()
+        return torch.einsum("ji,bj...->bi...", self.first, u)
+
+
+class Stale(ConvPINNBlock):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mix = StaleMixing(self.in_ch)
+
+
+class NotOrthogonal(CayleyMixing):
+    """W^-1 is not W^T: the skew part is forgotten."""
+
+    def _factors(self, weight):
+        identity = torch.eye(len(weight), dtype=weight.dtype)
+        return (torch.linalg.solve(identity + weight, identity - weight),)
+
+
+class Skewless(ConvPINNBlock):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mix = NotOrthogonal(self.in_ch)
+
+
+class NoisyLatent(ConvPINNBlock):
+    """g' with fresh noise for latents: a right inverse, but not a function."""
+
+    def natural_latent(self, y):
+        z = super().natural_latent(y)
+        return z + torch.randn_like(z)
+
+
+class OtherLatent(ConvPINNBlock):
+    """Says other natural latents than those its inverse uses."""
+
+    def natural_latent(self, y):
+        return super().natural_latent(y) / 2
+
+    def pinv(self, y, latent=None):
+        return super().pinv(y, super().natural_latent(y) if latent is None else latent)
+
+
+class IgnoresLatent(ConvPINNBlock):
+    """G^-1 that falls back on the natural latent."""
+
+    def pinv(self, y, latent=None):
+        return super().pinv(y)
+
+
+class Bijection(Surjection):
+    """Drops nothing, and claims to."""
+
+    def forward(self, x, return_latent=False):
+        return (2 * x, None) if return_latent else 2 * x
+
+    def pinv(self, y, latent=None):
+        return y / 2
+
+
+BROKEN = [
+    (ForgetsShift, {right_inverse, reflexive, idempotent, completion_of_images, completion_of_outputs}),
+    (ScalesTwice, {right_inverse, reflexive, idempotent, completion_of_images, completion_of_outputs}),
+    (Skewless, {right_inverse, completion_of_images, orthogonal}),
+    (NoisyLatent, {deterministic, natural_latents, idempotent}),
+    (OtherLatent, {natural_latents}),
+    (IgnoresLatent, {completion_of_images, completion_of_outputs}),
+]
+
+
+@pytest.mark.parametrize("kind, laws", BROKEN, ids=[kind.__name__ for kind, _ in BROKEN])
+@torch.no_grad()
+def test_the_suite_catches_a_broken_inverse(kind, laws):
+    torch.manual_seed(0)
+    case = Case(randomise(kind(7, 4, hidden=8).double(), seeded(0)), (7, 3, 3), torch.float64, 1e-10)
+    for law in laws:
+        with pytest.raises(AssertionError):
+            law(case)
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_the_suite_catches_a_stale_mixing(optimiser):
+    torch.manual_seed(0)
+    case = Case(randomise(Stale(7, 4, hidden=8).double(), seeded(0)), (7, 3, 3), torch.float64, 1e-10)
+    with torch.no_grad():
+        right_inverse(case)  # right until the weights change
+    train_a_little(case.g, case, optimiser, steps=1)
+    with torch.no_grad():
+        for law in (right_inverse, reflexive, completion_of_images, orthogonal):
+            with pytest.raises(AssertionError):
+                law(case)
+
+
+@torch.no_grad()
+def test_the_suite_catches_a_bijection():
+    case = Case(Bijection(), (3, 2, 2), torch.float64, 1e-10)
+    right_inverse(case)
+    with pytest.raises(AssertionError):
+        loses_something(case)
+
+
+@torch.no_grad()
+def test_the_suite_catches_a_wrong_back_projection():
+    g = randomise(tiny().double(), seeded(0))
+    case = Case(g, (3, 4, 4), torch.float64, 1e-10)
+    right = g.back_project
+    g.back_project = lambda x, y, strength=1.0: x + strength * (g.pinv(y) - g.pinv(g(x)))  # right where g is linear
+    for law in (back_projection_is_the_plain_one, back_projection_reaches):
+        with pytest.raises(AssertionError):
+            law(case)
+    g.back_project = lambda x, y, strength=1.0: right(x, y, 1.0)
+    with pytest.raises(AssertionError):
+        back_projection_stays(case)
+    g.back_project = lambda x, y, strength=1.0: right(x, y, torch.as_tensor(strength).max())
+    with pytest.raises(AssertionError):
+        back_projection_by_image(case)

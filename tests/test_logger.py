@@ -1,0 +1,102 @@
+import csv
+import logging
+
+import pytest
+import torch
+from PIL import Image
+
+from logger import MetricsTable, get_logger, plot_curves
+from utils import InputError
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """Leave the root logger as it was found."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in list(root.handlers):
+        if handler not in before:
+            root.removeHandler(handler)
+            handler.close()
+
+
+def table(path):
+    return list(csv.DictReader(path.open()))
+
+
+def test_log_reaches_file_and_console_once(tmp_path, capsys):
+    get_logger("run", tmp_path / "a")
+    log = get_logger("run", tmp_path / "a")
+    log.info("hello")
+    logging.getLogger("some_module").warning("left out: 7.jpg")
+    text = (tmp_path / "a" / "log.txt").read_text()
+    assert text.count("hello") == 1 and text.count("left out: 7.jpg") == 1
+    console = capsys.readouterr().err
+    assert console.count("hello") == 1 and console.count("left out") == 1
+
+
+def test_a_new_folder_replaces_the_old_one_and_none_keeps_it(tmp_path):
+    get_logger("run", tmp_path / "a").info("one")
+    get_logger("run", tmp_path / "b")
+    get_logger("other").info("two")
+    assert "two" not in (tmp_path / "a" / "log.txt").read_text()
+    assert "two" in (tmp_path / "b" / "log.txt").read_text()
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        get_logger("run", tmp_path / "file" / "run")
+
+
+def test_table_grows_rows_and_columns_and_resumes(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsTable(path)
+    metrics.append({"epoch": 1, "train_loss": torch.tensor(0.5)})
+    metrics.append({"epoch": 2, "train_loss": 0.25, "val_loss": float("nan")})
+    metrics = MetricsTable(path)  # a resumed run
+    metrics.append({"epoch": 3})
+    assert table(path) == [
+        {"epoch": "1", "train_loss": "0.5", "val_loss": ""},
+        {"epoch": "2", "train_loss": "0.25", "val_loss": "nan"},
+        {"epoch": "3", "train_loss": "", "val_loss": ""},
+    ]
+    metrics.drop_from("epoch", 2)
+    assert [row["epoch"] for row in table(path)] == ["1"]
+
+
+def test_a_line_cut_by_an_interruption_is_left_out(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,loss\n1,0.5\n2,0.")
+    MetricsTable(path).append({"epoch": 2, "loss": 0.25})
+    assert [row["loss"] for row in table(path)] == ["0.5", "0.25"]
+
+
+def test_a_malformed_table_is_refused(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,loss\n1,2,3\n")
+    with pytest.raises(InputError, match="line 2: 3 values for 2 columns"):
+        MetricsTable(path)
+
+
+def test_curves(tmp_path):
+    metrics = MetricsTable(tmp_path / "metrics.csv")
+    for epoch in range(1, 6):
+        row = {"epoch": epoch, "train_loss": 1 / epoch**3, "val_loss": 2 / epoch, "val_accuracy": 0.5 + epoch / 20}
+        metrics.append({**row, "lr": 1e-3, "note": "text", **({"penrose": 1e-6} if epoch == 3 else {})})
+    plot_curves(metrics.path, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 1000 and picture.height > 400  # loss, accuracy, lr and penrose
+
+
+@pytest.mark.parametrize("text", ["", "epoch,loss\n", "epoch,loss\n1,word\n"])
+def test_nothing_to_plot(tmp_path, text):
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(InputError, match="to plot"):
+        plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+
+
+def test_no_table(tmp_path):
+    with pytest.raises(InputError, match="cannot read metrics"):
+        plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")

@@ -1,0 +1,174 @@
+"""The faces: determinism, layout, prevalence, consistency, and that every attribute can be seen."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import procedural_faces as faces
+from data_loader import ATTRIBUTES, read_annotations
+from utils import InputError
+
+SCRIPT = Path(faces.__file__)
+
+
+@pytest.fixture(scope="module")
+def sampled() -> list[dict[str, bool]]:
+    return [faces.sample_attributes(np.random.default_rng([0, i])) for i in range(5000)]
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=float)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_attributes_are_neither_rare_nor_the_rule(sampled):
+    prevalence = {name: np.mean([a[name] for a in sampled]) for name in ATTRIBUTES}
+    assert {name: p for name, p in prevalence.items() if not 0.04 <= p <= 0.65} == {}
+    assert 0.18 < np.mean(list(prevalence.values())) < 0.28
+
+
+def test_sampled_attributes_never_contradict_each_other(sampled):
+    for a in sampled:
+        assert tuple(a) == ATTRIBUTES
+        assert faces.contradictions(a) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"Bald": True, "Black_Hair": True}, "Bald"),
+        ({"No_Beard": False}, "beard"),
+        ({"Young": False}, "Attractive"),
+        ({"Wearing_Hat": True, "Bangs": True}, "Wearing_Hat with Bangs"),
+    ],
+)
+def test_contradictions_are_named(changes, words):
+    plain = {**dict.fromkeys(ATTRIBUTES, False), "Young": True, "No_Beard": True, "Attractive": True}
+    assert faces.contradictions(plain) == []
+    assert any(words in line for line in faces.contradictions({**plain, **changes}))
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_flipping_changes_the_attribute_and_keeps_the_rest_consistent(name, sampled):
+    for a in sampled[:100]:
+        flipped = faces.flip_attribute(a, name)
+        assert flipped[name] != a[name]
+        assert faces.contradictions(flipped) == []
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_the_attribute_can_be_seen_at_64_pixels(name):
+    without = faces.sheet_attributes(name)
+    variation = faces.sample_variation(np.random.default_rng(3))
+    one, other = (pixels(faces.render(a, variation, 64)) for a in (without, faces.flip_attribute(without, name)))
+    clearly = np.abs(one - other).max(2) > 25
+    assert clearly.sum() >= 16, f"{clearly.sum()} pixels differ clearly"
+
+
+def test_the_same_face_twice_is_the_same_and_others_differ():
+    image, attributes = faces.draw_face(5, 7, 32)
+    again, attributes_again = faces.draw_face(5, 7, 32)
+    assert image.tobytes() == again.tobytes() and attributes == attributes_again
+    for seed, index in ((5, 8), (6, 7), (7, 5)):
+        assert faces.draw_face(seed, index, 32)[0].tobytes() != image.tobytes()
+
+
+@pytest.mark.parametrize("size", [16, 33, 64, 100, 129, 256])
+def test_any_size_shows_the_same_face(size):
+    image, attributes = faces.draw_face(1, 4, size)
+    reference, reference_attributes = faces.draw_face(1, 4, 64)
+    assert image.mode == "RGB" and image.size == (size, size)
+    assert attributes == reference_attributes
+    shrunk = [pixels(i.resize((16, 16), Image.Resampling.BOX)) for i in (image, reference)]
+    assert np.abs(shrunk[0] - shrunk[1]).mean() < 8
+
+
+def test_the_face_is_centred(sampled):
+    """The mean face is close to its mirror image: the pose varies around the frontal one."""
+    mean = np.mean([pixels(faces.draw_face(2, i, 24)[0]) for i in range(80)], axis=0)
+    assert np.abs(mean - mean[:, ::-1]).mean() < 8
+
+
+def test_too_small_a_face_is_refused():
+    with pytest.raises(ValueError, match="too small"):
+        faces.draw_face(0, 0, 15)
+
+
+def test_layout_of_the_folder(tmp_path):
+    faces.write_dataset(tmp_path / "new", 5, 20, seed=3, workers=1)
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [faces.IMAGE_FOLDER, faces.ANNOTATION_FILE]
+    lines = (tmp_path / "new" / faces.ANNOTATION_FILE).read_text().splitlines()
+    assert lines[0] == "5" and lines[1] == " ".join(ATTRIBUTES) and len(lines) == 7
+    for i, line in enumerate(lines[2:]):
+        name, values = line.split("  ")
+        image, attributes = faces.draw_face(3, i, 20)
+        assert name == f"{i}.jpg"
+        assert [int(v) for v in values.split(" ")] == [1 if attributes[a] else -1 for a in ATTRIBUTES]
+        written = Image.open(tmp_path / "new" / faces.IMAGE_FOLDER / name)
+        assert written.size == (20, 20)
+        assert np.abs(pixels(written.convert("RGB")) - pixels(image)).mean() < 4
+    read_annotations(tmp_path / "new" / faces.ANNOTATION_FILE)
+
+
+def test_files_depend_neither_on_count_nor_on_workers(tmp_path):
+    faces.write_dataset(tmp_path / "one", 3, 16, seed=1, workers=1)
+    faces.write_dataset(tmp_path / "two", 5, 16, seed=1, workers=2)
+    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    pictures = [name for name in one if name.endswith(".jpg")]
+    assert len(pictures) == 3 and all(one[name] == two[name] for name in pictures)
+    rows = [files[faces.ANNOTATION_FILE].split(b"\n") for files in (one, two)]
+    assert rows[0][2:5] == rows[1][2:5]
+
+
+def test_a_folder_that_holds_something_is_kept(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty.*--overwrite"):
+        faces.write_dataset(tmp_path, 2, 16, seed=0, workers=1)
+    assert files_of(tmp_path) == {"note.txt": b"mine"}
+
+
+def test_overwriting_replaces_the_faces_and_nothing_else(tmp_path):
+    faces.write_dataset(tmp_path, 3, 16, seed=0, workers=1)
+    (tmp_path / "note.txt").write_text("mine")
+    (tmp_path / faces.IMAGE_FOLDER / "holiday.jpg").write_text("mine")
+    faces.write_dataset(tmp_path, 2, 16, seed=1, workers=1, overwrite=True)
+    names = {name.removeprefix(faces.IMAGE_FOLDER + "/") for name in files_of(tmp_path)}
+    assert names == {"0.jpg", "1.jpg", "holiday.jpg", "note.txt", faces.ANNOTATION_FILE}
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        faces.write_dataset(tmp_path / "file", 2, 16, seed=0, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--size", "15"), ("--count", "0"), ("--seed", "-1"), ("--workers", "0"), ("--count", "many")]
+)
+def test_bad_values_are_refused_in_one_line(flag, value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        faces.main(["--out", str(tmp_path / "new"), "--count", "1", flag, value])
+    assert stop.value.code == 2
+    assert f"argument {flag}: " in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_refuses_with_status_2(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    command = [sys.executable, SCRIPT, "--out", tmp_path, "--count", "1", "--size", "16"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "not empty" in done.stderr
+
+
+def test_contact_sheet(tmp_path):
+    faces.contact_sheet(tmp_path / "sheet.png", size=16, columns=8)
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.mode == "RGB" and sheet.size[0] > 8 * 2 * 16 and sheet.size[1] > 5 * 16

@@ -1,0 +1,78 @@
+"""The noise schedule against its definition, and the walk with its jumps back."""
+
+import pytest
+import torch
+
+from DDNM.guided_diffusion.schedule import Schedule, sampling_timesteps, time_pairs, time_travel_steps
+
+
+def test_abar_is_the_running_product_and_one_for_the_clean_image():
+    schedule = Schedule(1e-4, 0.02, 1000)
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    for t in (0, 1, 500, 999):
+        torch.testing.assert_close(schedule.abar(t).double(), (1 - betas[: t + 1]).prod(), rtol=1e-6, atol=0)
+    assert schedule.abar(-1) == 1
+    assert schedule.abar(torch.tensor([[-1, 0], [5, 999]])).shape == (2, 2)
+    assert schedule.abar(3).dtype == torch.float32
+
+
+@pytest.mark.parametrize("t", [-2, 1000, 0.5, torch.tensor([0, 1000])])
+def test_abar_refuses_what_is_no_step(t):
+    with pytest.raises(ValueError, match="t must be"):
+        Schedule().abar(t)
+
+
+@pytest.mark.parametrize("arguments", [(0, 0.02, 10), (0.02, 1e-4, 10), (1e-4, 1.0, 10), (1e-4, 0.02, 0)])
+def test_impossible_schedules_are_refused(arguments):
+    with pytest.raises(ValueError):
+        Schedule(*arguments)
+
+
+def test_add_noise_mixes_by_image():
+    schedule = Schedule()
+    x0, noise = torch.ones(2, 3, 4, 4), torch.full((2, 3, 4, 4), 2.0)
+    t = torch.tensor([-1, 700])
+    mixed = schedule.add_noise(x0, noise, t)
+    assert torch.equal(mixed[0], x0[0])
+    abar = schedule.abar(700)
+    torch.testing.assert_close(mixed[1], abar.sqrt() * x0[1] + (1 - abar).sqrt() * noise[1])
+
+
+def test_sampling_timesteps_are_evenly_spaced_from_zero():
+    assert sampling_timesteps(1000, 4) == [0, 250, 500, 750]
+    assert sampling_timesteps(1000, 300)[:3] == [0, 3, 6]
+    assert sampling_timesteps(7, 7) == list(range(7))
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match="sampling steps"):
+            sampling_timesteps(1000, steps)
+
+
+def test_without_repeats_the_walk_goes_straight_down():
+    assert time_travel_steps(5) == [4, 3, 2, 1, 0, -1]
+    assert time_travel_steps(5, travel_length=3, travel_repeat=1) == [4, 3, 2, 1, 0, -1]
+
+
+def test_every_jump_goes_back_its_length_as_often_as_asked():
+    # by hand: from 0 and from 2 one climb of two indices each; index 4 has no room to climb
+    assert time_travel_steps(6, 2, 2) == [5, 4, 3, 2, 3, 4, 3, 2, 1, 0, 1, 2, 1, 0, -1]
+
+
+@pytest.mark.parametrize("arguments", [(10, 1, 1), (10, 2, 3), (20, 5, 2), (3, 10, 4), (1, 1, 5)])
+def test_the_walk_moves_one_index_at_a_time_to_the_end(arguments):
+    walk = time_travel_steps(*arguments)
+    assert walk[0] == arguments[0] - 1 and walk[-1] == -1 and walk.count(-1) == 1
+    assert all(abs(a - b) == 1 for a, b in zip(walk[:-1], walk[1:], strict=True))
+    assert max(walk) == arguments[0] - 1
+
+
+@pytest.mark.parametrize("arguments", [(0, 1, 1), (10, 0, 1), (10, 1, 0)])
+def test_the_walk_refuses_arguments_below_one(arguments):
+    with pytest.raises(ValueError, match="at least 1"):
+        time_travel_steps(*arguments)
+
+
+def test_time_pairs_are_in_training_time_and_end_at_the_clean_image():
+    assert time_pairs(1000, 4) == [(750, 500), (500, 250), (250, 0), (0, -1)]
+    pairs = time_pairs(1000, 6, 2, 2)
+    assert pairs[2:6] == [(498, 332), (332, 498), (498, 664), (664, 498)]
+    assert all(a[1] == b[0] for a, b in zip(pairs[:-1], pairs[1:], strict=True))

@@ -1,0 +1,194 @@
+"""The prior's training command: resume is exact, nothing is lost or overwritten unasked, mistakes are one line."""
+
+import csv
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from DDNM import train_prior
+from DDNM.guided_diffusion.prior import Prior, load_prior, small_unet
+from DDNM.guided_diffusion.schedule import Schedule
+from utils import InputError
+from weights import read_weights
+
+MODEL = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are slower on several threads, and very much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    (folder / "nested").mkdir()
+    for i in range(8):
+        picture = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+        picture.save(folder / ("nested" if i % 2 else ".") / f"{i}.png")
+    return folder
+
+
+def run(images, out, *options):
+    return train_prior.main([
+        "--images", str(images), "--out", str(out), "--img_size", "16", "--channels", "8,16", "--norm_groups", "4",
+        "--attention_size", "4", "--batch_size", "4", "--steps", "3", "--warmup", "1", "--log_every", "1",
+        "--samples", "0", "--device", "cpu", *options,
+    ])  # fmt: skip
+
+
+def stop_after(monkeypatch, steps, signum):
+    """Make the process send itself a signal in the middle of a step."""
+    honest = train_prior.Trainer.train_step
+
+    def train_step(self):
+        if self.step + 1 == steps:
+            os.kill(os.getpid(), signum)
+        return honest(self)
+
+    monkeypatch.setattr(train_prior.Trainer, "train_step", train_step)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_and_resumed_run_is_the_undisturbed_one(images, tmp_path, monkeypatch, signum):
+    assert run(images, tmp_path / "whole") == 0
+    before = signal.getsignal(signum)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, signum)
+        assert run(images, tmp_path / "parts") == 128 + signum
+    assert signal.getsignal(signum) == before
+    torch.manual_seed(123)  # a resume must not lean on the global generator
+    assert run(images, tmp_path / "parts", "--resume") == 0
+    whole, parts = (torch.load(tmp_path / n / "train_state.pth", weights_only=True) for n in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 3
+    assert torch.equal(whole["generator"], parts["generator"])
+    for kind in ("model", "ema"):
+        assert all(torch.equal(whole[kind][k], parts[kind][k]) for k in whole[kind])
+    for k, moments in whole["optimizer"]["state"].items():
+        assert all(torch.equal(moments[m], parts["optimizer"]["state"][k][m]) for m in moments)
+    assert (tmp_path / "whole" / MODEL).read_bytes() == (tmp_path / "parts" / MODEL).read_bytes()
+    losses = [[row["loss"] for row in csv.DictReader(open(tmp_path / n / "metrics.csv"))] for n in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_the_result_is_a_prior_with_everything_beside_it(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_prior, "SAMPLE_STEPS", 3)
+    assert run(images, tmp_path, "--save_every", "2", "--samples", "3", "--save_dtype", "float16") == 0
+    names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert names == {
+        "config.json", MODEL, "train_state.pth", "metrics.csv", "train.log", "loss.png", "settings.json",
+        "samples/step_000002.png", "samples/step_000003.png",
+    }  # fmt: skip
+    assert Image.open(tmp_path / "samples" / "step_000003.png").size == (48, 16)
+    ema = torch.load(tmp_path / "train_state.pth", weights_only=True)["ema"]
+    stored = read_weights(tmp_path / MODEL)
+    assert all(torch.equal(stored[k], ema[k].half()) for k in ema)
+    prior = load_prior(tmp_path, image_size=16)
+    assert prior(torch.zeros(1, 3, 16, 16), 10).shape == (1, 3, 16, 16)
+
+
+def test_results_are_kept_unless_overwriting(images, tmp_path):
+    assert run(images, tmp_path, "--steps", "1") == 0
+    with pytest.raises(InputError, match="not empty"):
+        run(images, tmp_path)
+    (tmp_path / "mine.txt").write_text("keep")
+    assert run(images, tmp_path, "--steps", "1", "--overwrite") == 0
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+    with pytest.raises(InputError, match="exclude"):
+        run(images, tmp_path, "--overwrite", "--resume")
+
+
+def test_resume_refuses_another_run(images, tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        run(images, tmp_path / "none", "--resume")
+    assert not (tmp_path / "none").exists()
+    assert run(images, tmp_path, "--steps", "1") == 0
+    with pytest.raises(InputError, match="has seed 0, not 1"):
+        run(images, tmp_path, "--resume", "--seed", "1")
+    with pytest.raises(InputError, match="saw 8 images.*has 4"):
+        run(images / "nested", tmp_path, "--resume")
+    (tmp_path / "train_state.pth").write_bytes(b"junk")
+    with pytest.raises(InputError, match="damaged"):
+        run(images, tmp_path, "--resume")
+
+
+def test_a_clock_ends_the_run(images, tmp_path):
+    assert run(images, tmp_path, "--steps", "100000", "--minutes", "0.01") == 0
+    rows = list(csv.DictReader(open(tmp_path / "metrics.csv")))
+    assert float(rows[-1]["seconds"]) >= 0.6 and len(rows) < 100000
+
+
+@pytest.mark.parametrize("options, said", [
+    (("--channels", "8,10"), "multiples of norm_groups"),
+    (("--img_size", "18"), "divisible by 4"),
+    (("--lr", "1e30", "--warmup", "0", "--steps", "50"), "the loss is|gradient norm"),
+])  # fmt: skip
+def test_settings_that_cannot_work_are_one_line(images, tmp_path, options, said):
+    with pytest.raises(InputError, match=said):
+        run(images, tmp_path / "out", *options)
+
+
+def test_a_mistake_leaves_no_folder_behind(images, tmp_path):
+    for folder, options in ((images, ("--channels", "8,10")), (tmp_path / "none", ())):
+        with pytest.raises(InputError):
+            run(folder, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_images_is_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no images"):
+        run(tmp_path / "empty", tmp_path / "out")
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [train_prior.learning_rate(s / 100, s, 1.0, 10, "cosine") for s in range(100)]
+    assert max(rates) == rates[10] and rates[0] < 0.1 and rates[-1] < 0.01
+    assert train_prior.learning_rate(1.0, 100, 1.0, 0, "constant") == 1.0
+    assert train_prior.learning_rate(0.5, 100, 1.0, 0, "linear") == 0.5
+
+
+def test_images_too_many_for_memory_are_read_again(images, monkeypatch):
+    whole = train_prior.Images(images, 16)
+    monkeypatch.setattr(train_prior, "IN_MEMORY_BYTES", 0)
+    lazy = train_prior.Images(images, 16)
+    assert lazy.pixels is None and whole.pixels is not None
+    batch = lazy.batch(torch.tensor([5, 0]))
+    assert torch.equal(batch, whole.batch(torch.tensor([5, 0])))
+    assert batch.shape == (2, 3, 16, 16) and -1 <= batch.min() < batch.max() <= 1
+
+
+def test_the_loss_is_the_noise_prediction_error():
+    prior = Prior(small_unet(16, (8, 16), norm_groups=4, attention_size=4))
+    torch.nn.init.zeros_(prior.unet.conv_out.weight)
+    torch.nn.init.zeros_(prior.unet.conv_out.bias)
+    loss = train_prior.diffusion_loss(prior, Schedule(), torch.zeros(64, 3, 16, 16), torch.Generator().manual_seed(0))
+    assert abs(loss.item() - 1) < 0.05  # predicting zero leaves the noise's own variance
+
+
+def test_ddim_with_the_true_noise_predictor_finds_the_image():
+    schedule = Schedule()
+    image = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def oracle(x, t):  # all data is this one image
+        abar = schedule.abar(t)
+        return (x - abar.sqrt() * image) / (1 - abar).sqrt()
+
+    noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(train_prior.ddim_sample(oracle, schedule, noise, 50), image, rtol=1e-4, atol=1e-3)
+
+
+def test_a_grid_puts_images_side_by_side():
+    pictures = torch.stack([torch.full((3, 2, 2), float(i)) for i in range(3)])
+    sheet = train_prior.grid(pictures, columns=2)
+    assert sheet.shape == (3, 4, 4)
+    assert sheet[0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 1, 1], [2, 2, 1, 1]]

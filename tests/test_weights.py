@@ -1,0 +1,194 @@
+"""Reading, writing, converting and fetching weights: round trips, and one clear line for what cannot be read."""
+
+import hashlib
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import weights
+from utils import InputError
+from weights import KnownWeights, fetch, fetch_all, load_strictly, locate, missing_message, read_weights, write_weights
+
+
+@pytest.fixture
+def state():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a.weight": torch.randn(3, 5, generator=generator).t(),  # not contiguous
+        "a.bias": torch.randn(5, generator=generator),
+        "count": torch.tensor([7, 8]),
+    }
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.ckpt", "w.safetensors"])
+def test_what_is_written_is_read(tmp_path, state, name):
+    write_weights(tmp_path / name, state)
+    loaded = read_weights(tmp_path / name)
+    assert same(loaded, state) and all(t.is_contiguous() for t in loaded.values())
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_dtype_applies_to_floats_only(tmp_path, state):
+    write_weights(tmp_path / "w.safetensors", state, torch.float16)
+    loaded = read_weights(tmp_path / "w.safetensors")
+    assert loaded["a.bias"].dtype == torch.float16 and loaded["count"].dtype == torch.int64
+
+
+def test_tensors_that_share_memory_are_written(tmp_path, state):
+    write_weights(tmp_path / "w.safetensors", {"a": state["a.bias"], "b": state["a.bias"]})
+    assert torch.equal(read_weights(tmp_path / "w.safetensors")["b"], state["a.bias"])
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: {"model": s, "epoch": 3},
+    lambda s: {"state_dict": s},
+    lambda s: {"model": s, "optimizer": {"m": torch.ones(1)}},
+    lambda s: {f"module.{k}": v for k, v in s.items()},
+    lambda s: {"model": {f"module.{k}": v for k, v in s.items()}},
+])  # fmt: skip
+def test_wrapped_state_dicts_are_unwrapped(tmp_path, state, wrap):
+    torch.save(wrap(state), tmp_path / "w.pth")
+    assert same(read_weights(tmp_path / "w.pth"), state)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malicious()}, "w.pth")
+    with pytest.raises(InputError, match="w.pth.*would run code"):
+        read_weights("w.pth")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
+def test_truncated_files_are_one_clear_line(tmp_path, state, suffix, keep):
+    path = tmp_path / f"w{suffix}"
+    write_weights(path, state)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(InputError, match="w") as caught:
+        read_weights(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"<html>404</html>", b"\x80\x05junk", b"\0" * 64, b"PK\x03\x04 no zip"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_foreign_files_are_one_clear_line(tmp_path, content, suffix):
+    (tmp_path / f"w{suffix}").write_bytes(content)
+    with pytest.raises(InputError, match=f"w{suffix}"):
+        read_weights(tmp_path / f"w{suffix}")
+
+
+def test_what_is_no_state_dict_is_named(tmp_path):
+    torch.save([torch.ones(2)], tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "epoch.pth")
+    two = {"gan": {"w": torch.ones(1)}, "critic": {"w": torch.ones(1)}}
+    torch.save(two, tmp_path / "two.pth")
+    for name, said in (("list.pth", "list"), ("epoch.pth", "epoch"), ("two.pth", "critic")):
+        with pytest.raises(InputError, match=f"{name}: expected a state dict.*{said}"):
+            read_weights(tmp_path / name)
+    with pytest.raises(InputError, match="no such file"):
+        read_weights(tmp_path / "none.pth")
+    with pytest.raises(InputError, match="is a folder"):
+        read_weights(tmp_path)
+
+
+def test_strict_loading_converts_and_names_what_does_not_fit():
+    module = nn.Linear(2, 3).double()
+    load_strictly(module, {"weight": torch.ones(3, 2).half(), "bias": torch.zeros(3)}, "f.pth")
+    assert module.weight.dtype == torch.float64 and (module.weight == 1).all()
+    with pytest.raises(InputError, match="f.pth.*missing bias.*unexpected other"):
+        load_strictly(module, {"weight": torch.ones(3, 2), "other": torch.ones(1)}, "f.pth")
+    with pytest.raises(InputError, match=r"f.pth: weight has shape \[2, 2\].*\[3, 2\]"):
+        load_strictly(module, {"weight": torch.ones(2, 2), "bias": torch.zeros(3)}, "f.pth")
+
+
+def no_connection(repo_id, filename):
+    raise ConnectionError("no route to host\nand more")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_connection)
+
+
+def test_locate_takes_a_file_a_folder_or_a_hub_id(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    file = tmp_path / "w.pth"
+    file.write_bytes(b"x")
+    assert locate(file, "other.pth") == file
+    assert locate(tmp_path, "w.pth") == file
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, filename: f"{repo_id}:{filename}")
+    assert str(locate("someone/model", "w.pth")) == "someone/model:w.pth"
+    with pytest.raises(InputError, match="has no other.pth"):
+        locate(tmp_path, "other.pth")
+    with pytest.raises(InputError, match="not a hub id"):
+        locate(tmp_path / "a" / "b" / "c", "w.pth")
+
+
+def test_offline_messages_name_every_address_and_the_manual_path(tmp_path, offline):
+    with pytest.raises(InputError, match="someone/model.*no route to host"):
+        locate("someone/model", "w.pth")
+    with pytest.raises(InputError) as caught:
+        fetch_all(weights.KNOWN.values(), root=tmp_path)
+    for known in weights.KNOWN.values():
+        for text in (known.filename, known.manual_path, *known.addresses):
+            assert text in str(caught.value)
+    with pytest.raises(InputError, match="celeba/spnn_celebahq_256.pth"):
+        locate("yamitehr/SPNN", "spnn_celebahq_256.pth")
+
+
+def test_a_file_at_its_manual_path_is_used_and_checked(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    content = b"weights"
+    digest = hashlib.sha256(content).hexdigest()
+    known = KnownWeights("net", "a/b", "w.pth", "logs/w.pth", sha256=digest, size=len(content))
+    (tmp_path / "logs").mkdir()
+    manual = tmp_path / "logs" / "w.pth"
+    manual.write_bytes(content)
+    assert fetch(known, tmp_path, verify=True) == manual
+    manual.write_bytes(b"Weights")
+    assert fetch(known, tmp_path) == manual
+    with pytest.raises(InputError, match="SHA-256"):
+        fetch(known, tmp_path, verify=True)
+    manual.write_bytes(b"we")
+    with pytest.raises(InputError, match="2 bytes.*7"):
+        fetch(known, tmp_path)
+
+    manual.unlink()
+    downloaded = tmp_path / "cache.pth"
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, filename: str(downloaded))
+    downloaded.write_bytes(content)
+    assert fetch(known, tmp_path) == downloaded
+    downloaded.write_bytes(b"Weights")
+    with pytest.raises(InputError, match="SHA-256"):
+        fetch(known, tmp_path)
+
+
+def test_missing_message_counts():
+    assert missing_message([weights.SPNN_CELEBA]).startswith("1 weight file could")
+    assert missing_message([weights.SPNN_CELEBA, weights.PRIOR_CELEBA]).startswith("2 weight files could")
+
+
+def test_convert_command(tmp_path, state, capsys):
+    write_weights(tmp_path / "a.pth", state)
+    arguments = ["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors"), "--dtype", "float16"]
+    assert weights.main(arguments) == 0
+    assert "3 tensors" in capsys.readouterr().out
+    assert weights.main(["convert", str(tmp_path / "b.safetensors"), str(tmp_path / "c.pth")]) == 0
+    torch.testing.assert_close(read_weights(tmp_path / "c.pth")["a.weight"], state["a.weight"].half())

@@ -1,0 +1,378 @@
+"""Training of an SPNN in two stages: g by classification, then the r-networks towards the natural pseudo-inverse.
+
+Stage 1 minimises over all weights, with y = g(x)::
+
+    lambda_bce * BCE(y, labels) + lambda_img_rec * |g'(y) - x|^2 + lambda_right_inverse * |g(g'(y)) - y|^2
+
+Stage 2 minimises over the r-networks alone, g being frozen and z all latents concatenated::
+
+    lambda_r_norm * |z(g'(y)) - z(0)|^2 + lambda_r_img_rec * |g'(y) - x|^2 + lambda_r_right_inverse * |g(g'(y)) - y|^2
+
+BCE is summed over attributes, weighted, and averaged over the batch; squares are means over all their elements. The
+last term of either is zero whatever the weights are, where every block is exact: its gradient is rounding noise. So it
+is measured at every validation, and trained through only where a block declares ``exact = False``.
+
+Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from checkpoints import save_spnn
+from diagnostics import first_nonfinite
+from logger import MetricsTable, get_logger, plot_curves
+from metrics import balanced_accuracy_by_attribute
+from models import SPNN, Latents, solved_once
+from utils import InputError
+
+FORWARD_CHECKPOINT = "best_model.pth"
+R_OPT_CHECKPOINT = "best_model_r_opt_real.pth"
+
+
+class TrainingFailed(InputError):
+    """Training produced numbers that are not finite; the last good checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of both stages; the defaults are the published ones."""
+
+    epochs: int = 10
+    lr: float = 2e-4
+    lambda_bce: float = 1.0
+    lambda_right_inverse: float = 40.0
+    lambda_img_rec: float = 40.0
+    reweight_every: int = 100  # steps between two looks of `AttributeWeights`; 0: attributes weigh the same
+    warmup_steps: int = 200
+    hold_share: float = 0.4
+    r_epochs: int = 50
+    r_lr: float = 1e-4
+    lambda_r_norm: float = 0.1
+    lambda_r_img_rec: float = 40.0
+    lambda_r_right_inverse: float = 1.0
+    grad_clip: float = 1.0
+
+
+# --- Stage 1's schedule and weights ----------------------------------------------------------------------------------
+
+
+def lr_factor(step: int, total: int, warmup: int = 200, hold_share: float = 0.4) -> float:
+    """Factor on the learning rate at ``step`` of ``total``: up over ``warmup`` steps, held, then linearly to 0.
+
+    It is held up to ``hold_share * total``. In runs so short that this comes before the warm-up's end, the warm-up
+    ends there.
+    """
+    hold_until = int(hold_share * total)
+    warmup = min(warmup, hold_until)
+    if step < warmup:
+        return step / warmup
+    if step <= hold_until:
+        return 1.0
+    return max(0.0, (total - step) / (total - hold_until))
+
+
+class AttributeWeights:
+    """Weights of the attributes in the loss, from how their validation losses move.
+
+    Of the last 2k losses, m1 and m2 are the means of the older and newer half. An attribute weighs in proportion to
+    its relative change ``|m2 - m1| / m2`` times its loss ``m2``, each over its mean, and the weights average to 1.
+
+    Source: He et al., "Adaptively Weighted Multi-task Deep Network for Person Attribute Classification", 2017.
+
+    Args:
+        num_classes: d.
+        k: half the number of losses looked at.
+    """
+
+    def __init__(self, num_classes: int, k: int = 100):
+        self.losses: deque[Tensor] = deque(maxlen=2 * max(k, 1))
+        self.values = torch.ones(num_classes)
+
+    def update(self, losses: Tensor) -> Tensor:
+        """Take one more validation loss by attribute, (d,), and return the weights, (d,)."""
+        self.losses.append(losses.detach().float().cpu())
+        half = len(self.losses) // 2
+        if half:
+            history = torch.stack(list(self.losses))  # (n, d)
+            older, newer = history[-2 * half : -half].mean(0), history[-half:].mean(0)
+            change = (newer - older).abs() / newer.clamp_min(1e-12)
+            weights = change / change.mean().clamp_min(1e-12) * newer / newer.mean().clamp_min(1e-12)
+            if weights.sum() > 0:  # all zero only where nothing moved at all
+                self.values = weights / weights.mean()
+        return self.values
+
+
+# --- The losses ------------------------------------------------------------------------------------------------------
+
+
+def is_exact(model: SPNN) -> bool:
+    """Whether every block's pseudo-inverse is exact, so that the right-inverse loss is zero by construction."""
+    return all(block.exact for block in model.pinn.blocks)
+
+
+def bce_by_attribute(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of each attribute, averaged over the batch: (B, d), (B, d) in {0, 1} -> (d,)."""
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0)
+
+
+def concatenated(latents: Latents) -> Tensor:
+    """All latents of a network as one vector an image, (B, total)."""
+    return torch.cat([z.flatten(1) for z in latents if z is not None], dim=1)
+
+
+def right_inverse_error(model: SPNN, x: Tensor, y: Tensor) -> Tensor:
+    """Mean of ``|g(x) - y|^2`` for x = g'(y): rounding, where every block is exact."""
+    return F.mse_loss(model(x), y)
+
+
+def forward_losses(
+    model: SPNN, x: Tensor, labels: Tensor, settings: Settings, weights: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms of stage 1 with their weighted sum, ``total``; and y. Images (B, C, H, W), labels and y (B, d)."""
+    y = model(x)  # (B, d)
+    by_attribute = bce_by_attribute(y, labels)  # (d,)
+    losses = {"bce": (by_attribute if weights is None else weights.to(y.device) * by_attribute).sum()}
+    total = settings.lambda_bce * losses["bce"]
+    if settings.lambda_img_rec or not is_exact(model):
+        natural = model.pinv(y)  # (B, C, H, W)
+        losses["img_rec"] = F.mse_loss(natural, x)
+        total = total + settings.lambda_img_rec * losses["img_rec"]
+        if not is_exact(model):
+            losses["right_inverse"] = right_inverse_error(model, natural, y)
+            total = total + settings.lambda_right_inverse * losses["right_inverse"]
+    return {"total": total, **losses}, y
+
+
+def natural_losses(model: SPNN, x: Tensor, origin: Tensor, settings: Settings) -> dict[str, Tensor]:
+    """The terms of stage 2 and their weighted sum, ``total``.
+
+    Args:
+        x: (B, C, H, W).
+        origin: z(0), the concatenated latents of the zero image, (1, total): constant, as g is frozen.
+    """
+    with torch.no_grad():
+        y = model(x)  # (B, d)
+    natural, latents = model.pinv(y, return_latents=True)  # the r-outputs on the way down are z(g'(y))
+    losses = {
+        "r_norm": (concatenated(latents) - origin).square().mean(),
+        "img_rec": F.mse_loss(natural, x),
+    }
+    total = settings.lambda_r_norm * losses["r_norm"] + settings.lambda_r_img_rec * losses["img_rec"]
+    if not is_exact(model):
+        losses["right_inverse"] = right_inverse_error(model, natural, y)
+        total = total + settings.lambda_r_right_inverse * losses["right_inverse"]
+    return {"total": total, **losses}
+
+
+# --- The trainer -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CelebATrainer:
+    """Runs the two stages and keeps their best models, tables, curves and log in ``folder``.
+
+    Args:
+        model: on ``device`` already.
+        train, val: loaders of (images (B, C, H, W) in [-1, 1], labels (B, d) in {0, 1}).
+        attributes: names of the d labels.
+        notes: what else goes into config.json.
+    """
+
+    model: SPNN
+    train: DataLoader
+    val: DataLoader
+    settings: Settings
+    folder: Path
+    device: torch.device
+    attributes: tuple[str, ...]
+    notes: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.log = get_logger("train", self.folder)
+        self.notes = {"attributes": list(self.attributes), "training": asdict(self.settings), **self.notes}
+
+    def train_forward(self) -> Path:
+        """Stage 1. Returns the checkpoint of the lowest validation loss, `FORWARD_CHECKPOINT`.
+
+        Raises:
+            TrainingFailed: NaN or infinity; names the block, and the last good checkpoint is kept.
+        """
+        model, settings = self.model, self.settings
+        total_steps = settings.epochs * len(self.train)
+        optimizer = self._adam(model.parameters(), settings.lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(step, total_steps, settings.warmup_steps, settings.hold_share)
+        )
+        weights = AttributeWeights(model.num_classes, settings.reweight_every)
+        val_batches = self._forever(self.val)
+        steps = 0
+
+        def losses_of(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            nonlocal steps
+            if settings.reweight_every and steps % settings.reweight_every == 0:
+                with torch.no_grad():
+                    val_x, val_labels = next(val_batches)
+                    weights.update(bce_by_attribute(model(val_x), val_labels))
+            steps += 1
+            return forward_losses(model, x, labels, settings, weights.values)[0]
+
+        self.log.info("stage 1: %d epochs of %d steps on %s", settings.epochs, len(self.train), self.device)
+        return self._run("forward", settings.epochs, optimizer, scheduler, losses_of, FORWARD_CHECKPOINT)
+
+    def optimise_r(self) -> Path:
+        """Stage 2. Returns the checkpoint of the lowest validation loss, `R_OPT_CHECKPOINT`.
+
+        Raises:
+            TrainingFailed: NaN or infinity; names the block, and the last good checkpoint is kept.
+        """
+        model, settings = self.model, self.settings
+        frozen = [p for name, p in model.named_parameters() if ".r." not in name]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            with torch.no_grad():
+                zero = torch.zeros(1, *model.pinn.in_shape, device=self.device)
+                self._origin = concatenated(model.complete(zero).z)
+            optimizer = self._adam([p for p in model.parameters() if p.requires_grad], settings.r_lr)
+            self.log.info("stage 2: %d epochs of %d steps on %s", settings.r_epochs, len(self.train), self.device)
+            return self._run(
+                "r_opt",
+                settings.r_epochs,
+                optimizer,
+                None,
+                lambda x, _: natural_losses(model, x, self._origin, settings),
+                R_OPT_CHECKPOINT,
+            )
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def _adam(self, parameters, lr: float) -> torch.optim.Adam:
+        fused = self.device.type in ("cpu", "cuda")  # one pass over all weights instead of one an operation
+        return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), fused=fused)
+
+    def _batch(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return tuple(part.to(self.device, non_blocking=True) for part in batch)
+
+    def _forever(self, loader: DataLoader):
+        while True:
+            for batch in loader:
+                yield self._batch(batch)
+
+    def _run(
+        self,
+        stage: str,
+        epochs: int,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+        losses_of: Callable[[Tensor, Tensor], dict[str, Tensor]],
+        checkpoint: str,
+    ) -> Path:
+        """The loop of both stages: epochs, validation, the best model."""
+        table_path = self.folder / f"metrics_{stage}.csv"
+        table_path.unlink(missing_ok=True)
+        table, best, path = MetricsTable(table_path), float("inf"), self.folder / checkpoint
+        for epoch in range(1, epochs + 1):
+            started = time.perf_counter()
+            means = self._epoch(f"{stage} {epoch}/{epochs}", optimizer, scheduler, losses_of)
+            measured = self.validate(stage)
+            table.append(
+                {
+                    "epoch": epoch,
+                    **{f"train_{'loss' if name == 'total' else name}": value for name, value in means.items()},
+                    **{f"val_{name}": value for name, value in measured.items()},
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+            plot_curves(table_path, self.folder / f"curves_{stage}.png")
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+            self.log.info("%s epoch %d/%d: train loss %.4g; val %s", stage, epoch, epochs, means["total"], shown)
+            if measured["loss"] < best:
+                best = measured["loss"]
+                save_spnn(path, self.model, self.notes)
+        self.log.info("%s: best validation loss %.4g, kept in %s", stage, best, path)
+        return path
+
+    def _epoch(self, label: str, optimizer, scheduler, losses_of) -> dict[str, float]:
+        """One pass over the training data; the means of the losses."""
+        self.model.train()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        sums: dict[str, Tensor] = {}
+        progress = tqdm(self.train, desc=label, unit="batch", leave=False, dynamic_ncols=True)
+        for index, batch in enumerate(progress):
+            x, labels = self._batch(batch)
+            optimizer.zero_grad(set_to_none=True)
+            with solved_once():  # g and g' share W and its gradient
+                losses = losses_of(x, labels)
+                losses["total"].backward()
+            norm = nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
+            if not torch.isfinite(norm):  # weights are still good here: nothing has been applied
+                where = first_nonfinite(self.model, x) or "a gradient; every block's values are finite"
+                raise TrainingFailed(
+                    f"{label}, batch {index + 1}: not a finite number in {where}. The last good checkpoint is kept in "
+                    f"{self.folder}; try a lower learning rate"
+                )
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            if index % 10 == 0:
+                progress.set_postfix(loss=f"{losses['total'].item():.4g}")
+        return {name: (value / len(self.train)).item() for name, value in sums.items()}
+
+    @torch.no_grad()
+    def validate(self, stage: str) -> dict[str, float]:
+        """Losses on the validation split, averaged by image, with accuracy in stage 1 and the right-inverse error."""
+        model = self.model.eval()
+        sums, count, all_logits, all_labels, right_inverse = {}, 0, [], [], 0.0
+        for batch in self.val:
+            x, labels = self._batch(batch)
+            if stage == "forward":
+                losses, y = forward_losses(model, x, labels, self.settings)
+                all_logits.append(y.cpu())
+                all_labels.append(labels.cpu())
+            else:
+                losses = natural_losses(model, x, self._origin, self.settings)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * len(x)
+            if count == 0:  # zero but for rounding: one batch tells
+                y = model(x)
+                right_inverse = right_inverse_error(model, model.pinv(y), y).item()
+            count += len(x)
+        means = {name: value / count for name, value in sums.items()}
+        measured = {"loss": means.pop("total"), **means, "right_inverse": right_inverse}
+        if stage == "forward":
+            logits, labels = torch.cat(all_logits), torch.cat(all_labels)
+            measured["accuracy"] = ((logits > 0) == (labels > 0.5)).float().mean().item()
+            measured["balanced_accuracy"] = balanced_accuracy_by_attribute(logits, labels).nanmean().item()
+        return measured
+
+
+@torch.no_grad()
+def typical_logits(model: SPNN, loader: DataLoader, device: torch.device) -> list[list[float]]:
+    """For each attribute the median logit of the images without it and of those with it, [d][2].
+
+    What "this attribute, set" means to a network: the value that reconstruction takes for ``--set NAME=0`` and ``=1``.
+    A class without an image takes the other's, with its sign turned.
+    """
+    model.eval()
+    pairs = [(model(x.to(device)).cpu(), labels) for x, labels in loader]
+    logits, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
+    typical = []
+    for values, present in zip(logits.T, labels.T > 0.5, strict=True):
+        without, having = values[~present], values[present]
+        low = without.median().item() if len(without) else -having.median().item()
+        high = having.median().item() if len(having) else -low
+        typical.append([low, high])
+    return typical

@@ -1,0 +1,175 @@
+"""Argument checks and the small helpers that every command shares."""
+
+import argparse
+import difflib
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: commands print it as one line and exit with status 2."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's ``main`` and exit: 0 on success, 2 on an `InputError`, 130 when interrupted.
+
+    Any other exception is a bug and keeps its traceback (status 1).
+    """
+    try:
+        status = main()
+    except InputError as error:
+        print(
+            f"error: {' '.join(str(error).split())}" if "\n" not in str(error) else f"error: {error}", file=sys.stderr
+        )
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint for a misspelt name: ``", did you mean 'Smiling'?"``, or an empty string."""
+    by_lower = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f", did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``; ``"auto"`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        InputError: no such device on this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no such device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: {torch.cuda.device_count()} CUDA devices found; use --device cpu or auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {name}: MPS is not available here; use --device cpu or auto")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def read_yaml(path: str | Path, known: Iterable[str]) -> dict:
+    """Read a flat YAML mapping whose keys are all among ``known``.
+
+    Raises:
+        InputError: no such file, not a mapping, or a key nobody reads (with its nearest match).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"config {path}: no such file")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    settings = {} if settings is None else settings
+    if not isinstance(settings, Mapping):
+        raise InputError(f"config {path}: expected 'key: value' lines, got a {type(settings).__name__}")
+    known = set(known)
+    for key in settings:
+        if key not in known:
+            raise InputError(f"config {path}: unknown key {key!r}{nearest(str(key), known)}")
+    return dict(settings)
+
+
+def parse_with_config(
+    parser: argparse.ArgumentParser, config: str | Path | None, argv: list[str] | None = None, extra: Iterable[str] = ()
+) -> tuple[argparse.Namespace, dict]:
+    """Parse ``argv`` over a preset: flag given > config value > the parser's default.
+
+    A config value goes through the flag's own type and choices, so a preset is checked like a command line.
+    Keys in ``extra`` have no flag (``layer_channels``, say) and come back as the second value.
+
+    Raises:
+        InputError: an unknown key, or a value that its flag would refuse.
+    """
+    if config is None:
+        return parser.parse_args(argv), {}
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
+    settings = read_yaml(config, known=[*actions, *extra])
+    others = {key: settings.pop(key) for key in list(settings) if key in set(extra) - actions.keys()}
+    defaults = {}
+    for key, value in settings.items():
+        action = actions[key]
+        if action.nargs == 0:  # a switch
+            if not isinstance(value, bool):
+                raise InputError(f"config {config}: {key} must be true or false, got {value!r}")
+        elif value is not None:
+            try:
+                value = action.type(str(value)) if action.type is not None else str(value)
+            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+                raise InputError(f"config {config}: {key}: {value!r} is refused: {error}") from None
+            if action.choices is not None and value not in action.choices:
+                raise InputError(f"config {config}: {key} must be one of {list(action.choices)}, got {value!r}")
+        defaults[key] = value
+    parser.set_defaults(**defaults)
+    return parser.parse_args(argv), others
+
+
+def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
+    """An argparse type: an ``int`` or ``float`` within [low, high]; NaN and infinity are refused."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+        if value != value or abs(value) == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if low is not None and value < low or high is not None and value > high:
+            bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, must be {bounds}")
+        return value
+
+    return parse
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; flush it to disk and rename it into place on success.
+
+    Raises:
+        InputError: the folder cannot be written, or the disk is full. ``path`` keeps its old content then.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes the file private
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

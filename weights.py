@@ -1,0 +1,347 @@
+"""Weights: the one place where they are read, written, converted and fetched.
+
+python weights.py convert best_model.pth best_model.safetensors --dtype float16
+"""
+
+import argparse
+import hashlib
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from utils import InputError, atomic_write, run_command
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+WRAPPERS = ("state_dict", "model", "model_state_dict", "ema", "weights", "params", "net")
+
+
+@dataclass(frozen=True)
+class KnownWeights:
+    """A published weight file: where it is, where to put it by hand, and how to recognise it.
+
+    ``repo`` is a hub id ``owner/name`` (None where the file is on no hub), ``manual_path`` is relative to the
+    repository root, ``mirrors`` are further addresses, ``size`` is in bytes.
+    """
+
+    name: str
+    repo: str | None
+    filename: str
+    manual_path: str
+    mirrors: tuple[str, ...] = ()
+    sha256: str | None = None
+    size: int | None = None
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Every place that holds the file, the hub first."""
+        hub = (f"https://huggingface.co/{self.repo}",) if self.repo is not None else ()
+        return hub + self.mirrors
+
+
+KNOWN = {
+    known.name: known
+    for known in (
+        KnownWeights(
+            name="SPNN classifier (CelebA-HQ, 256x256)",
+            repo="yamitehr/SPNN",
+            filename="spnn_celebahq_256.pth",
+            manual_path="DDNM/exp/logs/celeba/spnn_celebahq_256.pth",
+        ),
+        KnownWeights(
+            name="diffusion prior (CelebA-HQ, 256x256)",
+            repo="gwang-kim/DiffusionCLIP-CelebA_HQ",
+            filename="celeba_hq.ckpt",
+            manual_path="DDNM/exp/logs/celeba/celeba_hq.ckpt",
+            mirrors=("https://drive.google.com/file/d/1wSoA5fm_d6JBZk4RZ1SzWLMgev4WqH21/view",),
+            sha256="6cbb630eb856ff3ebe4854fe87af3c21a052765678955999db97ea15b5eeb8a5",
+        ),
+        KnownWeights(
+            name="alternative diffusion prior (CelebA-HQ, 256x256, Apache-2.0)",
+            repo="google/ddpm-ema-celebahq-256",
+            filename="diffusion_pytorch_model.safetensors",
+            manual_path="DDNM/exp/logs/ddpm-ema-celebahq-256/diffusion_pytorch_model.safetensors",
+        ),
+    )
+}
+SPNN_CELEBA, PRIOR_CELEBA, PRIOR_GOOGLE = KNOWN.values()
+
+
+# Reading and writing --------------------------------------------------------------------------------------------
+
+
+def _load_file(path: Path) -> object:
+    """The object in ``path``, read without running any code that the file may carry."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"weights {path}: cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "weights_only" in str(error).lower() and "global" in str(error).lower():
+            raise InputError(
+                f"weights {path}: holds more than tensors and would run code when loaded; refused. Save it as a plain "
+                f"state dict, or get it from a source that offers one"
+            ) from None
+        raise InputError(f"weights {path}: not a weight file, or a damaged one") from None
+    except (
+        safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError,
+        AttributeError, struct.error, zipfile.BadZipFile,
+    ):  # fmt: skip  # what torch.load and safetensors raise on damaged files
+        raise InputError(
+            f"weights {path}: truncated or damaged ({path.stat().st_size:,} bytes); fetch or write it again"
+        ) from None
+
+
+def _is_state_dict(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, on the CPU: .safetensors, or anything ``torch.save`` wrote.
+
+    A dict that wraps exactly one state dict (``{"model": {...}}``) is unwrapped, and a ``module.`` prefix that all
+    names share is stripped. No code in the file is run.
+
+    Raises:
+        InputError: no such file, a damaged one, one that would run code, or one that holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"weights {path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
+    loaded = _load_file(path)
+    if not _is_state_dict(loaded):
+        inner = {k: v for k, v in loaded.items() if _is_state_dict(v)} if isinstance(loaded, Mapping) else {}
+        if len(inner) > 1:  # an optimiser's tensors, say, beside the model's
+            inner = {k: v for k, v in inner.items() if k in WRAPPERS}
+        if len(inner) != 1:
+            keys = isinstance(loaded, Mapping)
+            what = f"keys {[str(k) for k in list(loaded)[:4]]}" if keys else f"a {type(loaded).__name__}"
+            raise InputError(f"weights {path}: expected a state dict (name -> tensor), found {what}")
+        (loaded,) = inner.values()
+    if all(name.startswith("module.") for name in loaded):  # written from inside DataParallel
+        loaded = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+    return dict(loaded)
+
+
+def write_weights(path: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write a state dict atomically: safetensors where the suffix says so, else ``torch.save``.
+
+    Args:
+        state: name -> tensor on any device; written contiguous, from the CPU.
+        dtype: what floating-point tensors are stored as (None keeps each as it is).
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = Path(path)
+
+    def stored(tensor: Tensor) -> Tensor:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        # clone: safetensors refuses tensors that share memory, torch.save would write the whole storage of a view
+        return tensor.detach().to(device="cpu", dtype=kind).clone(memory_format=torch.contiguous_format)
+
+    tensors = {name: stored(tensor) for name, tensor in state.items()}
+    with atomic_write(path) as temporary:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, temporary)
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load ``state`` into ``module``: every name and shape must match. Floats take the module's own dtype.
+
+    Args:
+        path: where ``state`` came from, for the message.
+
+    Raises:
+        InputError: names the first missing and unexpected tensors, or a tensor with both its shapes.
+    """
+    own = module.state_dict()
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
+    if missing or extra:
+
+        def some(names: list[str]) -> str:
+            return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+        parts = ([f"missing {some(missing)}"] if missing else []) + ([f"unexpected {some(extra)}"] if extra else [])
+        raise InputError(f"weights {path}: do not fit {type(module).__name__}: {'; '.join(parts)}")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise InputError(
+                f"weights {path}: {name} has shape {list(tensor.shape)}, {type(module).__name__} needs "
+                f"{list(own[name].shape)}"
+            )
+    module.load_state_dict(state, strict=True)  # copies in place, which converts to the module's dtype
+
+
+# Fetching -------------------------------------------------------------------------------------------------------
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_file(path: str | Path, known: KnownWeights, verify: bool = False) -> None:
+    """Compare a file with what is known of it: its size, and with ``verify`` its SHA-256 (seconds for 455 MB).
+
+    Raises:
+        InputError: another size or hash than published.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    if known.size is not None and size != known.size:
+        raise InputError(f"weights {path}: {size:,} bytes, the published file has {known.size:,}; fetch it again")
+    if verify and known.sha256 is not None and (found := sha256_of(path)) != known.sha256:
+        raise InputError(f"weights {path}: SHA-256 {found}, the published file has {known.sha256}; fetch it again")
+
+
+def missing_message(known: Iterable[KnownWeights], reasons: Mapping[str, str] | None = None) -> str:
+    """One message for every weight file that could not be had: its addresses, and where to put it by hand.
+
+    Args:
+        reasons: the name of a `KnownWeights` -> why fetching it failed.
+    """
+    known = list(known)
+    lines = [f"{len(known)} weight file{'s' if len(known) != 1 else ''} could not be found or fetched:"]
+    for item in known:
+        reason = (reasons or {}).get(item.name)
+        lines.append(f"  {item.name}: {item.filename}" + (f" ({reason})" if reason else ""))
+        lines.append(f"    put it at {item.manual_path}, from any of")
+        lines.extend(f"      {address}" for address in item.addresses)
+    return "\n".join(lines)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+def download(repo: str, filename: str) -> Path:
+    """A file of a Hugging Face hub repository, from the local cache where it is already there.
+
+    Raises:
+        InputError: no connection, no such repository or file, or huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise InputError(f"{repo}/{filename}: fetching needs huggingface_hub: pip install huggingface_hub") from None
+    try:
+        return Path(hf_hub_download(repo_id=repo, filename=filename))
+    except Exception as error:  # the hub client raises its own, requests', httpx' and the OS's exceptions
+        raise InputError(f"{repo}/{filename}: cannot be fetched from the hub: {_first_line(error)}") from None
+
+
+def locate(source: str | Path, filename: str) -> Path:
+    """The local path of ``filename`` from ``source``: a file, a folder that holds it, or a hub id ``owner/repo``.
+
+    Raises:
+        InputError: names what was looked for and, for a file in `KNOWN`, where to get it and where to put it.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / filename).is_file():
+            return path / filename
+        raise InputError(f"weights: folder {path} has no {filename}")
+    known = next((k for k in KNOWN.values() if k.filename == filename and str(source) == k.repo), None)
+    if not HUB_ID.fullmatch(str(source)):
+        raise InputError(f"weights {source}: no such file or folder, and not a hub id like owner/repo")
+    if known is not None:
+        return fetch(known)
+    try:
+        return download(str(source), filename)
+    except InputError as error:
+        raise InputError(f"weights {source}: no such local file or folder; {error}") from None
+
+
+def fetch(known: KnownWeights, root: str | Path = Path(__file__).parent, verify: bool = False) -> Path:
+    """A known file: at its manual path under ``root``, else from its hub repository, where its hash is checked.
+
+    Args:
+        verify: hash a file at the manual path too.
+
+    Raises:
+        InputError: `missing_message`, or a file that is not the published one.
+    """
+    manual = Path(root) / known.manual_path
+    if manual.is_file():
+        check_file(manual, known, verify)
+        return manual
+    reason = "on no hub"
+    if known.repo is not None:
+        try:
+            path = download(known.repo, known.filename)
+        except InputError as error:
+            reason = str(error)
+        else:
+            check_file(path, known, verify=True)
+            return path
+    raise InputError(missing_message([known], {known.name: reason}))
+
+
+def fetch_all(
+    known: Iterable[KnownWeights], root: str | Path = Path(__file__).parent, verify: bool = False
+) -> list[Path]:
+    """`fetch` for several files; one message names every one that is missing.
+
+    Raises:
+        InputError: as `fetch`, for all of them at once.
+    """
+    paths, missing, reasons = [], [], {}
+    for item in known:
+        manual = Path(root) / item.manual_path
+        try:
+            paths.append(fetch(item, root, verify))
+        except InputError as error:
+            if manual.is_file():  # there, but not the published file: nothing else will mend that
+                raise
+            missing.append(item)
+            reasons[item.name] = str(error)
+    if missing:
+        raise InputError(missing_message(missing))
+    return paths
+
+
+# Command --------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Convert weight files between torch's format and safetensors.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser("convert", help="read SRC, write DST; the suffix of DST decides the format")
+    convert.add_argument("source", type=Path, metavar="SRC")
+    convert.add_argument("target", type=Path, metavar="DST", help=".safetensors, or .pth for torch's own format")
+    convert.add_argument("--dtype", choices=sorted(DTYPES), help="store floats as this (default: as they are)")
+    args = parser.parse_args(argv)
+    state = read_weights(args.source)
+    write_weights(args.target, state, DTYPES[args.dtype] if args.dtype is not None else None)
+    count = sum(tensor.numel() for tensor in state.values())
+    print(f"{args.target}: {len(state)} tensors, {count:,} numbers, {args.target.stat().st_size:,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
