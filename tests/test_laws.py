@@ -148,8 +148,8 @@ def block_rows(mix: str) -> list[Row]:
 
 # Rounding of one block is amplified by the others, by S on the way up and by 1/S on the way down: exp(2 * scale_bound),
 # 55 a block, at most. Near the data tanh(s) stays small, and a factor of 5 or so a block makes 1e-4 a safe bound
-# (largest measured: 2e-5). Logits 50 times as large saturate it, which costs a block 55 at once (1.1e-5) and a chain two
-# more digits (8e-4, at img_size 64).
+# (largest measured: 2e-5). Logits 50 times as large saturate it, which costs a block 55 at once (1.1e-5) and a chain
+# two more digits (8e-4, at img_size 64).
 CHAIN = {"float32": 1e-4, "far": 5e-3}
 
 
@@ -291,6 +291,8 @@ def natural_latents(case: Case) -> float:
             z = g.natural_latents(y) if isinstance(g, PINN) else g.natural_latent(y)
         x = g.pinv(y)
         case.close(g.pinv(y, z), x)
+        if isinstance(z, list):
+            case.all_close(g.pinv(y, return_latents=True)[1], z)
         # latents are read out of x, and rounded like it
         worst = max(worst, case.all_close(g(x, True)[1], z, among=x, rtol=rtol))
     return worst
