@@ -95,6 +95,17 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> dict:
     return dict(settings)
 
 
+def _as_on_command_line(action: argparse.Action, config: str | Path, value: object):
+    """A config's value for a flag, through the flag's own type and choices."""
+    try:
+        value = action.type(str(value)) if action.type is not None else str(value)
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"config {config}: {action.dest}: {value!r} is refused: {error}") from None
+    if action.choices is not None and value not in action.choices:
+        raise InputError(f"config {config}: {action.dest} must be one of {list(action.choices)}, got {value!r}")
+    return value
+
+
 def parse_with_config(
     parser: argparse.ArgumentParser, config: str | Path | None, argv: list[str] | None = None, extra: Iterable[str] = ()
 ) -> tuple[argparse.Namespace, dict]:
@@ -117,13 +128,11 @@ def parse_with_config(
         if action.nargs == 0:  # a switch
             if not isinstance(value, bool):
                 raise InputError(f"config {config}: {key} must be true or false, got {value!r}")
+        elif isinstance(action.default, list):  # a repeatable flag
+            values = value if isinstance(value, list) else [value]
+            value = [_as_on_command_line(action, config, v) for v in values]
         elif value is not None:
-            try:
-                value = action.type(str(value)) if action.type is not None else str(value)
-            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-                raise InputError(f"config {config}: {key}: {value!r} is refused: {error}") from None
-            if action.choices is not None and value not in action.choices:
-                raise InputError(f"config {config}: {key} must be one of {list(action.choices)}, got {value!r}")
+            value = _as_on_command_line(action, config, value)
         defaults[key] = value
     parser.set_defaults(**defaults)
     return parser.parse_args(argv), others

@@ -7,11 +7,14 @@ import argparse
 import hashlib
 import pickle
 import re
+import socket
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import safetensors
 import safetensors.torch
@@ -229,6 +232,8 @@ def missing_message(known: Iterable[KnownWeights], reasons: Mapping[str, str] | 
         lines.append(f"  {item.name}: {item.filename}" + (f" ({reason})" if reason else ""))
         lines.append(f"    put it at {item.manual_path}, from any of")
         lines.extend(f"      {address}" for address in item.addresses)
+        if item.sha256 is not None:
+            lines.append(f"      (sha256 {item.sha256})")
     return "\n".join(lines)
 
 
@@ -244,9 +249,19 @@ def download(repo: str, filename: str) -> Path:
         InputError: no connection, no such repository or file, or huggingface_hub is not installed.
     """
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.utils import logging as hub_logging
     except ImportError:
         raise InputError(f"{repo}/{filename}: fetching needs huggingface_hub: pip install huggingface_hub") from None
+    if isinstance(cached := try_to_load_from_cache(repo, filename), str):
+        return Path(cached)
+    if not getproxies():  # without a name server the client would retry for half a minute before it says so
+        host = urlsplit(constants.ENDPOINT).hostname
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError:
+            raise InputError(f"{repo}/{filename}: cannot be fetched: no connection to {host}") from None
+    hub_logging.set_verbosity_error()  # what went wrong is said once, below
     try:
         return Path(hf_hub_download(repo_id=repo, filename=filename))
     except Exception as error:  # the hub client raises its own, requests', httpx' and the OS's exceptions

@@ -118,6 +118,22 @@ def no_connection(repo_id, filename):
     raise ConnectionError("no route to host\nand more")
 
 
+@pytest.fixture(autouse=True)
+def name_server(monkeypatch):
+    """Host names resolve, wherever the tests run; nothing connects."""
+    monkeypatch.setattr(weights.socket, "getaddrinfo", lambda host, port: [])
+
+
+def test_without_a_name_server_nothing_is_retried(monkeypatch):
+    def no_name(host, port):
+        raise OSError("name or service not known")
+
+    monkeypatch.setattr(weights.socket, "getaddrinfo", no_name)
+    monkeypatch.setattr(weights, "getproxies", dict)
+    with pytest.raises(InputError, match="no connection to"):
+        weights.download("someone/model", "w.pth")
+
+
 @pytest.fixture
 def offline(monkeypatch):
     import huggingface_hub
