@@ -28,13 +28,15 @@ Shape = tuple[int, int, int]  # (C, H, W)
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Run matrix products in true float32: no autocast, no TF32. Rounding W to ten bits breaks ``W^T W = I``."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    matmul = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        setattr(matmul, name, before)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ def solved_once() -> Iterator[None]:
     """Solve every mixing matrix at most once inside the block, gradients included.
 
     For code that uses g and g' several times between two changes of the weights: a training step, a sampling run.
-    Weights must not change inside. Nested blocks share the outermost one's matrices.
+    Weights must not change inside, and gradients may be taken once. Nested blocks share the outermost one's matrices.
     """
     global _solved
     outermost = _solved is None
@@ -97,13 +99,15 @@ class Mixing(nn.Module):
             _solved[self] = factors
         return factors
 
-    @torch.no_grad()
     def _remembered(self, weight: Tensor) -> tuple[Tensor, ...]:
         made_from, factors = self.__dict__.get("_memory", (None, None))
         same_kind = made_from is not None and (made_from.dtype, made_from.device) == (weight.dtype, weight.device)
         if not (same_kind and torch.equal(made_from, weight)):
-            factors = self._factors(at_least_float32(weight))
-            self.__dict__["_memory"] = (weight.clone(), factors)
+            # tensors made in inference mode could not serve a later forward that records gradients
+            with torch.inference_mode(False), torch.no_grad():
+                weight = weight.clone()
+                factors = self._factors(at_least_float32(weight))
+            self.__dict__["_memory"] = (weight, factors)
         return factors
 
     def __getstate__(self):
@@ -294,7 +298,9 @@ class PixelUnshuffleBlock(Surjection):
         return c * self.r**2, h // self.r, w // self.r
 
     def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, None]:
-        y = F.pixel_unshuffle(x, self.r)
+        c, h, w = self.output_shape(tuple(x.shape[1:]))
+        y = x.unflatten(3, (w, self.r)).unflatten(2, (h, self.r))  # (B, C, H/r, r, W/r, r)
+        y = y.permute(0, 1, 3, 5, 2, 4).reshape(len(x), c, h, w)  # F.pixel_unshuffle, which fails on an empty batch
         return (y, None) if return_latent else y
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
@@ -388,7 +394,7 @@ class ConvPINNBlock(Surjection):
         return torch.tanh(self.t(u1))
 
     def natural_latent(self, y: Tensor) -> Tensor:
-        return torch.tanh(self.r(y))  # (B, in_ch - out_ch, H, W)
+        return torch.tanh(self.r(at_least_float32(y)))  # (B, in_ch - out_ch, H, W)
 
     def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         u = self.mix(x)  # (B, in_ch, H, W)
@@ -410,7 +416,9 @@ Latents = list[Tensor | None]
 
 def _by_image(strength: float | Tensor, like: Tensor) -> float | Tensor:
     """A strength an image, (B,), shaped to multiply ``like``, (B, ...)."""
-    return strength.view(-1, *[1] * (like.dim() - 1)) if isinstance(strength, Tensor) and strength.dim() else strength
+    if not isinstance(strength, Tensor):
+        return strength
+    return strength.to(like).view(-1, *[1] * (like.dim() - 1)) if strength.dim() else strength.to(like)
 
 
 @dataclass(frozen=True)
@@ -475,6 +483,8 @@ class PINN(nn.Module):
     ) -> Tensor | tuple[Tensor, Latents]:
         """``g'(y)``, or ``G^-1(y, latents)``; on request with the latents it used, natural where none were given."""
         latents = [None] * len(self.blocks) if latents is None else list(latents)
+        if len(latents) != len(self.blocks):
+            raise ValueError(f"pinv expects a latent a block, {len(self.blocks)}, got {len(latents)}")
         for index in reversed(range(len(self.blocks))):
             block = self.blocks[index]
             if latents[index] is None:
@@ -662,6 +672,11 @@ class SPNN(nn.Module):
             c, h, w = self.pinn.in_shape
             raise ValueError(f"SPNN expects images of shape (B, {c}, {h}, {w}), got {tuple(x.shape)}")
 
+    def _as_map(self, logits: Tensor) -> Tensor:
+        if logits.dim() != 2 or logits.shape[1] != self.num_classes:
+            raise ValueError(f"SPNN expects logits of shape (B, {self.num_classes}), got {tuple(logits.shape)}")
+        return logits[..., None, None]  # (B, d, 1, 1)
+
     def forward(self, x: Tensor, return_latents: bool = False) -> Tensor | tuple[Tensor, Latents]:
         """Logits ``g(x)``, (B, d), of images (B, C, H, W) in [-1, 1]; with their latents on request, ``G(x)``."""
         self._check(x)
@@ -672,9 +687,7 @@ class SPNN(nn.Module):
         self, logits: Tensor, latents: Latents | None = None, return_latents: bool = False
     ) -> Tensor | tuple[Tensor, Latents]:
         """Images ``g'(y)``, (B, C, H, W), of logits (B, d); with latents of `forward`, ``G^-1``."""
-        if logits.dim() != 2 or logits.shape[1] != self.num_classes:
-            raise ValueError(f"SPNN expects logits of shape (B, {self.num_classes}), got {tuple(logits.shape)}")
-        return self.pinn.pinv(logits[..., None, None], latents, return_latents)
+        return self.pinn.pinv(self._as_map(logits), latents, return_latents)
 
     def complete(self, x: Tensor) -> Completion:
         """``G(x) = (g(x), z)``."""
@@ -682,7 +695,7 @@ class SPNN(nn.Module):
 
     def natural(self, logits: Tensor) -> Completion:
         """``G(g'(y)) = (y, r-latents)``, without a forward pass."""
-        return Completion(logits, self.pinn.natural_latents(logits[..., None, None]))
+        return Completion(logits, self.pinn.natural_latents(self._as_map(logits)))
 
     def back_project(self, x: Tensor, target: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         """Move images x towards logits ``target`` by non-linear back-projection (see `BackProjection`).

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_loader import find_images, load_image, save_image, to_uint8
-from DDNM.guided_diffusion.prior import Prior, save_prior, small_unet
+from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
 from utils import InputError, atomic_write, number, resolve_device, run_command, seed_everything
 from weights import DTYPES
@@ -52,7 +52,7 @@ IN_MEMORY_BYTES = 4 << 30  # decoded images beyond this are read again for every
 # a resumed run must be the run it resumes: these settings decide what a step computes
 TRAJECTORY = (
     "img_size", "channels", "layers", "unshuffle", "attention_size", "norm_groups", "batch_size", "lr", "warmup",
-    "decay", "ema_decay", "clip", "flip", "precision", "seed",
+    "decay", "ema_decay", "clip", "prediction", "flip", "precision", "seed",
 )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> Non
 
 
 def diffusion_loss(prior: Prior, schedule: Schedule, x0: Tensor, generator: torch.Generator) -> Tensor:
-    """DDPM's simple loss on a batch x0 (B, 3, H, W) in [-1, 1]; every draw comes from ``generator``, on the CPU.
+    """The loss on a batch x0 (B, 3, H, W) in [-1, 1]; every draw comes from ``generator``, on the CPU.
 
     The B steps are one uniform draw plus a grid (Kingma et al. 2021, "Variational Diffusion Models", I.1): each is
     uniform, and the loss varies less than with independent ones.
@@ -114,8 +114,8 @@ def diffusion_loss(prior: Prior, schedule: Schedule, x0: Tensor, generator: torc
     t = ((offset + torch.arange(batch) / batch) % 1 * steps).long().clamp(max=steps - 1)  # (B,)
     noise = torch.randn(x0.shape, generator=generator)
     t, noise = t.to(x0.device), noise.to(x0.device)
-    predicted = prior(schedule.add_noise(x0, noise, t), t)  # (B, 3, H, W)
-    return (predicted - noise).square().mean()
+    predicted = prior.predict(schedule.add_noise(x0, noise, t), t)  # (B, 3, H, W)
+    return (predicted - prior.target(x0, noise, t)).square().mean()
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ class Trainer:
         except ValueError as error:
             raise InputError(str(error)) from None
         autocast = torch.bfloat16 if args.precision == "bf16" else None
-        self.prior = Prior(unet.to(device), autocast, channels_last=True)
+        self.prior = Prior(unet.to(device), autocast, True, args.prediction, self.schedule)
         self.ema = copy.deepcopy(self.prior).eval().requires_grad_(False)
         try:
             self.optimizer = torch.optim.Adam(self.prior.parameters(), lr=args.lr, fused=True)
@@ -386,6 +386,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup", type=count, default=100, help="steps of linear warm-up")
     add("--decay", choices=("cosine", "linear", "constant"), default="cosine", help="of the learning rate, to the end")
     add("--ema_decay", type=number(float, 0, 1), default=0.999, help="of the averaged weights, which are the result")
+    add("--prediction", choices=PREDICTIONS, default="v_prediction", help="what the network predicts")
     add("--clip", type=number(float, 0), default=1.0, help="gradient norm limit")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images at random")
     add("--seed", type=count, default=0, help="of the weights and every draw")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from DDNM.guided_diffusion.prior import Prior, load_prior, prior_from_ddpm, save_prior, small_unet
+from DDNM.guided_diffusion.schedule import Schedule
 from utils import InputError
 from weights import read_weights, write_weights
 
@@ -328,3 +329,34 @@ def test_hub_ids_that_cannot_be_had_are_one_clear_line(monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="not a hub id"):
         load_prior(tmp_path / "nothing" / "here")
+
+
+@torch.no_grad()
+def test_a_network_that_predicts_v_gives_the_noise_that_v_stands_for():
+    """With the true v in place of the network, the noise comes back exactly (Salimans and Ho 2022, section 4)."""
+    prior = Prior(small(), prediction_type="v_prediction").double()
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    t = torch.tensor([3, 990])
+    abar = prior.schedule.abar(t).double().view(-1, 1, 1, 1)
+    v = prior.target(x0, eps, t)
+    torch.testing.assert_close(v, abar.sqrt() * eps - (1 - abar).sqrt() * x0, rtol=1e-12, atol=1e-12)
+    x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+    prior.predict = lambda x, t: v
+    torch.testing.assert_close(prior(x_t, t), eps, rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_prior_predicts_is_saved_with_it(tmp_path):
+    prior = Prior(small(), prediction_type="v_prediction", schedule=Schedule(2e-4, 0.03, 500))
+    save_prior(prior, tmp_path)
+    loaded = load_prior(tmp_path)
+    assert (loaded.prediction_type, loaded.schedule) == ("v_prediction", prior.schedule)
+    x = noisy(size=16)
+    torch.testing.assert_close(loaded(x, 300), prior(x, 300), rtol=1e-5, atol=1e-5)
+    (tmp_path / "scheduler_config.json").write_text('{"beta_schedule": "scaled_linear"}')
+    with pytest.raises(InputError, match="scaled_linear"):
+        load_prior(tmp_path)
+    (tmp_path / "scheduler_config.json").unlink()
+    assert load_prior(tmp_path).prediction_type == "epsilon"
+    with pytest.raises(ValueError, match="prediction_type"):
+        Prior(small(), prediction_type="sample")

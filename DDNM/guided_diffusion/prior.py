@@ -3,6 +3,7 @@
 B batch, H = W image size, k the pixel-unshuffle factor (1 for most priors).
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,11 +14,14 @@ import torch.nn.functional as F
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
+from DDNM.guided_diffusion.schedule import Schedule
 from utils import InputError, atomic_write
-from weights import HUB_ID, read_weights, write_weights
+from weights import HUB_ID, download, read_weights, write_weights
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+SCHEDULER_NAME = "scheduler_config.json"  # diffusers' place for what a network predicts
+PREDICTIONS = ("epsilon", "v_prediction")
 
 
 class Prior(nn.Module):
@@ -26,17 +30,34 @@ class Prior(nn.Module):
     A U-Net with 3 k^2 input channels sees the image pixel-unshuffled by k: 12 channels at 32x32 are a 64x64 prior.
     Where it predicts twice its input channels (noise and variance), the first half is the noise.
 
+    A network that predicts ``v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0`` (Salimans and Ho 2022, "Progressive
+    Distillation", section 4) gives ``eps = sqrt(abar_t) v + sqrt(1 - abar_t) x_t``: where almost all is noise it need
+    not learn to copy its input, so it draws well after far fewer steps.
+
     Args:
         unet: the network; its ``sample_size`` times k is the image size.
         autocast: run the network under autocast in this dtype (bf16, say); the result has the input's dtype.
         channels_last: memory format of the network and its input; faster convolutions on most hardware.
+        prediction_type: "epsilon" or "v_prediction", what the network was trained to predict.
+        schedule: the one it was trained with; v depends on it.
 
     Raises:
-        ValueError: channel counts that are neither 3 k^2 nor their double, or a U-Net without a square sample_size.
+        ValueError: channel counts that are neither 3 k^2 nor their double, a U-Net without a square sample_size, or
+            another prediction_type.
     """
 
-    def __init__(self, unet: UNet2DModel, autocast: torch.dtype | None = None, channels_last: bool = False) -> None:
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+        prediction_type: str = "epsilon",
+        schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+    ) -> None:
         super().__init__()
+        if prediction_type not in PREDICTIONS:
+            raise ValueError(f"a prior's prediction_type must be one of {PREDICTIONS}, got {prediction_type!r}")
+        self.prediction_type, self.schedule = prediction_type, schedule
         channels, predicted, size = unet.config.in_channels, unet.config.out_channels, unet.config.sample_size
         self.unshuffle = round((channels / 3) ** 0.5)
         if 3 * self.unshuffle**2 != channels or predicted not in (channels, 2 * channels):
@@ -60,6 +81,31 @@ class Prior(nn.Module):
 
         Returns:
             eps, of x's shape and dtype.
+
+        Raises:
+            ValueError: as `predict`.
+        """
+        predicted = self.predict(x, t)
+        if self.prediction_type == "epsilon":
+            return predicted
+        abar = self._abar(x, t)
+        return abar.sqrt() * predicted + (1 - abar).sqrt() * x
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What `predict` should give for ``x_t`` made of x0 and ``noise``, (B, 3, H, W) each; t is (B,)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        abar = self._abar(x0, t)
+        return abar.sqrt() * noise - (1 - abar).sqrt() * x0
+
+    def _abar(self, x: Tensor, t: Tensor | int) -> Tensor:
+        return self.schedule.abar(t).to(x).reshape(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
+
+    def predict(self, x: Tensor, t: Tensor | int) -> Tensor:
+        """What the network itself predicts, eps or v, for ``x`` (B, 3, H, W) at ``t``, a number or (B,) or ().
+
+        Returns:
+            The prediction, of x's shape and dtype.
 
         Raises:
             ValueError: an image of another size or channel count than the prior's, or a ``t`` of another shape.
@@ -264,6 +310,31 @@ def _from_diffusers(source: str | Path, local: bool) -> UNet2DModel:
     return unet
 
 
+def _read_scheduler(source: str | Path, local: bool) -> tuple[str, Schedule]:
+    """What a diffusers prior predicts, and its schedule: eps and DDPM's, unless its scheduler_config.json says so."""
+    try:
+        path = Path(source) / SCHEDULER_NAME if local else download(str(source), SCHEDULER_NAME)
+    except InputError:  # a repository without one
+        return "epsilon", Schedule()
+    if not path.is_file():
+        return "epsilon", Schedule()
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        if (kind := said.get("beta_schedule", "linear")) != "linear":
+            raise InputError(f"prior {source}: its beta_schedule is {kind!r}; only linear betas are supported")
+        default = Schedule()
+        schedule = Schedule(
+            said.get("beta_start", default.beta_start),
+            said.get("beta_end", default.beta_end),
+            said.get("num_train_timesteps", default.num_diffusion_timesteps),
+        )
+        return said.get("prediction_type", "epsilon"), schedule
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"prior {path}: not a scheduler's configuration: {error}") from None
+
+
 def load_prior(
     source: str | Path,
     model_config: Mapping | None = None,
@@ -291,8 +362,9 @@ def load_prior(
             raise InputError(str(error) if str(path) in str(error) else f"prior {path}: {error}") from None
     elif path.is_dir() or HUB_ID.fullmatch(str(source)):
         unet = _from_diffusers(source, local=path.is_dir())
+        prediction_type, schedule = _read_scheduler(source, local=path.is_dir())
         try:
-            prior = _frozen(Prior(unet, autocast, channels_last))
+            prior = _frozen(Prior(unet, autocast, channels_last, prediction_type, schedule))
         except ValueError as error:
             raise InputError(f"prior {source}: {error}") from None
     else:
@@ -303,7 +375,7 @@ def load_prior(
 
 
 def save_prior(prior: Prior, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a prior as a diffusers folder: config.json and diffusion_pytorch_model.safetensors, each atomically.
+    """Write a prior as a diffusers folder: config.json, the weights and scheduler_config.json, each atomically.
 
     Args:
         dtype: what the weights are stored as (float16 halves the file; `load_prior` goes back to float32).
@@ -315,3 +387,13 @@ def save_prior(prior: Prior, folder: str | Path, dtype: torch.dtype | None = Non
     write_weights(folder / WEIGHTS_NAME, prior.unet.state_dict(), dtype)
     with atomic_write(folder / CONFIG_NAME) as temporary:
         temporary.write_text(prior.unet.to_json_string(), encoding="utf-8")
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "beta_schedule": "linear",
+        "beta_start": prior.schedule.beta_start,
+        "beta_end": prior.schedule.beta_end,
+        "num_train_timesteps": prior.schedule.num_diffusion_timesteps,
+        "prediction_type": prior.prediction_type,
+    }
+    with atomic_write(folder / SCHEDULER_NAME) as temporary:
+        temporary.write_text(json.dumps(scheduler, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,392 @@
+"""The sampler against its equations, and against a plain sampler written out here."""
+
+import math
+
+import pytest
+import torch
+
+from DDNM.guided_diffusion import diffusion
+from DDNM.guided_diffusion.diffusion import Guidance, guide, image_generator, predict_x0, renoise, sample
+from DDNM.guided_diffusion.schedule import Schedule, time_pairs
+from models import SPNN, BackProjection, Completion, ConvPINNBlock, PixelUnshuffleBlock
+
+CPU = torch.device("cpu")
+SHAPE = (3, 8, 8)
+SCHEDULE = Schedule()
+PLAIN_RULE = Guidance(clip_x0=False, max_move=None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are slower on several threads, and very much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny_spnn(seed: int = 0, strength: float = 1.0) -> SPNN:
+    """3x8x8 -> 5 logits, with random weights; ``strength`` multiplies them."""
+    model = SPNN(
+        num_classes=5,
+        img_size=8,
+        layer_channels=[
+            (PixelUnshuffleBlock, {"r": 4}),
+            (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 2}),
+            (PixelUnshuffleBlock, {"r": 2}),
+            (ConvPINNBlock, {"in_ch": 24, "out_ch": 5, "hidden": 8, "feat_size": 1}),
+        ],
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan = max(parameter[0].numel(), 1)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * strength / fan**0.5)
+    return model.eval().requires_grad_(False)
+
+
+def gaussian_prior(x, t):
+    """The exact noise predictor of images whose pixels are independent, of mean 0.1 and deviation 0.3."""
+    abar = SCHEDULE.abar(t).reshape(-1, 1, 1, 1)
+    return (1 - abar).sqrt() * (x - abar.sqrt() * 0.1) / (abar * 0.3**2 + 1 - abar)
+
+
+def zero_prior(x, t):
+    return torch.zeros_like(x)
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def logits(count: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
+    return torch.randn(count, 5, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def draw(names, prior=gaussian_prior, seed=0, steps=10, **settings):
+    generators = [image_generator(seed, name) for name in names]
+    return sample(prior, SCHEDULE, generators, SHAPE, CPU, steps=steps, **settings)
+
+
+def probability_error(model, x, target):
+    return (model(x).sigmoid() - target.sigmoid()).abs().mean(1)
+
+
+# --- One step --------------------------------------------------------------------------------------------------------
+
+
+def test_predict_x0_undoes_the_noising():
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
+    for t in (0, 500, 999):
+        abar = SCHEDULE.abar(t).double()
+        noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+        torch.testing.assert_close(predict_x0(noisy, eps, abar), x0, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("t, t_next", [(990, 980), (500, 490), (900, 450), (10, 0), (0, -1)])
+def test_renoise_follows_the_published_rule(t, t_next):
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, noise = (torch.randn(1, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(3))
+    abar, abar_next = SCHEDULE.abar(t).double(), SCHEDULE.abar(t_next).double()
+    s2 = 1 - abar.item() / abar_next.item()
+    c = math.sqrt(max(0.0, 1 - abar_next.item() - s2))
+    expected = math.sqrt(abar_next.item()) * x0 + c * eps + math.sqrt(s2) * noise
+    torch.testing.assert_close(renoise(x0, eps, noise, abar, abar_next, None), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_renoise_with_eta_1_is_the_posterior_of_ddpm():
+    """Ho et al. 2020, equations 6 and 7, with alpha = abar_t / abar_next for a stride above one."""
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, noise = (torch.randn(1, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(3))
+    abar, abar_next = SCHEDULE.abar(600).double(), SCHEDULE.abar(590).double()
+    x = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+    alpha = abar / abar_next
+    mean = (abar_next.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - abar_next) * x) / (1 - abar)
+    variance = (1 - abar_next) / (1 - abar) * (1 - alpha)
+    expected = mean + variance.sqrt() * noise
+    torch.testing.assert_close(renoise(x0, eps, noise, abar, abar_next, 1.0), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_renoise_with_eta_keeps_the_marginal_variance(eta):
+    zero, one = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    abar, abar_next = SCHEDULE.abar(700).double(), SCHEDULE.abar(650).double()
+    c = renoise(zero, one, zero, abar, abar_next, eta).item()
+    s = renoise(zero, zero, one, abar, abar_next, eta).item()
+    assert c**2 + s**2 == pytest.approx(1 - abar_next.item(), rel=1e-12)
+    assert s == pytest.approx(
+        eta * math.sqrt(((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).item()), rel=1e-12
+    )
+
+
+def test_eta_0_is_deterministic_but_for_the_first_noise():
+    x0, eps = images(1), images(1, seed=1)
+    abar, abar_next = SCHEDULE.abar(500), SCHEDULE.abar(490)
+    assert torch.equal(*(renoise(x0, eps, images(1, seed=s), abar, abar_next, 0.0) for s in (2, 3)))
+    assert not torch.equal(*(renoise(x0, eps, images(1, seed=s), abar, abar_next, None) for s in (2, 3)))
+    # DDIM on a Gaussian: an affine function of the first noise, whose slope is the data's deviation
+    noise = torch.randn(SHAPE, generator=image_generator(0, "a"))
+    drawn = draw("a", steps=1000, eta=0.0, guidance=PLAIN_RULE)[0]
+    slope = ((drawn - drawn.mean()) * (noise - noise.mean())).sum() / (noise - noise.mean()).square().sum()
+    torch.testing.assert_close(drawn, drawn.mean() + slope * (noise - noise.mean()), rtol=1e-3, atol=1e-3)
+    assert slope.item() == pytest.approx(0.3, abs=0.01)
+
+
+# --- The loop, unguided ----------------------------------------------------------------------------------------------
+
+
+def plain_sampler(names, prior, seed, steps, walk, eta=None, clip=False):
+    """DDNM's sampler without its operator, written out with nothing of the module under test."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    abars = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)]).float()
+    sources = [image_generator(seed, name) for name in names]
+    x = torch.stack([torch.randn(SHAPE, generator=source) for source in sources])
+    pictures = []
+    for index, following in zip(walk, walk[1:], strict=False):
+        t, t_next = index * (1000 // steps), following * (1000 // steps) if following >= 0 else -1
+        a, b = abars[t + 1], abars[t_next + 1]
+        if following > index:
+            noise = torch.stack([torch.randn(SHAPE, generator=source) for source in sources])
+            x = b.sqrt() * pictures[-1] + (1 - b).sqrt() * noise
+            continue
+        eps = prior(x, torch.full((len(names),), t))
+        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        if clip:
+            x0 = torch.clamp(x0, -1, 1)
+        pictures.append(x0)
+        variance = 1 - a / b
+        if eta is not None:
+            variance = eta**2 * (1 - b) / (1 - a) * variance
+        noise = torch.stack([torch.randn(SHAPE, generator=source) for source in sources])
+        x = b.sqrt() * x0 + torch.clamp(1 - b - variance, min=0).sqrt() * eps + variance.sqrt() * noise
+    return pictures
+
+
+DOWN = list(range(9, -2, -1))
+TRAVELLING = [9, 8, 7, 6, 7, 8, 7, 6, 5, 4, 5, 6, 5, 4, 3, 2, 3, 4, 3, 2, 1, 0, 1, 2, 1, 0, -1]
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("eta", [None, 0.5])
+@pytest.mark.parametrize("walk, length, repeat", [(DOWN, 1, 1), (TRAVELLING, 2, 2)])
+def test_without_guidance_it_is_the_plain_sampler(clip, eta, walk, length, repeat):
+    rule = Guidance(clip_x0=clip)
+    expected = plain_sampler("ab", gaussian_prior, 0, 10, walk, eta, clip)[-1]
+    drawn = draw("ab", eta=eta, travel_length=length, travel_repeat=repeat, guidance=rule)
+    torch.testing.assert_close(drawn, expected)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_with_strength_0_it_is_the_plain_sampler(clip):
+    """Exactly so but for the rounding of G^-1(G(x)): the operator is asked, and moves nothing."""
+    rule = Guidance(lambda1=0.0, lambda2=0.0, clip_x0=clip, max_move=None)
+    expected = plain_sampler("ab", gaussian_prior, 0, 10, DOWN, None, clip)[-1]
+    drawn = draw("ab", operator=tiny_spnn(), target=logits(2), guidance=rule)
+    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_exact_prior_of_a_gaussian_gives_its_samples():
+    drawn = torch.cat([draw([f"{i}" for i in range(64)], steps=250, eta=eta) for eta in (0.0, 1.0)])
+    assert drawn.mean().item() == pytest.approx(0.1, abs=0.01)
+    assert drawn.std().item() == pytest.approx(0.3, abs=0.01)
+
+
+def test_the_walk_with_time_travel_is_what_the_prior_sees():
+    seen, stepped = [], []
+
+    def prior(x, t):
+        assert t.shape == (2,) and t[0] == t[1]
+        seen.append(t[0].item())
+        return gaussian_prior(x, t)
+
+    drawn = draw("ab", prior, travel_length=2, travel_repeat=2, on_step=lambda t, x0: stepped.append((t, x0.clone())))
+    descents = [t for t, t_next in time_pairs(1000, 10, 2, 2) if t_next < t]
+    by_hand = [100 * a for a, b in zip(TRAVELLING, TRAVELLING[1:], strict=False) if b < a]
+    assert seen == [t for t, _ in stepped] == descents == by_hand
+    expected = plain_sampler("ab", gaussian_prior, 0, 10, TRAVELLING, None, True)
+    torch.testing.assert_close(torch.stack([x0 for _, x0 in stepped]), torch.stack(expected))
+    assert torch.equal(stepped[-1][1], drawn)
+
+
+def test_on_step_is_called_once_a_step():
+    for steps in (1, 7):
+        calls = []
+        draw("a", zero_prior, steps=steps, on_step=lambda t, x0: calls.append((t, x0.shape)))  # noqa: B023
+        assert len(calls) == steps and calls[-1] == (0, (1, *SHAPE))
+
+
+def test_clipping_keeps_the_picture_in_range():
+    assert draw("ab", zero_prior).abs().max() <= 1
+    assert draw("ab", zero_prior, guidance=PLAIN_RULE).abs().max() > 1
+
+
+# --- Noise -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_noise_of_an_image_depends_on_its_seed_and_name_alone():
+    def first(seed, name):
+        return torch.randn(4, generator=image_generator(seed, name)).tolist()
+
+    assert first(0, "a") == first(0, "a")
+    assert len({tuple(first(seed, name)) for seed in (0, 1, 1234) for name in ("a", "b", "0", "1:a")}) == 12
+
+
+def test_an_image_is_the_same_alone_in_a_batch_and_in_another_order():
+    alone = torch.cat([draw([name]) for name in "abc"])
+    assert torch.equal(draw("abc"), alone)
+    assert torch.equal(draw("cab"), alone[[2, 0, 1]])
+    assert not torch.equal(draw("abc", seed=1), alone)
+
+
+def test_a_guided_image_is_the_same_alone_in_a_batch_and_in_another_order():
+    model, target = tiny_spnn(), logits(3)
+    together = draw("abc", operator=model, target=target)
+    alone = torch.cat([draw([name], operator=model, target=target[i : i + 1]) for i, name in enumerate("abc")])
+    turned = draw("cab", operator=model, target=target[[2, 0, 1]])
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(turned, together[[2, 0, 1]], rtol=1e-5, atol=1e-5)
+
+
+# --- Guidance --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", [zero_prior, gaussian_prior])
+def test_guidance_brings_every_image_nearer_to_its_target(prior):
+    model = tiny_spnn()
+    target = model(images(6, seed=3) * 0.5)
+    names = "abcdef"
+    unguided = probability_error(model, draw(names, prior, steps=20), target)
+    rule = Guidance(nlbp_stop_cond=0.02)
+    guided = probability_error(
+        model, draw(names, prior, steps=20, operator=model, target=target, guidance=rule), target
+    )
+    assert guided.mean() < 0.5 * unguided.mean()
+    assert (guided < unguided).all()
+
+
+def test_the_published_rule_ends_on_the_target_exactly():
+    """At strength 1 the last step reaches y, whatever the prior says: the law of back-projection."""
+    model, target = tiny_spnn(strength=0.5), logits(3, scale=0.5)
+    rule = Guidance(nlbp_stop_cond=0.0, clip_x0=False, max_move=None)
+    drawn = draw("abc", operator=model, target=target, guidance=rule)
+    torch.testing.assert_close(model(drawn), target, rtol=1e-3, atol=1e-3)
+
+
+def test_the_strength_is_lambda1_below_min_bp_step_and_lambda2_from_there_on(monkeypatch):
+    used = []
+    monkeypatch.setattr(diffusion, "guide", lambda operator, x0, goal, strength, rule: used.append(strength) or x0)
+    rule = Guidance(lambda1=0.9, lambda2=0.4, min_bp_step=300)
+    draw("a", operator=tiny_spnn(), target=logits(1), guidance=rule)
+    assert used == [0.4] * 7 + [0.9] * 3  # t = 900 ... 300, then 200 ... 0
+
+
+def test_the_target_is_descended_once_a_run():
+    model, calls = tiny_spnn(), []
+    honest = model.natural
+
+    class Counting:
+        complete, pinv = model.complete, model.pinv
+
+        def natural(self, y):
+            calls.append(y)
+            return honest(y)
+
+    draw("ab", operator=Counting(), target=logits(2), steps=5)
+    assert len(calls) == 6  # the target's, and one for the logits of every step
+
+
+def test_an_image_near_its_target_is_left_alone_bit_for_bit():
+    model, x0 = tiny_spnn(), images(3)
+    target = logits(3, scale=4)
+    target[1] = model(x0)[1]
+    moved = guide(model, x0, model.natural(target), 1.0, Guidance())
+    assert torch.equal(moved[1], x0[1])
+    assert not torch.equal(moved[0], x0[0]) and not torch.equal(moved[2], x0[2])
+
+
+def test_the_stop_condition_is_each_images_own_mean_probability_error():
+    model, x0, target = tiny_spnn(), images(6), logits(6)
+    error = probability_error(model, x0, target)
+    threshold = error.sort().values[2:4].mean().item()  # between the third and the fourth
+    moved = guide(model, x0, model.natural(target), 0.5, Guidance(nlbp_stop_cond=threshold))
+    stayed = (moved == x0).flatten(1).all(1)
+    assert stayed.tolist() == (error <= threshold).tolist() and stayed.sum() == 3
+
+
+@pytest.mark.parametrize("limit", [0.02, 0.15, 0.4])
+def test_no_image_moves_further_than_max_move(limit):
+    model, x0, target = tiny_spnn(), images(8), logits(8, scale=4)
+    goal = model.natural(target)
+    moved = guide(model, x0, goal, 1.0, Guidance(max_move=limit, nlbp_stop_cond=0.0))
+    distance = (moved - x0).square().mean((1, 2, 3)).sqrt()
+    assert (distance <= limit * (1 + 1e-6)).all() and distance.max() > 0
+    assert moved.abs().max() <= 1
+    free = guide(model, x0, goal, 1.0, Guidance(max_move=None, nlbp_stop_cond=0.0))
+    assert ((free - x0).square().mean((1, 2, 3)).sqrt() > 0.02).all()
+
+
+def test_max_move_halves_the_strength_and_nothing_else():
+    model, x0 = tiny_spnn(), images(4)
+    goal = model.natural(logits(4, scale=4))
+    rule = Guidance(max_move=0.1, nlbp_stop_cond=0.0)
+    project = BackProjection(model, x0, goal)
+    for i, moved in enumerate(guide(model, x0, goal, 1.0, rule)):
+        one = slice(i, i + 1)
+        proposals = [project(0.5**k, one).clamp(-1, 1)[0] for k in range(diffusion.HALVINGS + 1)]
+        allowed = [p for p in proposals if (p - x0[i]).square().mean().sqrt() <= 0.1]
+        torch.testing.assert_close(moved, allowed[0] if allowed else x0[i], rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_limit_and_a_clamp_it_is_the_published_back_projection():
+    model, x0, target = tiny_spnn(), images(4) * 3, logits(4, scale=4)
+    rule = Guidance(nlbp_stop_cond=0.0, clip_x0=False, max_move=None)
+    moved = guide(model, x0, model.natural(target), 0.5, rule)
+    torch.testing.assert_close(moved, model.back_project(x0, target, 0.5), rtol=1e-5, atol=1e-5)
+    assert moved.abs().max() > 1
+
+
+class Broken:
+    """An operator whose inverse, or whose logits, are not finite wherever an image's first pixel is positive."""
+
+    def __init__(self, where: str, value: float):
+        self.where, self.value = where, value
+
+    def complete(self, x):
+        rest = x.flatten(1)
+        y = rest[:, :5].clone()
+        if self.where == "logits":
+            y[y[:, 0] > 0] = self.value
+        return Completion(y, [rest[:, 5:]])
+
+    def natural(self, y):
+        return Completion(y, [torch.zeros(len(y), 187)])
+
+    def pinv(self, y, latents=None):
+        x = torch.cat([y, latents[0]], dim=1).view(-1, *SHAPE)
+        if self.where == "inverse":
+            x[y[:, 4] > 0] = self.value
+        return x
+
+
+@pytest.mark.parametrize("where", ["inverse", "logits"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("clip", [True, False])
+def test_nan_of_an_operator_never_passes_where_moves_are_limited(where, value, clip):
+    rule = Guidance(max_move=0.15, clip_x0=clip, nlbp_stop_cond=0.0)
+    drawn = draw("abcdefgh", operator=Broken(where, value), target=logits(8), guidance=rule)
+    assert drawn.isfinite().all()
+
+
+def test_one_broken_image_does_not_keep_the_others_from_moving():
+    x0, target = images(4) * 0.3, torch.full((4, 5), 0.5)
+    x0[:, 0, 0, 4], target[:, 4] = 0.4, 0.5  # the pixel that breaks the inverse
+    x0[1, 0, 0, 4], target[1, 4] = -0.4, -0.5
+    moved = guide(Broken("inverse", math.nan), x0, Broken("", 0.0).natural(target), 1.0, Guidance(max_move=0.3))
+    assert moved.isfinite().all()
+    assert torch.equal(moved[[0, 2, 3]], x0[[0, 2, 3]]) and not torch.equal(moved[1], x0[1])
+
+
+def test_no_gradient_is_kept():
+    model = tiny_spnn().requires_grad_(True)
+    assert not draw("a", operator=model, target=logits(1), steps=2).requires_grad

@@ -1,0 +1,792 @@
+"""The reconstruction command, end to end with weights of a few thousand numbers."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import weights
+from checkpoints import save_spnn
+from data_loader import ATTRIBUTES
+from DDNM import main as reconstruct
+from DDNM.guided_diffusion import prior as prior_module
+from DDNM.guided_diffusion.prior import Prior, save_prior, small_unet
+from DDNM.guided_diffusion.results import write_sheet
+from judge import Judge
+from models import SPNN, ConvPINNBlock, PixelUnshuffleBlock
+from utils import InputError, run_command
+from weights import write_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ("agreement", "judge_agreement", "prob_error", "psnr", "lpips", "seconds", "steps", "seed")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are slower on several threads, and very much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def randomised(module, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan = max(parameter[0].numel(), 1)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7 / fan**0.5)
+    return module.eval()
+
+
+def tiny_spnn(num_classes: int = 40) -> SPNN:
+    return randomised(
+        SPNN(
+            num_classes=num_classes,
+            img_size=16,
+            layer_channels=[
+                (PixelUnshuffleBlock, {"r": 4}),
+                (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 4}),
+                (PixelUnshuffleBlock, {"r": 4}),
+                (ConvPINNBlock, {"in_ch": 96, "out_ch": num_classes, "hidden": 8, "feat_size": 1}),
+            ],
+        )
+    )
+
+
+def tiny_prior(size: int = 16) -> Prior:
+    torch.manual_seed(0)
+    return Prior(small_unet(size, (4,), unshuffle=2, norm_groups=2, attention_size=0))
+
+
+def save_judge(path, judge, **notes):
+    write_weights(path, judge.state_dict())
+    path.with_suffix(".json").write_text(json.dumps({"architecture": judge.config(), **notes}))
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """Weights, a config and three plain pictures: red, green and blue."""
+    folder = tmp_path_factory.mktemp("assets")
+    typical = [[-2.5, 3.5]] * 40
+    save_spnn(folder / "spnn.pth", tiny_spnn(), {"attributes": list(ATTRIBUTES), "typical_logits": typical})
+    save_prior(tiny_prior(), folder / "prior")
+    save_judge(folder / "judge.safetensors", randomised(Judge(40, 16, 4), 1), attributes=list(ATTRIBUTES))
+    (folder / "inputs").mkdir()
+    for name, colour in (("red", (220, 20, 20)), ("green", (20, 200, 20)), ("blue", (20, 20, 210))):
+        Image.new("RGB", (16, 16), colour).save(folder / "inputs" / f"{name}.png")
+    settings = {
+        "spnn": str(folder / "spnn.pth"),
+        "prior": str(folder / "prior"),
+        "judge": str(folder / "judge.safetensors"),
+        "steps": 3,
+        "nlbp_stop_cond": 0.02,
+        "lpips": False,
+        "device": "cpu",
+    }
+    (folder / "tiny.yml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def samples(tmp_path, monkeypatch):
+    """Results go below the test's own folder, and nothing asks the network."""
+
+    def no_network(repo, filename):
+        raise InputError(f"{repo}/{filename}: cannot be fetched from the hub: there is none here")
+
+    monkeypatch.setattr(reconstruct, "SAMPLES", tmp_path / "image_samples")
+    monkeypatch.setattr(weights, "download", no_network)
+    return tmp_path / "image_samples"
+
+
+@pytest.fixture
+def run(assets, samples):
+    def run(folder: str = "out", path=None, *flags: str, config=None) -> Path:
+        path = assets / "inputs" if path is None else path
+        config = assets / "tiny.yml" if config is None else config
+        arguments = ["--ni", "--config", str(config), "--path_y", str(path), "--image_folder", folder, *flags]
+        assert reconstruct.main(arguments) == 0
+        return samples / folder
+
+    return run
+
+
+@pytest.fixture
+def preset(assets, tmp_path):
+    """A config file with some settings changed; None leaves one out."""
+
+    def preset(**changes):
+        settings = {**yaml.safe_load((assets / "tiny.yml").read_text()), **changes}
+        path = tmp_path / "changed.yml"
+        path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+        return path
+
+    return preset
+
+
+def record_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def figures_of(folder, key="images"):
+    """The figures but for the time they took."""
+    return [{k: v for k, v in image.items() if k != "seconds"} for image in record_of(folder)[key]]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def pictures(folder):
+    return {str(path.relative_to(folder)): pixels(path) for path in folder.glob("*/*.png")}
+
+
+def refused(said, call, *arguments, **keywords):
+    """``call`` refuses with one line that matches ``said``."""
+    with pytest.raises(InputError, match=said) as error:
+        call(*arguments, **keywords)
+    return str(error.value)
+
+
+# --- Results ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(assets, tmp_path_factory):
+    """One run of three inputs with unguided samples beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("finished")
+        patch.setattr(reconstruct, "SAMPLES", root)
+        arguments = ["--ni", "--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs")]
+        assert reconstruct.main([*arguments, "--image_folder", "out", "--batch_size", "2", "--base_rate"]) == 0
+    return root / "out"
+
+
+def test_results_json_has_the_promised_structure(finished):
+    record = record_of(finished)
+    assert set(record) == {"settings", "images", "mean", "unguided"}
+    assert set(record["unguided"]) == {"images", "mean"}
+    for part in (record, record["unguided"]):
+        assert [image["name"] for image in part["images"]] == ["blue", "green", "red"]
+        assert all(set(image) == {"name", *FIGURES} for image in part["images"])
+        assert set(part["mean"]) == set(FIGURES)
+        assert all(image["lpips"] is None for image in part["images"]) and part["mean"]["lpips"] is None
+        for image in part["images"]:
+            assert all(0 <= image[key] <= 1 for key in ("agreement", "judge_agreement", "prob_error"))
+            assert math.isfinite(image["psnr"]) and image["seconds"] > 0
+            assert image["steps"] == 3 and image["seed"] == 1234
+        for key in FIGURES[:4]:
+            values = [image[key] for image in part["images"]]
+            assert part["mean"][key] == pytest.approx(sum(values) / 3)
+    assert record["settings"]["batch_size"] == 2 and record["settings"]["steps"] == 3
+
+
+def test_without_base_rate_and_judge_their_figures_are_absent(run, preset):
+    record = record_of(run(config=preset(judge=None)))
+    assert set(record) == {"settings", "images", "mean"}
+    assert all(set(image) == {"name", *FIGURES} for image in record["images"])
+    assert all(image["judge_agreement"] is None for image in record["images"])
+    assert record["mean"]["judge_agreement"] is None and record["mean"]["agreement"] is not None
+
+
+def test_results_csv_says_the_same(finished):
+    rows = list(csv.DictReader(open(finished / "results.csv", encoding="utf-8")))
+    for row, image in zip(rows, record_of(finished)["images"], strict=True):
+        assert list(row) == list(image)
+        for key, value in image.items():
+            assert row[key] == ("" if value is None else str(value))
+
+
+def test_figures_are_measured_on_the_pictures(finished, assets):
+    model = tiny_spnn()
+    for image in record_of(finished)["images"]:
+        pair = []
+        for kind in ("input", "reconstruction"):
+            pair.append(torch.from_numpy(pixels(finished / kind / f"{image['name']}.png")).permute(2, 0, 1) / 127.5 - 1)
+        original, drawn = (picture.float()[None] for picture in pair)
+        with torch.no_grad():
+            target, logits = model(original), model(drawn)
+        assert image["psnr"] == pytest.approx(10 * math.log10(4 / (original - drawn).square().mean().item()), abs=0.05)
+        error = (target.sigmoid() - logits.sigmoid()).abs().mean().item()
+        assert image["prob_error"] == pytest.approx(error, abs=0.02)
+
+
+def test_guided_pictures_are_nearer_to_their_targets(finished):
+    record = record_of(finished)
+    assert record["mean"]["prob_error"] < record["unguided"]["mean"]["prob_error"]
+
+
+def test_inputs_and_reconstructions_are_there_as_pictures(finished, assets):
+    assert set(pictures(finished)) == {
+        f"{kind}/{name}.png" for kind in ("input", "reconstruction", "unguided") for name in ("red", "green", "blue")
+    }
+    for name in ("red", "green", "blue"):
+        assert (pixels(finished / "input" / f"{name}.png") == pixels(assets / "inputs" / f"{name}.png")).all()
+        assert pixels(finished / "reconstruction" / f"{name}.png").shape == (16, 16, 3)
+    assert {p.name for p in finished.iterdir() if p.is_file()} == {
+        "results.json", "results.csv", "logits.csv", "sheet.png", "log.txt",
+    }  # fmt: skip
+
+
+def test_the_sheet_has_a_row_for_every_input(finished):
+    sheet = pixels(finished / "sheet.png")
+    rows = []
+    for colour in ((20, 20, 210), (20, 200, 20), (220, 20, 20)):  # in the order of the names
+        where = np.nonzero((sheet[:, 96] == colour).all(1))[0]  # a column of pixels through the inputs
+        assert len(where) > 100 and where[-1] - where[0] == len(where) - 1
+        rows.append(where[0])
+    assert rows == sorted(rows) and rows[1] - rows[0] == rows[2] - rows[1] > 160
+
+
+def test_a_long_sheet_goes_on_on_further_pages(tmp_path):
+    count = 23
+    images, logits = torch.zeros(count, 3, 8, 8), torch.randn(count, 40, generator=torch.Generator().manual_seed(0))
+    names = [f"image {i}" for i in range(count)]
+    inputs = [None, *images[1:]]
+    pages = write_sheet(tmp_path, ATTRIBUTES, names, inputs, logits, images, -logits, ["caption"] * count)
+    assert [page.name for page in pages] == ["sheet.png", "sheet_2.png", "sheet_3.png"]
+    heights = [Image.open(page).height for page in pages]
+    assert heights[0] == heights[1] > heights[2]
+
+
+def test_a_network_of_few_attributes_works_too(run, preset, tmp_path):
+    save_spnn(tmp_path / "few.pth", tiny_spnn(7), {"attributes": list("abcdefg")})
+    folder = run("few", None, "--set", "c=+4", config=preset(spnn=str(tmp_path / "few.pth"), judge=None))
+    rows = list(csv.DictReader(open(folder / "logits.csv")))
+    assert list(rows[0]) == ["name", *"abcdefg"] and all(float(row["c"]) == 4 for row in rows)
+
+
+def test_lpips_is_measured_where_it_can_be_had(run, preset, monkeypatch):
+    monkeypatch.setattr(reconstruct, "load_lpips", lambda device, log: lambda a, b: (a - b).abs().mean())
+    record = record_of(run(config=preset(lpips=True)))
+    assert all(image["lpips"] > 0 for image in record["images"]) and record["mean"]["lpips"] > 0
+
+
+def test_without_lpips_weights_the_run_goes_on(run, preset, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    folder = run(config=preset(lpips=True))
+    assert record_of(folder)["mean"]["lpips"] is None
+    assert "no LPIPS" in (folder / "log.txt").read_text()
+
+
+def test_numbers_that_are_not_finite_become_null_and_are_named(run, preset, tmp_path):
+    """A prior that breaks must not cost the results of a whole run: they say so instead."""
+    prior = tiny_prior()
+    torch.nn.init.constant_(prior.unet.conv_out.bias, math.nan)
+    save_prior(prior, tmp_path / "broken")
+    folder = run(config=preset(prior=str(tmp_path / "broken")))
+    assert "not finite: blue" in (folder / "log.txt").read_text()
+    for image in record_of(folder)["images"]:
+        assert image["psnr"] is None and image["prob_error"] is None and image["agreement"] == 0
+    assert Image.open(folder / "sheet.png").height > 500
+
+
+# --- Targets ---------------------------------------------------------------------------------------------------------
+
+
+def test_logits_csv_is_the_networks_answer_and_can_be_given_back(run, finished):
+    rows = list(csv.DictReader(open(finished / "logits.csv")))
+    assert list(rows[0]) == ["name", *ATTRIBUTES] and [row["name"] for row in rows] == ["blue", "green", "red"]
+    image = torch.from_numpy(pixels(finished / "input" / "green.png")).permute(2, 0, 1).float() / 127.5 - 1
+    with torch.no_grad():
+        expected = tiny_spnn()(image[None])[0]
+    torch.testing.assert_close(torch.tensor([float(rows[1][a]) for a in ATTRIBUTES]), expected, rtol=1e-4, atol=1e-5)
+
+    again = run("again", finished / "logits.csv", "--batch_size", "2")
+    assert (again / "logits.csv").read_text() == (finished / "logits.csv").read_text()
+    assert not (again / "input").exists() and (again / "sheet.png").exists()
+    for one, other in zip(record_of(again)["images"], record_of(finished)["images"], strict=True):
+        assert one["psnr"] is None and one["lpips"] is None
+        assert one["prob_error"] == pytest.approx(other["prob_error"], abs=1e-3)
+    for name in ("red", "green", "blue"):  # the name seeds the noise: the same picture
+        picture = f"reconstruction/{name}.png"
+        assert np.abs(pixels(again / picture) - pixels(finished / picture)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "edit, said",
+    [
+        (lambda text: text.replace("Smiling", "Smilling"), "unknown column 'Smilling', did you mean 'Smiling'"),
+        (lambda text: text.replace("name,", "nom,"), "unknown column 'nom'"),
+        (lambda text: text.splitlines()[0], "no rows"),
+        (lambda text: "", "no rows"),
+        (lambda text: text.replace(text.splitlines()[2].split(",")[5], "nan"), "line 3: a value is not finite"),
+        (lambda text: text.replace(text.splitlines()[1].split(",")[7], "much"), "line 2: expected 40 numbers"),
+        (lambda text: text.rstrip().rpartition(",")[0], "line 4: expected 40 numbers"),
+    ],
+)
+def test_a_table_of_logits_with_a_mistake_is_refused(run, finished, tmp_path, edit, said):
+    table = tmp_path / "edited.csv"
+    table.write_text(edit((finished / "logits.csv").read_text()))
+    assert "edited.csv" in refused(said, run, "out", table)
+
+
+@pytest.mark.parametrize("name", ["../../../outside", "/tmp/outside", "a/b", "..", ""])
+def test_a_name_in_a_table_of_logits_writes_nowhere_else(run, finished, samples, tmp_path, name):
+    header, row, *_ = (finished / "logits.csv").read_text().splitlines()
+    (tmp_path / "table.csv").write_text("\n".join([header, row.replace("blue", name, 1)]))
+    refused("name", run, "out", tmp_path / "table.csv")
+    assert not list(tmp_path.rglob("outside*"))
+
+
+def test_two_rows_of_one_name_are_refused(run, finished, tmp_path):
+    """They would share their noise, and the second picture would replace the first."""
+    header, row, other, *_ = (finished / "logits.csv").read_text().splitlines()
+    (tmp_path / "table.csv").write_text("\n".join([header, row, other.replace("green", "blue", 1)]))
+    refused("blue", run, "out", tmp_path / "table.csv")
+
+
+def test_set_takes_typical_logits_for_0_and_1_and_logits_as_they_are(run):
+    folder = run("out", None, "--set", "Smiling=1", "--set", "Eyeglasses=0", "--set", "Bald=+4", "--set", "Young=-0.5")
+    for row in csv.DictReader(open(folder / "logits.csv")):
+        assert [float(row[name]) for name in ("Smiling", "Eyeglasses", "Bald", "Young")] == [3.5, -2.5, 4.0, -0.5]
+
+
+def test_set_changes_the_picture_and_only_the_attribute_named(run, finished):
+    folder = run("out", None, "--set", "Smiling=9", "--batch_size", "2")
+    rows, before = (list(csv.DictReader(open(path / "logits.csv"))) for path in (folder, finished))
+    for row, old in zip(rows, before, strict=True):
+        assert {key for key in row if row[key] != old[key]} == {"Smiling"}
+    assert any((pictures(folder)[name] != pictures(finished)[name]).any() for name in pictures(folder))
+
+
+@pytest.mark.parametrize(
+    "assignment, said",
+    [
+        ("Smilng=1", "no attribute 'Smilng', did you mean 'Smiling'"),
+        ("smiling=1", "no attribute 'smiling', did you mean 'Smiling'"),
+        ("Smiling=maybe", "'maybe' is neither 0, 1 nor a logit"),
+        ("Smiling=nan", "'nan' is neither 0, 1 nor a logit"),
+        ("Smiling=inf", "'inf' is neither"),
+        ("Smiling=", "'' is neither"),
+        ("Smiling", "expected NAME=VALUE"),
+    ],
+)
+def test_a_set_that_makes_no_sense_is_refused(run, samples, assignment, said):
+    refused(said, run, "out", None, "--set", assignment)
+    assert not samples.exists()
+
+
+def test_set_without_typical_logits_asks_for_one(run, preset, tmp_path):
+    save_spnn(tmp_path / "plain.pth", tiny_spnn(), {"attributes": list(ATTRIBUTES)})
+    config = preset(spnn=str(tmp_path / "plain.pth"))
+    refused(r"record no typical logits.*Smiling=\+4", run, "out", None, "--set", "Smiling=1", config=config)
+    run("out", None, "--set", "Smiling=+1", config=config)
+
+
+# --- Inputs ----------------------------------------------------------------------------------------------------------
+
+
+def names_of(folder):
+    return [image["name"] for image in record_of(folder)["images"]]
+
+
+def test_a_name_under_exp_datasets(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(reconstruct, "DDNM", tmp_path / "DDNM")
+    data = tmp_path / "DDNM" / "exp" / "datasets" / "some_faces" / "face"
+    data.mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(data / "7.png")
+    assert names_of(run("out", "some_faces")) == ["face__7"]
+    refused(r"--path_y other_faces: no such.*some_faces", run, "out2", "other_faces")
+
+
+def test_pictures_of_any_size_and_mode(run, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (37, 23, 3), dtype=np.uint8))
+    modes = {"L": "png", "RGBA": "png", "P": "gif", "1": "png", "LA": "png", "CMYK": "jpg", "RGB": "webp"}
+    for mode, suffix in modes.items():
+        rgb.convert(mode).save(folder / f"{mode}.{suffix}")
+    Image.fromarray(rng.integers(0, 65536, (5, 90), dtype=np.uint16)).save(folder / "deep.png")
+    rgb.resize((1, 1)).save(folder / "dot.BMP")
+    (folder / "notes.txt").write_text("no picture")
+    result = run("out", folder, "--batch_size", "4", "--steps", "1")
+    assert sorted(names_of(result)) == sorted([*modes, "deep", "dot"])
+    assert all(pixels(result / "input" / f"{name}.png").shape == (16, 16, 3) for name in names_of(result))
+
+
+def test_a_nested_folder_keeps_files_of_one_name_apart(run, tmp_path):
+    for path, colour in (("a/face.png", "red"), ("b/face.png", "blue"), ("c.png", "white"), ("c.jpg", "black")):
+        (tmp_path / "nested" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16), colour).save(tmp_path / "nested" / path)
+    folder = run("out", tmp_path / "nested", "--steps", "1")
+    assert len(set(names_of(folder))) == 4
+    assert {(folder / "input" / f"{name}.png").is_file() for name in names_of(folder)} == {True}
+    shown = {tuple(pixels(path)[8, 8]) for path in (folder / "input").glob("*.png")}
+    assert shown == {(255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)}
+
+
+def test_names_stay_apart_however_files_are_called(tmp_path):
+    files = ["a/b.png", "a__b.png", "a/c.png", "a/c.jpg", "a__c.png", "d.png", "d.jpg", "d.png.png"]
+    paths = [tmp_path / file for file in files]
+    assert len(set(reconstruct.image_names(paths, tmp_path))) == len(files)
+
+
+def test_a_single_file(run, assets):
+    assert names_of(run("out", assets / "inputs" / "green.png")) == ["green"]
+
+
+def test_a_broken_picture_is_skipped_and_named_or_refused(run, assets, tmp_path):
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    whole = (assets / "inputs" / "red.png").read_bytes()
+    (folder / "good.png").write_bytes(whole)
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "fake.jpg").write_text("no picture")
+    result = run("out", folder)
+    assert names_of(result) == ["good"]
+    log = (result / "log.txt").read_text()
+    assert "cut.png" in log and "fake.jpg" in log
+    refused("cut.png: cannot read image", run, "strict", folder, "--strict")
+    (folder / "good.png").unlink()
+    refused("none of its 2 images can be read", run, "none", folder)
+
+
+def test_nothing_to_read_is_one_line(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no picture")
+    refused("no images found", run, "out", tmp_path / "empty")
+    refused("not an image", run, "out", tmp_path / "notes.txt")
+    refused("no such file or folder", run, "out", tmp_path / "none")
+
+
+# --- Sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_without_guidance_the_pictures_are_the_base_rate(run, finished):
+    plain = run("plain", None, "--guidance", "none", "--batch_size", "2", "--base_rate")
+    assert set(record_of(plain)) == {"settings", "images", "mean"}
+    for name in ("red", "green", "blue"):
+        drawn = pixels(plain / "reconstruction" / f"{name}.png")
+        assert (drawn == pixels(finished / "unguided" / f"{name}.png")).all()
+        assert (drawn != pixels(finished / "reconstruction" / f"{name}.png")).any()
+    unguided = [{k: v for k, v in i.items() if k != "seconds"} for i in record_of(finished)["unguided"]["images"]]
+    assert figures_of(plain) == unguided
+
+
+def test_a_seed_repeats_and_another_differs(run, finished):
+    again = run("again", None, "--batch_size", "2", "--base_rate")
+    assert figures_of(again) == figures_of(finished)
+    one, other = pictures(again), pictures(finished)
+    assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+    for seed in ("0", "1"):
+        assert figures_of(run(f"seed_{seed}", None, "--seed", seed)) != figures_of(finished)
+    assert record_of(run("seed_1", None, "--seed", "0", "--overwrite"))["images"][0]["seed"] == 0
+
+
+def test_results_do_not_depend_on_the_batch_size(run, finished):
+    for size in ("1", "5"):
+        folder = run(f"of_{size}", None, "--batch_size", size)
+        for one, other in zip(figures_of(folder), figures_of(finished), strict=True):
+            for key in ("prob_error", "psnr"):
+                assert one[key] == pytest.approx(other[key], rel=1e-3)
+        for name in ("red", "green", "blue"):
+            picture = f"reconstruction/{name}.png"
+            assert np.abs(pixels(folder / picture) - pixels(finished / picture)).max() <= 1
+
+
+def test_settings_reach_the_sampler(run, monkeypatch):
+    calls, honest = [], reconstruct.sample
+
+    def sample(*arguments, **settings):
+        calls.append(settings)
+        return honest(*arguments, **settings)
+
+    monkeypatch.setattr(reconstruct, "sample", sample)
+    flags = "--lambda1 0.7 --lambda2 0.3 --min_bp_step 400 --nlbp_stop_cond 0.2 --no-clip_x0 --max_move 0 --eta 0.5"
+    folder = run("out", None, *flags.split(), *"--steps 4 --travel_length 2 --travel_repeat 2".split())
+    rule = calls[0]["guidance"]
+    assert (rule.lambda1, rule.lambda2, rule.min_bp_step, rule.nlbp_stop_cond) == (0.7, 0.3, 400, 0.2)
+    assert rule.clip_x0 is False and rule.max_move is None
+    assert calls[0]["eta"] == 0.5 and calls[0]["travel_length"] == calls[0]["travel_repeat"] == 2
+    settings = record_of(folder)["settings"]
+    assert settings["lambda1"] == 0.7 and settings["clip_x0"] is False and settings["eta"] == 0.5
+    assert record_of(folder)["images"][0]["steps"] == 6  # 3 2 1 0 . . 1 0 -1: the jump costs two more
+
+
+def test_the_defaults_are_the_documented_ones():
+    args = reconstruct.parser().parse_args(["--config", "x", "--path_y", "y"])
+    documented = {
+        "image_folder": "images", "min_bp_step": 600, "lambda1": 1.0, "lambda2": 0.5, "nlbp_stop_cond": 0.11,
+        "clip_x0": True, "steps": 100, "ni": False, "overwrite": False, "eta": None,
+    }  # fmt: skip
+    assert {key: getattr(args, key) for key in documented} == documented
+
+
+# --- Result folder ---------------------------------------------------------------------------------------------------
+
+
+def test_results_are_kept_unless_overwriting_and_foreign_files_always(run):
+    folder = run()
+    (folder / "mine.txt").write_text("keep")
+    (folder / "input" / "mine.jpg").write_text("keep")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    refused("not empty; give --overwrite", run)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (folder / "sheet_2.png").write_bytes(b"of an earlier, longer run")
+    run("out", folder / "input" / "red.png", "--overwrite", "--steps", "1")
+    assert names_of(folder) == ["red"] and {path.name for path in folder.glob("*/*.png")} == {"red.png"}
+    assert (folder / "mine.txt").read_text() == (folder / "input" / "mine.jpg").read_text() == "keep"
+    assert not (folder / "sheet_2.png").exists()
+    assert "1 targets" in (folder / "log.txt").read_text() and "3 targets" not in (folder / "log.txt").read_text()
+
+
+def test_a_mistake_costs_no_results(run, preset):
+    """--overwrite replaces results by results, not by an error message."""
+    folder = run()
+    before = sorted(path.name for path in folder.rglob("*"))
+    refused("did you mean 'Smiling'", run, "out", None, "--overwrite", "--set", "Smilng=1")
+    refused("none.pth", run, "out", None, "--overwrite", config=preset(spnn="none.pth"))
+    assert before == sorted(path.name for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "", ".", "a/.."])
+def test_a_result_folder_outside_is_refused(run, samples, tmp_path, name):
+    refused("must be inside", run, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == []
+
+
+def test_a_link_does_not_lead_outside(run, samples, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    samples.mkdir()
+    (samples / "link").symlink_to(tmp_path / "elsewhere")
+    refused("must be inside", run, "link")
+    refused("must be inside", run, "link/below")
+
+
+def test_a_nested_result_folder_and_a_file_in_the_way(run, samples):
+    assert (run("a/b", None, "--steps", "1") / "results.json").is_file()
+    (samples / "file").write_text("in the way")
+    refused("is a file", run, "file")
+
+
+@pytest.mark.parametrize("answer, kept", [("y", False), ("", True), ("no", True)])
+def test_without_ni_a_terminal_is_asked(assets, samples, monkeypatch, answer, kept):
+    (samples / "out").mkdir(parents=True)
+    (samples / "out" / "sheet.png").write_text("old")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or answer)
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": staticmethod(lambda: True)}))
+    arguments = ["--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--image_folder", "out"]
+    arguments += ["--steps", "1"]
+    if kept:
+        refused("not empty", reconstruct.main, arguments)
+        assert (samples / "out" / "sheet.png").read_text() == "old"
+    else:
+        assert reconstruct.main(arguments) == 0 and (samples / "out" / "results.json").is_file()
+    assert len(asked) == 1
+    refused("not empty", reconstruct.main, [*arguments, "--ni"])
+    assert len(asked) == 1
+
+
+# --- Configs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_that_is_not_there_lists_what_there_is(run):
+    message = refused("nope.yml: no such file", run, config="nope.yml")
+    assert "celeba_hq.yml" in message and "faces.yml" in message
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"lamda1": 1.0}, "unknown key 'lamda1', did you mean 'lambda1'"),
+        ({"steps": 0}, "steps: 0 is refused"),
+        ({"steps": 1001}, "steps: 1001 is refused"),
+        ({"guidance": "ddrm"}, "guidance must be one of"),
+        ({"clip_x0": 1}, "clip_x0 must be true or false"),
+        ({"beta_start": 0.5}, "beta_start"),
+        ({"beta_start": 0.0}, "beta_start"),
+        ({"beta_end": 1.0}, "beta_end"),
+        ({"spnn": None}, "--spnn: give the weights"),
+        ({"prior": None}, "--prior: give the weights"),
+    ],
+)
+def test_a_config_with_a_mistake_is_one_line(run, preset, changes, said):
+    assert "\n" not in refused(said, run, config=preset(**changes))
+
+
+def test_the_command_line_wins_over_the_config(run, preset):
+    folder = run("out", None, "--steps", "2", "--no-base_rate", config=preset(base_rate=True, steps=3))
+    assert record_of(folder)["images"][0]["steps"] == 2 and "unguided" not in record_of(folder)
+
+
+def test_every_flag_may_stand_in_the_config(samples, preset, assets):
+    """The parser says so: of all flags, --config alone must be on the command line."""
+    config = preset(path_y=str(assets / "inputs"), image_folder="out", ni=True, set=["Smiling=1", "Bald=0"])
+    assert reconstruct.main(["--config", str(config)]) == 0
+    for row in csv.DictReader(open(samples / "out" / "logits.csv")):
+        assert float(row["Smiling"]) == 3.5 and float(row["Bald"]) == -2.5
+
+
+def test_an_abbreviated_config_flag_is_read_or_refused(assets, samples):
+    flag = ["--conf", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--ni", "--image_folder", "out"]
+    try:
+        reconstruct.main(flag)
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    else:
+        assert record_of(samples / "out")["settings"]["steps"] == 3
+
+
+def test_the_shipped_configs_parse():
+    for name in ("celeba_hq.yml", "faces.yml"):
+        args, others = reconstruct.parse(["--config", name, "--path_y", "x"])
+        assert args.config.endswith(name) and args.spnn and args.prior
+    published = reconstruct.parse(["--config", "celeba_hq.yml", "--path_y", "x"])[0]
+    rule = (published.lambda1, published.lambda2, published.min_bp_step, published.nlbp_stop_cond)
+    assert rule == (1.0, 0.5, 600, 0.11) and published.steps == 100 and published.eta is None
+
+
+# --- Weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_local(monkeypatch, tmp_path):
+    """The published weights, at manual paths where there is nothing."""
+    moved = {n: replace(k, manual_path=str(tmp_path / "manual" / k.filename)) for n, k in weights.KNOWN.items()}
+    for module in (weights, reconstruct):
+        monkeypatch.setattr(module, "KNOWN", moved)
+    return list(moved.values())
+
+
+def known_for(known, filename):
+    return next(k for k in known if k.filename == filename)
+
+
+def test_missing_weights_are_named_all_at_once_with_addresses_and_places(run, nothing_local):
+    message = refused("2 weight files could not be found", run, config="celeba_hq.yml")
+    for name in ("spnn_celebahq_256.pth", "celeba_hq.ckpt"):
+        known = known_for(nothing_local, name)
+        assert known.name in message and name in message and known.manual_path in message
+        assert all(address in message for address in known.addresses)
+        if known.sha256 is not None:
+            assert known.sha256 in message
+    assert "https://huggingface.co/yamitehr/SPNN" in message
+
+
+def test_one_missing_file_is_named_alone(run, nothing_local, preset):
+    message = refused("1 weight file could not be found", run, config=preset(prior="celeba_hq.ckpt"))
+    assert "celeba_hq.ckpt" in message and "spnn_celebahq_256.pth" not in message
+
+
+def test_a_damaged_file_at_the_manual_path_is_not_called_missing(run, nothing_local, preset):
+    known = known_for(nothing_local, "celeba_hq.ckpt")
+    Path(known.manual_path).parent.mkdir(parents=True)
+    Path(known.manual_path).write_bytes(b"cut short")
+    message = refused("9 bytes, the published file has", run, config=preset(prior="celeba_hq.ckpt"))
+    assert "could not be found" not in message
+
+
+@pytest.mark.parametrize("key", ["spnn", "prior", "judge"])
+def test_weights_that_are_not_there_are_named(run, preset, samples, key):
+    refused("nowhere.safetensors", run, config=preset(**{key: "nowhere.safetensors"}))
+
+
+def test_networks_of_different_sizes_are_refused(run, preset, tmp_path):
+    save_prior(tiny_prior(8), tmp_path / "small")
+    refused("8x8", run, config=preset(prior=str(tmp_path / "small")))
+    refused("draws 16x16 images, not 8", run, config=preset(prior_image_size=8))
+    save_judge(tmp_path / "judge.safetensors", Judge(40, 8, 4))
+    refused("the judge takes 8x8 images, not 16", run, config=preset(judge=str(tmp_path / "judge.safetensors")))
+
+
+def test_a_judge_of_other_attributes_is_refused(run, preset, tmp_path):
+    save_judge(tmp_path / "judge.safetensors", Judge(7, 16, 4))
+    refused("judge", run, config=preset(judge=str(tmp_path / "judge.safetensors")))
+
+
+def test_a_network_that_does_not_name_its_attributes_is_refused(run, preset, tmp_path):
+    save_spnn(tmp_path / "few.pth", tiny_spnn(7))
+    refused("does not name its 7 attributes", run, config=preset(spnn=str(tmp_path / "few.pth"), judge=None))
+
+
+DDPM = {
+    "type": "simple", "ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3,
+    "out_ch": 3, "dropout": 0.0, "resamp_with_conv": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ddpm_weights(tmp_path_factory):
+    """A weight file in the published layout."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, tensor in prior_module._ddpm_unet(DDPM, 16).state_dict().items():
+        shape = list(tensor.shape) + [1, 1] * (".attentions." in name and tensor.ndim == 2)
+        published = prior_module._ddpm_name(name, len(DDPM["ch_mult"]))
+        state[published] = torch.randn(shape, generator=generator) * 0.05
+    path = tmp_path_factory.mktemp("ddpm") / "prior.ckpt"
+    torch.save(state, path)
+    assert "temb.dense.0.weight" in state and state["mid.attn_1.q.weight"].ndim == 4
+    return path
+
+
+def test_a_prior_in_the_published_layout(run, preset, ddpm_weights):
+    config = preset(prior=str(ddpm_weights), prior_model=DDPM, prior_image_size=16)
+    folder = run(config=config)
+    assert record_of(folder)["settings"]["prior_model"] == DDPM
+    record = record_of(run("bf16", None, "--precision", "bf16", "--steps", "1", config=config))
+    assert record["settings"]["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        (None, "needs a model configuration"),
+        ({**DDPM, "ch_mult": [1, 2]}, "do not fit its model configuration"),
+        ({key: value for key, value in DDPM.items() if key != "ch"}, "lacks ch"),
+        ("simple", "prior"),
+        (3, "prior"),
+        ({**DDPM, "ch_mult": 2}, "prior"),
+        ({**DDPM, "ch": 20}, "prior"),
+    ],
+)
+def test_a_prior_that_does_not_fit_its_configuration_is_refused(run, preset, ddpm_weights, model, said):
+    refused(said, run, config=preset(prior=str(ddpm_weights), prior_model=model))
+
+
+def test_a_device_that_is_not_there_is_refused(run, samples, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    refused("--device cuda: 0 CUDA devices found", run, "out", None, "--device", "cuda")
+    assert not samples.exists()
+
+
+# --- The command itself ----------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_status_2(assets, samples, capsys):
+    arguments = ["--ni", "--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs")]
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: reconstruct.main([*arguments, "--set", "Smilng=1"]))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: --set Smilng=1")
+
+
+@pytest.mark.parametrize(
+    "folder, command, status",
+    [
+        (".", "DDNM/main.py --help", 0),
+        ("DDNM", "main.py --help", 0),
+        ("DDNM", "main.py --ni --config nope.yml --path_y nowhere", 2),
+    ],
+)
+def test_the_command_runs_from_the_root_and_from_its_own_folder(folder, command, status):
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT / folder, capture_output=True, text=True)
+    assert done.returncode == status
+    if status == 0:
+        assert "--path_y" in done.stdout and "--nlbp_stop_cond" in done.stdout
+    else:
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: --config nope.yml") and not done.stdout

@@ -1,0 +1,382 @@
+"""Training: schedule and weights against figures, losses against the plain formulation, stages that keep their word."""
+
+import csv
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import train
+from checkpoints import load_spnn
+from models import SPNN, ConvPINNBlock, PixelUnshuffleBlock
+from train import (
+    FORWARD_CHECKPOINT,
+    R_OPT_CHECKPOINT,
+    AttributeWeights,
+    CelebATrainer,
+    Settings,
+    TrainingFailed,
+    bce_by_attribute,
+    concatenated,
+    forward_losses,
+    lr_factor,
+    natural_losses,
+    typical_logits,
+)
+from utils import InputError
+
+CHAIN = [
+    (PixelUnshuffleBlock, {"r": 4}),
+    (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 2}),
+    (PixelUnshuffleBlock, {"r": 2}),
+    (ConvPINNBlock, {"in_ch": 24, "out_ch": 4, "hidden": 8, "feat_size": 1}),
+]
+NAMES = ("one", "two", "three", "four")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are slower on several threads, and very much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """The picture of the curves takes longer than the training; tests/test_logger.py draws it."""
+    monkeypatch.setattr(train, "plot_curves", lambda table, picture: None)
+
+
+def tiny_spnn(seed: int = 0, chain=CHAIN) -> SPNN:
+    model = SPNN(num_classes=4, img_size=8, layer_channels=chain)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan = max(parameter[0].numel(), 1)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7 / fan**0.5)
+    return model
+
+
+def data(count: int, seed: int = 0) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.rand(count, 4, generator=generator) > 0.5).float()
+    x = torch.rand(count, 3, 8, 8, generator=generator) * 0.4 - 0.2
+    x[:, 0, :4, :4] += labels[:, :1, None] - 0.5  # the first attribute can be seen
+    return TensorDataset(x, labels)
+
+
+def trainer(model, folder, count: int = 12, **settings) -> CelebATrainer:
+    settings = Settings(**{"epochs": 2, "r_epochs": 2, "warmup_steps": 1, "reweight_every": 2, **settings})
+    loaders = DataLoader(data(count), batch_size=4), DataLoader(data(6, seed=1), batch_size=4)
+    return CelebATrainer(model, *loaders, settings, folder, torch.device("cpu"), NAMES)
+
+
+def copy_of(model) -> dict:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# --- Schedule and weights --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "step, lr",
+    [
+        (0, 0.0),
+        (1, 1e-6),
+        (50, 5e-5),
+        (199, 1.99e-4),
+        (200, 2e-4),
+        (300, 2e-4),
+        (376, 2e-4),
+        (377, 1.99645390070922e-4),
+        (500, 1.5602836879432625e-4),
+        (939, 3.546099290780142e-7),
+        (940, 0.0),
+    ],
+)
+def test_the_learning_rate_of_940_steps(step, lr):
+    assert 2e-4 * lr_factor(step, 940) == pytest.approx(lr, rel=1e-12, abs=1e-20)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 100])
+def test_the_learning_rate_of_runs_shorter_than_the_warm_up(total):
+    factors = [lr_factor(step, total) for step in range(total)]
+    assert all(0 <= factor <= 1 for factor in factors) and max(factors) == 1.0
+    top = factors.index(1.0)
+    assert factors[: top + 1] == sorted(factors[: top + 1]) and factors[top:] == sorted(factors[top:], reverse=True)
+
+
+def test_training_follows_the_schedule(tmp_path, monkeypatch):
+    rates, honest = [], torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return honest(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    trainer(tiny_spnn(), tmp_path, epochs=4, lr=1e-3, warmup_steps=3).train_forward()
+    assert rates == pytest.approx([1e-3 * lr_factor(s, 12, warmup=3) for s in range(12)])
+
+
+def test_attribute_weights_follow_the_hand_computation():
+    weights = AttributeWeights(2, k=2)
+    history = [[1.0, 2.0], [1.2, 2.0], [0.6, 1.0], [0.4, 1.5]]
+    assert weights.update(torch.tensor(history[0])).tolist() == [1.0, 1.0]  # nothing to compare yet
+    for losses in history[1:]:
+        values = weights.update(torch.tensor(losses))
+    # m1 = (1.1, 2.0), m2 = (0.5, 1.25); change (1.2, 0.6), mean 0.9; m2 over its mean 0.875
+    raw = [1.2 / 0.9 * 0.5 / 0.875, 0.6 / 0.9 * 1.25 / 0.875]
+    torch.testing.assert_close(values, torch.tensor([2 * r / sum(raw) for r in raw]), rtol=1e-5, atol=1e-6)
+    # a fifth look pushes the first out: m1 = (0.9, 1.5), m2 = (0.4, 1.25)
+    raw = [0.5 / 0.4 * 0.4, 0.25 / 1.25 * 1.25]
+    expected = torch.tensor([2 * r / sum(raw) for r in raw])
+    torch.testing.assert_close(weights.update(torch.tensor([0.4, 1.0])), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attribute_weights_stay_finite_and_average_to_one():
+    weights = AttributeWeights(3, k=5)
+    for losses in (
+        [1.0, 1.0, 1.0],
+        [1.0, 1.0, 1.0],
+        [0.0, 1.0, 0.5],
+        [0.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0],
+        [2.0, 0.0, 1.0],
+    ):
+        values = weights.update(torch.tensor(losses))
+        assert values.isfinite().all() and (values >= 0).all()
+        assert values.mean().item() == pytest.approx(1.0)
+
+
+# --- The losses ------------------------------------------------------------------------------------------------------
+
+
+def gradients(model, loss):
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named, found, strict=True)}
+
+
+def test_stage_1_is_the_plain_three_pass_formulation():
+    model, settings = tiny_spnn().double(), Settings()
+    x, labels = (part.double() for part in data(5).tensors)
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.5], dtype=torch.float64)
+    losses, y = forward_losses(model, x, labels, settings, weights)
+
+    logits = model(x)
+    natural = model.pinv(logits)
+    again = model(natural)
+    p = logits.sigmoid()
+    bce = -(weights * (labels * p.log() + (1 - labels) * (1 - p).log())).sum(1).mean()
+    total = 1.0 * bce + 40.0 * ((again - logits) ** 2).mean() + 40.0 * ((natural - x) ** 2).mean()
+    torch.testing.assert_close(losses["total"], total, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(losses["bce"], bce, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(y, logits, rtol=1e-10, atol=1e-10)
+    expected = gradients(model, total)
+    for name, gradient in gradients(model, losses["total"]).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-8, msg=name)
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+
+
+def test_stage_2_is_the_plain_four_pass_formulation():
+    model, settings = tiny_spnn().double(), Settings()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".r." in name)
+    x = data(5).tensors[0].double()
+    with torch.no_grad():
+        origin = concatenated(model.complete(torch.zeros(1, 3, 8, 8, dtype=torch.float64)).z)
+    losses = natural_losses(model, x, origin, settings)
+
+    y = model(x)
+    natural = model.pinv(y)
+    again, z = model(natural, return_latents=True)
+    _, z_zero = model(torch.zeros_like(x), return_latents=True)
+    flat = [torch.cat([part.flatten(1) for part in parts if part is not None], 1) for parts in (z, z_zero)]
+    total = (
+        0.1 * ((flat[0] - flat[1]) ** 2).mean() + 40.0 * ((natural - x) ** 2).mean() + 1.0 * ((again - y) ** 2).mean()
+    )
+    torch.testing.assert_close(losses["total"], total, rtol=1e-10, atol=1e-10)
+    expected = gradients(model, total)
+    for name, gradient in gradients(model, losses["total"]).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-8, msg=name)
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+
+
+class Inexact(ConvPINNBlock):
+    """A block whose pseudo-inverse misses by a little, and says so."""
+
+    exact = False
+
+    def pinv(self, y, latent=None):
+        return super().pinv(1.01 * y, latent)
+
+
+@pytest.mark.parametrize("stage", ["forward", "r_opt"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_right_inverse_loss_is_trained_through_only_where_a_block_is_not_exact(stage, exact):
+    chain = [*CHAIN[:3], (CHAIN[3][0] if exact else Inexact, CHAIN[3][1])]
+    model = tiny_spnn(chain=chain).double()
+    x, labels = (part.double() for part in data(4).tensors)
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+
+    def total_gradient(weight):
+        settings = Settings(lambda_right_inverse=weight, lambda_r_right_inverse=weight)
+        if stage == "forward":
+            losses = forward_losses(model, x, labels, settings)[0]
+        else:
+            losses = natural_losses(model, x, torch.zeros(1, 1, dtype=torch.float64), settings)
+        return losses, gradients(model, losses["total"])
+
+    losses, without = total_gradient(0.0)
+    assert ("right_inverse" in losses) == (not exact) and len(passes) == (1 if exact else 2)
+    weighted, with_term = total_gradient(1e4)
+    same = all(torch.equal(without[name], with_term[name]) for name in without)
+    assert same == exact
+    if not exact:
+        assert weighted["right_inverse"].item() > 1e-6
+
+
+def test_bce_is_averaged_over_the_batch_by_attribute():
+    y, labels = torch.tensor([[0.0, 2.0], [1.0, -2.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    expected = (F.softplus(torch.tensor([[0.0, -2.0], [1.0, -2.0]]))).mean(0)
+    torch.testing.assert_close(bce_by_attribute(y, labels), expected)
+
+
+# --- The stages ------------------------------------------------------------------------------------------------------
+
+
+def test_stage_1_learns_and_leaves_a_checkpoint_that_explains_itself(tmp_path):
+    model = tiny_spnn()
+    path = trainer(model, tmp_path, epochs=30, lr=5e-3, lambda_img_rec=1.0).train_forward()
+    assert path == tmp_path / FORWARD_CHECKPOINT
+    rows = list(csv.DictReader(open(tmp_path / "metrics_forward.csv")))
+    assert len(rows) == 30
+    assert float(rows[-1]["train_bce"]) < 0.5 * float(rows[0]["train_bce"])
+    assert all(float(row["val_right_inverse"]) < 1e-8 for row in rows)  # measured at each validation
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["attributes"] == list(NAMES) and content["training"]["lr"] == 5e-3
+    loaded, _ = load_spnn(path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert not any("_origin" in name for name in torch.load(path, weights_only=True))
+
+
+def test_stage_2_changes_the_r_networks_and_nothing_else(tmp_path):
+    model = tiny_spnn()
+    before = copy_of(model)
+    path = trainer(model, tmp_path, r_lr=1e-3).optimise_r()
+    assert path == tmp_path / R_OPT_CHECKPOINT
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (".r." not in name), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    rows = list(csv.DictReader(open(tmp_path / "metrics_r_opt.csv")))
+    assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"])
+    x = data(3).tensors[0]
+    loaded, _ = load_spnn(path)
+    model.load_state_dict(before)
+    assert torch.equal(loaded(x), model.eval()(x))  # g is the same
+
+
+def test_two_runs_from_one_seed_are_bit_equal(tmp_path):
+    states = []
+    for name in ("a", "b"):
+        model = tiny_spnn()
+        run = trainer(model, tmp_path / name, lr=1e-3)
+        run.train_forward()
+        run.optimise_r()
+        states.append(copy_of(model))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("stage", ["train_forward", "optimise_r"])
+def test_the_best_model_by_validation_loss_is_kept(tmp_path, monkeypatch, stage):
+    losses, seen = iter([3.0, 1.0, 2.0, 1.0]), []
+
+    def validate(self, stage):
+        seen.append(copy_of(self.model))
+        return {"loss": next(losses)}
+
+    monkeypatch.setattr(CelebATrainer, "validate", validate)
+    run = trainer(tiny_spnn(), tmp_path, epochs=4, r_epochs=4, lr=1e-3)
+    kept = torch.load(getattr(run, stage)(), weights_only=True)
+    assert all(torch.equal(kept[name], seen[1][name]) for name in kept)
+    assert not all(torch.equal(kept[name], seen[3][name]) for name in kept)
+
+
+def test_validation_averages_over_images_not_batches(tmp_path):
+    model = tiny_spnn()
+    run = trainer(model, tmp_path)
+    measured = run.validate("forward")
+    x, labels = data(6, seed=1).tensors
+    with torch.no_grad():
+        losses, y = forward_losses(model, x, labels, run.settings)
+    assert measured["loss"] == pytest.approx(losses["total"].item(), rel=1e-5)
+    assert measured["accuracy"] == pytest.approx(((y > 0) == (labels > 0.5)).float().mean().item())
+
+
+@pytest.mark.parametrize("stage, table", [("train_forward", "forward"), ("optimise_r", "r_opt")])
+@pytest.mark.parametrize("weight", ["pinn.blocks.3.r.net.0.weight", "pinn.blocks.1.r.net.0.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_and_the_last_checkpoint_kept(tmp_path, stage, table, weight, value):
+    model = tiny_spnn()
+    path = getattr(trainer(model, tmp_path, epochs=1, r_epochs=1, lr=1e-3), stage)()
+    before = path.read_bytes()
+    with torch.no_grad():
+        model.get_parameter(weight)[0] = value
+    with pytest.raises(TrainingFailed, match=f"batch 1.*{weight}.*last good checkpoint") as error:
+        getattr(trainer(model, tmp_path), stage)()
+    assert isinstance(error.value, InputError) and "\n" not in str(error.value)
+    assert path.read_bytes() == before
+
+
+def test_images_that_are_not_finite_are_named(tmp_path):
+    run = trainer(tiny_spnn(), tmp_path)
+    x, labels = data(4).tensors
+    x[2, 0, 0, 0] = float("nan")
+    run.train = DataLoader(TensorDataset(x, labels), batch_size=4)
+    with pytest.raises(TrainingFailed, match="the images"):
+        run.train_forward()
+    assert not (tmp_path / FORWARD_CHECKPOINT).exists()
+
+
+def test_a_learning_rate_that_breaks_the_network_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    model = tiny_spnn()
+    path = trainer(model, tmp_path, epochs=1, lr=1e-3).train_forward()
+    before = path.read_bytes()
+    with pytest.raises(TrainingFailed, match="block|weight"):
+        trainer(model, tmp_path, epochs=3, lr=1e30, warmup_steps=0).train_forward()
+    assert path.read_bytes() == before
+
+
+def test_a_network_that_breaks_in_the_very_last_step_is_no_success(tmp_path):
+    """Nothing but the validation sees it: without a word the run would return a checkpoint that it never wrote."""
+    with pytest.raises(TrainingFailed):
+        trainer(tiny_spnn(), tmp_path, count=4, epochs=1, lr=1e30, warmup_steps=0, reweight_every=0).train_forward()
+    assert not (tmp_path / FORWARD_CHECKPOINT).exists()
+
+
+def test_a_second_run_starts_its_table_anew(tmp_path):
+    for _ in range(2):
+        trainer(tiny_spnn(), tmp_path, epochs=1).train_forward()
+    assert len(list(csv.DictReader(open(tmp_path / "metrics_forward.csv")))) == 1
+
+
+# --- Typical logits --------------------------------------------------------------------------------------------------
+
+
+def test_typical_logits_are_the_medians_without_and_with_the_attribute():
+    logits = torch.tensor([[-3.0, 1.0, 5.0], [-1.0, 2.0, 6.0], [-2.0, 3.0, 7.0], [4.0, -9.0, -8.0], [9.0, 0.0, 1.0]])
+    labels = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 1]]).float()
+    loader = DataLoader(TensorDataset(logits, labels), batch_size=2)
+    model = torch.nn.Identity()
+    typical = typical_logits(model, loader, torch.device("cpu"))
+    assert typical[0] == [-2.0, 4.0]  # of two values the lower one is the median
+    assert typical[1] == [-9.0, 1.0]
+    assert typical[2] == [-5.0, 5.0]  # no image without it: the other's, turned
+    flipped = typical_logits(model, DataLoader(TensorDataset(logits, 1 - labels)), torch.device("cpu"))
+    assert flipped[2] == [5.0, -5.0]
+    json.dumps(typical, allow_nan=False)

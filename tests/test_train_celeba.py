@@ -1,0 +1,244 @@
+"""The training command, end to end on a few pictures."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import train_celeba
+from checkpoints import load_spnn
+from data_loader import ATTRIBUTES
+from train_celeba import main
+from utils import InputError, run_command
+from weights import read_weights
+
+CHAIN = [
+    ["PixelUnshuffleBlock", {"r": 4}],
+    ["ConvPINNBlock", {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 4}],
+    ["PixelUnshuffleBlock", {"r": 4}],
+    ["ConvPINNBlock", {"in_ch": 96, "out_ch": 40, "hidden": 8, "feat_size": 1}],
+]
+SMALL = {
+    "layer_channels": CHAIN,
+    "img_size": 16,
+    "epoch": 2,
+    "r_epoch": 2,
+    "batch_size": 8,
+    "workers": 0,
+    "warmup_steps": 2,
+    "reweight_every": 2,
+    "lr": 1e-3,
+    "device": "cpu",
+    "diagnose_samples": 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are slower on several threads, and very much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """30 pictures of 16x16 in CelebAMask-HQ's layout; the first attribute is a bright upper half."""
+    root = tmp_path_factory.mktemp("faces")
+    (root / "CelebA-HQ-img").mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["30", " ".join(ATTRIBUTES)]
+    for i in range(30):
+        bits = rng.integers(0, 2, 40)
+        pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
+        pixels[:8] += np.uint8(120) * np.uint8(bits[0])
+        Image.fromarray(pixels).save(root / "CelebA-HQ-img" / f"{i}.jpg", quality=95)
+        lines.append(f"{i}.jpg " + " ".join("1" if bit else "-1" for bit in bits))
+    (root / "CelebAMask-HQ-attribute-anno.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def preset(folder, **changes):
+    settings = {key: value for key, value in {**SMALL, **changes}.items() if value is not None}
+    path = folder / "preset.yml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(faces, folder, *flags: str, **changes) -> int:
+    folder.mkdir(exist_ok=True)
+    config = str(preset(folder, **changes))
+    return main(["--config", config, "--dataset_path", str(faces), "--checkpoint_dir", str(folder / "run"), *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(faces, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(faces, folder, "--is_forward_train", "--is_r_opt", "--epoch", "3") == 0
+    return folder / "run"
+
+
+def test_both_stages_leave_everything_that_is_promised(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"best_model.pth", "best_model_r_opt_real.pth", "config.json", "settings.json", "log.txt"} <= names
+    for stage in ("forward", "r_opt"):
+        assert {f"metrics_{stage}.csv", f"curves_{stage}.png", f"diagnostics_{stage}.json"} <= names
+        with Image.open(finished / f"curves_{stage}.png") as picture:
+            assert min(picture.size) > 100
+        report = json.loads((finished / f"diagnostics_{stage}.json").read_text())
+        assert report
+    assert not [name for name in names if name.startswith(".")]
+    log = (finished / "log.txt").read_text()
+    assert "stage 1" in log and "stage 2" in log and "test split after stage" in log and "done in" in log
+
+
+def test_each_checkpoint_is_a_plain_state_dict_with_its_architecture_beside_it(finished):
+    for name in ("best_model.pth", "best_model_r_opt_real.pth"):
+        state = torch.load(finished / name, weights_only=True)
+        assert all(isinstance(tensor, torch.Tensor) and key.startswith("pinn.blocks.") for key, tensor in state.items())
+        model, notes = load_spnn(finished / name)
+        assert model.img_size == 16 and model.num_classes == 40
+        assert notes["attributes"] == list(ATTRIBUTES)
+        assert len(notes["typical_logits"]) == 40
+        assert all(len(pair) == 2 and all(np.isfinite(pair)) for pair in notes["typical_logits"])
+    content = json.loads((finished / "config.json").read_text())
+    assert content["model"]["layer_channels"] == CHAIN
+
+
+def test_stage_2_of_the_command_leaves_g_alone(finished):
+    one, two = (read_weights(finished / name) for name in ("best_model.pth", "best_model_r_opt_real.pth"))
+    assert all(torch.equal(one[name], two[name]) for name in one if ".r." not in name)
+    assert not all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_command_line_wins_over_the_preset(finished):
+    settings = json.loads((finished / "settings.json").read_text())
+    assert settings["epoch"] == 3 and settings["r_epoch"] == 2 and settings["layer_channels"] == CHAIN
+    for stage, epochs in (("forward", 3), ("r_opt", 2)):
+        rows = list(csv.DictReader(open(finished / f"metrics_{stage}.csv")))
+        assert len(rows) == epochs and all(np.isfinite(float(row["val_loss"])) for row in rows)
+
+
+def test_stage_2_alone_continues_stage_1_and_a_seed_repeats(finished, faces, tmp_path):
+    """One run of both stages, and the stages one by one: the same weights, bit by bit."""
+    assert run(faces, tmp_path, "--is_forward_train", epoch=3) == 0
+    assert not (tmp_path / "run" / "best_model_r_opt_real.pth").exists()
+    forward = (tmp_path / "run" / "best_model.pth").read_bytes()
+    assert run(faces, tmp_path, "--is_r_opt", epoch=3) == 0
+    assert (tmp_path / "run" / "best_model.pth").read_bytes() == forward
+    for name in ("best_model.pth", "best_model_r_opt_real.pth"):
+        one, other = read_weights(finished / name), read_weights(tmp_path / "run" / name)
+        if name == "best_model.pth":
+            assert all(torch.equal(one[key], other[key]) for key in one)
+        else:  # the second stage began its own shuffling anew
+            assert one.keys() == other.keys()
+    assert load_spnn(tmp_path / "run" / "best_model_r_opt_real.pth")[1]["typical_logits"]
+
+
+def test_another_seed_gives_other_weights(finished, faces, tmp_path):
+    assert run(faces, tmp_path, "--is_forward_train", "--seed", "1", "--epoch", "1") == 0
+    one, other = read_weights(finished / "best_model.pth"), read_weights(tmp_path / "run" / "best_model.pth")
+    assert not all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_stage_2_without_stage_1_says_what_to_do_first(faces, tmp_path):
+    with pytest.raises(InputError, match="best_model.pth: no such file; run stage 1 first"):
+        run(faces, tmp_path, "--is_r_opt")
+
+
+def test_stage_2_of_another_size_is_refused(finished, faces, tmp_path):
+    chain = [
+        ["PixelUnshuffleBlock", {"r": 8}],
+        ["ConvPINNBlock", {"in_ch": 192, "out_ch": 40, "hidden": 8, "feat_size": 1}],
+    ]
+    config = str(preset(tmp_path, img_size=8, layer_channels=chain))
+    before = {path.name: path.read_bytes() for path in finished.glob("*.pth")}
+    with pytest.raises(InputError, match="takes 16x16 images, but --img_size is 8"):
+        main(["--config", config, "--dataset_path", str(faces), "--checkpoint_dir", str(finished), "--is_r_opt"])
+    assert before == {path.name: path.read_bytes() for path in finished.glob("*.pth")}
+
+
+def test_a_training_that_fails_is_one_line_and_status_2(faces, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: run(faces, tmp_path, "--is_forward_train", lr=1e30, warmup_steps=0))
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: forward") and "not a finite number" in last and "learning rate" in last
+
+
+def changed(index, **arguments):
+    chain = [[kind, dict(given)] for kind, given in CHAIN]
+    chain[index][1].update(arguments)
+    return chain
+
+
+@pytest.mark.parametrize(
+    "chain, said",
+    [
+        (changed(0, r=5), r"architecture: block 0: .*r=5.*must divide the size, got 16x16"),
+        (changed(1, in_ch=47), r"block 1: .*in_ch is 47, but 48 channels arrive"),
+        (changed(1, out_ch=48), r"block 1: .*out_ch must be below in_ch"),
+        (changed(1, feat_size=2), r"block 1: .*feat_size is 2, but the map that arrives is 4x4"),
+        (changed(3, out_ch=39), r"block 3: num_classes is 40, but the chain ends with 39"),
+        (changed(3, width=3), r"block 3: .*width"),
+        (changed(1, in_ch="many"), r"block 1: "),
+        (CHAIN[:2], r"block 1: the chain must end at 1x1, it ends at 4x4"),
+        ([*CHAIN[:3], ["ConvBlock", {}]], r"block 3: unknown block 'ConvBlock'"),
+        ([*CHAIN[:3], "ConvPINNBlock"], r"block 3: expected \(block, arguments\)"),
+        (5, r"architecture: "),
+        ([], r"architecture: "),
+    ],
+)
+def test_an_architecture_that_does_not_fit_is_one_line_that_names_the_block(tmp_path, chain, said):
+    with pytest.raises(InputError, match=said) as error:
+        run(tmp_path / "no data is needed to say so", tmp_path, "--is_forward_train", layer_channels=chain)
+    assert "\n" not in str(error.value)
+
+
+def test_a_size_without_a_built_in_architecture_is_refused(tmp_path):
+    with pytest.raises(InputError, match="img_size 16 has no built-in architecture.*layer_channels"):
+        run(tmp_path, tmp_path, "--is_forward_train", layer_channels=None)
+
+
+@pytest.mark.parametrize(
+    "flags, changes, said",
+    [
+        ((), {}, "nothing to do: give --is_forward_train"),
+        (("--is_forward_train",), {"epohc": 3}, "unknown key 'epohc', did you mean 'epoch'"),
+        (("--is_forward_train",), {"batch_size": 0}, "batch_size: 0 is refused"),
+        (("--is_forward_train",), {"mix_type": "givens"}, "mix_type must be one of"),
+        (("--is_forward_train", "--device", "abacus"), {}, "--device abacus"),
+        (("--is_forward_train", "--config", "none.yml"), {}, "none.yml: no such file"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(faces, tmp_path, flags, changes, said):
+    with pytest.raises(InputError, match=said) as error:
+        run(faces, tmp_path, *flags, **changes)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("run/*.pth"))
+
+
+def test_a_flag_that_does_not_exist_is_status_2(tmp_path, capsys):
+    for flags in (["--is_forward_train", "--epochs_of_it", "3"], ["--is_forward_train", "--lr", "nan"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(flags)
+        assert stopped.value.code == 2
+    assert "not a finite number" in capsys.readouterr().err
+
+
+def test_the_published_command_line_parses():
+    line = "--dataset_path x --is_forward_train --is_r_opt --img_size 256 --epoch 10 --batch_size 256 --mix_type cayley"
+    args, chain = train_celeba.parse(line.split())
+    assert chain is None and args.lr == 2e-4 and args.lambda_bce == 1.0
+    assert args.lambda_right_inverse == args.lambda_img_rec == 40.0 and args.checkpoint_dir == "check_points/"
+    assert args.r_epoch == 50 and args.r_lr == 1e-4
+
+
+def test_no_data_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        run(tmp_path / "nowhere", tmp_path, "--is_forward_train")
