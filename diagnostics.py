@@ -143,7 +143,8 @@ def penrose(
                 y_again, z = model(x, return_latents=True)
                 errors["right_inverse"].add(y_again, y)
                 errors["reflexive_pinv"].add(model.pinv(y_again), x)
-                errors["natural_latents"].add(_concatenated(z), _concatenated(model.natural(y).z))
+                with_latents = torch.cat([y_again, _concatenated(z)], dim=1)  # (B, D)
+                errors["natural_latents"].add(with_latents, torch.cat([y, _concatenated(model.natural(y).z)], dim=1))
     finally:
         model.train(was_training)
     return {

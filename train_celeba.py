@@ -91,7 +91,7 @@ def build_model(args: argparse.Namespace, layer_channels: list | None) -> SPNN:
 
 def report(model: SPNN, loaders: Loaders, args: argparse.Namespace, device, folder: Path, stage: str) -> None:
     """Diagnostics after a stage: on screen, in the log, and as diagnostics_<stage>.json."""
-    measured = diagnose(model, loaders.test, device=device, samples=args.diagnose_samples, seed=args.seed)
+    measured = diagnose(model, loaders.test, device, args.diagnose_samples, args.seed, attributes=ATTRIBUTES)
     get_logger("train_celeba", folder).info("test split after stage %s\n%s", stage, format_table(measured))
     with atomic_write(folder / f"diagnostics_{stage}.json") as temporary:
         temporary.write_text(json.dumps(measured, indent=1) + "\n")

@@ -52,7 +52,7 @@ IN_MEMORY_BYTES = 4 << 30  # decoded images beyond this are read again for every
 # a resumed run must be the run it resumes: these settings decide what a step computes
 TRAJECTORY = (
     "img_size", "channels", "layers", "unshuffle", "attention_size", "norm_groups", "batch_size", "lr", "warmup",
-    "decay", "ema_decay", "clip", "prediction", "flip", "precision", "seed",
+    "decay", "ema_decay", "clip", "prediction", "noise_levels", "flip", "precision", "seed",
 )  # fmt: skip
 
 
@@ -103,15 +103,31 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> Non
         average.lerp_(current, weight)
 
 
-def diffusion_loss(prior: Prior, schedule: Schedule, x0: Tensor, generator: torch.Generator) -> Tensor:
-    """The loss on a batch x0 (B, 3, H, W) in [-1, 1]; every draw comes from ``generator``, on the CPU.
+def draw_steps(schedule: Schedule, batch: int, noise_levels: str, generator: torch.Generator) -> Tensor:
+    """The steps t, (B,), to train on.
 
-    The B steps are one uniform draw plus a grid (Kingma et al. 2021, "Variational Diffusion Models", I.1): each is
-    uniform, and the loss varies less than with independent ones.
+    ``"uniform"`` takes all alike, as DDPM does. With linear betas half of them are next to pure noise, where little is
+    to be learnt; ``"lognormal"`` draws the noise level instead, ``ln(sigma) ~ N(-0.8, 1.4^2)`` with
+    ``sigma^2 = (1 - abar) / abar`` (Karras et al. 2022, "Elucidating the Design Space", section 5, where the
+    normal is N(-1.2, 1.2^2)).
+
+    The B draws are one uniform draw plus a grid (Kingma et al. 2021, "Variational Diffusion Models", I.1): each has the
+    distribution, and the loss varies less than with independent ones.
     """
-    batch, steps = len(x0), schedule.num_diffusion_timesteps
-    offset = torch.rand((), generator=generator)
-    t = ((offset + torch.arange(batch) / batch) % 1 * steps).long().clamp(max=steps - 1)  # (B,)
+    steps = schedule.num_diffusion_timesteps
+    u = (torch.rand((), generator=generator) + torch.arange(batch) / batch) % 1  # (B,)
+    if noise_levels == "uniform":
+        return (u * steps).long().clamp(max=steps - 1)
+    log_sigma = -0.8 + 1.4 * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4))
+    abar = schedule.abar(torch.arange(steps))
+    return torch.searchsorted(((1 - abar) / abar).log() / 2, log_sigma).clamp(max=steps - 1)
+
+
+def diffusion_loss(
+    prior: Prior, schedule: Schedule, x0: Tensor, generator: torch.Generator, noise_levels: str = "uniform"
+) -> Tensor:
+    """The loss on a batch x0 (B, 3, H, W) in [-1, 1]; every draw comes from ``generator``, on the CPU."""
+    t = draw_steps(schedule, len(x0), noise_levels, generator)  # (B,)
     noise = torch.randn(x0.shape, generator=generator)
     t, noise = t.to(x0.device), noise.to(x0.device)
     predicted = prior.predict(schedule.add_noise(x0, noise, t), t)  # (B, 3, H, W)
@@ -286,7 +302,7 @@ class Trainer:
         rate = learning_rate(self.progress(), self.step, args.lr, args.warmup, args.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = diffusion_loss(self.prior, self.schedule, x0.to(self.device), self.generator)
+        loss = diffusion_loss(self.prior, self.schedule, x0.to(self.device), self.generator, args.noise_levels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.prior.parameters(), args.clip)
@@ -387,6 +403,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--decay", choices=("cosine", "linear", "constant"), default="cosine", help="of the learning rate, to the end")
     add("--ema_decay", type=number(float, 0, 1), default=0.999, help="of the averaged weights, which are the result")
     add("--prediction", choices=PREDICTIONS, default="v_prediction", help="what the network predicts")
+    add("--noise_levels", choices=("lognormal", "uniform"), default="lognormal", help="which steps are trained on")
     add("--clip", type=number(float, 0), default=1.0, help="gradient norm limit")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images at random")
     add("--seed", type=count, default=0, help="of the weights and every draw")

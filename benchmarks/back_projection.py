@@ -43,9 +43,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 @torch.no_grad()
-def random_model(img_size: int, hidden: int) -> SPNN:
-    """A built-in architecture with random weights, the last layers of its networks and its mixing included."""
-    model = SPNN(img_size=img_size, hidden=hidden)
+def randomise(model: SPNN) -> SPNN:
+    """Give a new network random mixing and random last layers, which start at zero; in eval mode."""
     for name, parameter in model.named_parameters():
         if name.endswith("A_unconstrained"):
             parameter.normal_(0, 0.5 / len(parameter) ** 0.5)
@@ -107,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         torch.manual_seed(SEED)
-        model = random_model(args.img_size, args.hidden).to(device)
+        model = randomise(SPNN(img_size=args.img_size, hidden=args.hidden)).to(device)
         x = (torch.rand(args.batch_size, 3, args.img_size, args.img_size) * 2 - 1).to(device)
         target = torch.randn(args.batch_size, model.num_classes).to(device)
         record = {

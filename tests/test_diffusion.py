@@ -253,13 +253,13 @@ def test_a_guided_image_is_the_same_alone_in_a_batch_and_in_another_order():
 
 @pytest.mark.parametrize("prior", [zero_prior, gaussian_prior])
 def test_guidance_brings_every_image_nearer_to_its_target(prior):
-    model = tiny_spnn()
-    target = model(images(6, seed=3) * 0.5)
+    model = tiny_spnn(strength=0.4)
+    target = logits(6, scale=1.0)
     names = "abcdef"
-    unguided = probability_error(model, draw(names, prior, steps=20), target)
+    unguided = probability_error(model, draw(names, prior, steps=10), target)
     rule = Guidance(nlbp_stop_cond=0.02)
     guided = probability_error(
-        model, draw(names, prior, steps=20, operator=model, target=target, guidance=rule), target
+        model, draw(names, prior, steps=10, operator=model, target=target, guidance=rule), target
     )
     assert guided.mean() < 0.5 * unguided.mean()
     assert (guided < unguided).all()
@@ -316,11 +316,11 @@ def test_the_stop_condition_is_each_images_own_mean_probability_error():
 
 @pytest.mark.parametrize("limit", [0.02, 0.15, 0.4])
 def test_no_image_moves_further_than_max_move(limit):
-    model, x0, target = tiny_spnn(), images(8), logits(8, scale=4)
+    model, x0, target = tiny_spnn(strength=0.4), images(8) * 0.9, logits(8)
     goal = model.natural(target)
     moved = guide(model, x0, goal, 1.0, Guidance(max_move=limit, nlbp_stop_cond=0.0))
     distance = (moved - x0).square().mean((1, 2, 3)).sqrt()
-    assert (distance <= limit * (1 + 1e-6)).all() and distance.max() > 0
+    assert (distance <= limit * (1 + 1e-6)).all() and (distance > 0).sum() >= 6
     assert moved.abs().max() <= 1
     free = guide(model, x0, goal, 1.0, Guidance(max_move=None, nlbp_stop_cond=0.0))
     assert ((free - x0).square().mean((1, 2, 3)).sqrt() > 0.02).all()

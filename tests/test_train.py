@@ -252,14 +252,14 @@ def test_bce_is_averaged_over_the_batch_by_attribute():
 
 def test_stage_1_learns_and_leaves_a_checkpoint_that_explains_itself(tmp_path):
     model = tiny_spnn()
-    path = trainer(model, tmp_path, epochs=30, lr=5e-3, lambda_img_rec=1.0).train_forward()
+    path = trainer(model, tmp_path, epochs=12, lr=2e-2, lambda_img_rec=1.0).train_forward()
     assert path == tmp_path / FORWARD_CHECKPOINT
     rows = list(csv.DictReader(open(tmp_path / "metrics_forward.csv")))
-    assert len(rows) == 30
-    assert float(rows[-1]["train_bce"]) < 0.5 * float(rows[0]["train_bce"])
+    assert len(rows) == 12
+    assert float(rows[-1]["train_bce"]) < 0.7 * float(rows[0]["train_bce"])
     assert all(float(row["val_right_inverse"]) < 1e-8 for row in rows)  # measured at each validation
     content = json.loads((tmp_path / "config.json").read_text())
-    assert content["attributes"] == list(NAMES) and content["training"]["lr"] == 5e-3
+    assert content["attributes"] == list(NAMES) and content["training"]["lr"] == 2e-2
     loaded, _ = load_spnn(path)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert not any("_origin" in name for name in torch.load(path, weights_only=True))
