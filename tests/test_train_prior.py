@@ -85,7 +85,7 @@ def test_the_result_is_a_prior_with_everything_beside_it(images, tmp_path, monke
     assert run(images, tmp_path, "--save_every", "2", "--samples", "3", "--save_dtype", "float16") == 0
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert names == {
-        "config.json", MODEL, "train_state.pth", "metrics.csv", "train.log", "loss.png", "settings.json",
+        "config.json", "scheduler_config.json", MODEL, "train_state.pth", "metrics.csv", "train.log", "loss.png", "settings.json",
         "samples/step_000002.png", "samples/step_000003.png",
     }  # fmt: skip
     assert Image.open(tmp_path / "samples" / "step_000003.png").size == (48, 16)
@@ -167,12 +167,38 @@ def test_images_too_many_for_memory_are_read_again(images, monkeypatch):
     assert batch.shape == (2, 3, 16, 16) and -1 <= batch.min() < batch.max() <= 1
 
 
-def test_the_loss_is_the_noise_prediction_error():
-    prior = Prior(small_unet(16, (8, 16), norm_groups=4, attention_size=4))
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_is_the_error_of_what_the_network_predicts(prediction):
+    prior = Prior(small_unet(16, (8, 16), norm_groups=4, attention_size=4), prediction_type=prediction)
     torch.nn.init.zeros_(prior.unet.conv_out.weight)
     torch.nn.init.zeros_(prior.unet.conv_out.bias)
-    loss = train_prior.diffusion_loss(prior, Schedule(), torch.zeros(64, 3, 16, 16), torch.Generator().manual_seed(0))
-    assert abs(loss.item() - 1) < 0.05  # predicting zero leaves the noise's own variance
+    schedule, generator = Schedule(), torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 4, 3, 16, 16, generator=generator)
+    t = torch.tensor([0, 10, 500, 999])
+    abar = schedule.abar(t).view(-1, 1, 1, 1)
+    wanted = noise if prediction == "epsilon" else abar.sqrt() * noise - (1 - abar).sqrt() * x0
+    loss = train_prior.diffusion_loss(prior, schedule, x0, noise, t)
+    torch.testing.assert_close(loss, wanted.square().mean())  # a network that predicts zero
+
+
+def test_drawn_steps_have_their_distribution():
+    schedule, generator = Schedule(), torch.Generator().manual_seed(0)
+    uniform = train_prior.draw_steps(schedule, 4000, "uniform", generator)
+    assert uniform.min() == 0 and uniform.max() == 999
+    assert abs(uniform.float().mean() - 499.5) < 2 and abs(uniform.float().std() - 288.7) < 2
+    lognormal = train_prior.draw_steps(schedule, 4000, "lognormal", generator)
+    abar = schedule.abar(lognormal)
+    log_sigma = ((1 - abar) / abar).log() / 2
+    assert abs(log_sigma.median() + 0.8) < 0.02 and lognormal.min() == 0 and lognormal.max() > 900
+    assert abs(log_sigma[log_sigma > -0.8].sub(-0.8).median() / (0.6745 * 1.4) - 1) < 0.05  # a normal's quartile
+
+
+def test_threads_share_the_batch_and_change_nothing(images, tmp_path):
+    for threads in ("1", "3"):
+        assert run(images, tmp_path / threads, "--threads", threads) == 0
+    one, three = (read_weights(tmp_path / threads / MODEL) for threads in ("1", "3"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(three[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_ddim_with_the_true_noise_predictor_finds_the_image():
