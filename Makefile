@@ -1,6 +1,6 @@
 # make demo        nine faces from nothing but their 40 attribute logits
 # make test        the tests; make test-slow the long ones too
-# make train-demo  train the demo's networks anew
+# make train-demo  train the demo's SPNN anew; make judge and make prior, its judge and its prior
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -35,25 +35,25 @@ bench: $(VENV)/ready
 # --- The demo's networks, from nothing ---
 
 $(FACES)/CelebAMask-HQ-attribute-anno.txt: | $(VENV)/ready
-	$(RUN) procedural_faces.py --out $(FACES) --count 20000 --size 64 --seed 0
+	$(RUN) procedural_faces.py --out $(FACES) --count 20000 --size 64 --seed 0 --overwrite
 
 faces: $(FACES)/CelebAMask-HQ-attribute-anno.txt
 
 train-demo: faces
 	@echo "About 45 minutes on 2 CPU cores, of which one is used; expect validation accuracy 0.99 (balanced 0.99)"
-	OMP_NUM_THREADS=1 $(RUN) train_celeba.py --config configs/faces_64.yml --dataset_path $(FACES)
+	OMP_NUM_THREADS=1 $(RUN) train_celeba.py --config configs/faces_64.yml --dataset_path $(FACES) --overwrite
 	$(RUN) weights.py convert check_points/faces_64/best_model_r_opt_real.pth $(LOGS)/spnn.safetensors --dtype float16
 	cp check_points/faces_64/config.json $(LOGS)/spnn.json
 
 data/faces_10k/CelebAMask-HQ-attribute-anno.txt: | $(VENV)/ready
-	$(RUN) procedural_faces.py --out data/faces_10k --count 10000 --size 64 --seed 0
+	$(RUN) procedural_faces.py --out data/faces_10k --count 10000 --size 64 --seed 0 --overwrite
 
 judge: data/faces_10k/CelebAMask-HQ-attribute-anno.txt
 	$(RUN) judge.py --dataset_path data/faces_10k --out $(LOGS)/judge.safetensors --overwrite \
 		--img_size 64 --epochs 10 --batch_size 128 --lr 2e-3 --seed 0 --dtype float16
 
 prior: faces
-	$(RUN) DDNM/train_prior.py --images $(FACES)/CelebA-HQ-img --out check_points/prior_64 --img_size 64 \
+	$(RUN) DDNM/train_prior.py --images $(FACES)/CelebA-HQ-img --out check_points/prior_64 --img_size 64 --overwrite \
 		--steps 8000 --minutes 48 --batch_size 16 --lr 7e-4 --save_every 400 --save_dtype float16 --seed 0
 	mkdir -p $(LOGS)/prior
 	cp check_points/prior_64/*config.json check_points/prior_64/diffusion_pytorch_model.safetensors $(LOGS)/prior/

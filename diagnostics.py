@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
-from models import SPNN, Latents, PixelUnshuffleBlock, solved_once
+from models import SPNN, PixelUnshuffleBlock, concatenated, solved_once
 from utils import InputError, atomic_write, number, resolve_device, run_command
 
 IDENTITIES = {
@@ -44,7 +44,7 @@ class _Error:
         self.count = 0
 
     def add(self, actual: Tensor, expected: Tensor) -> None:
-        difference, expected = (actual - expected).double(), expected.double()
+        difference, expected = (actual - expected).cpu().double(), expected.cpu().double()  # MPS has no float64
         if not difference.numel():
             return
         self.max = _larger(self.max, difference.abs().max().item())
@@ -63,11 +63,6 @@ class _Error:
             "absolute_max": self.max,
             "absolute_rms": ratio(self.squares, self.count) ** 0.5,
         }
-
-
-def _concatenated(z: Latents) -> Tensor:
-    """All latents of an image in one row, (B, sum of their sizes)."""
-    return torch.cat([a.flatten(1) for a in z if a is not None], dim=1)
 
 
 @torch.no_grad()
@@ -118,7 +113,7 @@ def penrose(
     try:
         with solved_once():
             _, z_zero = model(torch.zeros_like(images[:1], dtype=dtype, device=device), return_latents=True)
-            z_zero = _concatenated(z_zero)  # (1, Z)
+            z_zero = concatenated(z_zero)  # (1, Z)
             logits = []
             for batch in images.split(batch_size):
                 x = batch.to(device=device, dtype=dtype)
@@ -127,15 +122,15 @@ def penrose(
                 natural = model.pinv(y)  # P x = g'(g(x))
                 errors["reflexive_g"].add(model(natural), y)
                 errors["completion"].add(model.pinv(y, z), x)
-                norms += natural.double().square().sum().item()
-                z_natural = _concatenated(model.natural(y).z)
-                distances += (z_natural - z_zero).double().square().mean(1).sum().item()
-                lost += (natural - x).double().square().sum().item()
-                total += x.double().square().sum().item()
+                norms += natural.cpu().double().square().sum().item()
+                z_natural = concatenated(model.natural(y).z)
+                distances += (z_natural - z_zero).cpu().double().square().mean(1).sum().item()
+                lost += (natural - x).cpu().double().square().sum().item()
+                total += x.cpu().double().square().sum().item()
             if targets is None:
                 y = torch.cat(logits)
                 generator = torch.Generator().manual_seed(seed)
-                spread = 3 * y.double().square().mean().sqrt().item() or 1.0  # fresh networks may give g = 0
+                spread = 3 * y.cpu().double().square().mean().sqrt().item() or 1.0  # fresh networks may give g = 0
                 targets = spread * torch.randn(y.shape, generator=generator, dtype=torch.float64)
             for y in targets.split(batch_size):
                 y = y.to(device=device, dtype=dtype)
@@ -143,8 +138,8 @@ def penrose(
                 y_again, z = model(x, return_latents=True)
                 errors["right_inverse"].add(y_again, y)
                 errors["reflexive_pinv"].add(model.pinv(y_again), x)
-                with_latents = torch.cat([y_again, _concatenated(z)], dim=1)  # (B, D)
-                errors["natural_latents"].add(with_latents, torch.cat([y, _concatenated(model.natural(y).z)], dim=1))
+                with_latents = torch.cat([y_again, concatenated(z)], dim=1)  # (B, D)
+                errors["natural_latents"].add(with_latents, torch.cat([y, concatenated(model.natural(y).z)], dim=1))
     finally:
         model.train(was_training)
     return {

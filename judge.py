@@ -1,9 +1,9 @@
 """An independent judge of attributes: a plain convolutional classifier that shares nothing with the SPNN.
 
 Reconstructions are steered by the SPNN's own logits, so the SPNN cannot grade them. The judge is another network
-(convolution, batch norm, ReLU; no coupling, no inverse), trained by itself on the same training split:
+(convolution, batch norm, ReLU; no coupling, no inverse), trained by itself on the same labels:
 
-    python judge.py --dataset_path DDNM/exp/datasets/faces --out DDNM/exp/logs/faces/judge.safetensors
+    python judge.py --dataset_path data/faces_10k --out check_points/judge.safetensors
 
 It writes the weights, and beside them one JSON with the architecture, the settings and the figures on the test split.
 """
@@ -24,9 +24,7 @@ from data_loader import ATTRIBUTES, CelebAMaskHQ, download_dataset, make_loader
 from logger import get_logger
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from utils import InputError, atomic_write, number, resolve_device, run_command, seed_everything
-from weights import load_strictly, read_weights, write_weights
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from weights import DTYPES, load_strictly, read_weights, write_weights
 
 
 class Judge(nn.Module):
@@ -90,6 +88,8 @@ def config_path(weights: str | Path) -> Path:
 def load_judge(path: str | Path) -> Judge:
     """The judge saved at ``path``, in float32 on the CPU, in eval mode, built from the JSON beside its weights.
 
+    Its ``attributes`` are the names of its logits, those of `ATTRIBUTES` where the JSON gives none.
+
     Raises:
         InputError: a file is missing or malformed, or weights and architecture do not fit.
     """
@@ -98,8 +98,9 @@ def load_judge(path: str | Path) -> Judge:
         raise InputError(f"judge {path}: no such file; train one with: python judge.py --out {path}")
     file = config_path(path)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))["architecture"]
-        judge = Judge(**config)
+        content = json.loads(file.read_text(encoding="utf-8"))
+        judge = Judge(**content["architecture"])
+        judge.attributes = tuple(content.get("attributes", ATTRIBUTES[: judge.num_classes]))
     except OSError as error:
         raise InputError(f"judge {path}: cannot read its architecture {file}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -227,7 +228,7 @@ def train_judge(
         logits, truth = predict(judge, val_loader, device)
         val_loss = F.binary_cross_entropy_with_logits(logits, truth).item()
         if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
-            raise FloatingPointError(f"judge: loss is not finite in epoch {epoch} ({train_loss}, {val_loss}); lower lr")
+            raise InputError(f"judge: loss is not finite in epoch {epoch} ({train_loss}, {val_loss}); lower lr")
         record = {
             "epoch": epoch,
             "train_loss": _rounded(train_loss),

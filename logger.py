@@ -46,7 +46,7 @@ def get_logger(name: str, folder: str | Path | None = None) -> logging.Logger:
     if folder is not None:
         file = Path(folder).resolve() / "log.txt"
         present = [handler for handler in root.handlers if isinstance(handler, _RunFile)]
-        if [Path(handler.baseFilename) for handler in present] != [file]:
+        if [Path(handler.baseFilename) for handler in present] != [file] or not file.exists():  # or was deleted since
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 handler = _RunFile(file, encoding="utf-8")

@@ -230,8 +230,9 @@ def conv_mlp(layout: str, in_ch: int, out_ch: int, width: int, scale: float = 1.
 class ConvMLP(nn.Module):
     """One of a block's networks s, t, r: (B, in, H, W) -> (B, out, H', W'), in the precision of its own weights.
 
-    See `conv_mlp` for the arguments. Half-precision weights, or autocast around it, cost speed and not exactness:
-    input and output have the block's type.
+    See `conv_mlp` for the arguments. Input and output have the block's type, whatever the weights have. In reduced
+    precision (half weights, autocast, TF32 convolutions) ``G^-1 G = I`` stays as exact, s and t seeing the same u1 in
+    both directions; ``g g' = I`` holds to that precision only, as u1 comes back rounded.
     """
 
     def __init__(self, layout: str, in_ch: int, out_ch: int, width: int, scale: float = 1.0):
@@ -414,6 +415,11 @@ class ConvPINNBlock(Surjection):
 Latents = list[Tensor | None]
 
 
+def concatenated(latents: Latents) -> Tensor:
+    """All latents of a network as one vector an image, (B, total)."""
+    return torch.cat([z.flatten(1) for z in latents if z is not None], dim=1)
+
+
 def _by_image(strength: float | Tensor, like: Tensor) -> float | Tensor:
     """A strength an image, (B,), shaped to multiply ``like``, (B, ...)."""
     if not isinstance(strength, Tensor):
@@ -592,6 +598,8 @@ def custom_blocks(layer_channels: Sequence, mix_type: str) -> list[Surjection]:
     Raises:
         ValueError: an unknown block or argument, or arguments that the block refuses.
     """
+    if not isinstance(layer_channels, Sequence) or isinstance(layer_channels, str) or not layer_channels:
+        raise ValueError(f"layer_channels: expected a list of (block, arguments), got {layer_channels!r}")
     blocks = []
     for index, entry in enumerate(layer_channels):
         try:

@@ -15,6 +15,7 @@ is measured at every validation, and trained through only where a block declares
 Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -30,8 +31,8 @@ from tqdm import tqdm
 from checkpoints import save_spnn
 from diagnostics import first_nonfinite
 from logger import MetricsTable, get_logger, plot_curves
-from metrics import balanced_accuracy_by_attribute
-from models import SPNN, Latents, solved_once
+from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
+from models import SPNN, concatenated, solved_once
 from utils import InputError
 
 FORWARD_CHECKPOINT = "best_model.pth"
@@ -124,11 +125,6 @@ def bce_by_attribute(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0)
 
 
-def concatenated(latents: Latents) -> Tensor:
-    """All latents of a network as one vector an image, (B, total)."""
-    return torch.cat([z.flatten(1) for z in latents if z is not None], dim=1)
-
-
 def right_inverse_error(model: SPNN, x: Tensor, y: Tensor) -> Tensor:
     """Mean of ``|g(x) - y|^2`` for x = g'(y): rounding, where every block is exact."""
     return F.mse_loss(model(x), y)
@@ -213,7 +209,10 @@ class CelebATrainer:
             optimizer, lambda step: lr_factor(step, total_steps, settings.warmup_steps, settings.hold_share)
         )
         weights = AttributeWeights(model.num_classes, settings.reweight_every)
-        val_batches = self._forever(self.val)
+        # a loader of its own: one with workers has a single iterator, which every validation would wind back
+        val_batches = self._forever(
+            DataLoader(self.val.dataset, batch_sampler=self.val.batch_sampler, collate_fn=self.val.collate_fn)
+        )
         steps = 0
 
         def losses_of(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -283,8 +282,10 @@ class CelebATrainer:
         table, best, path = MetricsTable(table_path), float("inf"), self.folder / checkpoint
         for epoch in range(1, epochs + 1):
             started = time.perf_counter()
-            means = self._epoch(f"{stage} {epoch}/{epochs}", optimizer, scheduler, losses_of)
+            means = self._epoch(f"{stage} {epoch}/{epochs}", optimizer, scheduler, losses_of, best)
             measured = self.validate(stage)
+            if not math.isfinite(measured["loss"]):
+                self._fail(f"{stage} epoch {epoch}/{epochs}, validation", next(iter(self.val))[0].to(self.device), best)
             table.append(
                 {
                     "epoch": epoch,
@@ -303,7 +304,15 @@ class CelebATrainer:
         self.log.info("%s: best validation loss %.4g, kept in %s", stage, best, path)
         return path
 
-    def _epoch(self, label: str, optimizer, scheduler, losses_of) -> dict[str, float]:
+    def _fail(self, where: str, x: Tensor, best: float) -> None:
+        """Stop, naming the block; ``best`` tells whether this stage has kept a checkpoint."""
+        culprit = first_nonfinite(self.model, x) or "a gradient; every block's values are finite"
+        kept = "The last good checkpoint is kept in" if math.isfinite(best) else "No checkpoint of this stage yet in"
+        message = f"{where}: not a finite number in {culprit}. {kept} {self.folder}; try a lower learning rate"
+        self.log.error(message)
+        raise TrainingFailed(message)
+
+    def _epoch(self, label: str, optimizer, scheduler, losses_of, best: float) -> dict[str, float]:
         """One pass over the training data; the means of the losses."""
         self.model.train()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -317,11 +326,7 @@ class CelebATrainer:
                 losses["total"].backward()
             norm = nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
             if not torch.isfinite(norm):  # weights are still good here: nothing has been applied
-                where = first_nonfinite(self.model, x) or "a gradient; every block's values are finite"
-                raise TrainingFailed(
-                    f"{label}, batch {index + 1}: not a finite number in {where}. The last good checkpoint is kept in "
-                    f"{self.folder}; try a lower learning rate"
-                )
+                self._fail(f"{label}, batch {index + 1}", x, best)
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
@@ -354,7 +359,7 @@ class CelebATrainer:
         measured = {"loss": means.pop("total"), **means, "right_inverse": right_inverse}
         if stage == "forward":
             logits, labels = torch.cat(all_logits), torch.cat(all_labels)
-            measured["accuracy"] = ((logits > 0) == (labels > 0.5)).float().mean().item()
+            measured["accuracy"] = accuracy_by_attribute(logits, labels).mean().item()
             measured["balanced_accuracy"] = balanced_accuracy_by_attribute(logits, labels).nanmean().item()
         return measured
 

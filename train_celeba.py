@@ -7,7 +7,6 @@ Penrose diagnostics run on the test split after each stage. Results go to --chec
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -16,28 +15,32 @@ from data_loader import ATTRIBUTES, Loaders, download_dataset, make_loaders
 from diagnostics import diagnose, format_table
 from logger import get_logger
 from models import MIXINGS, SPNN
-from train import FORWARD_CHECKPOINT, CelebATrainer, Settings, typical_logits
-from utils import InputError, atomic_write, number, parse_with_config, resolve_device, run_command, seed_everything
+from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
+from utils import InputError, number, parse_with_config, resolve_device, run_command, seed_everything, write_json
+
+SWITCH = argparse.BooleanOptionalAction  # --no-... takes back what a preset switches on
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; every flag may also stand in a --config file."""
     defaults = Settings()
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("--config", metavar="FILE", help="YAML preset; flags given on the command line win")
     data = p.add_argument_group("data")
     data.add_argument("--dataset_path", help="CelebAMask-HQ root (default: download through kagglehub)")
     data.add_argument("--img_size", type=number(int, 1), default=256, help="32, 64 or 256; any with layer_channels")
     data.add_argument("--batch_size", type=number(int, 1), default=256)
     data.add_argument("--workers", type=number(int, 0), default=2, help="loader processes (default %(default)s)")
-    data.add_argument("--strict", action="store_true", help="refuse unreadable images instead of skipping them")
-    data.add_argument("--no_cache", action="store_true", help="decode images anew every time; keep no resized copy")
+    data.add_argument("--strict", action=SWITCH, default=False, help="refuse unreadable images, do not skip them")
+    data.add_argument("--no_cache", action=SWITCH, default=False, help="keep no resized copy of the images")
     model = p.add_argument_group("model")
     model.add_argument("--mix_type", choices=sorted(MIXINGS), default="cayley")
     model.add_argument("--hidden", type=number(int, 1), default=128, help="width of a built-in architecture's networks")
     model.add_argument("--scale_bound", type=number(float, 1e-6), default=2.0, help="bound of its log-scales")
     one = p.add_argument_group("stage 1")
-    one.add_argument("--is_forward_train", action="store_true", help="run stage 1: train g")
+    one.add_argument("--is_forward_train", action=SWITCH, default=False, help="run stage 1: train g")
     one.add_argument("--epoch", type=number(int, 1), default=defaults.epochs)
     one.add_argument("--lr", type=number(float, 0), default=defaults.lr)
     for name in ("lambda_bce", "lambda_right_inverse", "lambda_img_rec"):
@@ -50,13 +53,14 @@ def parser() -> argparse.ArgumentParser:
         help="steps between two updates of the attribute weights; 0: all weigh the same (default %(default)s)",
     )
     two = p.add_argument_group("stage 2")
-    two.add_argument("--is_r_opt", action="store_true", help="run stage 2: optimise the r-networks")
+    two.add_argument("--is_r_opt", action=SWITCH, default=False, help="run stage 2: optimise the r-networks")
     two.add_argument("--r_epoch", type=number(int, 1), default=defaults.r_epochs)
     two.add_argument("--r_lr", type=number(float, 0), default=defaults.r_lr)
     for name in ("lambda_r_norm", "lambda_r_img_rec", "lambda_r_right_inverse"):
         two.add_argument(f"--{name}", type=number(float, 0), default=getattr(defaults, name))
     run = p.add_argument_group("run")
     run.add_argument("--checkpoint_dir", default="check_points/", help="default %(default)s")
+    run.add_argument("--overwrite", action=SWITCH, default=False, help="train anew where a trained model is")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     run.add_argument("--seed", type=number(int, 0), default=0)
     run.add_argument("--diagnose_samples", type=number(int, 1), default=256, help="test images for the Penrose figures")
@@ -93,8 +97,7 @@ def report(model: SPNN, loaders: Loaders, args: argparse.Namespace, device, fold
     """Diagnostics after a stage: on screen, in the log, and as diagnostics_<stage>.json."""
     measured = diagnose(model, loaders.test, device, args.diagnose_samples, args.seed, attributes=ATTRIBUTES)
     get_logger("train_celeba", folder).info("test split after stage %s\n%s", stage, format_table(measured))
-    with atomic_write(folder / f"diagnostics_{stage}.json") as temporary:
-        temporary.write_text(json.dumps(measured, indent=1) + "\n")
+    write_json(folder / f"diagnostics_{stage}.json", measured)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,14 +105,16 @@ def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
     device, folder = resolve_device(args.device), Path(args.checkpoint_dir)
     seed_everything(args.seed)
-    log = get_logger("train_celeba", folder)
+    if args.is_forward_train and (folder / FORWARD_CHECKPOINT).exists() and not args.overwrite:
+        raise InputError(f"{folder / FORWARD_CHECKPOINT} exists; give --overwrite or another --checkpoint_dir")
     if not args.is_forward_train and not (folder / FORWARD_CHECKPOINT).is_file():
         raise InputError(f"{folder / FORWARD_CHECKPOINT}: no such file; run stage 1 first (--is_forward_train)")
 
-    model = build_model(args, layer_channels)  # before the data: a chain that does not fit should say so at once
+    # before the data: a chain that does not fit should say so at once
+    model = build_model(args, layer_channels) if args.is_forward_train else load_spnn(folder / FORWARD_CHECKPOINT)[0]
     loaders = make_loaders(
         args.dataset_path if args.dataset_path is not None else download_dataset(),
-        args.img_size,
+        model.img_size,
         args.batch_size,
         args.workers,
         args.seed,
@@ -117,10 +122,13 @@ def main(argv: list[str] | None = None) -> int:
         cache=not args.no_cache,
         pin_memory=device.type == "cuda",
     )
+    log = get_logger("train_celeba", folder)
+    if args.is_forward_train:  # what an earlier run left must not stand beside this one's files
+        for name in (FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json"):
+            (folder / name).unlink(missing_ok=True)
     parameters = sum(p.numel() for p in model.parameters())
     log.info("SPNN with %.2f M parameters; %d training images", parameters / 1e6, len(loaders.train.dataset))
-    with atomic_write(folder / "settings.json") as temporary:
-        temporary.write_text(json.dumps({**vars(args), "layer_channels": layer_channels}, indent=1) + "\n")
+    write_json(folder / "settings.json", {**vars(args), "layer_channels": layer_channels})
     settings = Settings(
         epochs=args.epoch,
         r_epochs=args.r_epoch,
@@ -145,9 +153,6 @@ def main(argv: list[str] | None = None) -> int:
         report(model, loaders, args, device, folder, "forward")
     if args.is_r_opt:
         model, notes = load_spnn(folder / FORWARD_CHECKPOINT)
-        if model.img_size != args.img_size:
-            file, size = folder / FORWARD_CHECKPOINT, model.img_size
-            raise InputError(f"{file} takes {size}x{size} images, but --img_size is {args.img_size}")
         best = trainer(model, typical_logits=notes.get("typical_logits")).optimise_r()
         model, _ = load_spnn(best)
         report(model.to(device), loaders, args, device, folder, "r_opt")

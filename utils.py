@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import random
 import sys
@@ -57,7 +58,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device {name}: no such device; use auto, cpu, cuda, cuda:N or mps") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: no such device; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: {torch.cuda.device_count()} CUDA devices found; use --device cpu or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -133,6 +136,9 @@ def parse_with_config(
             value = [_as_on_command_line(action, config, v) for v in values]
         elif value is not None:
             value = _as_on_command_line(action, config, value)
+        elif action.default is not None:
+            raise InputError(f"config {config}: {key} is empty; give a value or leave it out")
+        action.required = False  # given here, it need not be on the command line
         defaults[key] = value
     parser.set_defaults(**defaults)
     return parser.parse_args(argv), others
@@ -154,6 +160,12 @@ def number(kind: type, low: float | None = None, high: float | None = None) -> C
         return value
 
     return parse
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write JSON atomically. Raises InputError as `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

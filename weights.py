@@ -76,7 +76,6 @@ KNOWN = {
         ),
     )
 }
-SPNN_CELEBA, PRIOR_CELEBA, PRIOR_GOOGLE = KNOWN.values()
 
 
 # Reading and writing --------------------------------------------------------------------------------------------
@@ -160,10 +159,13 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], dtype: torch.dt
 
     tensors = {name: stored(tensor) for name, tensor in state.items()}
     with atomic_write(path) as temporary:
-        if path.suffix == ".safetensors":
-            safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-        else:
-            torch.save(tensors, temporary)
+        try:
+            if path.suffix == ".safetensors":
+                safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+            else:
+                torch.save(tensors, temporary)
+        except (RuntimeError, safetensors.SafetensorError) as error:  # what a full disk looks like from there
+            raise OSError(str(error)) from error
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -292,6 +294,18 @@ def locate(source: str | Path, filename: str) -> Path:
         raise InputError(f"weights {source}: no such local file or folder; {error}") from None
 
 
+class MissingWeights(InputError):
+    """A known file is neither at its manual path nor to be fetched.
+
+    Attributes:
+        known: which one. reason: why it could not be fetched, one line.
+    """
+
+    def __init__(self, known: KnownWeights, reason: str) -> None:
+        super().__init__(missing_message([known], {known.name: reason}))
+        self.known, self.reason = known, reason
+
+
 def fetch(known: KnownWeights, root: str | Path = Path(__file__).parent, verify: bool = False) -> Path:
     """A known file: at its manual path under ``root``, else from its hub repository, where its hash is checked.
 
@@ -299,7 +313,8 @@ def fetch(known: KnownWeights, root: str | Path = Path(__file__).parent, verify:
         verify: hash a file at the manual path too.
 
     Raises:
-        InputError: `missing_message`, or a file that is not the published one.
+        MissingWeights: in neither place.
+        InputError: a file that is not the published one.
     """
     manual = Path(root) / known.manual_path
     if manual.is_file():
@@ -314,30 +329,7 @@ def fetch(known: KnownWeights, root: str | Path = Path(__file__).parent, verify:
         else:
             check_file(path, known, verify=True)
             return path
-    raise InputError(missing_message([known], {known.name: reason}))
-
-
-def fetch_all(
-    known: Iterable[KnownWeights], root: str | Path = Path(__file__).parent, verify: bool = False
-) -> list[Path]:
-    """`fetch` for several files; one message names every one that is missing.
-
-    Raises:
-        InputError: as `fetch`, for all of them at once.
-    """
-    paths, missing, reasons = [], [], {}
-    for item in known:
-        manual = Path(root) / item.manual_path
-        try:
-            paths.append(fetch(item, root, verify))
-        except InputError as error:
-            if manual.is_file():  # there, but not the published file: nothing else will mend that
-                raise
-            missing.append(item)
-            reasons[item.name] = str(error)
-    if missing:
-        raise InputError(missing_message(missing))
-    return paths
+    raise MissingWeights(known, reason)
 
 
 # Command --------------------------------------------------------------------------------------------------------

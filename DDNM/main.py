@@ -34,13 +34,13 @@ from DDNM.guided_diffusion.results import (  # noqa: E402
     write_sheet,
     write_tables,
 )
-from DDNM.guided_diffusion.schedule import Schedule, time_travel_steps  # noqa: E402
+from DDNM.guided_diffusion.schedule import time_travel_steps  # noqa: E402
 from judge import load_judge  # noqa: E402
 from logger import get_logger  # noqa: E402
 from metrics import agreement, prob_error, psnr  # noqa: E402
 from models import SPNN  # noqa: E402
 from utils import InputError, nearest, number, parse_with_config, resolve_device, run_command  # noqa: E402
-from weights import KNOWN, KnownWeights, fetch, locate, missing_message  # noqa: E402
+from weights import KNOWN, KnownWeights, MissingWeights, fetch, locate, missing_message  # noqa: E402
 
 DDNM = ROOT / "DDNM"
 SAMPLES = DDNM / "exp" / "image_samples"
@@ -51,16 +51,21 @@ CONFIG_ONLY = ("prior_model", "prior_image_size")
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 
+SWITCH = argparse.BooleanOptionalAction  # --no-... takes back what a config switches on
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; every flag but --config may also stand in the config file."""
     rule = Guidance()
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("--config", required=True, help="a file under DDNM/configs, or a path; flags given here win")
-    p.add_argument("--path_y", required=True, help="input images: a name under exp/datasets, a folder or a file; or a "
+    p.add_argument("--path_y", help="input images: a name under exp/datasets, a folder or a file; or a "
                    "table of logits (.csv) as written to logits.csv")  # fmt: skip
     p.add_argument("--image_folder", default="images", help="folder under exp/image_samples (default %(default)s)")
-    p.add_argument("--ni", action="store_true", help="non-interactive: never ask, refuse instead")
-    p.add_argument("--overwrite", action="store_true", help="replace the results in a folder that has some")
+    p.add_argument("--ni", action=SWITCH, default=False, help="non-interactive: never ask, refuse instead")
+    p.add_argument("--overwrite", action=SWITCH, default=False, help="replace the results in a folder that has some")
 
     what = p.add_argument_group("weights and targets")
     what.add_argument("--spnn", help="SPNN weights: a file or a hub id")
@@ -88,8 +93,6 @@ def parser() -> argparse.ArgumentParser:
     sampler.add_argument("--travel_length", type=number(int, 1), default=1, help="time travel (default %(default)s)")
     sampler.add_argument("--travel_repeat", type=number(int, 1), default=1, help="time travel (default %(default)s)")
     sampler.add_argument("--eta", type=number(float, 0, 1), help="DDIM's variance; not given: the published one")
-    sampler.add_argument("--beta_start", type=number(float, 0, 1), default=1e-4, help="of the prior's schedule")
-    sampler.add_argument("--beta_end", type=number(float, 0, 1), default=0.02, help="of the prior's schedule")
 
     run = p.add_argument_group("run")
     run.add_argument("--batch_size", type=number(int, 1), default=1, help="images at once (default %(default)s)")
@@ -99,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--base_rate", action=argparse.BooleanOptionalAction, default=False,
                      help="also draw each image unguided from the same noise, and report its figures")  # fmt: skip
     run.add_argument("--lpips", action=argparse.BooleanOptionalAction, default=True, help="measure LPIPS")
-    run.add_argument("--strict", action="store_true", help="refuse unreadable images instead of skipping them")
+    run.add_argument("--strict", action=SWITCH, default=False, help="refuse unreadable images instead of skipping them")
     return p
 
 
@@ -117,9 +120,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict]:
             known = sorted(path.name for path in shipped.parent.glob("*.yml"))
             raise InputError(f"--config {here}: no such file, and none under {shipped.parent} ({', '.join(known)})")
     args, others = parse_with_config(p, config, argv, extra=CONFIG_ONLY)
-    args.config = str(args.config)
-    if args.beta_start > args.beta_end or args.beta_start == 0:
-        raise InputError(f"need 0 < beta_start <= beta_end, got {args.beta_start} and {args.beta_end}")
+    if args.path_y is None:
+        raise InputError("--path_y: give the input images, here or in the config")
+    args.config = str(config)
+    if not isinstance(others.get("prior_model", {}), dict) or not isinstance(others.get("prior_image_size", 1), int):
+        raise InputError(f"config {config}: prior_model must be a mapping, prior_image_size a whole number")
     return args, others
 
 
@@ -142,17 +147,24 @@ def input_path(path_y: str) -> Path:
 
 
 def image_names(paths: Sequence[Path], top: Path) -> list[str]:
-    """A name for each image's results: its path below ``top`` without suffix; with it where two would meet."""
+    """A name for each image's results: its path below ``top`` without suffix; with it, or a number, where two meet."""
     top = top if top.is_dir() else top.parent
     relative = [path.relative_to(top) for path in paths]
     names = ["__".join(r.with_suffix("").parts) for r in relative]
-    return [n if names.count(n) == 1 else "__".join(r.parts) for n, r in zip(names, relative, strict=True)]
+    names = [n if names.count(n) == 1 else "__".join(r.parts) for n, r in zip(names, relative, strict=True)]
+    apart: list[str] = []
+    for name in names:
+        number = 1
+        while (unique := name if number == 1 else f"{name}_{number}") in apart:
+            number += 1
+        apart.append(unique)
+    return apart
 
 
-def read_inputs(path: Path, size: int, strict: bool, log) -> tuple[list[str], list[Tensor]]:
-    """Names and images (3, S, S) of a folder or file; unreadable ones are named and skipped, or refused."""
+def read_inputs(path: Path, size: int, strict: bool) -> tuple[list[str], list[Tensor], list[str]]:
+    """Names and images (3, S, S) of a folder or file, and a line for each that cannot be read (refused if strict)."""
     paths = find_images(path)
-    names, images = [], []
+    names, images, skipped = [], [], []
     for name, file in zip(image_names(paths, path), paths, strict=True):
         try:
             images.append(load_image(file, size))
@@ -160,14 +172,16 @@ def read_inputs(path: Path, size: int, strict: bool, log) -> tuple[list[str], li
         except InputError as error:
             if strict:
                 raise
-            log.warning("skipped: %s", error)
+            skipped.append(str(error))
     if not images:
         raise InputError(f"{path}: none of its {len(paths)} images can be read")
-    return names, images
+    return names, images, skipped
 
 
-def parse_set(assignments: Sequence[str], attributes: Sequence[str], typical: Sequence | None) -> dict[int, float]:
-    """Attribute index -> logit, from ``NAME=VALUE`` strings.
+def parse_set(
+    assignments: Sequence[str], attributes: Sequence[str], typical: Sequence | None
+) -> dict[int, tuple[float, bool]]:
+    """Attribute index -> its logit and whether it should be present, from ``NAME=VALUE`` strings.
 
     Args:
         typical: for each attribute its typical logits (without, with), from config.json; None where it has none.
@@ -186,14 +200,15 @@ def parse_set(assignments: Sequence[str], attributes: Sequence[str], typical: Se
         if value in ("0", "1"):
             if typical is None:
                 raise InputError(f"--set {assignment}: these weights record no typical logits; give one: {name}=+4")
-            logits[index] = float(typical[index][int(value)])
+            logits[index] = float(typical[index][int(value)]), value == "1"
         else:
             try:
-                logits[index] = float(value)
+                logit = float(value)
             except ValueError:
-                logits[index] = math.nan
-            if not math.isfinite(logits[index]):
+                logit = math.nan
+            if not math.isfinite(logit):
                 raise InputError(f"--set {assignment}: {value!r} is neither 0, 1 nor a logit such as +4")
+            logits[index] = logit, logit > 0
     return logits
 
 
@@ -206,7 +221,7 @@ def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
     Raises:
         InputError: one message for all that is missing: addresses, and where to put the files.
     """
-    missing: list[KnownWeights] = []
+    missing: dict[KnownWeights, str] = {}
     found, problems = {}, []
     for flag, source in (("spnn", args.spnn), ("prior", args.prior)):
         if source is None:
@@ -215,21 +230,20 @@ def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
         known = next((k for k in KNOWN.values() if source in (k.repo, k.filename, k.manual_path)), None)
         path = Path(source)
         try:
-            if path.exists():
+            if flag == "prior" and (path.exists() or known is None or not known.filename.endswith(".ckpt")):
+                found[flag] = source  # a diffusers folder or hub id too: load_prior reads them
+            elif path.is_file():
                 found[flag] = source
-            elif known is not None and (flag == "spnn" or known.filename.endswith(".ckpt")):
+            elif known is not None:
                 found[flag] = str(fetch(known))
-            elif flag == "spnn":
+            else:
                 found[flag] = str(locate(source, "spnn.safetensors"))
-            else:
-                found[flag] = source  # a hub id: load_prior fetches it
+        except MissingWeights as error:
+            missing[error.known] = error.reason
         except InputError as error:
-            if known is None:
-                problems.append(f"--{flag}: {error}")
-            else:
-                missing.append(known)
+            problems.append(f"--{flag}: {error}")
     if missing:
-        problems.insert(0, missing_message(missing))
+        problems.insert(0, missing_message(missing, {known.name: reason for known, reason in missing.items()}))
     if problems:
         raise InputError("\n".join(problems))
     return Path(found["spnn"]), found["prior"]
@@ -272,7 +286,7 @@ def load_lpips(device: torch.device, log) -> nn.Module | None:
 
 
 def result_folder(name: str, overwrite: bool, ask: bool) -> Path:
-    """An empty folder for results, inside exp/image_samples; existing results stay unless they may be replaced.
+    """The folder for results, inside exp/image_samples: empty, or one whose results may be replaced.
 
     Raises:
         InputError: a folder outside, or one that has results.
@@ -288,12 +302,15 @@ def result_folder(name: str, overwrite: bool, ask: bool) -> Path:
             overwrite = input(f"{folder} has results. Replace them? [y/N] ").strip().lower() in ("y", "yes")
         if not overwrite:
             raise InputError(f"{folder} is not empty; give --overwrite or another --image_folder")
-        ours = ("sheet*.png", "results.json", "results.csv", "logits.csv", "log.txt", "*/*.png")
-        for pattern in ours:  # what an earlier run wrote, and nothing else
-            for file in folder.glob(pattern):
-                if file.parent == folder or file.parent.name in ("input", "reconstruction", "unguided"):
-                    file.unlink()
     return folder
+
+
+def clear_results(folder: Path) -> None:
+    """Delete what an earlier run wrote into its result folder, and nothing else."""
+    pictures = [f"{kind}/*.png" for kind in ("input", "reconstruction", "unguided")]
+    for pattern in ("sheet*.png", "results.json", "results.csv", "logits.csv", "log.txt", *pictures):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 @torch.no_grad()
@@ -335,27 +352,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     attributes = notes.get("attributes") or (ATTRIBUTES if model.num_classes == len(ATTRIBUTES) else None)
     if attributes is None or len(attributes) != model.num_classes:
         raise InputError(f"{args.spnn}: config.json does not name its {model.num_classes} attributes")
+    if judge is not None and list(judge.attributes) != list(attributes):
+        raise InputError(f"the judge's {judge.num_classes} attributes are not the SPNN's {model.num_classes}")
     edits = parse_set(args.set, attributes, notes.get("typical_logits"))
-    log = get_logger("reconstruct", folder)
 
     inputs: list[Tensor | None]
+    skipped: list[str] = []
     if source.suffix.lower() == ".csv":
         names, targets = read_logits(source, attributes)
         inputs, judge_targets = [None] * len(names), targets.clone()
     else:
-        names, inputs = read_inputs(source, model.img_size, args.strict, log)
+        names, inputs, skipped = read_inputs(source, model.img_size, args.strict)
         with torch.no_grad():
             batches = torch.stack(inputs).split(args.batch_size)
             targets = torch.cat([model(batch.to(device)).cpu() for batch in batches])
             judge_targets = None if judge is None else torch.cat([judge(batch.to(device)).cpu() for batch in batches])
-    for index, logit in edits.items():
+    for index, (logit, present) in edits.items():
         targets[:, index] = logit
-        if judge_targets is not None:
-            judge_targets[:, index] = logit
+        if judge_targets is not None:  # for the judge only the sign counts, that of what was asked for
+            judge_targets[:, index] = 1.0 if present else -1.0
+    clear_results(folder)  # nothing can be refused any more
+    log = get_logger("reconstruct", folder)
+    for line in skipped:
+        log.warning("skipped: %s", line)
 
     guidance = Guidance(args.lambda1, args.lambda2, args.min_bp_step, args.nlbp_stop_cond, args.clip_x0,
                         args.max_move if args.max_move else None)  # fmt: skip
-    schedule = Schedule(args.beta_start, args.beta_end)
     lpips = load_lpips(device, log) if args.lpips and inputs[0] is not None else None
     walk = time_travel_steps(args.steps, args.travel_length, args.travel_repeat)
     evaluations = sum(b < a for a, b in zip(walk, walk[1:], strict=False))
@@ -369,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with bar:
             images = sample(
                 prior,
-                schedule,
+                prior.schedule,
                 [image_generator(args.seed, name) for name in names[part]],
                 (3, model.img_size, model.img_size),
                 device,
@@ -398,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.append(draw(part, args.guidance == "nlbp", counter))
         if args.base_rate and args.guidance == "nlbp":
             base.append(draw(part, False, f"{counter}, unguided"))
-        for i, name in enumerate(names[part]):  # at once: an interruption loses nothing that is done
+        for i, name in enumerate(names[part]):  # at once: an interruption keeps the pictures that are done
             if inputs[part][i] is not None:
                 save_image(inputs[part][i], folder / "input" / f"{name}.png")
             save_image(results[-1][0][i], folder / "reconstruction" / f"{name}.png")

@@ -225,9 +225,9 @@ class Trainer:
         except Exception as error:  # a damaged file can raise almost anything
             raise InputError(f"--resume: {path}: damaged, or not a training state ({type(error).__name__})") from None
         for key in TRAJECTORY:
-            if settings[key] != _plain(getattr(self.args, key)):
+            if settings.get(key) != _plain(getattr(self.args, key)):
                 raise InputError(
-                    f"--resume: the run in {self.args.out} has {key} {settings[key]}, not "
+                    f"--resume: the run in {self.args.out} has {key} {settings.get(key)}, not "
                     f"{_plain(getattr(self.args, key))}; give the same, or start anew with --overwrite"
                 )
         if count != len(self.images):

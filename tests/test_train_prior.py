@@ -85,8 +85,8 @@ def test_the_result_is_a_prior_with_everything_beside_it(images, tmp_path, monke
     assert run(images, tmp_path, "--save_every", "2", "--samples", "3", "--save_dtype", "float16") == 0
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert names == {
-        "config.json", "scheduler_config.json", MODEL, "train_state.pth", "metrics.csv", "train.log", "loss.png", "settings.json",
-        "samples/step_000002.png", "samples/step_000003.png",
+        "config.json", "scheduler_config.json", MODEL, "train_state.pth", "metrics.csv", "train.log", "loss.png",
+        "settings.json", "samples/step_000002.png", "samples/step_000003.png",
     }  # fmt: skip
     assert Image.open(tmp_path / "samples" / "step_000003.png").size == (48, 16)
     ema = torch.load(tmp_path / "train_state.pth", weights_only=True)["ema"]

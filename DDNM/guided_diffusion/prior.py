@@ -207,17 +207,30 @@ def _ddpm_name(name: str, levels: int) -> str:
 
 
 def _ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
-    """The `UNet2DModel`, without weights, that computes what the published ``Model`` of this configuration does."""
+    """The `UNet2DModel`, without weights, that computes what the published ``Model`` of this configuration does.
+
+    Raises:
+        InputError: a configuration that lacks something, or makes no network.
+    """
+    if not isinstance(model_config, Mapping):
+        raise InputError(f"the prior's model configuration must be a mapping, got {model_config!r}")
     needed = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "out_ch")
     if absent := [key for key in needed if key not in model_config]:
         raise InputError(f"the prior's model configuration lacks {', '.join(absent)}")
     if not model_config.get("resamp_with_conv", True):
         raise InputError("the prior's model configuration has resamp_with_conv: false, which is not supported")
+    try:
+        return _build_ddpm_unet(model_config, image_size)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the prior's model configuration makes no network: {error}") from None
+
+
+def _build_ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
     widths = tuple(model_config["ch"] * m for m in model_config["ch_mult"])
     attends = [image_size // 2**i in tuple(model_config["attn_resolutions"]) for i in range(len(widths))]
     coarsest = 2 ** (len(widths) - 1)
     if image_size % coarsest != 0:
-        raise InputError(f"image size {image_size} must be divisible by {coarsest} ({len(widths)} levels)")
+        raise ValueError(f"image size {image_size} must be divisible by {coarsest} ({len(widths)} levels)")
     with torch.device("meta"):  # the weights come from the file: no random ones are drawn first
         return UNet2DModel(
             sample_size=image_size,
@@ -314,8 +327,10 @@ def _read_scheduler(source: str | Path, local: bool) -> tuple[str, Schedule]:
     """What a diffusers prior predicts, and its schedule: eps and DDPM's, unless its scheduler_config.json says so."""
     try:
         path = Path(source) / SCHEDULER_NAME if local else download(str(source), SCHEDULER_NAME)
-    except InputError:  # a repository without one
-        return "epsilon", Schedule()
+    except InputError as error:
+        if "EntryNotFound" not in str(error):
+            raise
+        return "epsilon", Schedule()  # a repository without one
     if not path.is_file():
         return "epsilon", Schedule()
     try:

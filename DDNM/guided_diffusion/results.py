@@ -1,7 +1,6 @@
 """What a reconstruction run leaves behind: tables (results.json, results.csv, logits.csv) and the sheet of pictures."""
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data_loader import to_uint8
-from utils import InputError, atomic_write, nearest
+from utils import InputError, atomic_write, nearest, write_json
 
 SHEET_ROWS = 10  # rows a page of the sheet: a stranger reads one page
 
@@ -59,8 +58,7 @@ def write_tables(folder: Path, settings: dict, figures: Sequence[Figures], base:
     record = {"settings": settings, "images": rows(figures), "mean": mean_figures(figures)}
     if base is not None:
         record["unguided"] = {"images": rows(base), "mean": mean_figures(base)}
-    with atomic_write(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", record)
     with atomic_write(folder / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(record["images"][0]))
         writer.writeheader()
@@ -74,7 +72,7 @@ def write_logits(path: Path, names: Sequence[str], attributes: Sequence[str], lo
         writer = csv.writer(file)
         writer.writerow(["name", *attributes])
         for name, row in zip(names, logits.tolist(), strict=True):
-            writer.writerow([name, *(f"{value:.6g}" for value in row)])
+            writer.writerow([name, *(f"{value:.9g}" for value in row)])
 
 
 def read_logits(path: Path, attributes: Sequence[str]) -> tuple[list[str], Tensor]:
@@ -103,7 +101,10 @@ def read_logits(path: Path, attributes: Sequence[str]) -> tuple[list[str], Tenso
             raise InputError(f"{path}, line {line}: expected {len(attributes)} numbers") from None
         if not all(map(math.isfinite, values[-1])):
             raise InputError(f"{path}, line {line}: a value is not finite")
-        names.append(row["name"])
+        name = row["name"]
+        if name in ("", ".", "..") or set(name) & set("/\\\0") or name in names:  # it names the result's file
+            raise InputError(f"{path}, line {line}: name {name!r} must be a file name, and each one's own")
+        names.append(name)
     return names, torch.tensor(values)
 
 
@@ -135,7 +136,7 @@ def _shades(logits: Tensor, side: int, against: Tensor | None = None) -> Image.I
     cell = side / _ROWS
     grid = Image.new("RGB", (round(_COLUMNS * cell * 0.75), side), "white")
     draw = ImageDraw.Draw(grid)
-    for index, p in enumerate(logits.sigmoid().tolist()):
+    for index, p in enumerate(logits.sigmoid().nan_to_num(0.5).tolist()):
         row, column = divmod(index, _COLUMNS)
         box = [column * cell * 0.75 + 1, row * cell + 1, (column + 1) * cell * 0.75 - 2, (row + 1) * cell - 2]
         shade = tuple(round(a + (b - a) * p) for a, b in zip(_PALE, _INK, strict=True))
