@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     nlbp.add_argument("--max_move", type=number(float, 0), default=rule.max_move,
                       help="largest root mean square move of a back-projection; 0: no limit, the published rule "
                       "(default %(default)s)")  # fmt: skip
+    nlbp.add_argument("--published_rule", action=SWITCH, default=False, help="--no-clip_x0 --max_move 0: for parity")
 
     sampler = p.add_argument_group("sampler")
     sampler.add_argument("--steps", type=number(int, 1, 1000), default=100, help="T_sampling (default %(default)s)")
@@ -123,6 +124,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict]:
     if args.path_y is None:
         raise InputError("--path_y: give the input images, here or in the config")
     args.config = str(config)
+    if args.published_rule:
+        args.clip_x0, args.max_move = False, 0.0
     if not isinstance(others.get("prior_model", {}), dict) or not isinstance(others.get("prior_image_size", 1), int):
         raise InputError(f"config {config}: prior_model must be a mapping, prior_image_size a whole number")
     return args, others
