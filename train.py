@@ -282,10 +282,10 @@ class CelebATrainer:
         table, best, path = MetricsTable(table_path), float("inf"), self.folder / checkpoint
         for epoch in range(1, epochs + 1):
             started = time.perf_counter()
-            means = self._epoch(f"{stage} {epoch}/{epochs}", optimizer, scheduler, losses_of, best)
+            means = self._epoch(f"{stage} {epoch}/{epochs}", optimizer, scheduler, losses_of, path)
             measured = self.validate(stage)
             if not math.isfinite(measured["loss"]):
-                self._fail(f"{stage} epoch {epoch}/{epochs}, validation", next(iter(self.val))[0].to(self.device), best)
+                self._fail(f"{stage} epoch {epoch}/{epochs}, validation", next(iter(self.val))[0].to(self.device), path)
             table.append(
                 {
                     "epoch": epoch,
@@ -304,15 +304,15 @@ class CelebATrainer:
         self.log.info("%s: best validation loss %.4g, kept in %s", stage, best, path)
         return path
 
-    def _fail(self, where: str, x: Tensor, best: float) -> None:
-        """Stop, naming the block; ``best`` tells whether this stage has kept a checkpoint."""
+    def _fail(self, where: str, x: Tensor, path: Path) -> None:
+        """Stop, naming the block; ``path`` is where this stage keeps its checkpoint, once it has one."""
         culprit = first_nonfinite(self.model, x) or "a gradient; every block's values are finite"
-        kept = "The last good checkpoint is kept in" if math.isfinite(best) else "No checkpoint of this stage yet in"
-        message = f"{where}: not a finite number in {culprit}. {kept} {self.folder}; try a lower learning rate"
+        kept = f"the last good checkpoint is kept, {path}" if path.is_file() else "no checkpoint of this stage yet"
+        message = f"{where}: not a finite number in {culprit}; {kept}. Try a lower learning rate"
         self.log.error(message)
         raise TrainingFailed(message)
 
-    def _epoch(self, label: str, optimizer, scheduler, losses_of, best: float) -> dict[str, float]:
+    def _epoch(self, label: str, optimizer, scheduler, losses_of, path: Path) -> dict[str, float]:
         """One pass over the training data; the means of the losses."""
         self.model.train()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -326,7 +326,7 @@ class CelebATrainer:
                 losses["total"].backward()
             norm = nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
             if not torch.isfinite(norm):  # weights are still good here: nothing has been applied
-                self._fail(f"{label}, batch {index + 1}", x, best)
+                self._fail(f"{label}, batch {index + 1}", x, path)
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()

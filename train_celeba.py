@@ -30,7 +30,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--config", metavar="FILE", help="YAML preset; flags given on the command line win")
     data = p.add_argument_group("data")
     data.add_argument("--dataset_path", help="CelebAMask-HQ root (default: download through kagglehub)")
-    data.add_argument("--img_size", type=number(int, 1), default=256, help="32, 64 or 256; any with layer_channels")
+    data.add_argument(
+        "--img_size",
+        type=number(int, 1),
+        help="32, 64 or 256; any with layer_channels (default: 256; stage 2 alone: that of stage 1)",
+    )
     data.add_argument("--batch_size", type=number(int, 1), default=256)
     data.add_argument("--workers", type=number(int, 0), default=2, help="loader processes (default %(default)s)")
     data.add_argument("--strict", action=SWITCH, default=False, help="refuse unreadable images, do not skip them")
@@ -85,7 +89,7 @@ def build_model(args: argparse.Namespace, layer_channels: list | None) -> SPNN:
             num_classes=len(ATTRIBUTES),
             hidden=args.hidden,
             scale_bound=args.scale_bound,
-            img_size=args.img_size,
+            img_size=256 if args.img_size is None else args.img_size,
             mix_type=args.mix_type,
             layer_channels=layer_channels,
         )
@@ -112,6 +116,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # before the data: a chain that does not fit should say so at once
     model = build_model(args, layer_channels) if args.is_forward_train else load_spnn(folder / FORWARD_CHECKPOINT)[0]
+    if args.img_size not in (None, model.img_size):
+        file, size = folder / FORWARD_CHECKPOINT, model.img_size
+        raise InputError(f"{file} takes {size}x{size} images, but --img_size is {args.img_size}")
     loaders = make_loaders(
         args.dataset_path if args.dataset_path is not None else download_dataset(),
         model.img_size,

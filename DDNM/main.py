@@ -87,7 +87,11 @@ def parser() -> argparse.ArgumentParser:
     nlbp.add_argument("--max_move", type=number(float, 0), default=rule.max_move,
                       help="largest root mean square move of a back-projection; 0: no limit, the published rule "
                       "(default %(default)s)")  # fmt: skip
-    nlbp.add_argument("--published_rule", action=SWITCH, default=False, help="--no-clip_x0 --max_move 0: for parity")
+    nlbp.add_argument("--last_bp_step", type=number(int, 0), default=rule.last_bp_step,
+                      help="no back-projection below this step (default %(default)s)")  # fmt: skip
+    nlbp.add_argument(
+        "--published_rule", action=SWITCH, default=False, help="--no-clip_x0 --max_move 0 --last_bp_step 0"
+    )
 
     sampler = p.add_argument_group("sampler")
     sampler.add_argument("--steps", type=number(int, 1, 1000), default=100, help="T_sampling (default %(default)s)")
@@ -125,7 +129,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict]:
         raise InputError("--path_y: give the input images, here or in the config")
     args.config = str(config)
     if args.published_rule:
-        args.clip_x0, args.max_move = False, 0.0
+        args.clip_x0, args.max_move, args.last_bp_step = False, 0.0, 0
     if not isinstance(others.get("prior_model", {}), dict) or not isinstance(others.get("prior_image_size", 1), int):
         raise InputError(f"config {config}: prior_model must be a mapping, prior_image_size a whole number")
     return args, others
@@ -380,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.warning("skipped: %s", line)
 
     guidance = Guidance(args.lambda1, args.lambda2, args.min_bp_step, args.nlbp_stop_cond, args.clip_x0,
-                        args.max_move if args.max_move else None)  # fmt: skip
+                        args.max_move if args.max_move else None, args.last_bp_step)  # fmt: skip
     lpips = load_lpips(device, log) if args.lpips and inputs[0] is not None else None
     walk = time_travel_steps(args.steps, args.travel_length, args.travel_repeat)
     evaluations = sum(b < a for a, b in zip(walk, walk[1:], strict=False))

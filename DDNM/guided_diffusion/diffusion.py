@@ -42,6 +42,7 @@ class Guidance:
         clip_x0: clamp x0 to [-1, 1] before and after. g has seen nothing outside, and G^-1 amplifies.
         max_move: lambda is halved, at most `HALVINGS` times, until the image moves by at most this (root mean square);
             where it still moves further, the image is left alone. None: no limit.
+        last_bp_step: no back-projection at steps below this one: the prior alone finishes the picture. 0: to the end.
     """
 
     lambda1: float = 1.0
@@ -50,6 +51,7 @@ class Guidance:
     nlbp_stop_cond: float = 0.11
     clip_x0: bool = True
     max_move: float | None = 0.15
+    last_bp_step: int = 0
 
 
 HALVINGS = 6
@@ -163,7 +165,7 @@ def sample(
             x0 = predict_x0(x, eps, abar)
             if guidance.clip_x0:
                 x0 = x0.clamp(-1, 1)
-            if goal is not None:
+            if goal is not None and t >= guidance.last_bp_step:
                 strength = guidance.lambda1 if t < guidance.min_bp_step else guidance.lambda2
                 x0 = guide(operator, x0, goal, strength, guidance)
             x = renoise(x0, eps, noise(), abar, abar_next, eta)
