@@ -20,10 +20,10 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 	@touch $@
 
 test: $(VENV)/ready
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
 
 test-slow: $(VENV)/ready
-	$(RUN) -m pytest -q -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile -m "slow or not slow"
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
