@@ -185,7 +185,7 @@ def train_judge(
         The weights of the epoch with the lowest validation loss (on the CPU, eval mode), and one record an epoch.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        InputError: the loss is not finite.
     """
     log = get_logger("judge")
     seed_everything(seed)
