@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def one_thread():
     """Networks this small are slower on several threads, very much so beside other test processes."""
     threads = torch.get_num_threads()

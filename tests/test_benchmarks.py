@@ -9,15 +9,6 @@ from benchmarks import back_projection, plain
 from models import BUILT_IN, POINTWISE, SPNN, UNET, BlockNets, ConvPINNBlock, PixelUnshuffleBlock
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small are slower on several threads, and very much so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_spnn() -> SPNN:
     torch.manual_seed(back_projection.SEED)
     chain = [

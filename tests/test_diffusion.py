@@ -16,15 +16,6 @@ SCHEDULE = Schedule()
 PLAIN_RULE = Guidance(clip_x0=False, max_move=None)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small are slower on several threads, and very much so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_spnn(seed: int = 0, strength: float = 1.0) -> SPNN:
     """3x8x8 -> 5 logits, with random weights; ``strength`` multiplies them."""
     model = SPNN(

@@ -31,15 +31,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("agreement", "judge_agreement", "prob_error", "psnr", "lpips", "seconds", "steps", "seed")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small are slower on several threads, and very much so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randomised(module, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -135,15 +135,6 @@ def ddpm_forward(w, config, x, t):
     return conv("conv_out", F.silu(norm("norm_out", h)), padding=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small are slower on several threads, and very much so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def tiny():
     return random_weights(ddpm_shapes(TINY, SIZE))

@@ -37,15 +37,6 @@ NAMES = ("one", "two", "three", "four")
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small are slower on several threads, and very much so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """The picture of the curves takes longer than the training; tests/test_logger.py draws it."""
     monkeypatch.setattr(train, "plot_curves", lambda table, picture: None)
