@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -194,3 +195,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Delete what `atomic_write` left in ``folder`` where a process was killed while it wrote, and nothing else."""
+    for path in Path(folder).glob(".*"):
+        if re.fullmatch(r"\..+(\.\w+)\.[a-z0-9_]{8}\1", path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
