@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
-from utils import InputError, atomic_write
+from utils import InputError, atomic_write, is_temporary
 
 STATE_NAME = "train_state.pth"
 LOCK_NAME = ".lock"
@@ -168,8 +168,8 @@ def from_batch(loader: DataLoader, epoch: int, done: int) -> DataLoader:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing, or is not there; a lock that a killed run left does not count."""
-    return not folder.is_dir() or all(path.name == LOCK_NAME for path in folder.iterdir())
+    """Whether a folder holds nothing, or is not there; a killed run's lock and half-written files do not count."""
+    return not folder.is_dir() or all(path.name == LOCK_NAME or is_temporary(path) for path in folder.iterdir())
 
 
 @contextmanager

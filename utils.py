@@ -197,8 +197,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether ``path`` is what `atomic_write` leaves where the process is killed while it writes."""
+    named = re.fullmatch(r"\..+(\.\w+)\.[a-z0-9_]{8}\1", path.name) is not None
+    return named and path.is_file() and not path.is_symlink()
+
+
 def remove_temporaries(folder: str | Path) -> None:
-    """Delete what `atomic_write` left in ``folder`` where a process was killed while it wrote, and nothing else."""
-    for path in Path(folder).glob(".*"):
-        if re.fullmatch(r"\..+(\.\w+)\.[a-z0-9_]{8}\1", path.name) and path.is_file() and not path.is_symlink():
-            path.unlink(missing_ok=True)
+    """Delete what a killed process left half written in ``folder``, and nothing else."""
+    for path in filter(is_temporary, Path(folder).glob(".*")):
+        path.unlink(missing_ok=True)
