@@ -514,12 +514,15 @@ class EpochBatches(Sampler[list[tuple[int, bool]]]):
     """Batches of (index, mirrored), drawn in the main process from a generator seeded by (seed, epoch).
 
     So order and flips are the same for any number of workers, and epoch k is the same after a resume: set
-    ``epoch`` (it counts on by itself at every pass) before iterating.
+    ``epoch`` (it counts on by itself at every pass) before iterating. ``share`` is (rank, size) of one of several
+    processes: each gets its part of every batch.
     """
 
-    def __init__(self, n: int, batch_size: int, shuffle: bool, flip: bool, drop_last: bool, seed: int) -> None:
+    def __init__(
+        self, n: int, batch_size: int, shuffle: bool, flip: bool, drop_last: bool, seed: int, share=(0, 1)
+    ) -> None:
         self.n, self.batch_size, self.shuffle, self.flip, self.drop_last = n, batch_size, shuffle, flip, drop_last
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.share = seed, 0, share
 
     def __len__(self) -> int:
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
@@ -533,8 +536,9 @@ class EpochBatches(Sampler[list[tuple[int, bool]]]):
         order = torch.randperm(self.n, generator=generator) if self.shuffle else torch.arange(self.n)
         flips = torch.rand(self.n, generator=generator) < 0.5 if self.flip else torch.zeros(self.n, dtype=torch.bool)
         keys = list(zip(order.tolist(), flips.tolist(), strict=True))
+        rank, size = self.share
         for i in range(len(self)):
-            yield keys[i * self.batch_size : (i + 1) * self.batch_size]
+            yield keys[i * self.batch_size : (i + 1) * self.batch_size][rank::size]
 
 
 class _Batched(Dataset):
@@ -568,6 +572,7 @@ def make_loader(
     flip: bool = False,
     drop_last: bool = False,
     pin_memory: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> DataLoader:
     """A loader of (images (B, 3, S, S) float32 in [-1, 1], labels (B, 40) float32 in {0, 1}) over a data set.
 
@@ -577,7 +582,7 @@ def make_loader(
         raise InputError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {workers}")
     return DataLoader(
         _Batched(source),
-        batch_sampler=EpochBatches(len(source), batch_size, shuffle, flip, drop_last, seed),
+        batch_sampler=EpochBatches(len(source), batch_size, shuffle, flip, drop_last, seed, share),
         num_workers=workers,
         collate_fn=_as_is,
         pin_memory=pin_memory,
@@ -605,10 +610,12 @@ def make_loaders(
     strict: bool = False,
     cache: bool = True,
     pin_memory: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Loaders:
     """Loaders of the three splits: training shuffled and mirrored at random (seeded), the others in number order.
 
-    The last, smaller training batch is dropped unless it is the only one; evaluation sees every image.
+    The last, smaller training batch is dropped unless it is the only one; evaluation sees every image. ``share`` is
+    (rank, size) of one of several processes that train together: it gets its part of every training batch.
 
     Raises:
         InputError: as `CelebAMaskHQ`, or a batch size or worker count that makes no sense.
@@ -616,7 +623,10 @@ def make_loaders(
     parts = {split: CelebAMaskHQ(root, split, img_size, strict, cache) for split in ("train", "val", "test")}
     common = {"batch_size": batch_size, "workers": workers, "seed": seed, "pin_memory": pin_memory}
     drop = len(parts["train"]) > batch_size
-    train = make_loader(parts["train"], shuffle=True, flip=flip, drop_last=drop, **common)
+    together = min(batch_size, len(parts["train"]))
+    if together % share[1]:
+        raise InputError(f"a batch of {together} images cannot be shared evenly by {share[1]} processes")
+    train = make_loader(parts["train"], shuffle=True, flip=flip, drop_last=drop, share=share, **common)
     return Loaders(train, make_loader(parts["val"], **common), make_loader(parts["test"], **common))
 
 

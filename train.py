@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from checkpoints import save_spnn
 from diagnostics import first_nonfinite
+from distributed import World
 from logger import MetricsTable, get_logger, plot_curves
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated, solved_once
@@ -244,6 +245,7 @@ class CelebATrainer:
         stopped: asked after every batch: the number of a signal that came, or None. Then the state is saved and
             `resume.Stopped` raised.
         state: of a state file, to go on from; it is for one of the stages.
+        world: the processes that train together; ``train`` hands each its part of every batch.
     """
 
     model: SPNN
@@ -258,6 +260,7 @@ class CelebATrainer:
     save_every: int = 0
     stopped: Callable[[], int | None] = lambda: None
     state: dict | None = None
+    world: World = World()
 
     def __post_init__(self):
         self.log = get_logger("train", self.folder)
@@ -292,7 +295,9 @@ class CelebATrainer:
 
         self.log.info("stage 1: %d epochs of %d steps on %s", settings.epochs, len(self.train), self.device)
         checkpoint = self.folder / FORWARD_CHECKPOINT
-        return self._run(Stage("forward", settings.epochs, optimizer, losses_of, checkpoint, scheduler, weights))
+        # without the reconstruction's term, nothing goes through the r-networks
+        parallel = self.world.parallel(model, losses_of, all_used=settings.lambda_img_rec > 0 or not is_exact(model))
+        return self._run(Stage("forward", settings.epochs, optimizer, parallel, checkpoint, scheduler, weights))
 
     def optimise_r(self) -> Path:
         """Stage 2. Returns the checkpoint of the lowest validation loss, `R_OPT_CHECKPOINT`.
@@ -315,7 +320,8 @@ class CelebATrainer:
             def losses_of(x: Tensor, _: Tensor) -> dict[str, Tensor]:
                 return natural_losses(model, x, self._origin, settings)
 
-            return self._run(Stage("r_opt", settings.r_epochs, optimizer, losses_of, self.folder / R_OPT_CHECKPOINT))
+            parallel = self.world.parallel(model, losses_of)
+            return self._run(Stage("r_opt", settings.r_epochs, optimizer, parallel, self.folder / R_OPT_CHECKPOINT))
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -335,7 +341,8 @@ class CelebATrainer:
         else:
             self._save()  # a run killed from here on is resumed, not begun again
         name, epochs = stage.name, stage.epochs
-        table = MetricsTable(self.folder / f"metrics_{name}.csv", stage.progress.rows)
+        if self.world.leads:
+            table = MetricsTable(self.folder / f"metrics_{name}.csv", stage.progress.rows)
         while (epoch := stage.progress.epoch) <= epochs:
             means = self._epoch(stage)
             started = time.perf_counter()
@@ -343,27 +350,30 @@ class CelebATrainer:
             if not math.isfinite(measured["loss"]):
                 x = next(iter(self.val))[0].to(self.device)
                 self._fail(f"{name} epoch {epoch}/{epochs}, validation", x)
-            table.append(
-                {
-                    "epoch": epoch,
-                    **{f"train_{'loss' if key == 'total' else key}": value for key, value in means.items()},
-                    **{f"val_{key}": value for key, value in measured.items()},
-                    "lr": stage.optimizer.param_groups[0]["lr"],
-                    "seconds": stage.progress.seconds + time.perf_counter() - started,
-                }
-            )
-            plot_curves(table.path, self.folder / f"curves_{name}.png")
+            if self.world.leads:
+                table.append(
+                    {
+                        "epoch": epoch,
+                        **{f"train_{'loss' if key == 'total' else key}": value for key, value in means.items()},
+                        **{f"val_{key}": value for key, value in measured.items()},
+                        "lr": stage.optimizer.param_groups[0]["lr"],
+                        "seconds": stage.progress.seconds + time.perf_counter() - started,
+                    }
+                )
+                plot_curves(table.path, self.folder / f"curves_{name}.png")
             shown = ", ".join(f"{key} {value:.4g}" for key, value in measured.items())
             self.log.info("%s epoch %d/%d: train loss %.4g; val %s", name, epoch, epochs, means["total"], shown)
             best = stage.progress.best
             if measured["loss"] < best:
                 best = measured["loss"]
-                save_spnn(stage.checkpoint, self.model, self.notes)
-            stage.progress = Progress(epoch + 1, best=best, rows=table.rows)
+                if self.world.leads:
+                    save_spnn(stage.checkpoint, self.model, self.notes)
+            stage.progress = Progress(epoch + 1, best=best, rows=table.rows if self.world.leads else [])
             self._save()
         self._stop_if_asked()
         self.log.info("%s: best validation loss %.4g, kept in %s", name, stage.progress.best, stage.checkpoint)
         self._stage = None
+        self.world.wait()  # for the file
         return stage.checkpoint
 
     def _save(self) -> None:
@@ -372,6 +382,8 @@ class CelebATrainer:
         if not all(p.isfinite().all() for p in self.model.parameters()):
             where = f"{stage.name} {stage.progress.epoch}/{stage.epochs}, before batch {stage.progress.batches + 1}"
             self._fail(where, next(iter(self.val))[0])
+        if not self.world.leads:
+            return
         state = {"settings": self.run, "stage": stage.name, "model": self.model.state_dict(), "random": random_state()}
         save_state(self.folder / STATE_NAME, {**state, **stage.state_dict()})
 
@@ -425,7 +437,10 @@ class CelebATrainer:
         label = f"{stage.name} {progress.epoch}/{stage.epochs}"
         parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
         batches = from_batch(self.train, progress.epoch - 1, progress.batches) if progress.batches < count else ()
-        bar = tqdm(batches, label, count, initial=progress.batches, unit="batch", leave=False, dynamic_ncols=True)
+        bar = tqdm(
+            batches, label, count, initial=progress.batches, unit="batch", leave=False, dynamic_ncols=True,
+            disable=not self.world.leads,
+        )  # fmt: skip
         self._stop_if_asked()
         before = time.perf_counter()
         for batch in bar:
@@ -440,8 +455,9 @@ class CelebATrainer:
             stage.optimizer.step()
             if stage.scheduler is not None:
                 stage.scheduler.step()
+            losses = self.world.mean({name: value.detach() for name, value in losses.items()})
             for name, value in losses.items():
-                progress.sums[name] = progress.sums.get(name, 0) + value.detach()
+                progress.sums[name] = progress.sums.get(name, 0) + value
             progress.batches += 1
             if progress.batches % 10 == 1:
                 bar.set_postfix(loss=f"{losses['total'].item():.4g}")
@@ -457,8 +473,9 @@ class CelebATrainer:
         """Losses on the validation split, averaged by image, with accuracy in stage 1 and the right-inverse error."""
         model = self.model.eval()
         sums, count, all_logits, all_labels, right_inverse = {}, 0, [], [], 0.0
-        for batch in self.val:
-            self._stop_if_asked()
+        for batch in self.val if self.world.size == 1 else only(self.val, self.world.share(epoch_keys(self.val, 0))):
+            if self.world.size == 1:  # several processes agree on it between steps: their parts may differ in length
+                self._stop_if_asked()
             x, labels = self._batch(batch)
             if stage == "forward":
                 losses, y = forward_losses(model, x, labels, self.settings)
@@ -472,10 +489,12 @@ class CelebATrainer:
                 y = model(x)
                 right_inverse = right_inverse_error(model, model.pinv(y), y).item()
             count += len(x)
-        means = {name: value / count for name, value in sums.items()}
-        measured = {"loss": means.pop("total"), **means, "right_inverse": right_inverse}
+        parts = self.world.gather((sums, count, all_logits, all_labels, right_inverse))
+        count = sum(part[1] for part in parts)
+        means = {name: sum(part[0].get(name, 0.0) for part in parts) / count for name in parts[0][0]}
+        measured = {"loss": means.pop("total"), **means, "right_inverse": parts[0][4]}
         if stage == "forward":
-            logits, labels = torch.cat(all_logits), torch.cat(all_labels)
+            logits, labels = (torch.cat([tensor for part in parts for tensor in part[k]]) for k in (2, 3))
             measured["accuracy"] = accuracy_by_attribute(logits, labels).mean().item()
             measured["balanced_accuracy"] = balanced_accuracy_by_attribute(logits, labels).nanmean().item()
         return measured

@@ -8,13 +8,17 @@ killed goes on where it was with the same command and --resume.
 """
 
 import argparse
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from checkpoints import load_spnn, save_spnn
 from data_loader import ATTRIBUTES, Loaders, download_dataset, make_loaders
 from diagnostics import diagnose, format_table
+from distributed import World
+from distributed import world as join_world
 from logger import get_logger
 from models import MIXINGS, SPNN
 from resume import (
@@ -34,7 +38,6 @@ from utils import (
     number,
     parse_with_config,
     remove_temporaries,
-    resolve_device,
     run_command,
     seed_everything,
     write_json,
@@ -172,21 +175,21 @@ def main(argv: list[str] | None = None) -> int:
     args, layer_channels = parse(argv)
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    device, folder = resolve_device(args.device), Path(args.checkpoint_dir)
+    folder = Path(args.checkpoint_dir)
     seed_everything(args.seed)
     run = {key: value for key, value in vars(args).items() if key not in FREE} | {"layer_channels": layer_channels}
-    with locked(folder):
+    with join_world(args.device) as (world, device), locked(folder) if world.leads else nullcontext():
         state = find_state(folder, args.resume, args.overwrite, plain(run))
         if state is not None and state["stage"] == DONE:
             print(f"{folder}: this run is finished")
             return 0
-        model, loaders = prepare(args, layer_channels, device, folder, state)
+        model, loaders = prepare(args, layer_channels, device, folder, state, world)
         run |= {f"images in its {split} split": len(loader.dataset) for split, loader in loaders._asdict().items()}
         if state is not None:
             check_settings(state["settings"], run, folder)
         with stop_signals() as stopped:
             try:
-                train(args, layer_channels, device, folder, model, loaders, plain(run), state, stopped)
+                train(args, layer_channels, device, folder, model, loaders, plain(run), state, stopped, world)
             except Stopped as signal:
                 get_logger("train_celeba").info("%s: saved; continue with --resume", signal)
                 return signal.status
@@ -194,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(
-    args: argparse.Namespace, layer_channels: list | None, device, folder: Path, state: dict | None
+    args: argparse.Namespace, layer_channels: list | None, device, folder: Path, state: dict | None, world: World
 ) -> tuple[SPNN, Loaders]:
     """The model of the stage to begin with, and the data. Raises InputError where a stage cannot run in ``folder``."""
     forward = starts_with_forward(args, state)
@@ -208,16 +211,18 @@ def prepare(
     if args.img_size not in (None, model.img_size):
         file, size = folder / FORWARD_CHECKPOINT, model.img_size
         raise InputError(f"{file} takes {size}x{size} images, but --img_size is {args.img_size}")
-    loaders = make_loaders(
-        args.dataset_path if args.dataset_path is not None else download_dataset(),
-        model.img_size,
-        args.batch_size,
-        args.workers,
-        args.seed,
-        strict=args.strict,
-        cache=not args.no_cache,
-        pin_memory=device.type == "cuda",
-    )
+    with world.leader_first():  # it downloads, and builds the cache
+        loaders = make_loaders(
+            args.dataset_path if args.dataset_path is not None else download_dataset(),
+            model.img_size,
+            args.batch_size,
+            args.workers,
+            args.seed,
+            strict=args.strict,
+            cache=not args.no_cache,
+            pin_memory=device.type == "cuda",
+            share=(world.rank, world.size),
+        )
     for loader in loaders:
         loader.worker_init_fn = ignore_stop_signals
     return model, loaders
@@ -233,6 +238,7 @@ def train(
     run: dict,
     state: dict | None,
     stopped: Callable[[], int | None],
+    world: World,
 ) -> None:
     """Run the stages that are asked for, or what is left of them.
 
@@ -241,15 +247,18 @@ def train(
     """
     started, forward = time.perf_counter(), starts_with_forward(args, state)
     log = get_logger("train_celeba", folder)
-    remove_temporaries(folder)
-    if state is None:
-        (folder / STATE_NAME).unlink(missing_ok=True)
-        if forward:  # what an earlier run left must not stand beside this one's files
-            for name in (FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json"):
-                (folder / name).unlink(missing_ok=True)
+    if world.leads:
+        remove_temporaries(folder)
+        if state is None:
+            (folder / STATE_NAME).unlink(missing_ok=True)
+            if forward:  # what an earlier run left must not stand beside this one's files
+                for name in (FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json"):
+                    (folder / name).unlink(missing_ok=True)
+        write_json(folder / "settings.json", {**vars(args), "layer_channels": layer_channels})
+    else:
+        logging.disable(logging.INFO)
     parameters = sum(p.numel() for p in model.parameters())
     log.info("SPNN with %.2f M parameters; %d training images", parameters / 1e6, len(loaders.train.dataset))
-    write_json(folder / "settings.json", {**vars(args), "layer_channels": layer_channels})
     settings = Settings(
         epochs=args.epoch,
         r_epochs=args.r_epoch,
@@ -263,24 +272,29 @@ def train(
     def trainer(model: SPNN, **notes) -> CelebATrainer:
         return CelebATrainer(
             model.to(device), loaders.train, loaders.val, settings, folder, device, ATTRIBUTES, dict(notes),
-            run, args.save_every, stopped, state,
+            run, args.save_every, world.agreed(stopped), state, world,
         )  # fmt: skip
 
     if forward:
         best = trainer(model).train_forward()
         state = None
-        model, notes = load_spnn(best)
-        model.to(device)
-        notes.pop("model")
-        typical = typical_logits(model, until(stopped, loaders.val), device)
-        save_spnn(best, model, {**notes, "typical_logits": typical})
-        report(model, until(stopped, loaders.test), args, device, folder, "forward")
+        if world.leads:
+            model, notes = load_spnn(best)
+            model.to(device)
+            notes.pop("model")
+            typical = typical_logits(model, until(stopped, loaders.val), device)
+            save_spnn(best, model, {**notes, "typical_logits": typical})
+            report(model, until(stopped, loaders.test), args, device, folder, "forward")
+        world.wait()
     if args.is_r_opt:
         model, notes = load_spnn(folder / FORWARD_CHECKPOINT)
         best = trainer(model, typical_logits=notes.get("typical_logits")).optimise_r()
-        model, _ = load_spnn(best)
-        report(model.to(device), until(stopped, loaders.test), args, device, folder, "r_opt")
-    save_state(folder / STATE_NAME, {"settings": run, "stage": DONE})  # what training held is not needed any more
+        if world.leads:
+            model, _ = load_spnn(best)
+            report(model.to(device), until(stopped, loaders.test), args, device, folder, "r_opt")
+        world.wait()
+    if world.leads:
+        save_state(folder / STATE_NAME, {"settings": run, "stage": DONE})  # what training held is not needed any more
     log.info("done in %.1f min; %s", (time.perf_counter() - started) / 60, best)
 
 

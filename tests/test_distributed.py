@@ -1,0 +1,72 @@
+"""Several processes follow one: the same batches, losses, weights and decisions."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_loader import EpochBatches, make_loaders
+from distributed import World, world
+from tests.test_resume import faces, spnn_arguments  # noqa: F401  (a fixture)
+from utils import InputError
+from weights import read_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(processes: int, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), script, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def rows(folder: Path, stage: str) -> list[dict[str, float]]:
+    with open(folder / f"metrics_{stage}.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
+    folders = {}
+    for processes in (1, 2):
+        folders[processes] = tmp_path / f"of_{processes}"
+        done = start(processes, "train_celeba.py", *spnn_arguments(faces, folders[processes], epoch=2))
+        assert done.returncode == 0, done.stderr[-3000:]
+    for stage in ("forward", "r_opt"):
+        one, two = (rows(folders[processes], stage) for processes in (1, 2))
+        assert len(one) == len(two) == 2
+        for a, b in zip(one, two, strict=True):
+            assert a.keys() == b.keys()
+            for key in a.keys() - {"seconds", "val_right_inverse"}:
+                assert b[key] == pytest.approx(a[key], rel=1e-5), (stage, key)
+    for name in ("best_model.pth", "best_model_r_opt_real.pth"):
+        one, two = (read_weights(folder / name) for folder in folders.values())
+        apart = max((one[key] - two[key]).abs().max().item() for key in one)
+        assert apart < 1e-4, name
+    assert (folders[2] / "log.txt").read_text().count("stage 1: ") == 1  # one of the two reports
+
+
+def test_the_parts_of_a_batch_are_the_batch():
+    whole = list(EpochBatches(21, 6, True, True, True, seed=3))
+    parts = [list(EpochBatches(21, 6, True, True, True, seed=3, share=(rank, 2))) for rank in (0, 1)]
+    assert len(whole) == 3
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert len(shares[0]) == len(shares[1]) == 3
+        assert sorted(shares[0] + shares[1]) == sorted(batch)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(faces):  # noqa: F811
+    with pytest.raises(InputError, match="batch of 5 images cannot be shared evenly by 2"):
+        make_loaders(faces, 32, 5, share=(0, 2))
+
+
+def test_one_process_is_a_world_of_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with world("cpu") as (one, device):
+        assert (one, device) == (World(), torch.device("cpu"))
+        assert one.leads and one.gather("x") == ["x"] and one.share([1, 2]) == [1, 2]
+        value = {"a": torch.tensor(2.0)}
+        assert one.mean(value) is value
+        assert one.agreed(len) is len
