@@ -30,7 +30,7 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/ready
-	$(RUN) benchmarks/back_projection.py
+	$(RUN) benchmarks/speed.py --threads 2 --json benchmarks/results/cpu.json
 
 # --- The demo's networks, from nothing ---
 

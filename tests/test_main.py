@@ -757,7 +757,7 @@ DDPM = {
 def ddpm_weights(tmp_path_factory):
     """A weight file in the published layout."""
     generator, state = torch.Generator().manual_seed(0), {}
-    for name, tensor in prior_module._ddpm_unet(DDPM, 16).state_dict().items():
+    for name, tensor in prior_module.ddpm_unet(DDPM, 16).state_dict().items():
         shape = list(tensor.shape) + [1, 1] * (".attentions." in name and tensor.ndim == 2)
         published = prior_module._ddpm_name(name, len(DDPM["ch_mult"]))
         state[published] = torch.randn(shape, generator=generator) * 0.05

@@ -206,8 +206,8 @@ def _ddpm_name(name: str, levels: int) -> str:
     return name
 
 
-def _ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
-    """The `UNet2DModel`, without weights, that computes what the published ``Model`` of this configuration does.
+def ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
+    """The `UNet2DModel` that computes what the published ``Model`` of this configuration does, on the meta device.
 
     Raises:
         InputError: a configuration that lacks something, or makes no network.
@@ -269,7 +269,7 @@ def prior_from_ddpm(
     Raises:
         InputError: a missing or foreign tensor, or one of another shape, by its published name.
     """
-    unet = _ddpm_unet(model_config, image_size)
+    unet = ddpm_unet(model_config, image_size)
     levels = len(unet.config.block_out_channels)
     published = {name: _ddpm_name(name, levels) for name in unet.state_dict()}
     problems = {
