@@ -30,6 +30,7 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/ready
+	$(RUN) benchmarks/growth.py --threads 2 --json benchmarks/results/growth_cpu.json
 	$(RUN) benchmarks/speed.py --threads 2 --json benchmarks/results/cpu.json
 
 # --- The demo's networks, from nothing ---

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import plain, speed
+from benchmarks import growth, plain, speed
 from models import BUILT_IN, POINTWISE, SPNN, UNET, BlockNets, ConvPINNBlock, PixelUnshuffleBlock, concatenated
 from train import Settings, forward_losses, natural_losses
 
@@ -107,3 +107,31 @@ def test_the_same_seed_gives_the_same_weights_and_none_stays_zero():
     one, other = tiny_spnn().state_dict(), tiny_spnn().state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert all(tensor.any() for name, tensor in one.items() if not name.endswith("bias"))
+
+
+def test_growth_fits_a_power_law():
+    assert growth.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("name", growth.TASKS)
+def test_growth_measures_time_memory_and_where_the_time_goes(name):
+    arguments = growth.parser().parse_args("--hidden 8 --repeats 1 --device cpu".split())
+    row = growth.measure(name, 64, 1, 2, arguments)
+    assert row["seconds"] > 0 and row["peak_bytes"] > 0
+    assert sum(row["shares"].values()) == pytest.approx(1) and row["shares"]["matrix product"] > 0
+    assert (row["shares"]["solve"] > 0) == (name == "stage1")  # a back-projection finds W known
+    shallow = growth.deep_network(1, 4)
+    assert len(growth.deep_network(3, 4).pinn.blocks) == len(shallow.pinn.blocks) + 2
+    with pytest.raises(ValueError, match="44"):
+        growth.deep_network(44, 4)
+
+
+def test_growth_says_how_cost_rises():
+    arguments = growth.parser().parse_args("--sizes 32 64 --batches 1 2".split())
+    rows = [
+        {"task": "stage1", "size": size, "batch": batch, "depth": None, "seconds": batch * size**4}
+        for size in (32, 64)
+        for batch in (1, 2)
+    ]
+    assert "stage1, 32x32: seconds ~ batch^1.00" in growth.fits(rows, arguments)
+    assert "stage1, batch 2: seconds ~ pixels^2.00" in growth.fits(rows, arguments)
