@@ -29,10 +29,10 @@ from weights import read_weights
 
 SIZE = 32
 CHAIN = [
-    ["PixelUnshuffleBlock", {"r": 8}],
-    ["ConvPINNBlock", {"in_ch": 192, "out_ch": 6, "hidden": 4, "feat_size": 4}],
     ["PixelUnshuffleBlock", {"r": 4}],
-    ["ConvPINNBlock", {"in_ch": 96, "out_ch": 40, "hidden": 8, "feat_size": 1}],
+    ["ConvPINNBlock", {"in_ch": 48, "out_ch": 1, "hidden": 4, "feat_size": 8}],
+    ["PixelUnshuffleBlock", {"r": 8}],
+    ["ConvPINNBlock", {"in_ch": 64, "out_ch": 40, "hidden": 8, "feat_size": 1}],
 ]
 SETTINGS = {
     "layer_channels": CHAIN, "img_size": SIZE, "is_forward_train": True, "is_r_opt": True, "epoch": 3, "r_epoch": 2,
