@@ -35,7 +35,7 @@ CHAIN = [
     ["ConvPINNBlock", {"in_ch": 64, "out_ch": 40, "hidden": 8, "feat_size": 1}],
 ]
 SETTINGS = {
-    "layer_channels": CHAIN, "img_size": SIZE, "is_forward_train": True, "is_r_opt": True, "epoch": 3, "r_epoch": 2,
+    "layer_channels": CHAIN, "img_size": SIZE, "is_forward_train": True, "is_r_opt": True, "epoch": 2, "r_epoch": 1,
     "batch_size": 4, "workers": 0, "warmup_steps": 2, "reweight_every": 2, "lr": 1e-3, "r_lr": 1e-3, "device": "cpu",
     "diagnose_samples": 2, "save_every": 2,
 }  # fmt: skip
@@ -308,7 +308,7 @@ def stopped(faces, tmp_path, monkeypatch):
         ({"lr": 2e-3}, "has lr 0.001, not 0.002"),
         ({"seed": 7}, "has seed 0, not 7"),
         ({"batch_size": 5}, "has batch_size 4, not 5"),
-        ({"epoch": 4}, "has epoch 3, not 4"),
+        ({"epoch": 4}, "has epoch 2, not 4"),
         ({"is_r_opt": False}, "has is_r_opt True, not False"),
         ({"lambda_img_rec": 1.0}, "has lambda_img_rec 40.0, not 1.0"),
         ({"layer_channels": [*CHAIN[:3], ["ConvPINNBlock", {**CHAIN[3][1], "hidden": 9}]]}, "has layer_channels"),
@@ -414,7 +414,6 @@ def test_a_folder_that_cannot_be_made_is_one_line(faces, tmp_path):
 
 
 def test_a_state_with_a_broken_weight_replaces_none(faces, stopped, monkeypatch):
-    before = (stopped / "train_state.pth").read_bytes()
     honest = torch.optim.Adam.step
 
     def step(self, *args, **kwargs):
@@ -425,7 +424,8 @@ def test_a_state_with_a_broken_weight_replaces_none(faces, stopped, monkeypatch)
     monkeypatch.setattr(train.CelebATrainer, "_stop_if_asked", lambda self: self._save())
     with pytest.raises(train.TrainingFailed, match="before batch 4: not a finite number in weight pinn.blocks.1"):
         spnn(faces, stopped, "--resume")
-    assert (stopped / "train_state.pth").read_bytes() == before
+    state = load_state(stopped / "train_state.pth")
+    assert state["progress"]["batches"] == 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
 def test_an_order_that_nobody_knows_is_refused_and_a_known_one_is_cut():
