@@ -21,9 +21,9 @@ from resume import (
     STATE_NAME,
     Stopped,
     check_settings,
-    ignore_stop_signals,
     load_state,
     locked,
+    outlive_stop_signals,
     plain,
     save_state,
     stop_signals,
@@ -219,7 +219,7 @@ def prepare(
         pin_memory=device.type == "cuda",
     )
     for loader in loaders:
-        loader.worker_init_fn = ignore_stop_signals
+        loader.worker_init_fn = outlive_stop_signals
     return model, loaders
 
 

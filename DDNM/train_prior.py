@@ -378,15 +378,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def find_state(out: Path, resume: bool, overwrite: bool) -> dict | None:
-    """The state to go on from, None for a run that begins; nothing is written yet.
+    """The state to go on from, None for a run that begins.
 
     Raises:
-        InputError: results that would be lost and neither was asked for, both were, or a state that cannot be read.
+        InputError: results that would be lost and neither was asked for, or a state that cannot be read.
     """
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: not a folder")
     if resume and (out / STATE_NAME).is_file():
         return load_state(out / STATE_NAME)
     if not is_empty(out) and not overwrite:
@@ -397,13 +393,16 @@ def find_state(out: Path, resume: bool, overwrite: bool) -> dict | None:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device, out = resolve_device(args.device), args.out
-    state = find_state(out, args.resume, args.overwrite)
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: not a folder")
     torch.set_num_threads(args.threads)
-    images = Images(args.images, args.img_size)
-    trainer = Trainer(args, images, device)
-    with locked(out):  # only now: a mistake above leaves no folder behind
+    with locked(out):  # a mistake below leaves no folder behind
+        state = find_state(out, args.resume, args.overwrite)
+        images = Images(args.images, args.img_size)
+        trainer = Trainer(args, images, device)
         if state is not None:
-            state = load_state(out / STATE_NAME)  # nobody writes it any more
             check_settings(state["settings"], trainer.run, out)
         remove_temporaries(out)
         if state is None:  # what an earlier run of this command left, by name: nothing else is touched

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from resume import Stopped, check_settings, from_batch, load_state, locked, save
 from utils import InputError, remove_temporaries, run_command
 from weights import read_weights
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32
 CHAIN = [
     ["PixelUnshuffleBlock", {"r": 4}],
@@ -291,6 +294,17 @@ def test_loader_processes_let_the_step_finish(faces, undisturbed, tmp_path, monk
     assert load_state(tmp_path / "run" / "train_state.pth")["progress"]["batches"] == 2
     assert spnn(faces, tmp_path / "run", "--resume", workers=1) == 0  # the number of workers changes nothing
     assert_same(outcome(tmp_path / "run"), undisturbed("spnn"))
+
+
+def test_loader_processes_do_not_outlive_a_process_that_ends_without_them():
+    """Left to the interpreter's exit, they are sent SIGTERM and waited for: forever, were it ignored."""
+    code = (
+        "import torch\nfrom torch.utils.data import DataLoader\nfrom resume import outlive_stop_signals\n"
+        "loader = DataLoader(range(9), num_workers=1, persistent_workers=True, worker_init_fn=outlive_stop_signals)\n"
+        "kept = iter(loader)\nprint(next(kept))\nsys = __import__('sys')\nsys.kept = kept\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0 and "tensor([0])" in done.stdout, done.stderr
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
