@@ -5,7 +5,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,6 +27,11 @@ class _Console(logging.Handler):
 
 class _RunFile(logging.FileHandler):
     """The log of the present run; a type of its own, so that a second call finds it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk costs the line in the file; the console has it. Logging's own way prints a traceback a line."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def get_logger(name: str, folder: str | Path | None = None) -> logging.Logger:
@@ -65,20 +70,27 @@ def get_logger(name: str, folder: str | Path | None = None) -> logging.Logger:
 class MetricsTable:
     """A CSV table that grows by one row at a time and survives an interruption.
 
-    Rows found in an existing file are kept: a resumed run continues its table.
-
     Args:
         path: the file, ``metrics.csv`` in the run folder by custom.
+        rows: those to continue from, in place of the file's: a killed run wrote rows beyond the state that is resumed.
+            None keeps the rows of an existing file.
 
     Raises:
         InputError: the file exists and is no table, or cannot be written.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, rows: Sequence[Mapping[str, str]] | None = None) -> None:
         self.path = Path(path)
         self.columns: list[str] = []
         self.rows: list[dict[str, str]] = []
-        if self.path.exists():
+        if rows is not None:
+            self.rows = [dict(row) for row in rows]
+            self.columns = list(dict.fromkeys(column for row in rows for column in row))
+            if rows:
+                self._rewrite()
+            else:
+                self.path.unlink(missing_ok=True)
+        elif self.path.exists():
             self.columns, self.rows, whole = _read_table(self.path)
             if not whole:
                 self._rewrite()
@@ -96,13 +108,6 @@ class MetricsTable:
                 csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(self.rows[-1])
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
-
-    def drop_from(self, column: str, start: float) -> None:
-        """Drop the rows whose ``column`` is at least ``start``: those that a resumed run is about to write again."""
-        kept = [row for row in self.rows if not (row.get(column) and float(row[column]) >= start)]
-        if len(kept) != len(self.rows):
-            self.rows = kept
-            self._rewrite()
 
     def _rewrite(self) -> None:
         with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:

@@ -19,20 +19,30 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import save_spnn
-from diagnostics import first_nonfinite
+from diagnostics import clip_gradients, first_nonfinite
 from logger import MetricsTable, get_logger, plot_curves
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated, solved_once
+from resume import (
+    STATE_NAME,
+    Stopped,
+    epoch_keys,
+    from_batch,
+    only,
+    random_state,
+    save_state,
+    set_random_state,
+)
 from utils import InputError
 
 FORWARD_CHECKPOINT = "best_model.pth"
@@ -111,6 +121,14 @@ class AttributeWeights:
                 self.values = weights / weights.mean()
         return self.values
 
+    def state_dict(self) -> dict:
+        return {"losses": list(self.losses), "values": self.values}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.losses.clear()
+        self.losses.extend(state["losses"])
+        self.values = state["values"]
+
 
 # --- The losses ------------------------------------------------------------------------------------------------------
 
@@ -173,14 +191,59 @@ def natural_losses(model: SPNN, x: Tensor, origin: Tensor, settings: Settings) -
 
 
 @dataclass
+class Progress:
+    """How far a stage is: what its state file holds besides weights, optimiser and random state."""
+
+    epoch: int = 1  # under way, from 1
+    batches: int = 0  # of this epoch that are done
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of their losses
+    seconds: float = 0.0  # spent on this epoch, over all runs
+    best: float = math.inf  # validation loss so far
+    rows: list[dict[str, str]] = field(default_factory=list)  # of the metrics table
+
+
+@dataclass
+class Stage:
+    """One of the two stages: what it minimises and with what."""
+
+    name: str
+    epochs: int
+    optimizer: torch.optim.Optimizer
+    losses_of: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    checkpoint: Path
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    weights: AttributeWeights | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def _parts(self) -> dict:
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "weights": self.weights}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def state_dict(self) -> dict:
+        progress = {f.name: getattr(self.progress, f.name) for f in fields(Progress)}
+        return {"progress": progress, **{name: part.state_dict() for name, part in self._parts().items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.progress = Progress(**state["progress"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+
+@dataclass
 class CelebATrainer:
-    """Runs the two stages and keeps their best models, tables, curves and log in ``folder``.
+    """Runs the two stages and keeps their best models, tables, curves, log and training state in ``folder``.
 
     Args:
         model: on ``device`` already.
-        train, val: loaders of (images (B, C, H, W) in [-1, 1], labels (B, d) in {0, 1}).
+        train, val: loaders of (images (B, C, H, W) in [-1, 1], labels (B, d) in {0, 1}). The order of an epoch must be
+            known to go on in the middle of it, see `resume.epoch_keys`.
         attributes: names of the d labels.
         notes: what else goes into config.json.
+        run: what identifies the run, plain values; goes into the state file.
+        save_every: steps between two writes of the state file, which every epoch's end writes too; 0: those alone.
+        stopped: asked after every batch: the number of a signal that came, or None. Then the state is saved and
+            `resume.Stopped` raised.
+        state: of a state file, to go on from; it is for one of the stages.
     """
 
     model: SPNN
@@ -191,16 +254,22 @@ class CelebATrainer:
     device: torch.device
     attributes: tuple[str, ...]
     notes: dict = field(default_factory=dict)
+    run: dict = field(default_factory=dict)
+    save_every: int = 0
+    stopped: Callable[[], int | None] = lambda: None
+    state: dict | None = None
 
     def __post_init__(self):
         self.log = get_logger("train", self.folder)
         self.notes = {"attributes": list(self.attributes), "training": asdict(self.settings), **self.notes}
+        self._stage: Stage | None = None  # under way
 
     def train_forward(self) -> Path:
         """Stage 1. Returns the checkpoint of the lowest validation loss, `FORWARD_CHECKPOINT`.
 
         Raises:
             TrainingFailed: NaN or infinity; names the block, and the last good checkpoint is kept.
+            Stopped: a signal came; the state is saved.
         """
         model, settings = self.model, self.settings
         total_steps = settings.epochs * len(self.train)
@@ -209,29 +278,28 @@ class CelebATrainer:
             optimizer, lambda step: lr_factor(step, total_steps, settings.warmup_steps, settings.hold_share)
         )
         weights = AttributeWeights(model.num_classes, settings.reweight_every)
-        # a loader of its own: one with workers has a single iterator, which every validation would wind back
-        val_batches = self._forever(
-            DataLoader(self.val.dataset, batch_sampler=self.val.batch_sampler, collate_fn=self.val.collate_fn)
-        )
-        steps = 0
+        val_batches = list(self.val.batch_sampler)
 
         def losses_of(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            nonlocal steps
-            if settings.reweight_every and steps % settings.reweight_every == 0:
+            step = scheduler.last_epoch  # steps done
+            if settings.reweight_every and step % settings.reweight_every == 0:
+                look = step // settings.reweight_every
                 with torch.no_grad():
-                    val_x, val_labels = next(val_batches)
+                    batch = next(iter(only(self.val, [val_batches[look % len(val_batches)]])))
+                    val_x, val_labels = self._batch(batch)
                     weights.update(bce_by_attribute(model(val_x), val_labels))
-            steps += 1
             return forward_losses(model, x, labels, settings, weights.values)[0]
 
         self.log.info("stage 1: %d epochs of %d steps on %s", settings.epochs, len(self.train), self.device)
-        return self._run("forward", settings.epochs, optimizer, scheduler, losses_of, FORWARD_CHECKPOINT)
+        checkpoint = self.folder / FORWARD_CHECKPOINT
+        return self._run(Stage("forward", settings.epochs, optimizer, losses_of, checkpoint, scheduler, weights))
 
     def optimise_r(self) -> Path:
         """Stage 2. Returns the checkpoint of the lowest validation loss, `R_OPT_CHECKPOINT`.
 
         Raises:
             TrainingFailed: NaN or infinity; names the block, and the last good checkpoint is kept.
+            Stopped: a signal came; the state is saved.
         """
         model, settings = self.model, self.settings
         frozen = [p for name, p in model.named_parameters() if ".r." not in name]
@@ -243,14 +311,11 @@ class CelebATrainer:
                 self._origin = concatenated(model.complete(zero).z)
             optimizer = self._adam([p for p in model.parameters() if p.requires_grad], settings.r_lr)
             self.log.info("stage 2: %d epochs of %d steps on %s", settings.r_epochs, len(self.train), self.device)
-            return self._run(
-                "r_opt",
-                settings.r_epochs,
-                optimizer,
-                None,
-                lambda x, _: natural_losses(model, x, self._origin, settings),
-                R_OPT_CHECKPOINT,
-            )
+
+            def losses_of(x: Tensor, _: Tensor) -> dict[str, Tensor]:
+                return natural_losses(model, x, self._origin, settings)
+
+            return self._run(Stage("r_opt", settings.r_epochs, optimizer, losses_of, self.folder / R_OPT_CHECKPOINT))
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -262,79 +327,125 @@ class CelebATrainer:
     def _batch(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return tuple(part.to(self.device, non_blocking=True) for part in batch)
 
-    def _forever(self, loader: DataLoader):
-        while True:
-            for batch in loader:
-                yield self._batch(batch)
-
-    def _run(
-        self,
-        stage: str,
-        epochs: int,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-        losses_of: Callable[[Tensor, Tensor], dict[str, Tensor]],
-        checkpoint: str,
-    ) -> Path:
+    def _run(self, stage: Stage) -> Path:
         """The loop of both stages: epochs, validation, the best model."""
-        table_path = self.folder / f"metrics_{stage}.csv"
-        table_path.unlink(missing_ok=True)
-        table, best, path = MetricsTable(table_path), float("inf"), self.folder / checkpoint
-        for epoch in range(1, epochs + 1):
+        self._stage = stage
+        if self.state is not None and self.state["stage"] == stage.name:
+            self._restore(stage)
+        else:
+            self._save()  # a run killed from here on is resumed, not begun again
+        name, epochs = stage.name, stage.epochs
+        table = MetricsTable(self.folder / f"metrics_{name}.csv", stage.progress.rows)
+        while (epoch := stage.progress.epoch) <= epochs:
+            means = self._epoch(stage)
             started = time.perf_counter()
-            means = self._epoch(f"{stage} {epoch}/{epochs}", optimizer, scheduler, losses_of, path)
-            measured = self.validate(stage)
-            if not math.isfinite(measured["loss"]):
-                self._fail(f"{stage} epoch {epoch}/{epochs}, validation", next(iter(self.val))[0].to(self.device), path)
+            measured = self.validate(name)
             table.append(
                 {
                     "epoch": epoch,
-                    **{f"train_{'loss' if name == 'total' else name}": value for name, value in means.items()},
-                    **{f"val_{name}": value for name, value in measured.items()},
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "seconds": time.perf_counter() - started,
+                    **{f"train_{'loss' if key == 'total' else key}": value for key, value in means.items()},
+                    **{f"val_{key}": value for key, value in measured.items()},
+                    "lr": stage.optimizer.param_groups[0]["lr"],
+                    "seconds": stage.progress.seconds + time.perf_counter() - started,
                 }
             )
-            plot_curves(table_path, self.folder / f"curves_{stage}.png")
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-            self.log.info("%s epoch %d/%d: train loss %.4g; val %s", stage, epoch, epochs, means["total"], shown)
+            plot_curves(table.path, self.folder / f"curves_{name}.png")
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in measured.items())
+            self.log.info("%s epoch %d/%d: train loss %.4g; val %s", name, epoch, epochs, means["total"], shown)
+            best = stage.progress.best
             if measured["loss"] < best:
                 best = measured["loss"]
-                save_spnn(path, self.model, self.notes)
-        self.log.info("%s: best validation loss %.4g, kept in %s", stage, best, path)
-        return path
+                save_spnn(stage.checkpoint, self.model, self.notes)
+            stage.progress = Progress(epoch + 1, best=best, rows=table.rows)
+            self._save()
+        self._stop_if_asked()
+        self.log.info("%s: best validation loss %.4g, kept in %s", name, stage.progress.best, stage.checkpoint)
+        self._stage = None
+        return stage.checkpoint
 
-    def _fail(self, where: str, x: Tensor, path: Path) -> None:
-        """Stop, naming the block; ``path`` is where this stage keeps its checkpoint, once it has one."""
-        culprit = first_nonfinite(self.model, x) or "a gradient; every block's values are finite"
+    def _save(self) -> None:
+        """Write the state file of the stage under way; a state with a weight that is not finite replaces none."""
+        stage = self._stage
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            where = f"{stage.name} {stage.progress.epoch}/{stage.epochs}, before batch {stage.progress.batches + 1}"
+            self._fail(where, next(iter(self.val))[0])
+        state = {"settings": self.run, "stage": stage.name, "model": self.model.state_dict(), "random": random_state()}
+        save_state(self.folder / STATE_NAME, {**state, **stage.state_dict()})
+
+    def _restore(self, stage: Stage) -> None:
+        self.model.load_state_dict(self.state["model"])
+        stage.load_state_dict(self.state)
+        set_random_state(self.state["random"])
+        self.state = None  # as large as everything in training
+        progress = stage.progress
+        self.log.info("%s: resumed at epoch %d, batch %d", stage.name, progress.epoch, progress.batches + 1)
+
+    def _stop_if_asked(self) -> None:
+        """Save and raise `Stopped` where a signal came."""
+        if (signum := self.stopped()) is not None:
+            if self._stage is not None:
+                self._save()
+            raise Stopped(signum)
+
+    def _fail(self, where: str, x: Tensor, labels: Tensor | None = None, otherwise: str = "a loss") -> None:
+        """Stop, naming what is not finite first: a weight, the data, a block, or what is left."""
+        culprit = first_nonfinite(self.model, x.to(self.device))
+        if culprit is None and labels is not None and not labels.isfinite().all():
+            culprit = "the labels"
+        culprit = culprit or otherwise
+        path = self._stage.checkpoint
         kept = f"the last good checkpoint is kept, {path}" if path.is_file() else "no checkpoint of this stage yet"
         message = f"{where}: not a finite number in {culprit}; {kept}. Try a lower learning rate"
         self.log.error(message)
         raise TrainingFailed(message)
 
-    def _epoch(self, label: str, optimizer, scheduler, losses_of, path: Path) -> dict[str, float]:
-        """One pass over the training data; the means of the losses."""
+    def _names(self, progress: Progress, x: Tensor) -> str:
+        """The images of the batch under way: those that are not finite, if any, else all; their files if known."""
+        try:
+            keys = epoch_keys(self.train, progress.epoch - 1)[progress.batches]
+        except ValueError:  # shuffled by a sampler that nobody can ask again
+            return "its images are not known"
+        files = getattr(getattr(self.train.dataset, "source", self.train.dataset), "files", None)
+        indices = [key[0] if isinstance(key, tuple) else key for key in keys]  # (index, mirrored)
+        names = [f"image {index}" if files is None else files[index] for index in indices]
+        finite = x.isfinite().flatten(1).all(1).tolist()
+        names = [name for name, good in zip(names, finite, strict=True) if not good] or names
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    def _epoch(self, stage: Stage) -> dict[str, float]:
+        """One pass over the training data, or what is left of it; the means of the losses."""
         self.model.train()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        sums: dict[str, Tensor] = {}
-        progress = tqdm(self.train, desc=label, unit="batch", leave=False, dynamic_ncols=True)
-        for index, batch in enumerate(progress):
+        progress, count = stage.progress, len(self.train)
+        label = f"{stage.name} {progress.epoch}/{stage.epochs}"
+        batches = from_batch(self.train, progress.epoch - 1, progress.batches) if progress.batches < count else ()
+        bar = tqdm(batches, label, count, initial=progress.batches, unit="batch", leave=False, dynamic_ncols=True)
+        self._stop_if_asked()
+        before = time.perf_counter()
+        for batch in bar:
             x, labels = self._batch(batch)
-            optimizer.zero_grad(set_to_none=True)
+            stage.optimizer.zero_grad(set_to_none=True)
             with solved_once():  # g and g' share W and its gradient
-                losses = losses_of(x, labels)
+                losses = stage.losses_of(x, labels)
                 losses["total"].backward()
-            norm = nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
-            if not torch.isfinite(norm):  # weights are still good here: nothing has been applied
-                self._fail(f"{label}, batch {index + 1}", x, path)
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
+            try:
+                clip_gradients(self.model, self.settings.grad_clip, losses["total"].detach())
+            except FloatingPointError as error:  # weights are still good here: nothing has been applied
+                where = f"{label}, batch {progress.batches + 1} ({self._names(progress, x)})"
+                self._fail(where, x, labels, str(error))
+            stage.optimizer.step()
+            if stage.scheduler is not None:
+                stage.scheduler.step()
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-            if index % 10 == 0:
-                progress.set_postfix(loss=f"{losses['total'].item():.4g}")
-        return {name: (value / len(self.train)).item() for name, value in sums.items()}
+                progress.sums[name] = progress.sums.get(name, 0) + value.detach()
+            progress.batches += 1
+            if progress.batches % 10 == 1:
+                bar.set_postfix(loss=f"{losses['total'].item():.4g}")
+            progress.seconds += time.perf_counter() - before
+            before = time.perf_counter()
+            self._stop_if_asked()
+            if self.save_every and progress.batches % self.save_every == 0:
+                self._save()
+        return {name: (value / count).item() for name, value in progress.sums.items()}
 
     @torch.no_grad()
     def validate(self, stage: str) -> dict[str, float]:
@@ -342,6 +453,7 @@ class CelebATrainer:
         model = self.model.eval()
         sums, count, all_logits, all_labels, right_inverse = {}, 0, [], [], 0.0
         for batch in self.val:
+            self._stop_if_asked()
             x, labels = self._batch(batch)
             if stage == "forward":
                 losses, y = forward_losses(model, x, labels, self.settings)
@@ -349,6 +461,9 @@ class CelebATrainer:
                 all_labels.append(labels.cpu())
             else:
                 losses = natural_losses(model, x, self._origin, self.settings)
+            if self._stage is not None and not torch.isfinite(losses["total"]):
+                where = f"{stage} {self._stage.progress.epoch}/{self._stage.epochs}, validation"
+                self._fail(f"{where}, images {count} to {count + len(x) - 1}", x, labels)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(x)
             if count == 0:  # zero but for rounding: one batch tells

@@ -3,11 +3,13 @@
     python train_celeba.py --dataset_path /path/to/CelebAMask-HQ --is_forward_train --is_r_opt
     python train_celeba.py --config configs/faces_64.yml --dataset_path /path/to/faces
 
-Penrose diagnostics run on the test split after each stage. Results go to --checkpoint_dir.
+Penrose diagnostics run on the test split after each stage. Results go to --checkpoint_dir. A run that was stopped or
+killed goes on where it was with the same command and --resume.
 """
 
 import argparse
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from checkpoints import load_spnn, save_spnn
@@ -15,10 +17,34 @@ from data_loader import ATTRIBUTES, Loaders, download_dataset, make_loaders
 from diagnostics import diagnose, format_table
 from logger import get_logger
 from models import MIXINGS, SPNN
+from resume import (
+    STATE_NAME,
+    Stopped,
+    check_settings,
+    load_state,
+    locked,
+    outlive_stop_signals,
+    plain,
+    save_state,
+    stop_signals,
+)
 from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
-from utils import InputError, number, parse_with_config, resolve_device, run_command, seed_everything, write_json
+from utils import (
+    InputError,
+    number,
+    parse_with_config,
+    remove_temporaries,
+    resolve_device,
+    run_command,
+    seed_everything,
+    write_json,
+)
 
 SWITCH = argparse.BooleanOptionalAction  # --no-... takes back what a preset switches on
+# what does not decide the weights: a resumed run may have it otherwise
+FREE = ("config", "dataset_path", "workers", "strict", "no_cache", "checkpoint_dir", "overwrite", "resume",
+        "save_every", "device", "diagnose_samples")  # fmt: skip
+DONE = "done"  # in the state file of a run that has come to its end
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,6 +91,11 @@ def parser() -> argparse.ArgumentParser:
     run = p.add_argument_group("run")
     run.add_argument("--checkpoint_dir", default="check_points/", help="default %(default)s")
     run.add_argument("--overwrite", action=SWITCH, default=False, help="train anew where a trained model is")
+    run.add_argument("--resume", action=SWITCH, default=False,
+                     help="continue the run in --checkpoint_dir exactly where its last saved state is; begin it where "
+                     "there is none")  # fmt: skip
+    run.add_argument("--save_every", type=number(int, 0), default=500,
+                     help="steps between saved states; epoch ends are saved too (default %(default)s)")  # fmt: skip
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     run.add_argument("--seed", type=number(int, 0), default=0)
     run.add_argument("--diagnose_samples", type=number(int, 1), default=256, help="test images for the Penrose figures")
@@ -97,25 +128,83 @@ def build_model(args: argparse.Namespace, layer_channels: list | None) -> SPNN:
         raise InputError(f"architecture: {error}") from None
 
 
-def report(model: SPNN, loaders: Loaders, args: argparse.Namespace, device, folder: Path, stage: str) -> None:
+def until(stopped: Callable[[], int | None], batches: Iterable) -> Iterator:
+    """The batches, until a signal comes: `resume.Stopped` then."""
+    for batch in batches:
+        if (signum := stopped()) is not None:
+            raise Stopped(signum)
+        yield batch
+
+
+def report(model: SPNN, batches: Iterable, args: argparse.Namespace, device, folder: Path, stage: str) -> None:
     """Diagnostics after a stage: on screen, in the log, and as diagnostics_<stage>.json."""
-    measured = diagnose(model, loaders.test, device, args.diagnose_samples, args.seed, attributes=ATTRIBUTES)
+    measured = diagnose(model, batches, device, args.diagnose_samples, args.seed, attributes=ATTRIBUTES)
     get_logger("train_celeba", folder).info("test split after stage %s\n%s", stage, format_table(measured))
     write_json(folder / f"diagnostics_{stage}.json", measured)
 
 
+def find_state(folder: Path, resume: bool, overwrite: bool, run: dict) -> dict | None:
+    """The state to go on from, None for a run that begins.
+
+    Raises:
+        InputError: a run that is not finished and neither asked for nor to be overwritten, or one of other settings.
+    """
+    path = folder / STATE_NAME
+    if overwrite or not path.is_file():
+        return None
+    state = load_state(path)
+    if state["stage"] == DONE and state["settings"] | run != state["settings"]:
+        return None  # an earlier run, stage 1 perhaps, is no obstacle to the next
+    if resume:
+        check_settings(state["settings"], run, folder)
+        return state
+    if state["stage"] != DONE:
+        raise InputError(f"{path}: a run that is not finished; give --resume to continue it or --overwrite")
+    return None
+
+
+def starts_with_forward(args: argparse.Namespace, state: dict | None) -> bool:
+    """Whether stage 1 is the next to run."""
+    return args.is_forward_train and (state is None or state["stage"] == "forward")
+
+
 def main(argv: list[str] | None = None) -> int:
     args, layer_channels = parse(argv)
-    started = time.perf_counter()
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
     device, folder = resolve_device(args.device), Path(args.checkpoint_dir)
     seed_everything(args.seed)
-    if args.is_forward_train and (folder / FORWARD_CHECKPOINT).exists() and not args.overwrite:
+    run = {key: value for key, value in vars(args).items() if key not in FREE} | {"layer_channels": layer_channels}
+    with locked(folder):
+        state = find_state(folder, args.resume, args.overwrite, plain(run))
+        if state is not None and state["stage"] == DONE:
+            print(f"{folder}: this run is finished")
+            return 0
+        model, loaders = prepare(args, layer_channels, device, folder, state)
+        run |= {f"images in its {split} split": len(loader.dataset) for split, loader in loaders._asdict().items()}
+        if state is not None:
+            check_settings(state["settings"], run, folder)
+        with stop_signals() as stopped:
+            try:
+                train(args, layer_channels, device, folder, model, loaders, plain(run), state, stopped)
+            except Stopped as signal:
+                get_logger("train_celeba").info("%s: saved; continue with --resume", signal)
+                return signal.status
+    return 0
+
+
+def prepare(
+    args: argparse.Namespace, layer_channels: list | None, device, folder: Path, state: dict | None
+) -> tuple[SPNN, Loaders]:
+    """The model of the stage to begin with, and the data. Raises InputError where a stage cannot run in ``folder``."""
+    forward = starts_with_forward(args, state)
+    if state is None and forward and (folder / FORWARD_CHECKPOINT).exists() and not args.overwrite:
         raise InputError(f"{folder / FORWARD_CHECKPOINT} exists; give --overwrite or another --checkpoint_dir")
-    if not args.is_forward_train and not (folder / FORWARD_CHECKPOINT).is_file():
+    if not forward and not (folder / FORWARD_CHECKPOINT).is_file():
         raise InputError(f"{folder / FORWARD_CHECKPOINT}: no such file; run stage 1 first (--is_forward_train)")
 
     # before the data: a chain that does not fit should say so at once
-    model = build_model(args, layer_channels) if args.is_forward_train else load_spnn(folder / FORWARD_CHECKPOINT)[0]
+    model = build_model(args, layer_channels) if forward else load_spnn(folder / FORWARD_CHECKPOINT)[0]
     if args.img_size not in (None, model.img_size):
         file, size = folder / FORWARD_CHECKPOINT, model.img_size
         raise InputError(f"{file} takes {size}x{size} images, but --img_size is {args.img_size}")
@@ -129,10 +218,35 @@ def main(argv: list[str] | None = None) -> int:
         cache=not args.no_cache,
         pin_memory=device.type == "cuda",
     )
+    for loader in loaders:
+        loader.worker_init_fn = outlive_stop_signals
+    return model, loaders
+
+
+def train(
+    args: argparse.Namespace,
+    layer_channels: list | None,
+    device,
+    folder: Path,
+    model: SPNN,
+    loaders: Loaders,
+    run: dict,
+    state: dict | None,
+    stopped: Callable[[], int | None],
+) -> None:
+    """Run the stages that are asked for, or what is left of them.
+
+    Raises:
+        Stopped: ``stopped`` told of a signal; the state is saved.
+    """
+    started, forward = time.perf_counter(), starts_with_forward(args, state)
     log = get_logger("train_celeba", folder)
-    if args.is_forward_train:  # what an earlier run left must not stand beside this one's files
-        for name in (FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json"):
-            (folder / name).unlink(missing_ok=True)
+    remove_temporaries(folder)
+    if state is None:
+        (folder / STATE_NAME).unlink(missing_ok=True)
+        if forward:  # what an earlier run left must not stand beside this one's files
+            for name in (FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json"):
+                (folder / name).unlink(missing_ok=True)
     parameters = sum(p.numel() for p in model.parameters())
     log.info("SPNN with %.2f M parameters; %d training images", parameters / 1e6, len(loaders.train.dataset))
     write_json(folder / "settings.json", {**vars(args), "layer_channels": layer_channels})
@@ -148,23 +262,26 @@ def main(argv: list[str] | None = None) -> int:
 
     def trainer(model: SPNN, **notes) -> CelebATrainer:
         return CelebATrainer(
-            model.to(device), loaders.train, loaders.val, settings, folder, device, ATTRIBUTES, dict(notes)
-        )
+            model.to(device), loaders.train, loaders.val, settings, folder, device, ATTRIBUTES, dict(notes),
+            run, args.save_every, stopped, state,
+        )  # fmt: skip
 
-    if args.is_forward_train:
+    if forward:
         best = trainer(model).train_forward()
+        state = None
         model, notes = load_spnn(best)
         model.to(device)
         notes.pop("model")
-        save_spnn(best, model, {**notes, "typical_logits": typical_logits(model, loaders.val, device)})
-        report(model, loaders, args, device, folder, "forward")
+        typical = typical_logits(model, until(stopped, loaders.val), device)
+        save_spnn(best, model, {**notes, "typical_logits": typical})
+        report(model, until(stopped, loaders.test), args, device, folder, "forward")
     if args.is_r_opt:
         model, notes = load_spnn(folder / FORWARD_CHECKPOINT)
         best = trainer(model, typical_logits=notes.get("typical_logits")).optimise_r()
         model, _ = load_spnn(best)
-        report(model.to(device), loaders, args, device, folder, "r_opt")
+        report(model.to(device), until(stopped, loaders.test), args, device, folder, "r_opt")
+    save_state(folder / STATE_NAME, {"settings": run, "stage": DONE})  # what training held is not needed any more
     log.info("done in %.1f min; %s", (time.perf_counter() - started) / 60, best)
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -194,3 +195,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether ``path`` is what `atomic_write` leaves where the process is killed while it writes."""
+    named = re.fullmatch(r"\..+(\.\w+)\.[a-z0-9_]{8}\1", path.name) is not None
+    return named and path.is_file() and not path.is_symlink()
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Delete what a killed process left half written in ``folder``, and nothing else."""
+    for path in filter(is_temporary, Path(folder).glob(".*")):
+        path.unlink(missing_ok=True)

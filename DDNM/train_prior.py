@@ -3,7 +3,7 @@
     python DDNM/train_prior.py --images faces/CelebA-HQ-img --out DDNM/exp/logs/faces/prior --img_size 64
 
 The result is a diffusers folder (EMA weights) that ``prior.load_prior`` and ``UNet2DModel.from_pretrained`` read.
-Beside it: settings.json, train.log, metrics.csv, loss.png, samples/, and train_state.pth, from which ``--resume`` goes
+Beside it: settings.json, log.txt, metrics.csv, curves.png, samples/, and train_state.pth, from which ``--resume`` goes
 on as if nothing had happened.
 
 The loss is DDPM's simple one (Ho et al. 2020, equation 14):
@@ -12,22 +12,16 @@ The loss is DDPM's simple one (Ho et al. 2020, equation 14):
 
 import argparse
 import copy
-import csv
-import json
-import logging
 import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the command runs from any folder
 
-import matplotlib
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,18 +29,13 @@ from tqdm import tqdm
 from data_loader import find_images, load_image, save_image, to_uint8
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
-from utils import InputError, atomic_write, number, resolve_device, run_command, seed_everything
+from diagnostics import clip_gradients
+from logger import MetricsTable, get_logger, plot_curves
+from resume import STATE_NAME, Stopped, check_settings, is_empty, load_state, locked, plain, save_state, stop_signals
+from utils import InputError, number, remove_temporaries, resolve_device, run_command, seed_everything, write_json
 from weights import DTYPES
 
-matplotlib.use("Agg")  # no display needed
-from matplotlib import pyplot as plt  # noqa: E402
-
-log = logging.getLogger("train_prior")
-
-STATE_NAME, METRICS_NAME, LOG_NAME, SETTINGS_NAME, CURVE_NAME = (
-    "train_state.pth", "metrics.csv", "train.log", "settings.json", "loss.png",
-)  # fmt: skip
-METRICS = ("step", "loss", "lr", "grad_norm", "seconds")
+METRICS_NAME, CURVE_NAME = "metrics.csv", "curves.png"
 SAMPLE_STEPS = 50  # of the pictures at each save
 IN_MEMORY_BYTES = 4 << 30  # decoded images beyond this are read again for every batch
 # a resumed run must be the run it resumes: these settings decide what a step computes
@@ -151,37 +140,6 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
     return filled.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
-def plot_loss(rows: Sequence[dict], path: Path) -> None:
-    """Write the loss curve as a picture."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows])
-    axes.set(xlabel="step", ylabel="noise prediction error", yscale="log")
-    axes.grid(True, which="both", alpha=0.3)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Turn SIGINT and SIGTERM into a question: the yielded function says which came. A second one acts at once."""
-    received: list[int] = []
-    previous = {}
-
-    def note(signum: int, frame: object) -> None:
-        received.append(signum)
-        signal.signal(signum, previous[signum])
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        previous[signum] = signal.getsignal(signum)
-        signal.signal(signum, note)
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-
 class Trainer:
     """Everything that changes while training, and how it is saved and restored."""
 
@@ -208,60 +166,55 @@ class Trainer:
             self.workers = ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,))
         self.step = 0  # steps done
         self.seconds = 0.0  # spent training, over all runs
-        self.rows: list[dict] = []  # of metrics.csv
+        self.recent: list[tuple[float, float]] = []  # losses and gradient norms since the last row of metrics.csv
+        self.table: MetricsTable | None = None
+        self.run = plain({**{key: getattr(args, key) for key in TRAJECTORY}, "images": len(images)})
 
     # What is on disk -------------------------------------------------------------------------------------------
 
-    def restore(self) -> None:
-        """Continue from OUT/train_state.pth.
+    def begin(self, state: dict | None) -> None:
+        """Continue from a training state; None begins at step 0. Either way the state is on disk from here on."""
+        rows = []
+        if state is not None:
+            self.prior.unet.load_state_dict(state["model"])
+            self.ema.unet.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+            self.step, self.seconds, rows = state["step"], state["seconds"], state["rows"]
+            self.recent = [tuple(pair) for pair in state["recent"]]
+        self.table = MetricsTable(self.args.out / METRICS_NAME, rows)
+        if state is None:
+            self.save_state()
+
+    def save_state(self) -> None:
+        """Write the state file.
 
         Raises:
-            InputError: no such file, a damaged one, or one of a run with other settings or images.
+            InputError: a weight is not finite: such a state replaces none.
         """
-        path = self.args.out / STATE_NAME
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            settings, count = state["settings"], state["images"]
-        except Exception as error:  # a damaged file can raise almost anything
-            raise InputError(f"--resume: {path}: damaged, or not a training state ({type(error).__name__})") from None
-        for key in TRAJECTORY:
-            if settings.get(key) != _plain(getattr(self.args, key)):
-                raise InputError(
-                    f"--resume: the run in {self.args.out} has {key} {settings.get(key)}, not "
-                    f"{_plain(getattr(self.args, key))}; give the same, or start anew with --overwrite"
-                )
-        if count != len(self.images):
-            raise InputError(f"--resume: the run in {self.args.out} saw {count} images, {self.args.images} has "
-                             f"{len(self.images)}")  # fmt: skip
-        self.prior.unet.load_state_dict(state["model"])
-        self.ema.unet.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        metrics = self.args.out / METRICS_NAME
-        if metrics.is_file():
-            with open(metrics, newline="", encoding="utf-8") as file:  # a killed run wrote rows beyond its last state
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
-
-    def save(self, samples: bool = True) -> None:
-        """Write the state first, then what can be made from it: metrics, curve, EMA weights, samples."""
-        out = self.args.out
+        for name, weight in self.prior.unet.named_parameters():
+            if not weight.isfinite().all():
+                raise InputError(f"step {self.step}: not a finite number in weight {name}; try a smaller --lr")
         state = {
-            "settings": _settings(self.args),
-            "images": len(self.images),
+            "settings": self.run,
             "model": self.prior.unet.state_dict(),
             "ema": self.ema.unet.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "step": self.step,
             "seconds": self.seconds,
+            "recent": self.recent,
+            "rows": self.table.rows,
         }
-        with atomic_write(out / STATE_NAME) as temporary:
-            torch.save(state, temporary)
-        self.write_metrics()
+        save_state(self.args.out / STATE_NAME, state)
+
+    def save(self, samples: bool = True) -> None:
+        """Write the state first, then what can be made from it: curves, EMA weights, samples."""
+        out = self.args.out
+        self.save_state()
         save_prior(self.ema, out, DTYPES[self.args.save_dtype])
-        if self.rows:
-            plot_loss(self.rows, out / CURVE_NAME)
+        if self.table.rows:
+            plot_curves(self.table.path, out / CURVE_NAME)
         if samples and self.args.samples > 0:
             # its own generator, always the same: pictures of one run differ by training alone
             fixed = torch.Generator().manual_seed(self.args.seed)
@@ -269,12 +222,6 @@ class Trainer:
             noise = torch.randn(self.args.samples, 3, size, size, generator=fixed).to(self.device)
             pictures = ddim_sample(self.ema, self.schedule, noise, SAMPLE_STEPS)
             save_image(grid(pictures), out / "samples" / f"step_{self.step:06d}.png")
-
-    def write_metrics(self) -> None:
-        with atomic_write(self.args.out / METRICS_NAME) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, METRICS)
-            writer.writeheader()
-            writer.writerows(self.rows)
 
     # Training --------------------------------------------------------------------------------------------------
 
@@ -289,7 +236,7 @@ class Trainer:
         """One step of the optimiser: its loss and gradient norm.
 
         Raises:
-            InputError: the loss is not finite.
+            InputError: the loss or its gradient is not finite; nothing has been applied.
         """
         args = self.args
         indices = torch.randint(len(self.images), (args.batch_size,), generator=self.generator)
@@ -303,9 +250,13 @@ class Trainer:
         t = draw_steps(self.schedule, args.batch_size, args.noise_levels, self.generator)
         noise = torch.randn(x0.shape, generator=self.generator)
         value = self._gradients(*(part.to(self.device) for part in (x0, noise, t)))
-        norm = nn.utils.clip_grad_norm_(self.prior.parameters(), args.clip).item()
-        if not math.isfinite(value) or not math.isfinite(norm):
-            raise InputError(f"step {self.step + 1}: the loss is {value}, its gradient norm {norm}; try a smaller --lr")
+        try:
+            norm = clip_gradients(self.prior.unet, args.clip, value).item()
+        except FloatingPointError as error:
+            raise InputError(
+                f"step {self.step + 1} ({self._names(indices)}): the loss is {value}; not a finite number in {error}; "
+                "try a smaller --lr"
+            ) from None
         self.optimizer.step()
         update_ema(self.ema, self.prior, self.step, args.ema_decay)
         self.step += 1
@@ -331,54 +282,40 @@ class Trainer:
             parameter.grad = sum(gradients[index] for _, gradients in results)
         return sum(loss for loss, _ in results)
 
-    def train(self) -> int | None:
-        """Train to the end, or until a signal: its number then, with the state saved."""
-        args, losses, norms = self.args, [], []
-        saved_at = self.step
-        with (
-            stop_signals() as stopped,
-            tqdm(total=args.steps, initial=self.step, unit="step", disable=not sys.stderr.isatty()) as bar,
-        ):
-            while self.progress() < 1 and stopped() is None:
+    def _names(self, indices: Tensor) -> str:
+        names = [self.images.paths[i].name for i in indices.tolist()]
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    def train(self, stopped: Callable[[], int | None]) -> None:
+        """Train to the end.
+
+        Raises:
+            Stopped: ``stopped`` told of a signal; the state is saved.
+        """
+        args, log = self.args, get_logger("train_prior")
+        with tqdm(total=args.steps, initial=self.step, unit="step", disable=not sys.stderr.isatty()) as bar:
+            while self.progress() < 1:
+                if (signum := stopped()) is not None:
+                    self.save(samples=False)
+                    raise Stopped(signum)
                 began = time.perf_counter()
-                loss, norm = self.train_step()
+                self.recent.append(self.train_step())
                 self.seconds += time.perf_counter() - began
-                losses.append(loss)
-                norms.append(norm)
                 bar.update()
                 finished = self.progress() >= 1
                 if self.step % args.log_every == 0 or finished:
-                    row = {
-                        "step": self.step,
-                        "loss": f"{sum(losses) / len(losses):.6f}",
-                        "lr": f"{self.optimizer.param_groups[0]['lr']:.3e}",
-                        "grad_norm": f"{sum(norms) / len(norms):.4f}",
-                        "seconds": f"{self.seconds:.1f}",
-                    }
-                    self.rows.append(row)
-                    self.write_metrics()
-                    bar.set_postfix(loss=row["loss"])
-                    log.info("step %d/%d: loss %s, lr %s, gradient norm %s, %.2f s a step", self.step, args.steps,
-                             row["loss"], row["lr"], row["grad_norm"], self.seconds / self.step)  # fmt: skip
-                    losses, norms = [], []
+                    loss, norm = (sum(part) / len(self.recent) for part in zip(*self.recent, strict=True))
+                    rate = self.optimizer.param_groups[0]["lr"]
+                    self.table.append(
+                        {"step": self.step, "loss": loss, "lr": rate, "grad_norm": norm, "seconds": self.seconds}
+                    )
+                    bar.set_postfix(loss=f"{loss:.6f}")
+                    log.info("step %d/%d: loss %.6f, lr %.3e, gradient norm %.4f, %.2f s a step", self.step, args.steps,
+                             loss, rate, norm, self.seconds / self.step)  # fmt: skip
+                    self.recent = []
                 if self.step % args.save_every == 0 and not finished:
                     self.save()
-                    saved_at = self.step
-            signum = stopped()
-            if signum is None:
-                self.save()
-            elif self.step > saved_at:
-                self.save(samples=False)
-        return signum
-
-
-def _plain(value: object) -> object:
-    """A setting as JSON and a weights-only checkpoint hold it."""
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-
-
-def _settings(args: argparse.Namespace) -> dict:
-    return {key: _plain(value) for key, value in vars(args).items()}
+            self.save()
 
 
 def _widths(text: str) -> tuple[int, ...]:
@@ -400,7 +337,11 @@ def build_parser() -> argparse.ArgumentParser:
     positive, count = number(int, 1), number(int, 0)
     add("--images", type=Path, required=True, help="folder of images, flat or nested")
     add("--out", type=Path, required=True, help="result folder")
-    add("--resume", action="store_true", help="continue the run in OUT exactly where its last saved state is")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue the run in OUT exactly where its last saved state is; begin it where there is none",
+    )
     add("--overwrite", action="store_true", help="start anew in an OUT that is not empty")
     network = parser.add_argument_group("network")
     add = network.add_argument
@@ -436,71 +377,54 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse a result folder that would lose something, before anything is written or computed.
+def find_state(out: Path, resume: bool, overwrite: bool) -> dict | None:
+    """The state to go on from, None for a run that begins.
 
     Raises:
-        InputError: not empty and neither was asked for, both were, nothing to resume, or not a folder.
+        InputError: results that would be lost and neither was asked for, or a state that cannot be read.
     """
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: not a folder")
-    if resume and not (out / STATE_NAME).is_file():
-        raise InputError(f"--resume: {out / STATE_NAME}: no such file")
-    if out.is_dir() and any(out.iterdir()) and not resume and not overwrite:
+    if resume and (out / STATE_NAME).is_file():
+        return load_state(out / STATE_NAME)
+    if not is_empty(out) and not overwrite:
         raise InputError(f"--out {out}: not empty; give --resume to continue that run or --overwrite to start anew")
-
-
-def prepare_folder(out: Path, overwrite: bool) -> None:
-    """Make ``out``; with ``overwrite`` it loses what an earlier run of this command wrote.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if overwrite:  # by name: nothing that this command did not write is touched
-            own = [out / name for name in (STATE_NAME, METRICS_NAME, LOG_NAME, CURVE_NAME)]
-            for path in [*own, *(out / "samples").glob("step_*.png")]:
-                path.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    device = resolve_device(args.device)
-    check_folder(args.out, args.resume, args.overwrite)
+    device, out = resolve_device(args.device), args.out
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: not a folder")
     torch.set_num_threads(args.threads)
-    images = Images(args.images, args.img_size)
-    trainer = Trainer(args, images, device)
-    if args.resume:
-        trainer.restore()
-    prepare_folder(args.out, args.overwrite)  # only now: a mistake above leaves no folder behind
-    handlers = [logging.StreamHandler(sys.stderr), logging.FileHandler(args.out / LOG_NAME, encoding="utf-8")]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        with atomic_write(args.out / SETTINGS_NAME) as temporary:
-            temporary.write_text(json.dumps(_settings(args), indent=2) + "\n", encoding="utf-8")
-        parameters = sum(p.numel() for p in trainer.prior.parameters())
-        log.info("%d images, %s parameters, %s, torch %s", len(images), f"{parameters:,}", device, torch.__version__)
-        if args.resume:
-            log.info("resumed at step %d", trainer.step)
-        signum = trainer.train()
-        if signum is not None:
-            log.info("%s: saved at step %d; continue with --resume", signal.Signals(signum).name, trainer.step)
-            return 128 + signum
-        log.info("done: %d steps, %.1f minutes; %s", trainer.step, trainer.seconds / 60, args.out)
+    with locked(out):  # a mistake below leaves no folder behind
+        state = find_state(out, args.resume, args.overwrite)
+        images = Images(args.images, args.img_size)
+        trainer = Trainer(args, images, device)
+        if state is not None:
+            check_settings(state["settings"], trainer.run, out)
+        remove_temporaries(out)
+        if state is None:  # what an earlier run of this command left, by name: nothing else is touched
+            for path in (out / STATE_NAME, out / METRICS_NAME, out / CURVE_NAME, out / "log.txt",
+                         *(out / "samples").glob("step_*.png")):  # fmt: skip
+                path.unlink(missing_ok=True)
+        with stop_signals() as stopped:
+            try:
+                trainer.begin(state)  # a fresh run's first file: killed from here on, it is resumed
+                log = get_logger("train_prior", out)
+                write_json(out / "settings.json", plain(vars(args)))
+                parameters = sum(p.numel() for p in trainer.prior.parameters())
+                log.info("%d images, %s parameters, %s, torch %s", len(images), f"{parameters:,}", device,
+                         torch.__version__)  # fmt: skip
+                if state is not None:
+                    log.info("resumed at step %d", trainer.step)
+                trainer.train(stopped)
+            except Stopped as signal:
+                log.info("%s: saved at step %d; continue with --resume", signal, trainer.step)
+                return signal.status
+        log.info("done: %d steps, %.1f minutes; %s", trainer.step, trainer.seconds / 60, out)
         return 0
-    finally:
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()
 
 
 if __name__ == "__main__":

@@ -62,8 +62,35 @@ def test_table_grows_rows_and_columns_and_resumes(tmp_path):
         {"epoch": "2", "train_loss": "0.25", "val_loss": "nan"},
         {"epoch": "3", "train_loss": "", "val_loss": ""},
     ]
-    metrics.drop_from("epoch", 2)
-    assert [row["epoch"] for row in table(path)] == ["1"]
+
+
+def test_a_resumed_table_has_the_rows_of_its_state_and_no_others(tmp_path):
+    """A killed run wrote rows beyond its last saved state, or a line that was cut short."""
+    path = tmp_path / "metrics.csv"
+    first = MetricsTable(path)
+    first.append({"epoch": 1, "loss": 0.5})
+    saved = first.rows[:]
+    first.append({"epoch": 2, "loss": 0.25, "more": 1})
+    path.write_text(path.read_text() + "3,0.")
+    resumed = MetricsTable(path, saved)
+    assert table(path) == [{"epoch": "1", "loss": "0.5"}]
+    resumed.append({"epoch": 2, "loss": 0.125})
+    assert [row["loss"] for row in table(path)] == ["0.5", "0.125"]
+    MetricsTable(path, [])
+    assert not path.exists()
+
+
+def test_a_full_disk_costs_log_lines_and_no_tracebacks(tmp_path, monkeypatch, capsys):
+    log = get_logger("run", tmp_path)
+    handler = next(h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler))
+
+    def full(text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(handler.stream, "write", full, raising=False)
+    log.info("hello")
+    shown = capsys.readouterr().err
+    assert "hello" in shown and "Traceback" not in shown
 
 
 def test_a_line_cut_by_an_interruption_is_left_out(tmp_path):

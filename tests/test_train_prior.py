@@ -76,7 +76,7 @@ def test_the_result_is_a_prior_with_everything_beside_it(images, tmp_path, monke
     assert run(images, tmp_path, "--save_every", "2", "--samples", "3", "--save_dtype", "float16") == 0
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert names == {
-        "config.json", "scheduler_config.json", MODEL, "train_state.pth", "metrics.csv", "train.log", "loss.png",
+        "config.json", "scheduler_config.json", MODEL, "train_state.pth", "metrics.csv", "log.txt", "curves.png",
         "settings.json", "samples/step_000002.png", "samples/step_000003.png",
     }  # fmt: skip
     assert Image.open(tmp_path / "samples" / "step_000003.png").size == (48, 16)
@@ -99,13 +99,10 @@ def test_results_are_kept_unless_overwriting(images, tmp_path):
 
 
 def test_resume_refuses_another_run(images, tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        run(images, tmp_path / "none", "--resume")
-    assert not (tmp_path / "none").exists()
     assert run(images, tmp_path, "--steps", "1") == 0
     with pytest.raises(InputError, match="has seed 0, not 1"):
         run(images, tmp_path, "--resume", "--seed", "1")
-    with pytest.raises(InputError, match="saw 8 images.*has 4"):
+    with pytest.raises(InputError, match="has images 8, not 4"):
         run(images / "nested", tmp_path, "--resume")
     (tmp_path / "train_state.pth").write_bytes(b"junk")
     with pytest.raises(InputError, match="damaged"):
@@ -133,6 +130,46 @@ def test_a_mistake_leaves_no_folder_behind(images, tmp_path):
         with pytest.raises(InputError):
             run(folder, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_resume_begins_a_run_of_which_nothing_was_saved(images, tmp_path):
+    """So one command line serves a scheduler that starts it again and again."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".train_state.pth.abcd1234.pth").write_bytes(b"killed while it wrote this")
+    (tmp_path / "a" / ".lock").write_text("process 1")
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert run(images, out, "--resume", "--steps", "1") == 0
+        assert not list(out.glob(".*"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        run(images, tmp_path / "foreign", "--resume")
+
+
+def test_means_between_two_rows_survive_a_stop(images, tmp_path, monkeypatch):
+    for name in ("whole", "parts"):
+        with monkeypatch.context() as patch:
+            if name == "parts":
+                stop_after(patch, 2, signal.SIGTERM)
+                assert run(images, tmp_path / name, "--log_every", "3") == 128 + signal.SIGTERM
+        assert run(images, tmp_path / name, "--log_every", "3", "--resume") == 0
+    whole, parts = (list(csv.DictReader(open(tmp_path / n / "metrics.csv"))) for n in ("whole", "parts"))
+    assert len(whole) == 1 and all(whole[0][key] == parts[0][key] for key in ("step", "loss", "lr", "grad_norm"))
+
+
+def test_a_gradient_that_is_not_finite_names_the_images_and_the_weight(images, tmp_path, monkeypatch):
+    honest = train_prior.Images.batch
+
+    def batch(self, indices):
+        chosen = honest(self, indices)
+        chosen[1] = float("nan")
+        return chosen
+
+    monkeypatch.setattr(train_prior.Images, "batch", batch)
+    said = r"step 1 \(\d.png, \d.png.*\): the loss is nan.*in the gradient of \w+"
+    with pytest.raises(InputError, match=said):
+        run(images, tmp_path)
+    assert torch.load(tmp_path / "train_state.pth", weights_only=True)["step"] == 0
 
 
 def test_no_images_is_one_line(tmp_path):

@@ -1,0 +1,520 @@
+"""Runs that are stopped or killed: nothing is lost, and what comes out is what an undisturbed run gives."""
+
+import csv
+import errno
+import functools
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+import resume
+import train
+import train_celeba
+import utils
+from data_loader import ATTRIBUTES
+from DDNM import train_prior
+from resume import Stopped, check_settings, from_batch, load_state, locked, save_state, stop_signals
+from utils import InputError, remove_temporaries, run_command
+from weights import read_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = 32
+CHAIN = [
+    ["PixelUnshuffleBlock", {"r": 4}],
+    ["ConvPINNBlock", {"in_ch": 48, "out_ch": 1, "hidden": 4, "feat_size": 8}],
+    ["PixelUnshuffleBlock", {"r": 8}],
+    ["ConvPINNBlock", {"in_ch": 64, "out_ch": 40, "hidden": 8, "feat_size": 1}],
+]
+SETTINGS = {
+    "layer_channels": CHAIN, "img_size": SIZE, "is_forward_train": True, "is_r_opt": True, "epoch": 2, "r_epoch": 1,
+    "batch_size": 4, "workers": 0, "warmup_steps": 2, "reweight_every": 2, "lr": 1e-3, "r_lr": 1e-3, "device": "cpu",
+    "diagnose_samples": 2, "save_every": 2,
+}  # fmt: skip
+RESULTS = ("best_model.pth", "best_model_r_opt_real.pth")
+TABLES = ("metrics_forward.csv", "metrics_r_opt.csv")
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """30 pictures of 32x32 in CelebAMask-HQ's layout: 24 to train on, six batches an epoch."""
+    root = tmp_path_factory.mktemp("faces")
+    (root / "CelebA-HQ-img").mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["30", " ".join(ATTRIBUTES)]
+    for i in range(30):
+        picture = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+        picture.save(root / "CelebA-HQ-img" / f"{i}.jpg")
+        lines.append(f"{i}.jpg " + " ".join("1" if bit else "-1" for bit in rng.integers(0, 2, 40)))
+    (root / "CelebAMask-HQ-attribute-anno.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def spnn_arguments(faces: Path, folder: Path, **changes) -> list[str]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    preset = folder.parent / f"{folder.name}.yml"
+    preset.write_text(yaml.safe_dump({**SETTINGS, **changes}))
+    return ["--config", str(preset), "--dataset_path", str(faces), "--checkpoint_dir", str(folder)]
+
+
+def prior_arguments(faces: Path, folder: Path, steps: int = 12) -> list[str]:
+    return [
+        "--images", str(faces), "--out", str(folder), "--img_size", str(SIZE), "--channels", "8,16", "--norm_groups",
+        "4", "--attention_size", "0", "--batch_size", "4", "--steps", str(steps), "--warmup", "1", "--log_every", "2",
+        "--save_every", "2", "--samples", "0", "--device", "cpu", "--threads", "1",
+    ]  # fmt: skip
+
+
+COMMANDS = {"spnn": (train_celeba.main, spnn_arguments), "prior": (train_prior.main, prior_arguments)}
+
+
+def no_curves():
+    """The picture of the curves takes longer than the training."""
+    train.plot_curves = train_prior.plot_curves = lambda table, picture: None
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    monkeypatch.setattr(train, "plot_curves", lambda table, picture: None)
+    monkeypatch.setattr(train_prior, "plot_curves", lambda table, picture: None)
+
+
+def outcome(folder: Path) -> dict:
+    """What a run leaves: every weight, and the tables but for the time that was spent."""
+    found = {}
+    for path in sorted([*folder.glob("*.pth"), *folder.glob("*.safetensors")]):
+        if path.name != "train_state.pth":
+            found |= {f"{path.name}/{name}": tensor for name, tensor in read_weights(path).items()}
+    for path in sorted(folder.glob("*.csv")):
+        rows = csv.DictReader(open(path))
+        found[path.name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return found
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys() and len(one) > 5
+    for name, value in one.items():
+        same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        assert same, name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(faces, tmp_path_factory):
+    """What each command gives when nothing happens to it."""
+
+    @functools.cache
+    def run(kind: str) -> dict:
+        folder = tmp_path_factory.mktemp("undisturbed") / "run"
+        main, arguments = COMMANDS[kind]
+        assert main(arguments(faces, folder)) == 0
+        return outcome(folder)
+
+    return run
+
+
+# --- Killed ----------------------------------------------------------------------------------------------------------
+
+
+def victim(kind: str, arguments: list[str], die_at: tuple[str, int] | None) -> None:
+    """A training process; with ``die_at`` it kills itself at the n-th call of a function that every write goes
+    through: ``fsync`` cuts the temporary file in two first, as a machine that crashes may.
+    """
+    torch.set_num_threads(1)
+    no_curves()
+    if die_at is not None:
+        name, calls = die_at
+        honest, count = getattr(os, name), 0
+
+        def call(*args):
+            nonlocal count
+            count += 1
+            if count == calls:
+                if name == "fsync":
+                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return honest(*args)
+
+        setattr(os, name, call)
+    run_command(lambda: COMMANDS[kind][0](arguments))
+
+
+def killed_again_and_again(kind: str, arguments: list[str], kills: int, seed: int, within: float = 1.5) -> int:
+    """Run a command to its end, killing it ``kills`` times: by turns within so many seconds, whatever it is doing, and
+    in the midst of a write. How often it was killed.
+    """
+    context = multiprocessing.get_context("forkserver")  # torch is imported once; every victim is a fork of that
+    context.set_forkserver_preload(["train_celeba", "DDNM.train_prior"])
+    rng, hits = random.Random(seed), 0
+    for attempt in range(20 * kills):
+        last = hits == kills
+        die_at = (rng.choice(["fsync", "replace"]), rng.randint(1, 6)) if attempt % 2 and not last else None
+        process = context.Process(target=victim, args=(kind, [*arguments, "--resume"], die_at))
+        process.start()
+        if not attempt % 2 and not last:
+            process.join(rng.uniform(0.0, within) + (3.0 if attempt == 0 else 0.0))  # the first one imports
+            process.kill()
+        process.join(300)
+        assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+        hits += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0
+    return hits
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_run_killed_three_times_ends_as_the_undisturbed_one(kind, faces, undisturbed, tmp_path):
+    hits = killed_again_and_again(kind, COMMANDS[kind][1](faces, tmp_path / "run"), kills=3, seed=0)
+    assert hits >= 2
+    assert_same(outcome(tmp_path / "run"), undisturbed(kind))
+    assert not list((tmp_path / "run").glob(".*"))  # nothing half written is left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_run_killed_twenty_times_ends_as_the_undisturbed_one(kind, faces, tmp_path):
+    longer = {"epoch": 30, "r_epoch": 30} if kind == "spnn" else {"steps": 250}
+    main, arguments = COMMANDS[kind]
+    started = time.monotonic()
+    assert main(arguments(faces, tmp_path / "whole", **longer)) == 0
+    within = 0.1 * (time.monotonic() - started)  # or it would end before its twentieth kill
+    hits = killed_again_and_again(kind, arguments(faces, tmp_path / "parts", **longer), 20, seed=1, within=within)
+    assert hits == 20
+    assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+
+# --- Stopped at every single place -----------------------------------------------------------------------------------
+
+
+def spnn(faces, folder, *flags, **changes) -> int:
+    return train_celeba.main([*spnn_arguments(faces, folder, **changes), *flags])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "place, calls",
+    [
+        ("train.forward_losses", 1),
+        ("train.forward_losses", 9),  # the second epoch's second batch, validation's calls among them
+        ("train.right_inverse_error", 2),  # the second validation
+        ("train_celeba.typical_logits", 1),
+        ("train_celeba.diagnose", 1),
+        ("train.natural_losses", 3),
+        ("train_celeba.diagnose", 2),
+    ],
+)
+def test_a_run_that_is_stopped_saves_and_goes_on(faces, undisturbed, tmp_path, monkeypatch, signum, place, calls):
+    if signum == signal.SIGINT and place != "train.natural_losses":
+        pytest.skip("one place is enough to tell the signals apart")
+    module, name = place.split(".")
+    module = {"train": train, "train_celeba": train_celeba}[module]
+    honest, count = getattr(module, name), 0
+
+    def call(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == calls:
+            os.kill(os.getpid(), signum)
+        return honest(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, call)
+        assert spnn(faces, tmp_path / "run") == 128 + signum
+    assert count >= calls
+    torch.manual_seed(123)  # a resume must not lean on what the generators happen to be
+    assert spnn(faces, tmp_path / "run", "--resume") == 0
+    assert_same(outcome(tmp_path / "run"), undisturbed("spnn"))
+    diagnostics = {path.name for path in (tmp_path / "run").glob("diagnostics_*.json")}
+    assert diagnostics == {"diagnostics_forward.json", "diagnostics_r_opt.json"}
+
+
+def test_a_resume_loads_no_image_of_the_batches_that_are_done(faces, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        asked = iter(range(1000))
+        patch.setattr(train.CelebATrainer, "_stop_if_asked", stop_when(lambda: next(asked) == 4))
+        assert spnn(faces, tmp_path / "run") == 128 + signal.SIGTERM
+    assert load_state(tmp_path / "run" / "train_state.pth")["progress"]["batches"] == 4
+    asked, honest = [], train_celeba.make_loaders
+
+    def make_loaders(*args, **kwargs):
+        loaders = honest(*args, **kwargs)
+        source = loaders.train.dataset.source
+        batch = source.batch
+        source.batch = lambda indices, flip=None: asked.append(len(indices)) or batch(indices, flip)
+        return loaders
+
+    monkeypatch.setattr(train_celeba, "make_loaders", make_loaders)
+    monkeypatch.setattr(train.CelebATrainer, "validate", lambda self, stage: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        spnn(faces, tmp_path / "run", "--resume")
+    assert asked == [4, 4]  # six batches, of which four are done
+
+
+def stop_when(asked):
+    """A `_stop_if_asked` that saves and stops, as if by SIGTERM, where ``asked()``."""
+
+    def stop(self):
+        if asked():
+            self._save()
+            raise Stopped(signal.SIGTERM)
+
+    return stop
+
+
+def test_loader_processes_let_the_step_finish(faces, undisturbed, tmp_path, monkeypatch):
+    """A scheduler signals every process of a job, and a terminal's Ctrl-C reaches the whole group."""
+    honest, count = train.natural_losses, 0
+
+    def call(*args):
+        nonlocal count
+        count += 1
+        if count == 2:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGTERM)
+                os.kill(child.pid, signal.SIGINT)
+            assert multiprocessing.active_children()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        return honest(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "natural_losses", call)
+        assert spnn(faces, tmp_path / "run", workers=1) == 128 + signal.SIGTERM
+    assert load_state(tmp_path / "run" / "train_state.pth")["progress"]["batches"] == 2
+    assert spnn(faces, tmp_path / "run", "--resume", workers=1) == 0  # the number of workers changes nothing
+    assert_same(outcome(tmp_path / "run"), undisturbed("spnn"))
+
+
+def test_loader_processes_do_not_outlive_a_process_that_ends_without_them():
+    """Left to the interpreter's exit, they are sent SIGTERM and waited for: forever, were it ignored."""
+    code = (
+        "import torch\nfrom torch.utils.data import DataLoader\nfrom resume import outlive_stop_signals\n"
+        "loader = DataLoader(range(9), num_workers=1, persistent_workers=True, worker_init_fn=outlive_stop_signals)\n"
+        "kept = iter(loader)\nprint(next(kept))\nsys = __import__('sys')\nsys.kept = kept\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0 and "tensor([0])" in done.stdout, done.stderr
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(faces, tmp_path, monkeypatch):
+    """A run of stage 1 with a state file, stopped after its second step."""
+    with monkeypatch.context() as patch:
+        asked = iter(range(1000))
+        patch.setattr(train.CelebATrainer, "_stop_if_asked", stop_when(lambda: next(asked) == 2))
+        assert spnn(faces, tmp_path / "run") == 128 + signal.SIGTERM
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"lr": 2e-3}, "has lr 0.001, not 0.002"),
+        ({"seed": 7}, "has seed 0, not 7"),
+        ({"batch_size": 5}, "has batch_size 4, not 5"),
+        ({"epoch": 4}, "has epoch 2, not 4"),
+        ({"is_r_opt": False}, "has is_r_opt True, not False"),
+        ({"lambda_img_rec": 1.0}, "has lambda_img_rec 40.0, not 1.0"),
+        ({"layer_channels": [*CHAIN[:3], ["ConvPINNBlock", {**CHAIN[3][1], "hidden": 9}]]}, "has layer_channels"),
+    ],
+)
+def test_a_resume_with_another_setting_names_it(faces, stopped, changes, said):
+    before = (stopped / "train_state.pth").read_bytes()
+    with pytest.raises(InputError, match=f"the run in {stopped} {said}"):
+        spnn(faces, stopped, "--resume", **changes)
+    assert (stopped / "train_state.pth").read_bytes() == before
+
+
+def test_a_resume_with_other_images_is_refused(faces, stopped, tmp_path):
+    fewer = tmp_path / "fewer"
+    (fewer / "CelebA-HQ-img").mkdir(parents=True)
+    for path in faces.glob("CelebA-HQ-img/*.jpg"):
+        if path.stem != "3":
+            (fewer / "CelebA-HQ-img" / path.name).write_bytes(path.read_bytes())
+    table = "CelebAMask-HQ-attribute-anno.txt"
+    (fewer / table).write_text((faces / table).read_text())
+    with pytest.raises(InputError, match="has images in its train split 24, not 23"):
+        spnn(fewer, stopped, "--resume")
+
+
+def test_an_unfinished_run_is_not_begun_again_unasked(faces, stopped):
+    before = (stopped / "train_state.pth").read_bytes()
+    with pytest.raises(InputError, match="not finished; give --resume.*or --overwrite"):
+        spnn(faces, stopped)
+    with pytest.raises(InputError, match="exclude each other"):
+        spnn(faces, stopped, "--resume", "--overwrite")
+    assert (stopped / "train_state.pth").read_bytes() == before
+    assert spnn(faces, stopped, "--overwrite", epoch=1, is_r_opt=False) == 0
+
+
+def test_a_finished_run_is_left_alone_and_says_so(faces, tmp_path, capsys):
+    settings = {"epoch": 1, "is_r_opt": False}
+    assert spnn(faces, tmp_path / "run", **settings) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert spnn(faces, tmp_path / "run", "--resume", **settings) == 0
+    assert "finished" in capsys.readouterr().out
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    two = {"is_forward_train": False, "r_epoch": 1}  # stage 1's end is no obstacle to stage 2
+    assert spnn(faces, tmp_path / "run", "--resume", **two) == 0
+    assert (tmp_path / "run" / "best_model_r_opt_real.pth").is_file()
+
+
+@pytest.mark.parametrize("kind", ["junk", "cut", "pickle", "weights"])
+def test_a_state_file_that_is_none_is_one_line(faces, stopped, kind):
+    path = stopped / "train_state.pth"
+    if kind == "junk":
+        path.write_bytes(b"junk")
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif kind == "pickle":
+        torch.save({"settings": Stopped(2)}, path)  # an object: reading it would run code
+    else:
+        torch.save({"weight": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match="train_state.pth: (damaged|not a training state)") as error:
+        spnn(faces, stopped, "--resume")
+    assert "\n" not in str(error.value)
+
+
+# --- A disk that does not take it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize("function, code", [("fsync", errno.ENOSPC), ("replace", errno.EROFS), ("save", None)])
+def test_a_full_disk_or_read_only_folder_costs_a_line(kind, function, code, faces, undisturbed, tmp_path, monkeypatch):
+    main, arguments = COMMANDS[kind]
+    arguments = arguments(faces, tmp_path / "run")
+    path, kept = tmp_path / "run" / "train_state.pth", []
+    with monkeypatch.context() as patch:
+        owner = torch if function == "save" else os
+        honest = getattr(owner, function)
+
+        def fails(*args):
+            if path.exists() and load_state(path).get("step", load_state(path).get("progress")) != 0 and len(args[:1]):
+                kept.append(path.read_bytes())
+                if code is None:  # what torch says when the disk is full
+                    raise RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed")
+                raise OSError(code, os.strerror(code))
+            return honest(*args)
+
+        patch.setattr(owner, function, fails)
+        with pytest.raises(InputError, match="cannot write .*train_state.pth|cannot write .*run") as error:
+            main(arguments)
+    assert "\n" not in str(error.value)
+    if code is not None:
+        assert os.strerror(code) in str(error.value)
+    assert path.read_bytes() == kept[0]  # the last one stands, whole
+    assert not list(path.parent.glob(".*"))
+    assert main([*arguments, "--resume"]) == 0
+    assert_same(outcome(path.parent), undisturbed(kind))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(faces, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write .*run: Not a directory"):
+        train_celeba.main([*spnn_arguments(faces, tmp_path / "a")[:4], "--checkpoint_dir", str(tmp_path / "file/run")])
+
+
+# --- The parts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_with_a_broken_weight_replaces_none(faces, stopped, monkeypatch):
+    honest = torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        honest(self, *args, **kwargs)
+        self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(train.CelebATrainer, "_stop_if_asked", lambda self: self._save())
+    with pytest.raises(train.TrainingFailed, match="before batch 4: not a finite number in weight pinn.blocks.1"):
+        spnn(faces, stopped, "--resume")
+    state = load_state(stopped / "train_state.pth")
+    assert state["progress"]["batches"] == 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_an_order_that_nobody_knows_is_refused_and_a_known_one_is_cut():
+    data = TensorDataset(torch.arange(10))
+    assert [b[0].tolist() for b in from_batch(DataLoader(data, batch_size=4), 0, 1)] == [[4, 5, 6, 7], [8, 9]]
+    shuffled = DataLoader(data, batch_size=4, shuffle=True)
+    assert from_batch(shuffled, 0, 0) is shuffled
+    with pytest.raises(ValueError, match="order of an epoch must be known"):
+        from_batch(shuffled, 0, 1)
+
+
+def test_random_states_come_back():
+    torch.manual_seed(5)
+    state = resume.random_state()
+    drawn = torch.rand(3)
+    resume.set_random_state(state)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_settings_compare_as_they_come_back_from_the_file(tmp_path):
+    given = {"widths": (1, 2), "path": Path("a"), "rate": 1e-3, "none": None}
+    save_state(tmp_path / "state.pth", {"settings": resume.plain(given)})
+    saved = load_state(tmp_path / "state.pth")["settings"]
+    check_settings(saved, given, tmp_path)
+    with pytest.raises(InputError, match=r"has widths \[1, 2\], not \[1, 3\]"):
+        check_settings(saved, {**given, "widths": (1, 3)}, tmp_path)
+
+
+def test_a_second_signal_acts_at_once():
+    with stop_signals() as stopped, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped() == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def hold(folder: Path, ready, go) -> None:
+    with locked(folder):
+        ready.set()
+        go.wait(60)
+
+
+def test_a_folder_is_one_runs_and_free_again_when_that_is_killed(tmp_path):
+    folder = tmp_path / "a" / "b"
+    context = multiprocessing.get_context("forkserver")
+    ready, go = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(folder, ready, go))
+    process.start()
+    assert ready.wait(60)
+    with pytest.raises(InputError, match=f"{folder}: another run is writing there .process {process.pid} on "):
+        with locked(folder):
+            pass
+    process.kill()
+    process.join()
+    assert (folder / ".lock").exists() and resume.is_empty(folder)
+    with locked(folder):
+        (folder / "result").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["result"]
+
+
+def test_a_lock_leaves_no_folder_behind_where_nothing_was_written(tmp_path):
+    with locked(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_half_written_files_are_removed(tmp_path):
+    keep = ["a.pth", ".hidden", ".lock", ".a.pth.abc.pth", ".a.pth.abcdefgh.txt", ".vimrc.12345678"]
+    for name in [*keep, ".train_state.pth.ab_d3fgh.pth", ".sheet.png.abcdefgh.png"]:
+        (tmp_path / name).write_text("")
+    remove_temporaries(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(keep)
+    with utils.atomic_write(tmp_path / "new.csv") as temporary:
+        assert utils.is_temporary(temporary)
