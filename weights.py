@@ -1,19 +1,19 @@
-"""Weights: the one place where they are read, written, converted and fetched.
+"""Weights: the one place where they are read, written, converted and found.
 
 python weights.py convert best_model.pth best_model.safetensors --dtype float16
 """
 
 import argparse
-import hashlib
+import os
 import pickle
 import re
 import socket
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import getproxies
 
 import safetensors
@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from download import Unavailable, download_file, offline, sha256_of
 from utils import InputError, atomic_write, run_command
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -33,7 +34,7 @@ class KnownWeights:
     """A published weight file: where it is, where to put it by hand, and how to recognise it.
 
     ``repo`` is a hub id ``owner/name`` (None where the file is on no hub), ``manual_path`` is relative to the
-    repository root, ``mirrors`` are further addresses, ``size`` is in bytes.
+    repository root, ``mirrors`` are further addresses of the file itself.
     """
 
     name: str
@@ -42,13 +43,13 @@ class KnownWeights:
     manual_path: str
     mirrors: tuple[str, ...] = ()
     sha256: str | None = None
-    size: int | None = None
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Every place that holds the file, the hub first."""
-        hub = (f"https://huggingface.co/{self.repo}",) if self.repo is not None else ()
-        return hub + self.mirrors
+        """Every address of the file, the hub's first."""
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        on_hub = (f"{hub}/{self.repo}/resolve/main/{quote(self.filename)}",) if self.repo is not None else ()
+        return on_hub + self.mirrors
 
 
 KNOWN = {
@@ -65,7 +66,10 @@ KNOWN = {
             repo="gwang-kim/DiffusionCLIP-CelebA_HQ",
             filename="celeba_hq.ckpt",
             manual_path="DDNM/exp/logs/celeba/celeba_hq.ckpt",
-            mirrors=("https://drive.google.com/file/d/1wSoA5fm_d6JBZk4RZ1SzWLMgev4WqH21/view",),
+            mirrors=(
+                "https://drive.usercontent.google.com/download?id=1wSoA5fm_d6JBZk4RZ1SzWLMgev4WqH21"
+                "&export=download&confirm=t",
+            ),
             sha256="6cbb630eb856ff3ebe4854fe87af3c21a052765678955999db97ea15b5eeb8a5",
         ),
         KnownWeights(
@@ -195,47 +199,28 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Pa
     module.load_state_dict(state, strict=True)  # copies in place, which converts to the module's dtype
 
 
-# Fetching -------------------------------------------------------------------------------------------------------
+# Finding --------------------------------------------------------------------------------------------------------
 
 
-def sha256_of(path: str | Path) -> str:
-    """The SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def check_file(path: str | Path, known: KnownWeights, verify: bool = False) -> None:
-    """Compare a file with what is known of it: its size, and with ``verify`` its SHA-256 (seconds for 455 MB).
+def check_file(path: str | Path, known: KnownWeights) -> None:
+    """Compare a file's SHA-256 with the published one (a second for 455 MB); nothing where none is known.
 
     Raises:
-        InputError: another size or hash than published.
+        InputError: another one.
     """
-    path = Path(path)
-    size = path.stat().st_size
-    if known.size is not None and size != known.size:
-        raise InputError(f"weights {path}: {size:,} bytes, the published file has {known.size:,}; fetch it again")
-    if verify and known.sha256 is not None and (found := sha256_of(path)) != known.sha256:
+    if known.sha256 is not None and (found := sha256_of(path)) != known.sha256:
         raise InputError(f"weights {path}: SHA-256 {found}, the published file has {known.sha256}; fetch it again")
 
 
-def missing_message(known: Iterable[KnownWeights], reasons: Mapping[str, str] | None = None) -> str:
-    """One message for every weight file that could not be had: its addresses, and where to put it by hand.
-
-    Args:
-        reasons: the name of a `KnownWeights` -> why fetching it failed.
-    """
-    known = list(known)
-    lines = [f"{len(known)} weight file{'s' if len(known) != 1 else ''} could not be found or fetched:"]
-    for item in known:
-        reason = (reasons or {}).get(item.name)
-        lines.append(f"  {item.name}: {item.filename}" + (f" ({reason})" if reason else ""))
-        lines.append(f"    put it at {item.manual_path}, from any of")
-        lines.extend(f"      {address}" for address in item.addresses)
-        if item.sha256 is not None:
-            lines.append(f"      (sha256 {item.sha256})")
+def missing_message(missing: Mapping[KnownWeights, Mapping[str, str]]) -> str:
+    """One message for every weight file that could not be had: where to put it by hand, and its addresses, each with
+    the reason why it did not give the file."""
+    lines = [f"{len(missing)} weight file{'s' if len(missing) != 1 else ''} could not be found or fetched:"]
+    for known, reasons in missing.items():
+        lines += [f"  {known.name}: {known.filename}", f"    put it at {known.manual_path}, from any of"]
+        lines += [f"      {a} ({reasons[a]})" if a in reasons else f"      {a}" for a in known.addresses]
+        if known.sha256 is not None:
+            lines.append(f"      (sha256 {known.sha256})")
     return "\n".join(lines)
 
 
@@ -244,19 +229,31 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
+def cached_by_hub(repo: str, filename: str) -> Path | None:
+    """A file of a Hugging Face hub repository in that client's own cache, or None."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    cached = try_to_load_from_cache(repo, filename)
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def download(repo: str, filename: str) -> Path:
-    """A file of a Hugging Face hub repository, from the local cache where it is already there.
+    """A file of any Hugging Face hub repository, from the hub client's cache where it is already there.
 
     Raises:
         InputError: no connection, no such repository or file, or huggingface_hub is not installed.
     """
     try:
-        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.utils import logging as hub_logging
     except ImportError:
         raise InputError(f"{repo}/{filename}: fetching needs huggingface_hub: pip install huggingface_hub") from None
-    if isinstance(cached := try_to_load_from_cache(repo, filename), str):
-        return Path(cached)
+    if (cached := cached_by_hub(repo, filename)) is not None:
+        return cached
+    if offline():
+        raise InputError(f"{repo}/{filename}: not in the hub client's cache, and HF_HUB_OFFLINE is set")
     if not getproxies():  # without a name server the client would retry for half a minute before it says so
         host = urlsplit(constants.ENDPOINT).hostname
         try:
@@ -298,38 +295,34 @@ class MissingWeights(InputError):
     """A known file is neither at its manual path nor to be fetched.
 
     Attributes:
-        known: which one. reason: why it could not be fetched, one line.
+        known: which one. reasons: its addresses -> why each did not give it, one line.
     """
 
-    def __init__(self, known: KnownWeights, reason: str) -> None:
-        super().__init__(missing_message([known], {known.name: reason}))
-        self.known, self.reason = known, reason
+    def __init__(self, known: KnownWeights, reasons: Mapping[str, str]) -> None:
+        super().__init__(missing_message({known: reasons}))
+        self.known, self.reasons = known, reasons
 
 
-def fetch(known: KnownWeights, root: str | Path = Path(__file__).parent, verify: bool = False) -> Path:
-    """A known file: at its manual path under ``root``, else from its hub repository, where its hash is checked.
+def fetch(known: KnownWeights, root: str | Path = Path(__file__).parent) -> Path:
+    """A known file: at its manual path under ``root``, in the hub client's cache, else fetched to the manual path.
 
-    Args:
-        verify: hash a file at the manual path too.
+    Its SHA-256 is checked wherever it comes from.
 
     Raises:
-        MissingWeights: in neither place.
-        InputError: a file that is not the published one.
+        MissingWeights: it is nowhere to be had.
+        InputError: a file that is not the published one, or a folder that cannot be written.
     """
-    manual = Path(root) / known.manual_path
-    if manual.is_file():
-        check_file(manual, known, verify)
-        return manual
-    reason = "on no hub"
-    if known.repo is not None:
-        try:
-            path = download(known.repo, known.filename)
-        except InputError as error:
-            reason = str(error)
+    path = Path(root) / known.manual_path
+    if not path.is_file():
+        if known.repo is not None and (cached := cached_by_hub(known.repo, known.filename)) is not None:
+            path = cached
         else:
-            check_file(path, known, verify=True)
-            return path
-    raise MissingWeights(known, reason)
+            try:
+                return download_file(known.addresses, path, known.sha256)
+            except Unavailable as error:
+                raise MissingWeights(known, error.reasons) from None
+    check_file(path, known)
+    return path
 
 
 # Command --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -228,7 +228,7 @@ def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
     Raises:
         InputError: one message for all that is missing: addresses, and where to put the files.
     """
-    missing: dict[KnownWeights, str] = {}
+    missing: dict[KnownWeights, Mapping[str, str]] = {}
     found, problems = {}, []
     for flag, source in (("spnn", args.spnn), ("prior", args.prior)):
         if source is None:
@@ -246,11 +246,11 @@ def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
             else:
                 found[flag] = str(locate(source, "spnn.safetensors"))
         except MissingWeights as error:
-            missing[error.known] = error.reason
+            missing[error.known] = error.reasons
         except InputError as error:
             problems.append(f"--{flag}: {error}")
     if missing:
-        problems.insert(0, missing_message(missing, {known.name: reason for known, reason in missing.items()}))
+        problems.insert(0, missing_message(missing))
     if problems:
         raise InputError("\n".join(problems))
     return Path(found["spnn"]), found["prior"]
