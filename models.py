@@ -9,6 +9,7 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 Letters: B batch, C channels, H and W size, d classes; x an image, y logits, z a latent, u a mixed feature map.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -357,7 +358,7 @@ class ConvPINNBlock(Surjection):
             raise ValueError(f"{self.name}: feat_size must be 1, even or None, got {feat_size}; None fits any size")
         if mix_type not in MIXINGS:
             raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
-        if hidden < 1 or not scale_bound > 0:
+        if hidden < 1 or not 0 < scale_bound < math.inf:
             raise ValueError(f"{self.name}: hidden and scale_bound must be positive, got {hidden} and {scale_bound}")
         self.in_ch, self.out_ch, self.feat_size, self.scale_bound = in_ch, out_ch, feat_size, scale_bound
 

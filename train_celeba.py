@@ -16,7 +16,16 @@ from diagnostics import diagnose, format_table
 from logger import get_logger
 from models import MIXINGS, SPNN
 from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
-from utils import InputError, number, parse_with_config, resolve_device, run_command, seed_everything, write_json
+from utils import (
+    LARGEST_SEED,
+    InputError,
+    number,
+    parse_with_config,
+    resolve_device,
+    run_command,
+    seed_everything,
+    write_json,
+)
 
 SWITCH = argparse.BooleanOptionalAction  # --no-... takes back what a preset switches on
 
@@ -66,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--checkpoint_dir", default="check_points/", help="default %(default)s")
     run.add_argument("--overwrite", action=SWITCH, default=False, help="train anew where a trained model is")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    run.add_argument("--seed", type=number(int, 0), default=0)
+    run.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0)
     run.add_argument("--diagnose_samples", type=number(int, 1), default=256, help="test images for the Penrose figures")
     return p
 

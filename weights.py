@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import socket
-import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,26 +87,35 @@ KNOWN = {
 
 def _load_file(path: Path) -> object:
     """The object in ``path``, read without running any code that the file may carry."""
+    damaged = f"weights {path}: truncated or damaged ({path.stat().st_size:,} bytes); fetch or write it again"
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"weights {path}: cannot be read: {error.strerror or error}") from None
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start == b"PK":
+            with zipfile.ZipFile(path) as archive:  # torch.save stores; what is compressed may unpack to any size
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise InputError(f"weights {path}: a compressed archive, which torch.save does not write; refused")
+        elif start[:1] != pickle.PROTO:  # tar archives too, which older versions of torch unpack
+            raise InputError(damaged if not start else f"weights {path}: not a weight file, or a damaged one")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said once, here
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "weights_only" in str(error).lower() and "global" in str(error).lower():
+        # torch's own advice comes before its reason
+        if re.search(r"global|class|trying to|can only", str(error).rpartition("WeightsUnpickler error")[2].lower()):
             raise InputError(
                 f"weights {path}: holds more than tensors and would run code when loaded; refused. Save it as a plain "
                 f"state dict, or get it from a source that offers one"
             ) from None
         raise InputError(f"weights {path}: not a weight file, or a damaged one") from None
-    except (
-        safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError,
-        AttributeError, struct.error, zipfile.BadZipFile,
-    ):  # fmt: skip  # what torch.load and safetensors raise on damaged files
-        raise InputError(
-            f"weights {path}: truncated or damaged ({path.stat().st_size:,} bytes); fetch or write it again"
-        ) from None
+    except PermissionError as error:
+        raise InputError(f"weights {path}: cannot be read: {error.strerror}") from None
+    except Exception:  # torch.load and safetensors raise almost anything on damaged bytes
+        raise InputError(damaged) from None
 
 
 def _is_state_dict(value: object) -> bool:
@@ -124,7 +133,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     names share is stripped. No code in the file is run.
 
     Raises:
-        InputError: no such file, a damaged one, one that would run code, or one that holds no state dict.
+        InputError: no such file, a damaged one, one that would run code, or one that holds no state dict of plain,
+            finite tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -139,9 +149,29 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             what = f"keys {[str(k) for k in list(loaded)[:4]]}" if keys else f"a {type(loaded).__name__}"
             raise InputError(f"weights {path}: expected a state dict (name -> tensor), found {what}")
         (loaded,) = inner.values()
+    for name, tensor in loaded.items():
+        check_tensor(name, tensor, path)
     if all(name.startswith("module.") for name in loaded):  # written from inside DataParallel
         loaded = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
     return dict(loaded)
+
+
+def check_tensor(name: str, tensor: Tensor, path: str | Path) -> None:
+    """Refuse what is no plain tensor of finite numbers.
+
+    Args:
+        path: the file it came from: a tensor cannot be larger than that.
+
+    Raises:
+        InputError: names the tensor and what is wrong with it.
+    """
+    kinds = (*DTYPES.values(), torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+    if tensor.layout != torch.strided or tensor.dtype not in kinds or tensor.device.type != "cpu":
+        raise InputError(f"weights {path}: {name} is no plain tensor of real numbers ({tensor.dtype}, {tensor.layout})")
+    if tensor.numel() * tensor.element_size() > Path(path).stat().st_size:  # one number, repeated by its strides
+        raise InputError(f"weights {path}: {name} claims shape {list(tensor.shape)}, more than the file holds")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise InputError(f"weights {path}: {name} holds NaN or infinity")
 
 
 def write_weights(path: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
@@ -172,14 +202,15 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], dtype: torch.dt
             raise OSError(str(error)) from error
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load ``state`` into ``module``: every name and shape must match. Floats take the module's own dtype.
+def check_fits(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse a state dict that is not the module's own: every name and shape must match, and floats be floats.
 
     Args:
+        module: may be on the meta device: what a stranger's settings ask for is then known before it costs memory.
         path: where ``state`` came from, for the message.
 
     Raises:
-        InputError: names the first missing and unexpected tensors, or a tensor with both its shapes.
+        InputError: names the first missing and unexpected tensors, or a tensor with both its shapes or types.
     """
     own = module.state_dict()
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
@@ -191,11 +222,20 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Pa
         parts = ([f"missing {some(missing)}"] if missing else []) + ([f"unexpected {some(extra)}"] if extra else [])
         raise InputError(f"weights {path}: do not fit {type(module).__name__}: {'; '.join(parts)}")
     for name, tensor in state.items():
+        needs = f"{type(module).__name__} needs"
         if tensor.shape != own[name].shape:
-            raise InputError(
-                f"weights {path}: {name} has shape {list(tensor.shape)}, {type(module).__name__} needs "
-                f"{list(own[name].shape)}"
-            )
+            raise InputError(f"weights {path}: {name} has shape {list(tensor.shape)}, {needs} {list(own[name].shape)}")
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise InputError(f"weights {path}: {name} is {tensor.dtype}, {needs} {own[name].dtype}")
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load ``state`` into ``module``: every name and shape must match. Floats take the module's own dtype.
+
+    Raises:
+        InputError: as `check_fits`.
+    """
+    check_fits(module, state, path)
     module.load_state_dict(state, strict=True)  # copies in place, which converts to the module's dtype
 
 

@@ -39,11 +39,12 @@ from judge import load_judge  # noqa: E402
 from logger import get_logger  # noqa: E402
 from metrics import agreement, prob_error, psnr  # noqa: E402
 from models import SPNN  # noqa: E402
-from utils import InputError, nearest, number, parse_with_config, resolve_device, run_command  # noqa: E402
+from utils import LARGEST_SEED, InputError, file_name, nearest, number, parse_with_config, resolve_device, run_command  # noqa: E402
 from weights import KNOWN, KnownWeights, MissingWeights, fetch, locate, missing_message  # noqa: E402
 
 DDNM = ROOT / "DDNM"
 SAMPLES = DDNM / "exp" / "image_samples"
+PICTURES = ("input", "reconstruction", "unguided")  # folders of a result folder
 # settings that only a config file has: the architecture of a prior in the published layout
 CONFIG_ONLY = ("prior_model", "prior_image_size")
 
@@ -95,13 +96,19 @@ def parser() -> argparse.ArgumentParser:
 
     sampler = p.add_argument_group("sampler")
     sampler.add_argument("--steps", type=number(int, 1, 1000), default=100, help="T_sampling (default %(default)s)")
-    sampler.add_argument("--travel_length", type=number(int, 1), default=1, help="time travel (default %(default)s)")
-    sampler.add_argument("--travel_repeat", type=number(int, 1), default=1, help="time travel (default %(default)s)")
+    sampler.add_argument(
+        "--travel_length", type=number(int, 1, 1000), default=1, help="time travel (default %(default)s)"
+    )
+    sampler.add_argument(
+        "--travel_repeat", type=number(int, 1, 1000), default=1, help="time travel (default %(default)s)"
+    )
     sampler.add_argument("--eta", type=number(float, 0, 1), help="DDIM's variance; not given: the published one")
 
     run = p.add_argument_group("run")
-    run.add_argument("--batch_size", type=number(int, 1), default=1, help="images at once (default %(default)s)")
-    run.add_argument("--seed", type=number(int, 0), default=1234)
+    run.add_argument(
+        "--batch_size", type=number(int, 1, 100_000), default=1, help="images at once (default %(default)s)"
+    )
+    run.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=1234)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     run.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the prior's network")
     run.add_argument("--base_rate", action=argparse.BooleanOptionalAction, default=False,
@@ -130,8 +137,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict]:
     args.config = str(config)
     if args.published_rule:
         args.clip_x0, args.max_move, args.last_bp_step = False, 0.0, 0
-    if not isinstance(others.get("prior_model", {}), dict) or not isinstance(others.get("prior_image_size", 1), int):
-        raise InputError(f"config {config}: prior_model must be a mapping, prior_image_size a whole number")
+    size = others.get("prior_image_size", 1)
+    if not isinstance(others.get("prior_model", {}), dict) or type(size) is not int or not 1 <= size <= 4096:
+        raise InputError(f"config {config}: prior_model must be a mapping, prior_image_size a whole number to 4096")
     return args, others
 
 
@@ -157,8 +165,8 @@ def image_names(paths: Sequence[Path], top: Path) -> list[str]:
     """A name for each image's results: its path below ``top`` without suffix; with it, or a number, where two meet."""
     top = top if top.is_dir() else top.parent
     relative = [path.relative_to(top) for path in paths]
-    names = ["__".join(r.with_suffix("").parts) for r in relative]
-    names = [n if names.count(n) == 1 else "__".join(r.parts) for n, r in zip(names, relative, strict=True)]
+    names = [file_name("__".join(r.with_suffix("").parts)) for r in relative]
+    names = [n if names.count(n) == 1 else file_name("__".join(r.parts)) for n, r in zip(names, relative, strict=True)]
     apart: list[str] = []
     for name in names:
         number = 1
@@ -309,12 +317,15 @@ def result_folder(name: str, overwrite: bool, ask: bool) -> Path:
             overwrite = input(f"{folder} has results. Replace them? [y/N] ").strip().lower() in ("y", "yes")
         if not overwrite:
             raise InputError(f"{folder} is not empty; give --overwrite or another --image_folder")
+    for link in (folder / kind for kind in PICTURES):
+        if link.is_symlink():  # pictures written, or deleted, through it would be somebody else's
+            raise InputError(f"{link} is a link; results are written inside {SAMPLES} only")
     return folder
 
 
 def clear_results(folder: Path) -> None:
     """Delete what an earlier run wrote into its result folder, and nothing else."""
-    pictures = [f"{kind}/*.png" for kind in ("input", "reconstruction", "unguided")]
+    pictures = [f"{kind}/*.png" for kind in PICTURES]
     for pattern in ("sheet*.png", "results.json", "results.csv", "logits.csv", "log.txt", *pictures):
         for file in folder.glob(pattern):
             file.unlink()
