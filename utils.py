@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,10 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> dict:
     try:
         if path.stat().st_size > LARGEST_CONFIG:
             raise InputError(f"config {path}: {path.stat().st_size:,} bytes, more than {LARGEST_CONFIG:,}")
-        settings = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        text = path.read_text(encoding="utf-8")
+        if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > 50:  # PyYAML's time is quadratic in it
+            raise RecursionError
+        settings = yaml.load(text, _PlainLoader)
     except InputError:
         raise
     except RecursionError:
