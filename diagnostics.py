@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, PixelUnshuffleBlock, concatenated, solved_once
-from utils import InputError, atomic_write, number, resolve_device, run_command
+from utils import LARGEST_SEED, InputError, atomic_write, number, resolve_device, run_command
 
 IDENTITIES = {
     "right_inverse": "g g' (y) = y",
@@ -384,7 +384,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=number(int, 1), default=64, help="images for the identities (default: 64)")
     p.add_argument("--json", metavar="FILE", help="write the report there too")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of the random targets (default: 0)")
+    p.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0, help="of the random targets (default: 0)")
     return p
 
 

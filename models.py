@@ -9,6 +9,7 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 Letters: B batch, C channels, H and W size, d classes; x an image, y logits, z a latent, u a mixed feature map.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in the type that mixing and coupling compute in: float32, or float64 where it has it already."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def check_whole(owner: str, **values: object) -> None:
+    """Refuse what is no whole number, by name: settings come from files."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{owner}: {name} must be a whole number, got {value!r}")
 
 
 # --- Orthogonal mixing -----------------------------------------------------------------------------------------------
@@ -285,6 +293,7 @@ class PixelUnshuffleBlock(Surjection):
 
     def __init__(self, r: int):
         super().__init__()
+        check_whole("PixelUnshuffleBlock", r=r)
         if r < 1:
             raise ValueError(f"PixelUnshuffleBlock(r={r}): r must be at least 1")
         self.r = r
@@ -351,13 +360,18 @@ class ConvPINNBlock(Surjection):
     ):
         super().__init__()
         self.name = f"ConvPINNBlock({in_ch}->{out_ch})"
+        check_whole(self.name, in_ch=in_ch, out_ch=out_ch, hidden=hidden)
+        if feat_size is not None:
+            check_whole(self.name, feat_size=feat_size)
+        if not isinstance(scale_bound, (int, float)):
+            raise ValueError(f"{self.name}: scale_bound must be a number, got {scale_bound!r}")
         if not 0 < out_ch < in_ch:
             raise ValueError(f"{self.name}: out_ch must be below in_ch and above 0, got out_ch {out_ch}, in_ch {in_ch}")
         if feat_size is not None and (feat_size < 1 or feat_size > 1 and feat_size % 2):
             raise ValueError(f"{self.name}: feat_size must be 1, even or None, got {feat_size}; None fits any size")
-        if mix_type not in MIXINGS:
+        if not isinstance(mix_type, str) or mix_type not in MIXINGS:
             raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
-        if hidden < 1 or not scale_bound > 0:
+        if hidden < 1 or not 0 < scale_bound < math.inf:
             raise ValueError(f"{self.name}: hidden and scale_bound must be positive, got {hidden} and {scale_bound}")
         self.in_ch, self.out_ch, self.feat_size, self.scale_bound = in_ch, out_ch, feat_size, scale_bound
 
@@ -647,6 +661,7 @@ class SPNN(nn.Module):
         layer_channels: Sequence | None = None,
     ):
         super().__init__()
+        check_whole("SPNN", img_ch=img_ch, num_classes=num_classes, hidden=hidden, img_size=img_size)
         if layer_channels is None:
             blocks = built_in_blocks(img_size, num_classes, hidden, scale_bound, mix_type)
         else:

@@ -30,6 +30,7 @@ from resume import (
 )
 from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
 from utils import (
+    LARGEST_SEED,
     InputError,
     number,
     parse_with_config,
@@ -97,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--save_every", type=number(int, 0), default=500,
                      help="steps between saved states; epoch ends are saved too (default %(default)s)")  # fmt: skip
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    run.add_argument("--seed", type=number(int, 0), default=0)
+    run.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0)
     run.add_argument("--diagnose_samples", type=number(int, 1), default=256, help="test images for the Penrose figures")
     return p
 

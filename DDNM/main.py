@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -47,7 +47,9 @@ from metrics import agreement, prob_error, psnr  # noqa: E402
 from models import SPNN  # noqa: E402
 from resume import is_empty, locked, plain, stop_signals  # noqa: E402
 from utils import (  # noqa: E402
+    LARGEST_SEED,
     InputError,
+    file_name,
     nearest,
     number,
     parse_with_config,
@@ -117,13 +119,19 @@ def parser() -> argparse.ArgumentParser:
 
     sampler = p.add_argument_group("sampler")
     sampler.add_argument("--steps", type=number(int, 1, 1000), default=100, help="T_sampling (default %(default)s)")
-    sampler.add_argument("--travel_length", type=number(int, 1), default=1, help="time travel (default %(default)s)")
-    sampler.add_argument("--travel_repeat", type=number(int, 1), default=1, help="time travel (default %(default)s)")
+    sampler.add_argument(
+        "--travel_length", type=number(int, 1, 1000), default=1, help="time travel (default %(default)s)"
+    )
+    sampler.add_argument(
+        "--travel_repeat", type=number(int, 1, 1000), default=1, help="time travel (default %(default)s)"
+    )
     sampler.add_argument("--eta", type=number(float, 0, 1), help="DDIM's variance; not given: the published one")
 
     run = p.add_argument_group("run")
-    run.add_argument("--batch_size", type=number(int, 1), default=1, help="images at once (default %(default)s)")
-    run.add_argument("--seed", type=number(int, 0), default=1234)
+    run.add_argument(
+        "--batch_size", type=number(int, 1, 100_000), default=1, help="images at once (default %(default)s)"
+    )
+    run.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=1234)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     run.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the prior's network")
     run.add_argument("--base_rate", action=argparse.BooleanOptionalAction, default=False,
@@ -152,8 +160,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict]:
     args.config = str(config)
     if args.published_rule:
         args.clip_x0, args.max_move, args.last_bp_step = False, 0.0, 0
-    if not isinstance(others.get("prior_model", {}), dict) or not isinstance(others.get("prior_image_size", 1), int):
-        raise InputError(f"config {config}: prior_model must be a mapping, prior_image_size a whole number")
+    size = others.get("prior_image_size", 1)
+    if not isinstance(others.get("prior_model", {}), dict) or type(size) is not int or not 1 <= size <= 4096:
+        raise InputError(f"config {config}: prior_model must be a mapping, prior_image_size a whole number to 4096")
     return args, others
 
 
@@ -179,9 +188,9 @@ def image_names(paths: Sequence[Path], top: Path) -> list[str]:
     """A name for each image's results: its path below ``top`` without suffix; with it, or a number, where two meet."""
     top = top if top.is_dir() else top.parent
     relative = [path.relative_to(top) for path in paths]
-    names = ["__".join(r.with_suffix("").parts) for r in relative]
+    names = [file_name("__".join(r.with_suffix("").parts)) for r in relative]
     count = Counter(names)
-    names = [n if count[n] == 1 else "__".join(r.parts) for n, r in zip(names, relative, strict=True)]
+    names = [n if count[n] == 1 else file_name("__".join(r.parts)) for n, r in zip(names, relative, strict=True)]
     apart: dict[str, None] = {}  # a set that keeps its order
     for name in names:
         number = 1
@@ -274,7 +283,7 @@ def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
     Raises:
         InputError: one message for all that is missing: addresses, and where to put the files.
     """
-    missing: dict[KnownWeights, str] = {}
+    missing: dict[KnownWeights, Mapping[str, str]] = {}
     found, problems = {}, []
     for flag, source in (("spnn", args.spnn), ("prior", args.prior)):
         if source is None:
@@ -292,11 +301,11 @@ def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
             else:
                 found[flag] = str(locate(source, "spnn.safetensors"))
         except MissingWeights as error:
-            missing[error.known] = error.reason
+            missing[error.known] = error.reasons
         except InputError as error:
             problems.append(f"--{flag}: {error}")
     if missing:
-        problems.insert(0, missing_message(missing, {known.name: reason for known, reason in missing.items()}))
+        problems.insert(0, missing_message(missing))
     if problems:
         raise InputError("\n".join(problems))
     return Path(found["spnn"]), found["prior"]
@@ -355,6 +364,9 @@ def result_folder(name: str) -> Path:
         raise InputError(f"--image_folder {name}: must be inside {SAMPLES}")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--image_folder {name}: {folder} is a file")
+    for link in (folder / kind for kind in PICTURES):
+        if link.is_symlink():  # pictures written, or deleted, through it would be somebody else's
+            raise InputError(f"{link} is a link; results are written inside {SAMPLES} only")
     return folder
 
 

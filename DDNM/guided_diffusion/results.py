@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_loader import to_uint8
 from resume import check_settings
-from utils import InputError, atomic_write, nearest, write_json
+from utils import InputError, atomic_write, file_name, nearest, shown, write_json
 
 SHEET_ROWS = 10  # rows a page of the sheet: a stranger reads one page
 SHEET_LIMIT = 100  # rows of all pages: nobody reads a thousand, and their pictures are held at once
@@ -197,13 +197,15 @@ def read_logits(path: Path, attributes: Sequence[str]) -> tuple[list[str], Tenso
         raise InputError(f"{path}: not readable as a table: {error}") from None
     if not rows:
         raise InputError(f"{path}: no rows; expected the columns name and {len(attributes)} attributes")
-    for column in rows[0]:
+    for column in rows[0].keys() - {None}:  # None: values without a column, refused below
         if column not in ("name", *attributes):
-            raise InputError(f"{path}: unknown column {column!r}{nearest(str(column), attributes)}")
+            raise InputError(f"{path}: unknown column {shown(column)}{nearest(str(column)[:80], attributes)}")
     if missing := [a for a in ("name", *attributes) if a not in rows[0]]:
         raise InputError(f"{path}: column {missing[0]!r} is missing")
     names, values = [], []
     for line, row in enumerate(rows, start=2):
+        if None in row or row["name"] is None:
+            raise InputError(f"{path}, line {line}: expected a name and {len(attributes)} numbers")
         try:
             values.append([float(row[a]) for a in attributes])
         except (TypeError, ValueError):
@@ -211,8 +213,8 @@ def read_logits(path: Path, attributes: Sequence[str]) -> tuple[list[str], Tenso
         if not all(map(math.isfinite, values[-1])):
             raise InputError(f"{path}, line {line}: a value is not finite")
         name = row["name"]
-        if name in ("", ".", "..") or set(name) & set("/\\\0") or name in names:  # it names the result's file
-            raise InputError(f"{path}, line {line}: name {name!r} must be a file name, and each one's own")
+        if name in ("", ".", "..") or file_name(name) != name or name in names:  # it names the result's file
+            raise InputError(f"{path}, line {line}: name {shown(name)} must be a file name, and each one's own")
         names.append(name)
     return names, torch.tensor(values)
 
