@@ -350,14 +350,14 @@ class ELU(Activation):
         if not (0 < alpha < math.inf and 0 < scale < math.inf):
             raise ValueError(f"{type(self).__name__}: alpha and scale must be positive, got {alpha} and {scale}")
         self.alpha, self.scale = alpha, scale
-        self.codomain = constraints.greater_than_eq(-alpha * scale)
+        self.codomain = constraints.greater_than_eq(-scale * alpha)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:g}, scale={self.scale:g}"
 
     # Both sides are computed everywhere, on values that neither overflow nor have infinite derivatives.
     def f(self, x: Tensor) -> Tensor:
-        return self.scale * (x.clamp_min(0) + self.alpha * torch.expm1(x.clamp_max(0)))
+        return self.scale * x.clamp_min(0) + self.scale * self.alpha * torch.expm1(x.clamp_max(0))
 
     def inverse(self, y: Tensor) -> Tensor:
         return y.clamp_min(0) / self.scale + torch.log1p(within_one(y.clamp_max(0) / (self.scale * self.alpha)))
@@ -742,7 +742,9 @@ class Coupling(OverChannels):
         super().output_shape(shape)
         if self.dims is not None and len(shape) != self.dims + 1:
             raise ValueError(f"{self.name}: dims is {self.dims}, but {tuple(shape)} arrives")
-        if self.mask is not None and torch.broadcast_shapes(self.mask.shape, shape) != torch.Size(shape):
+        mask = (1,) * len(shape) if self.mask is None else self.mask.shape
+        pairs = zip(reversed(mask), reversed(shape), strict=False)
+        if len(mask) > len(shape) or not all(m in (1, n) for m, n in pairs):
             raise ValueError(f"{self.name}: a mask of shape {tuple(self.mask.shape)} does not fit {tuple(shape)}")
         return tuple(shape)
 

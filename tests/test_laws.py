@@ -801,8 +801,42 @@ class IgnoresLatent(ConvPINNBlock):
         return super().pinv(y)
 
 
+class ForgetsPositions(bi.Diagonal):
+    """A log-determinant of one position of the map."""
+
+    def forward_log_det(self, x):
+        y, z, _ = super().forward_log_det(x)
+        return y, z, self.log_scale.sum().expand(len(x))
+
+
+class OppositeLogDet(ConvPINNBlock):
+    """The log-determinant of the inverse."""
+
+    def forward_log_det(self, x):
+        y, z, log_det = super().forward_log_det(x)
+        return y, z, -log_det
+
+
+class CountsAllEntries(bi.Coupling):
+    """A log-determinant that counts a masked coupling's scale where nothing moves."""
+
+    def _log_scale_and_shift(self, v, mask):
+        log_scale, shift = super()._log_scale_and_shift(v, mask)
+        return self.scale_bound * torch.tanh(self.s(v)), shift
+
+    def _whole(self, stays, moved, mask):
+        return super()._whole(stays, moved * (1 - mask), mask)
+
+
+class Unshifted(bi.BairdActivation):
+    """An inverse with +c."""
+
+    def inverse(self, y):
+        return self.f(y)
+
+
 class Bijection(Surjection):
-    """Drops nothing, and claims to."""
+    """Claims to drop something, and drops nothing."""
 
     def forward(self, x, return_latent=False):
         return (2 * x, None) if return_latent else 2 * x
@@ -827,6 +861,31 @@ def test_the_suite_catches_a_broken_inverse(kind, laws):
     torch.manual_seed(0)
     case = Case(randomise(kind(7, 4, hidden=8).double(), seeded(0)), (7, 3, 3), torch.float64, 1e-10)
     for law in laws:
+        with pytest.raises(AssertionError):
+            law(case)
+
+
+@pytest.mark.parametrize(
+    "build, shape",
+    [
+        (lambda: ForgetsPositions(3), (3, 2, 2)),
+        (lambda: OppositeLogDet(3, 2), (3, 2, 2)),
+        (lambda: CountsAllEntries(3, mask="checkerboard", hidden=4), (3, 2, 2)),
+    ],
+    ids=["forgets positions", "opposite sign", "counts all entries"],
+)
+@torch.no_grad()
+def test_the_suite_catches_a_wrong_log_determinant(build, shape):
+    case = Case(randomise(build().double(), seeded(0)), shape, torch.float64, 1e-10)
+    completion_of_images(case)  # the map itself is right
+    with pytest.raises(AssertionError):
+        log_determinant(case)
+
+
+@torch.no_grad()
+def test_the_suite_catches_a_bijection_with_a_wrong_inverse():
+    case = Case(randomise(Unshifted(3).double(), seeded(0)), (3, 4), torch.float64, 1e-10, lossy=False)
+    for law in (right_inverse, completion_of_images, completion_of_outputs, loses_something):
         with pytest.raises(AssertionError):
             law(case)
 
