@@ -10,7 +10,7 @@ z latent. Layers act on dimension 1 and take vectors (B, C) and maps (B, C, *) a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -122,37 +122,44 @@ class PerFeature(Bijection):
         return parameter.view(*self.features, *[1] * (x.dim() - 1 - len(self.features))).expand_as(x)
 
 
-class Bias(PerFeature):
-    """``y = x + b``."""
+class Affine(PerFeature):
+    """``y = exp(log_scale) x + bias``; the scale is positive, so that no step of training makes it singular."""
 
-    def __init__(self, features: int | Sequence[int]):
+    def __init__(self, features: int | Sequence[int], scale: bool = True, bias: bool = True):
         super().__init__(features)
-        self.bias = nn.Parameter(torch.zeros(self.features))
+        self.log_scale = nn.Parameter(torch.zeros(self.features)) if scale else None
+        self.bias = nn.Parameter(torch.zeros(self.features)) if bias else None
+
+    def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """log_scale and bias, (*features) each, for a forward pass of x, or for an inverse, where x is None."""
+        one = self.bias if self.log_scale is None else self.log_scale
+        return tuple(torch.zeros_like(one) if c is None else c for c in (self.log_scale, self.bias))
 
     def forward_log_det(self, x: Tensor) -> Completed:
-        return x + self.spread(self.bias, x), None, x.new_zeros(len(x))
+        log_scale, bias = (self.spread(c, x) for c in self.coefficients(x))
+        return x * log_scale.exp() + bias, None, per_image(log_scale)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        return y - self.spread(self.bias, y)
+        log_scale, bias = (self.spread(c, y) for c in self.coefficients(None))
+        return (y - bias) * torch.exp(-log_scale)
 
 
-class Diagonal(PerFeature):
-    """``y = exp(log_scale) x``: a diagonal matrix, positive, so that no step of training makes it singular."""
+class Bias(Affine):
+    """``y = x + bias``."""
 
     def __init__(self, features: int | Sequence[int]):
-        super().__init__(features)
-        self.log_scale = nn.Parameter(torch.zeros(self.features))
-
-    def forward_log_det(self, x: Tensor) -> Completed:
-        log_scale = self.spread(self.log_scale, x)
-        return x * log_scale.exp(), None, per_image(log_scale)
-
-    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        return y * torch.exp(-self.spread(self.log_scale, y))
+        super().__init__(features, scale=False)
 
 
-class ActNorm(PerFeature):
-    """``y = exp(log_scale) x + b``, set by the first batch in training mode to mean 0 and variance 1 a channel.
+class Diagonal(Affine):
+    """``y = exp(log_scale) x``: a diagonal matrix."""
+
+    def __init__(self, features: int | Sequence[int]):
+        super().__init__(features, bias=False)
+
+
+class ActNorm(Affine):
+    """`Affine`, set by the first batch in training mode to mean 0 and variance 1 a channel.
 
     Before that, and in evaluation mode, it is what its parameters say: the identity at first. (Kingma and Dhariwal,
     "Glow", arXiv 1807.03039, section 3.1.)
@@ -160,8 +167,6 @@ class ActNorm(PerFeature):
 
     def __init__(self, channels: int):
         super().__init__(channels)
-        self.log_scale = nn.Parameter(torch.zeros(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialised", torch.tensor(False))
 
     @torch.no_grad()
@@ -175,18 +180,14 @@ class ActNorm(PerFeature):
         self.bias.copy_(-values.mean(1) * torch.exp(-log_std))
         self.initialised.fill_(True)
 
-    def forward_log_det(self, x: Tensor) -> Completed:
-        if self.training and not self.initialised:
+    def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        if x is not None and self.training and not self.initialised:
             self.initialise(x)
-        log_scale = self.spread(self.log_scale, x)
-        return x * log_scale.exp() + self.spread(self.bias, x), None, per_image(log_scale)
-
-    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        return (y - self.spread(self.bias, y)) * torch.exp(-self.spread(self.log_scale, y))
+        return super().coefficients(x)
 
 
-class BatchNorm(PerFeature):
-    """``y = exp(log_scale) (x - mean) / sqrt(var + eps) + b``, with the batch's statistics in training mode.
+class BatchNorm(Affine):
+    """``y = exp(log_scale) (x - mean) / sqrt(var + eps) + bias``, with the batch's statistics in training mode.
 
     It is invertible in both modes. In evaluation mode both directions use the running statistics. In training mode
     forward uses those of its batch, and ``pinv`` those of the last batch that forward saw, as constants: so it undoes
@@ -199,8 +200,6 @@ class BatchNorm(PerFeature):
         if not 0 < momentum <= 1 or not eps > 0:
             raise ValueError(f"{self.name}: momentum must be in (0, 1] and eps positive, got {momentum} and {eps}")
         self.momentum, self.eps = momentum, eps
-        self.log_scale = nn.Parameter(torch.zeros(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.last: tuple[Tensor, Tensor] | None = None  # mean and variance of the last batch in training mode
@@ -217,21 +216,15 @@ class BatchNorm(PerFeature):
             self.running_var.lerp_(unbiased, self.momentum)
         return mean, var
 
-    def _map(self, mean: Tensor, var: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-scale and shift of the whole map, spread over ``like``."""
+    def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        mean, var = self.running_mean, self.running_var
+        if self.training and x is not None:
+            self.output_shape(x.shape[1:])
+            mean, var = self._batch_statistics(x)
+        elif self.training and self.last is not None:
+            mean, var = self.last
         log_scale = self.log_scale - torch.log(var + self.eps) / 2
-        return self.spread(log_scale, like), self.spread(self.bias - mean * log_scale.exp(), like)
-
-    def forward_log_det(self, x: Tensor) -> Completed:
-        self.output_shape(x.shape[1:])
-        statistics = self._batch_statistics(x) if self.training else (self.running_mean, self.running_var)
-        log_scale, shift = self._map(*statistics, x)
-        return x * log_scale.exp() + shift, None, per_image(log_scale)
-
-    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        statistics = self.last if self.training and self.last else (self.running_mean, self.running_var)
-        log_scale, shift = self._map(*statistics, y)
-        return (y - shift) * torch.exp(-log_scale)
+        return log_scale, self.bias - mean * log_scale.exp()
 
 
 # --- Activations -----------------------------------------------------------------------------------------------------
@@ -382,7 +375,7 @@ class BairdActivation(PerFeature, Activation):
 
     (Baird, Smalenberger and Ingkiriwang, "One-step neural network inversion with PDF learning and emulation", 2005.)
     Its derivative is ``cosh(x) / cosh(y)``. Beyond |x| = 20, sinh(x) is exp(|x|) / 2 to rounding, and would overflow
-    soon after: there ``y = sign(x) (|x| + log(1 + 2 sign(x) c exp(-|x|)))``.
+    soon after: there ``y = sign(x) (|x| + log(1 + 2 sign(x) c exp(-|x|)))``, for any |c| below 1e8.
     """
 
     far = 20.0
@@ -413,6 +406,13 @@ class BairdActivation(PerFeature, Activation):
 def positions(x: Tensor) -> int:
     """How often a map over channels is applied: H W for (B, C, H, W), 1 for (B, C)."""
     return math.prod(x.shape[2:])
+
+
+def over_columns(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f, which takes (C, n), over the channels of x, (B, C, *) -> (B, C, *)."""
+    with full_precision(x.device):
+        columns = f(x.movedim(1, 0).flatten(1))  # (C, B*...)
+    return columns.unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
 
 
 class OverChannels(Bijection):
@@ -499,19 +499,21 @@ class Conv1x1(OverChannels):
 
     def forward_log_det(self, x: Tensor) -> Completed:
         self.output_shape(x.shape[1:])
-        with full_precision(x.device):
-            lower, upper = self._triangles()
-            y = F.linear(x.movedim(1, -1), self.permutation @ lower @ upper).movedim(-1, 1)  # (B, C, *)
+        lower, upper = self._triangles()
+        y = over_columns(lambda columns: self.permutation @ lower @ upper @ columns, x)
         return y, None, (positions(x) * self.log_scale.sum()).expand(len(x))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         self.output_shape(y.shape[1:])
-        with full_precision(y.device):
-            lower, upper = self._triangles()
-            columns = self.permutation.T @ y.movedim(1, 0).flatten(1)  # (C, B*...)
-            columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
-            columns = torch.linalg.solve_triangular(upper, columns, upper=True)
-        return columns.unflatten(1, (len(y), *y.shape[2:])).movedim(0, 1)
+        lower, upper = self._triangles()
+
+        def solve(columns: Tensor) -> Tensor:
+            columns = torch.linalg.solve_triangular(
+                lower, self.permutation.T @ columns, upper=False, unitriangular=True
+            )
+            return torch.linalg.solve_triangular(upper, columns, upper=True)
+
+        return over_columns(solve, y)
 
 
 class Whitening(OverChannels):
@@ -548,16 +550,12 @@ class Whitening(OverChannels):
 
     def forward_log_det(self, x: Tensor) -> Completed:
         self.output_shape(x.shape[1:])
-        with full_precision(x.device):
-            columns = self.whiten @ (x.movedim(1, 0).flatten(1) - self.mean)  # (C, B*...)
-            log_det = positions(x) * torch.linalg.slogdet(self.whiten).logabsdet
-        return columns.unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1), None, log_det.expand(len(x))
+        log_det = positions(x) * torch.linalg.slogdet(self.whiten).logabsdet
+        return over_columns(lambda columns: self.whiten @ (columns - self.mean), x), None, log_det.expand(len(x))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         self.output_shape(y.shape[1:])
-        with full_precision(y.device):
-            columns = torch.linalg.solve(self.whiten, y.movedim(1, 0).flatten(1)) + self.mean  # (C, B*...)
-        return columns.unflatten(1, (len(y), *y.shape[2:])).movedim(0, 1)
+        return over_columns(lambda columns: torch.linalg.solve(self.whiten, columns) + self.mean, y)
 
 
 # --- Rearrangements --------------------------------------------------------------------------------------------------

@@ -192,11 +192,11 @@ def main() -> None:
                 if seed == 0:
                     first, last = (images[test[labels[test] == digit][:1]] for digit in (3, 8))
                     t = torch.linspace(0, 1, 9)[:, None]
+                    strips["pixels"] = (1 - t[..., None, None]) * first + t[..., None, None] * last
                     codes = zip(encode(model, first), encode(model, last), strict=True)
                     between = [(1 - t) * a.flatten(1) + t * b.flatten(1) for a, b in codes]
                     shapes = [part.shape[1:] for part in encode(model, first)]
                     strips[name] = decode(model, [b.view(9, *s) for b, s in zip(between, shapes, strict=True)])
-                    strips["pixels"] = (1 - t[..., None, None]) * first + t[..., None, None] * last
         size = sum(p.numel() for p in trained(model))
         worst = f"{max(errors):.1e}" if errors else "no inverse"
         spread = f"{sum(accuracies) / len(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})"
