@@ -593,7 +593,7 @@ def gradient_rows() -> list[Row]:
 
 @pytest.mark.parametrize("row", gradient_rows(), ids=lambda row: row.name)
 def test_gradients(row):
-    """Derivatives of g, its latents and g', by inputs and by every parameter, against finite differences.
+    """Derivatives of g, its latents, g' and log |det|, by inputs and by every parameter, against finite differences.
 
     By parameters, and through the chain, in one random direction (``fast_mode``): a numerical Jacobian takes minutes.
     """
@@ -611,6 +611,9 @@ def test_gradients(row):
     if parameters:
         assert torch.autograd.gradcheck(complete, (x, *parameters), fast_mode=True)
         assert torch.autograd.gradcheck(lambda y, *_: g.pinv(y), (y, *parameters), fast_mode=True)
+    chain = g.pinn if isinstance(g, SPNN) else g
+    if chain.log_abs_det(x).requires_grad:  # not a constant
+        assert torch.autograd.gradcheck(lambda x, *_: chain.log_abs_det(x), (x, *parameters), fast_mode=True)
     if isinstance(g, SPNN):
         assert torch.autograd.gradcheck(lambda x, y, *_: g.back_project(x, y, 0.7), (x, y, *parameters), fast_mode=True)
 
