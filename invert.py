@@ -415,8 +415,10 @@ class Result:
     """One method on all problems.
 
     Attributes:
-        x: (N, ...). loss: (N,). curve: mean loss after each step, None without steps. seconds: an image.
-        stopped: lines about samples whose search ended early.
+        x: (N, ...).
+        seconds: an image.
+        curve: mean loss after each number of steps, over the samples that stay finite; None without steps.
+        stopped: a line for each sample whose search ended early.
     """
 
     x: Tensor
@@ -618,7 +620,15 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def draw_results(path: Path, target: Target, problems: Problems, results: dict, by_image: list, batch_size, device):
+def draw_results(
+    path: Path,
+    target: Target,
+    problems: Problems,
+    results: dict[str, Result],
+    by_image: Sequence[dict],
+    batch_size: int,
+    device: torch.device,
+) -> None:
     """The sheet: the start where it is an image, every method, and the image that the wanted output belongs to."""
     count = min(SHEET_ROWS, len(problems.y))
     shown = {name: r for name, r in results.items() if target.from_image or name != "start"}
