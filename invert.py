@@ -511,7 +511,7 @@ def format_table(rows: Sequence[dict]) -> str:
 
 def write_sheet(path: Path, rows: Sequence[Sequence[Tensor]], headings: Sequence[str], captions) -> None:
     """A row a problem, a picture (3, S, S) a column with its caption below, whatever lies outside [-1, 1] clipped."""
-    side, gap, top, below = 128, 8, 40, 18
+    side, gap, top, below = 128, 8, 40, 26
     font = ImageFont.load_default(12)
     sheet = Image.new("RGB", (gap + (side + gap) * len(headings), top + (side + below) * len(rows) + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -521,7 +521,9 @@ def write_sheet(path: Path, rows: Sequence[Sequence[Tensor]], headings: Sequence
         for column, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
             left, upper = gap + column * (side + gap), top + line * (side + below)
             pixels = Image.fromarray(to_uint8(picture).permute(1, 2, 0).contiguous().numpy())
-            sheet.paste(pixels.resize((side, side), Image.Resampling.BICUBIC), (left, upper))
+            even = side % pixels.width == 0  # whole pixels stay sharp, and compress well
+            resample = Image.Resampling.NEAREST if even else Image.Resampling.BICUBIC
+            sheet.paste(pixels.resize((side, side), resample), (left, upper))
             draw.text((left, upper + side + 1), text, "black", font)
     with atomic_write(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
@@ -632,8 +634,8 @@ def draw_results(
     """The sheet: the start where it is an image, every method, and the image that the wanted output belongs to."""
     count = min(SHEET_ROWS, len(problems.y))
     shown = {name: r for name, r in results.items() if target.from_image or name != "start"}
-    headings = [name.replace(", ", ",\n").replace(" g'", "\ng'").replace("NLBP in", "NLBP in\n") for name in shown]
-    headings.append("image the output\nbelongs to")
+    headings = [name.replace(", ", ",\n").replace(" g'", "\ng'").replace("NLBP in ", "NLBP in\n") for name in shown]
+    headings.append("face whose\noutput is wanted" if target.from_image else "wanted")
     columns = []
     for result in shown.values():
         x = result.x[:count]

@@ -107,7 +107,7 @@ def test_evaluation_measures_every_method(here, trained, tmp_path, capsys):
     assert len(curves) == 7 and set(curves[0]) == {"step", "loss_optimisation", "loss_landscape"}
     assert curves[4]["loss_landscape"] == "" and float(curves[6]["loss_optimisation"]) > 0
     sheet = Image.open(out / "sheet.png")
-    assert sheet.size == (8 + 8 * 136, 40 + 6 * 146 + 8)
+    assert sheet.size == (8 + 8 * 136, 40 + 6 * 154 + 8)
     printed = capsys.readouterr().out
     assert "| method | error | as a picture | distance | judge | s/image |" in printed and "| NLBP |" in printed
 
