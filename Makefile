@@ -30,7 +30,8 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/ready
-	$(RUN) benchmarks/back_projection.py
+	$(RUN) benchmarks/growth.py --threads 2 --json benchmarks/results/growth_cpu.json
+	$(RUN) benchmarks/speed.py --threads 2 --json benchmarks/results/cpu.json
 
 # --- The demo's networks, from nothing ---
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models import BUILT_IN, SPNN
 from utils import InputError, atomic_write
-from weights import load_strictly, read_weights, write_weights
+from weights import check_fits, load_strictly, read_weights, write_weights
 
 
 def _read_json(path: Path) -> dict:
@@ -18,7 +18,7 @@ def _read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets without end
         raise InputError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, got a {type(content).__name__}")
@@ -100,11 +100,31 @@ def load_spnn(path: str | Path) -> tuple[SPNN, dict]:
         found = {"model": config}, path
     content, source = found
     try:
-        model = SPNN(**content["model"])
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{source}: its 'model' makes no network: {error}") from None
+        with torch.device("meta"):
+            frame = SPNN(**content["model"])
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:  # torch's, of sizes too
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{source}: its 'model' makes no network: {reason[:300]}") from None
+    _check_notes(content, frame.num_classes, source)
+    check_fits(frame, state, path)
+    model = SPNN(**content["model"])
     load_strictly(model, state, path)
     return model.eval(), content
+
+
+def _check_notes(content: Mapping, num_classes: int, source: Path) -> None:
+    """Refuse attribute names and typical logits that are none: whoever uses them need not look again."""
+    names, typical = content.get("attributes"), content.get("typical_logits")
+    if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise InputError(f"{source}: its 'attributes' must be a list of names")
+    if typical is not None:
+        try:
+            fits = torch.tensor(typical, dtype=torch.float64).isfinite().all() and len(typical) == num_classes
+            fits = fits and all(len(pair) == 2 for pair in typical)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            fits = False
+        if not fits:
+            raise InputError(f"{source}: its 'typical_logits' must be {num_classes} pairs of finite numbers")
 
 
 def save_spnn(path: str | Path, model: SPNN, extra: Mapping | None = None) -> None:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +44,9 @@ ATTRIBUTES: tuple[str, ...] = (
 IMAGE_FOLDER = "CelebA-HQ-img"
 ANNOTATION_FILE = "CelebAMask-HQ-attribute-anno.txt"
 KAGGLE_DATASET = "liusonghua/celebamaskhq"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# by content, whatever the suffix says; Pillow knows others, one of which (EPS) runs another program
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 SPLITS = ("train", "val", "test", "all")
 
 _RESAMPLING = Image.Resampling.LANCZOS  # Pillow widens its kernel when it shrinks: antialiased
@@ -110,14 +113,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _open(path: Path) -> Image.Image:
+    """Open a picture; of an animation its first frame, of a decompression bomb (179 million pixels) an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # half a bomb is a large photograph; oddities of the file are no concern here
+        return Image.open(path, formats=_FORMATS)
+
+
 def _read_rgb(path: Path) -> Image.Image:
     """The upright 8-bit RGB picture in a file.
 
     Raises:
         InputError: it cannot be read, or is cut short.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would wait forever
+        raise InputError(f"{path}: not a file")
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             image.load()
             try:
                 image = ImageOps.exif_transpose(image)
@@ -127,8 +139,8 @@ def _read_rgb(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
-        reason = "not a picture that can be read" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise InputError(f"{path}: cannot read image: {reason}") from error
+        reason = "not a picture that can be read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise InputError(f"{path}: cannot read image: {' '.join(reason.split())[:200]}") from error
 
 
 def _to_float(images: Tensor) -> Tensor:
@@ -143,7 +155,8 @@ def _to_chw(image: Image.Image) -> np.ndarray:
 def load_image(path: str | Path, size: int | None = None) -> Tensor:
     """Read any picture as a (3, H, W) float32 tensor in [-1, 1].
 
-    EXIF rotation is applied, every mode becomes RGB, and alpha is laid over white.
+    EXIF rotation is applied, every mode becomes 8-bit RGB, alpha is laid over white, and of an animation the first
+    frame is taken.
 
     Args:
         path: the file.
@@ -215,7 +228,7 @@ def read_annotations(path: str | Path) -> Annotations:
     if len(words) != 1 or not words[0].isdecimal():
         got = " ".join(words[:3]) + (" ..." if len(words) > 3 else "")
         raise InputError(f"{path}, line {at}: expected the number of images, got {got!r}")
-    count = int(words[0])
+    count = int(words[0][:18])  # nobody has more; int() refuses thousands of digits
 
     if len(lines) < 2:
         raise InputError(f"{path}, line {at + 1}: expected the {len(ATTRIBUTES)} attribute names, the file ends here")
@@ -239,8 +252,8 @@ def read_annotations(path: str | Path) -> Annotations:
             raise InputError(f"{path}, line {at}: {file} has {len(values)} values, expected {len(names)}")
         if file in rows:
             raise InputError(f"{path}, line {at}: {file} is listed twice, first on line {rows[file]}")
-        if Path(file).name != file:
-            raise InputError(f"{path}, line {at}: {file!r} is not a plain file name")
+        if Path(file).name != file or "\0" in file or len(file.encode()) > 255:
+            raise InputError(f"{path}, line {at}: {file[:80]!r} is not a plain file name")
         rows[file] = at
         try:
             labels[row] = [_VALUES[value] for value in values]
@@ -334,7 +347,9 @@ def _resized(path: Path, size: int) -> np.ndarray | InputError:
 def _check(path: Path) -> InputError | None:
     """The error that reading ``path`` would give. JPEG is decoded at 1/8 scale, which still reads every byte."""
     try:
-        with Image.open(path) as image:
+        if not path.is_file():
+            raise InputError(f"{path}: not a file")
+        with _open(path) as image:
             image.draft("RGB", (1, 1))
             image.load()
     except Exception:
@@ -414,6 +429,9 @@ class CelebAMaskHQ(Dataset):
         source = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
         key = hashlib.sha256(json.dumps([_CACHE_VERSION, self.img_size, int(_RESAMPLING), source]).encode()).hexdigest()
         folder, stem = self.root / ".cache", f"{self.split}_{self.img_size}"
+        if folder.is_symlink():
+            log.warning("no cache of resized images: %s is a link, and nothing is written outside the data set", folder)
+            return None
         file = folder / f"{stem}_{key[:16]}.npy"
         notes = file.with_suffix(".json")
         try:
@@ -421,7 +439,8 @@ class CelebAMaskHQ(Dataset):
             if bad is None:
                 self._build_cache(paths, file, notes)
                 for old in folder.glob(f"{stem}_*"):  # made from an earlier state of the same images
-                    if old.stem != file.stem:
+                    ours = re.fullmatch(rf"{stem}_[0-9a-f]{{16}}\.(npy|json)", old.name)
+                    if ours and old.stem != file.stem and not old.is_dir():
                         old.unlink(missing_ok=True)
                 bad = self._read_notes(file, notes, len(paths))
         except (InputError, OSError) as error:
@@ -476,9 +495,13 @@ class CelebAMaskHQ(Dataset):
     def _batch_uint8(self, indices: Sequence[int]) -> Tensor:
         """(B, 3, S, S) uint8, read at once from the cache where there is one."""
         if self._cache_file is not None:
-            if self._pixels is None:
-                self._pixels = np.load(self._cache_file, mmap_mode="r", allow_pickle=False)
-            return torch.from_numpy(self._pixels[self._slots[list(indices)]])
+            try:
+                if self._pixels is None:
+                    self._pixels = np.load(self._cache_file, mmap_mode="r", allow_pickle=False)
+                return torch.from_numpy(self._pixels[self._slots[list(indices)]])
+            except (OSError, ValueError) as error:  # deleted, or replaced after the images changed, before it was open
+                log.warning("no cache of resized images any more, the originals are read: %s", error)
+                self._cache_file = None
         images = [_resized(self.paths[i], self.img_size) for i in indices]
         for image in images:
             if isinstance(image, InputError):

@@ -13,11 +13,11 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, PixelUnshuffleBlock, concatenated, solved_once
-from utils import InputError, atomic_write, number, resolve_device, run_command
+from utils import LARGEST_SEED, InputError, atomic_write, number, resolve_device, run_command
 
 IDENTITIES = {
     "right_inverse": "g g' (y) = y",
@@ -239,6 +239,32 @@ def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str
     return None
 
 
+def clip_gradients(module: nn.Module, limit: float, loss: Tensor | float) -> Tensor:
+    """Scale the gradients of what is trained of ``module`` to a norm of at most ``limit``; returns the norm they had.
+
+    Raises:
+        FloatingPointError: it, or the loss, is not finite; names the first weight or gradient that is not. Nothing is
+            scaled: that would spread NaN to all of them.
+    """
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    try:
+        norm = nn.utils.clip_grad_norm_([parameter for _, parameter in trained], limit, error_if_nonfinite=True)
+    except RuntimeError as error:
+        if "non-finite" not in str(error):
+            raise
+    else:
+        if not math.isfinite(loss):
+            raise FloatingPointError("the loss; its gradients are finite")
+        return norm
+    for name, parameter in trained:
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"weight {name}")
+    for name, parameter in trained:
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            raise FloatingPointError(f"the gradient of {name}")
+    raise FloatingPointError("the norm of the gradients, each of which is finite")
+
+
 # --- Everything at once ----------------------------------------------------------------------------------------------
 
 
@@ -358,7 +384,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=number(int, 1), default=64, help="images for the identities (default: 64)")
     p.add_argument("--json", metavar="FILE", help="write the report there too")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of the random targets (default: 0)")
+    p.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0, help="of the random targets (default: 0)")
     return p
 
 

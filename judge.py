@@ -23,8 +23,8 @@ from tqdm import tqdm
 from data_loader import ATTRIBUTES, CelebAMaskHQ, download_dataset, make_loader
 from logger import get_logger
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
-from utils import InputError, atomic_write, number, resolve_device, run_command, seed_everything
-from weights import DTYPES, load_strictly, read_weights, write_weights
+from utils import LARGEST_SEED, InputError, atomic_write, number, resolve_device, run_command, seed_everything
+from weights import DTYPES, check_fits, load_strictly, read_weights, write_weights
 
 
 class Judge(nn.Module):
@@ -99,13 +99,21 @@ def load_judge(path: str | Path) -> Judge:
     file = config_path(path)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        judge = Judge(**content["architecture"])
-        judge.attributes = tuple(content.get("attributes", ATTRIBUTES[: judge.num_classes]))
+        with torch.device("meta"):
+            frame = Judge(**content["architecture"])
+        attributes = content.get("attributes", list(ATTRIBUTES[: frame.num_classes]))
+        if not (isinstance(attributes, list) and all(isinstance(name, str) for name in attributes)):
+            raise ValueError("attributes must be a list of names")
     except OSError as error:
         raise InputError(f"judge {path}: cannot read its architecture {file}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"judge {path}: {file} holds no architecture of a judge: {error!r}") from None
-    load_strictly(judge, read_weights(path), path)
+    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError, AttributeError) as error:
+        reason = next(iter(repr(error).splitlines()))[:300]
+        raise InputError(f"judge {path}: {file} holds no architecture of a judge: {reason}") from None
+    state = read_weights(path)
+    check_fits(frame, state, path)
+    judge = Judge(**content["architecture"])
+    load_strictly(judge, state, path)
+    judge.attributes = tuple(attributes)
     return judge.eval()
 
 
@@ -257,7 +265,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=whole, default=128, help="images a step (%(default)s)")
     parser.add_argument("--lr", type=number(float, 1e-8, 1), default=2e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--width", type=whole, default=32, help="channels of the first stage (%(default)s)")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of weights, order and mirroring (%(default)s)")
+    parser.add_argument(
+        "--seed", type=number(int, 0, LARGEST_SEED), default=0, help="of weights, order and mirroring (%(default)s)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
     parser.add_argument("--workers", type=number(int, 0), default=0, help="loader processes (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights (%(default)s)")

@@ -9,6 +9,8 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 Letters: B batch, C channels, H and W size, d classes; x an image, y logits, z a latent, u a mixed feature map.
 """
 
+import importlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +44,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in the type that mixing and coupling compute in: float32, or float64 where it has it already."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def check_whole(owner: str, **values: object) -> None:
+    """Refuse what is no whole number, by name: settings come from files."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{owner}: {name} must be a whole number, got {value!r}")
 
 
 # --- Orthogonal mixing -----------------------------------------------------------------------------------------------
@@ -164,11 +173,10 @@ class HouseholderMixing(Mixing):
     """
 
     weight_name = "V"
-    reflections = 8
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, reflections: int = 8):
         super().__init__()
-        self.V = nn.Parameter(torch.randn(self.reflections, channels))
+        self.V = nn.Parameter(torch.randn(reflections, channels))
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
         gram = weight @ weight.T  # (k, k)
@@ -277,6 +285,14 @@ class Surjection(nn.Module):
         """``r(y)``, the latent of ``g'(y)``."""
         return None
 
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """``G(x)`` and ``log |det dG/dx|`` in one pass: (y, z, (B,))."""
+        raise NotImplementedError(f"{type(self).__name__} has no log-determinant")
+
+    def log_abs_det(self, x: Tensor) -> Tensor:
+        """``log |det dG/dx|``, (B,)."""
+        return self.forward_log_det(x)[-1]
+
 
 class PixelUnshuffleBlock(Surjection):
     """Pixels into channels, (B, C, H, W) -> (B, C r^2, H/r, W/r): a bijection, nothing learned, latent None."""
@@ -285,6 +301,7 @@ class PixelUnshuffleBlock(Surjection):
 
     def __init__(self, r: int):
         super().__init__()
+        check_whole("PixelUnshuffleBlock", r=r)
         if r < 1:
             raise ValueError(f"PixelUnshuffleBlock(r={r}): r must be at least 1")
         self.r = r
@@ -303,6 +320,9 @@ class PixelUnshuffleBlock(Surjection):
         y = x.unflatten(3, (w, self.r)).unflatten(2, (h, self.r))  # (B, C, H/r, r, W/r, r)
         y = y.permute(0, 1, 3, 5, 2, 4).reshape(len(x), c, h, w)  # F.pixel_unshuffle, which fails on an empty batch
         return (y, None) if return_latent else y
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
+        return self(x), None, x.new_zeros(len(x))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         return F.pixel_shuffle(y, self.r)
@@ -351,13 +371,18 @@ class ConvPINNBlock(Surjection):
     ):
         super().__init__()
         self.name = f"ConvPINNBlock({in_ch}->{out_ch})"
+        check_whole(self.name, in_ch=in_ch, out_ch=out_ch, hidden=hidden)
+        if feat_size is not None:
+            check_whole(self.name, feat_size=feat_size)
+        if not isinstance(scale_bound, (int, float)):
+            raise ValueError(f"{self.name}: scale_bound must be a number, got {scale_bound!r}")
         if not 0 < out_ch < in_ch:
             raise ValueError(f"{self.name}: out_ch must be below in_ch and above 0, got out_ch {out_ch}, in_ch {in_ch}")
         if feat_size is not None and (feat_size < 1 or feat_size > 1 and feat_size % 2):
             raise ValueError(f"{self.name}: feat_size must be 1, even or None, got {feat_size}; None fits any size")
-        if mix_type not in MIXINGS:
+        if not isinstance(mix_type, str) or mix_type not in MIXINGS:
             raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
-        if hidden < 1 or not scale_bound > 0:
+        if hidden < 1 or not 0 < scale_bound < math.inf:
             raise ValueError(f"{self.name}: hidden and scale_bound must be positive, got {hidden} and {scale_bound}")
         self.in_ch, self.out_ch, self.feat_size, self.scale_bound = in_ch, out_ch, feat_size, scale_bound
 
@@ -397,10 +422,15 @@ class ConvPINNBlock(Surjection):
     def natural_latent(self, y: Tensor) -> Tensor:
         return torch.tanh(self.r(at_least_float32(y)))  # (B, in_ch - out_ch, H, W)
 
-    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u = self.mix(x)  # (B, in_ch, H, W)
         u0, u1 = u[:, : self.out_ch], u[:, self.out_ch :]  # (B, out_ch, H, W), (B, in_ch - out_ch, H, W)
-        y = u0 * torch.exp(self.log_scale(u1)) + self.shift(u1)  # (B, out_ch, H, W)
+        log_scale = self.log_scale(u1)
+        y = u0 * torch.exp(log_scale) + self.shift(u1)  # (B, out_ch, H, W)
+        return y, u1, log_scale.flatten(1).sum(1)  # |det W| = 1
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        y, u1, _ = self.forward_log_det(x)
         return (y, u1) if return_latent else y
 
     def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
@@ -497,6 +527,19 @@ class PINN(nn.Module):
                 latents[index] = block.natural_latent(y)
             y = block.pinv(y, latents[index])
         return (y, latents) if return_latents else y
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Latents, Tensor]:
+        """``G(x)`` and ``log |det dG/dx|``: (y, latents, (B,))."""
+        latents, total = [], x.new_zeros(len(x))
+        for block in self.blocks:
+            x, z, log_det = block.forward_log_det(x)
+            latents.append(z)
+            total = total + log_det
+        return x, latents, total
+
+    def log_abs_det(self, x: Tensor) -> Tensor:
+        """``log |det dG/dx|``, (B,)."""
+        return self.forward_log_det(x)[-1]
 
     def natural_latents(self, y: Tensor) -> Latents:
         """The latents of ``g'(y)``, met on the way down to it: ``G(g'(y)) = (y, natural_latents(y))``.
@@ -604,6 +647,8 @@ def custom_blocks(layer_channels: Sequence, mix_type: str) -> list[Surjection]:
     for index, entry in enumerate(layer_channels):
         try:
             kind, arguments = entry
+            if isinstance(kind, str) and kind not in BLOCKS:
+                importlib.import_module("bijections")  # which builds on this module, and adds its layers to BLOCKS
             kind = BLOCKS[kind] if isinstance(kind, str) else kind
             arguments = dict(arguments)
         except KeyError:
@@ -647,6 +692,7 @@ class SPNN(nn.Module):
         layer_channels: Sequence | None = None,
     ):
         super().__init__()
+        check_whole("SPNN", img_ch=img_ch, num_classes=num_classes, hidden=hidden, img_size=img_size)
         if layer_channels is None:
             blocks = built_in_blocks(img_size, num_classes, hidden, scale_bound, mix_type)
         else:

@@ -38,9 +38,10 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER
-from utils import InputError, atomic_write, number, run_command
+from utils import InputError, atomic_write, number, run_command, write_json
 
 SMALLEST_SIZE = 16  # pixels
+MARK = "procedural_faces.json"  # says that a folder's pictures were drawn here
 
 HAIR_COLOURS = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")
 BEARDS = ("5_o_Clock_Shadow", "Goatee", "Mustache")
@@ -1049,6 +1050,8 @@ def write_dataset(
 ) -> None:
     """Write ``count`` faces and their annotation into the folder ``out``, laid out as CelebAMask-HQ is.
 
+    procedural_faces.json says what was drawn, and that it was: only such a folder is ever overwritten.
+
     The files do not depend on ``workers`` (processes; by default one a core). With ``overwrite`` the numbered pictures
     and the annotation of that layout are replaced; anything else in the folder stays.
 
@@ -1062,7 +1065,7 @@ def write_dataset(
         if value < low:
             raise InputError(f"{name} {value} is out of range, must be at least {low}")
     out = Path(out)
-    folder = _prepare_folder(out, overwrite)
+    folder = _prepare_folder(out, overwrite, {"count": count, "size": size, "seed": seed})
     write = functools.partial(_write_face, folder=folder, seed=seed, size=size)
     progress = functools.partial(tqdm, total=count, unit="face", desc="drawing faces")
     if workers == 1:
@@ -1074,13 +1077,18 @@ def write_dataset(
         file.write_text("\n".join([str(count), " ".join(ATTRIBUTES), *lines]) + "\n", encoding="utf-8")
 
 
-def _prepare_folder(out: Path, overwrite: bool) -> Path:
+def _prepare_folder(out: Path, overwrite: bool, settings: dict) -> Path:
     """The folder for the pictures, without pictures of an earlier run (those beyond a smaller count would linger)."""
     folder = out / IMAGE_FOLDER
     try:
-        if out.is_dir() and any(out.iterdir()) and not overwrite:
-            raise InputError(f"--out {out}: not empty; name another folder, or replace its faces with --overwrite")
+        if out.is_dir() and any(out.iterdir()):
+            if not overwrite:
+                raise InputError(f"--out {out}: not empty; name another folder, or replace its faces with --overwrite")
+            if folder.is_symlink() or folder.exists() and not (out / MARK).is_file():
+                # real photographs have the same names
+                raise InputError(f"--out {out}: its pictures were not drawn here ({MARK} is missing); name another")
         folder.mkdir(parents=True, exist_ok=True)
+        write_json(out / MARK, settings)  # before the first picture: an interrupted run may be replaced too
         (out / ANNOTATION_FILE).unlink(missing_ok=True)
         for old in folder.glob("*.jpg"):
             if old.stem.isdecimal():

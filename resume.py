@@ -51,12 +51,13 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
             signal.signal(signum, handler)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """A loader's ``worker_init_fn``. Terminals and schedulers signal every process of a run, and the step under way
-    needs its workers; they end with the main process.
+def outlive_stop_signals(worker: int) -> None:
+    """A loader's ``worker_init_fn``. Terminals and schedulers signal every process of a run, but the step under way may
+    still wait for a batch. A worker does not stay for long: SIGTERM is also how its own process ends it.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # any other status breaks the main process's last step
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
 # --- State files -----------------------------------------------------------------------------------------------------

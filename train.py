@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import save_spnn
-from diagnostics import first_nonfinite
+from diagnostics import clip_gradients, first_nonfinite
 from distributed import World
 from logger import MetricsTable, get_logger, plot_curves
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
@@ -347,9 +347,6 @@ class CelebATrainer:
             means = self._epoch(stage)
             started = time.perf_counter()
             measured = self.validate(name)
-            if not math.isfinite(measured["loss"]):
-                x = next(iter(self.val))[0].to(self.device)
-                self._fail(f"{name} epoch {epoch}/{epochs}, validation", x)
             if self.world.leads:
                 table.append(
                     {
@@ -402,15 +399,12 @@ class CelebATrainer:
                 self._save()
             raise Stopped(signum)
 
-    def _fail(self, where: str, x: Tensor, labels: Tensor | None = None) -> None:
-        """Stop, naming what is not finite first: a weight, the data, a block, or a gradient."""
+    def _fail(self, where: str, x: Tensor, labels: Tensor | None = None, otherwise: str = "a loss") -> None:
+        """Stop, naming what is not finite first: a weight, the data, a block, or what is left."""
         culprit = first_nonfinite(self.model, x.to(self.device))
         if culprit is None and labels is not None and not labels.isfinite().all():
             culprit = "the labels"
-        if culprit is None:
-            gradients = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
-            broken = next((name for name, gradient in gradients if not gradient.isfinite().all()), None)
-            culprit = "a loss or its gradient" if broken is None else f"the gradient of {broken}"
+        culprit = culprit or otherwise
         path = self._stage.checkpoint
         kept = f"the last good checkpoint is kept, {path}" if path.is_file() else "no checkpoint of this stage yet"
         message = f"{where}: not a finite number in {culprit}; {kept}. Try a lower learning rate"
@@ -435,7 +429,6 @@ class CelebATrainer:
         self.model.train()
         progress, count = stage.progress, len(self.train)
         label = f"{stage.name} {progress.epoch}/{stage.epochs}"
-        parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
         batches = from_batch(self.train, progress.epoch - 1, progress.batches) if progress.batches < count else ()
         bar = tqdm(
             batches, label, count, initial=progress.batches, unit="batch", leave=False, dynamic_ncols=True,
@@ -449,9 +442,11 @@ class CelebATrainer:
             with solved_once():  # g and g' share W and its gradient
                 losses = stage.losses_of(x, labels)
                 losses["total"].backward()
-            norm = nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
-            if not torch.isfinite(norm):  # weights are still good here: nothing has been applied
-                self._fail(f"{label}, batch {progress.batches + 1} ({self._names(progress, x)})", x, labels)
+            try:
+                clip_gradients(self.model, self.settings.grad_clip, losses["total"].detach())
+            except FloatingPointError as error:  # weights are still good here: nothing has been applied
+                where = f"{label}, batch {progress.batches + 1} ({self._names(progress, x)})"
+                self._fail(where, x, labels, str(error))
             stage.optimizer.step()
             if stage.scheduler is not None:
                 stage.scheduler.step()
@@ -483,6 +478,9 @@ class CelebATrainer:
                 all_labels.append(labels.cpu())
             else:
                 losses = natural_losses(model, x, self._origin, self.settings)
+            if self._stage is not None and not torch.isfinite(losses["total"]):
+                where = f"{stage} {self._stage.progress.epoch}/{self._stage.epochs}, validation"
+                self._fail(f"{where}, images {count} to {count + len(x) - 1}", x, labels)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(x)
             if count == 0:  # zero but for rounding: one batch tells

@@ -25,15 +25,16 @@ from resume import (
     STATE_NAME,
     Stopped,
     check_settings,
-    ignore_stop_signals,
     load_state,
     locked,
+    outlive_stop_signals,
     plain,
     save_state,
     stop_signals,
 )
 from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
 from utils import (
+    LARGEST_SEED,
     InputError,
     number,
     parse_with_config,
@@ -100,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--save_every", type=number(int, 0), default=500,
                      help="steps between saved states; epoch ends are saved too (default %(default)s)")  # fmt: skip
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    run.add_argument("--seed", type=number(int, 0), default=0)
+    run.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0)
     run.add_argument("--diagnose_samples", type=number(int, 1), default=256, help="test images for the Penrose figures")
     return p
 
@@ -224,7 +225,7 @@ def prepare(
             share=(world.rank, world.size),
         )
     for loader in loaders:
-        loader.worker_init_fn = ignore_stop_signals
+        loader.worker_init_fn = outlive_stop_signals
     return model, loaders
 
 

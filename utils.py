@@ -2,19 +2,25 @@
 
 import argparse
 import difflib
+import hashlib
 import json
 import os
 import random
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+
+LARGEST_CONFIG = 1 << 16  # bytes; the presets have 1 KB
+LARGEST_SEED = 2**63 - 1  # what PyTorch's generators take
 
 
 class InputError(ValueError):
@@ -24,10 +30,14 @@ class InputError(ValueError):
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit: 0 on success, 2 on an `InputError`, 130 when interrupted.
 
-    Any other exception is a bug and keeps its traceback (status 1).
+    So does a file or folder that the system refuses, which names itself. Any other exception is a bug and keeps its
+    traceback (status 1).
     """
     try:
         status = main()
+    except OSError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
     except InputError as error:
         print(
             f"error: {' '.join(str(error).split())}" if "\n" not in str(error) else f"error: {error}", file=sys.stderr
@@ -76,6 +86,28 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's plain part: no aliases, by which a few lines stand for gigabytes, and no key twice."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not read")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, count in Counter(keys).items():
+            if count > 1:
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key[:40]!r} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+def shown(value: object) -> str:
+    """``repr``, cut to what a message can hold."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def read_yaml(path: str | Path, known: Iterable[str]) -> dict:
     """Read a flat YAML mapping whose keys are all among ``known``.
 
@@ -86,27 +118,38 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> dict:
     if not path.is_file():
         raise InputError(f"config {path}: no such file")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise InputError(f"config {path}: {path.stat().st_size:,} bytes, more than {LARGEST_CONFIG:,}")
+        text = path.read_text(encoding="utf-8")
+        if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > 50:  # PyYAML's time is quadratic in it
+            raise RecursionError
+        settings = yaml.load(text, _PlainLoader)
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError(f"config {path}: not readable as YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OSError) as error:  # ValueError: not UTF-8, or the 99th day of a month
+        raise InputError(f"config {path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
     settings = {} if settings is None else settings
     if not isinstance(settings, Mapping):
         raise InputError(f"config {path}: expected 'key: value' lines, got a {type(settings).__name__}")
     known = set(known)
     for key in settings:
         if key not in known:
-            raise InputError(f"config {path}: unknown key {key!r}{nearest(str(key), known)}")
+            raise InputError(f"config {path}: unknown key {shown(key)}{nearest(str(key)[:80], known)}")
     return dict(settings)
 
 
 def _as_on_command_line(action: argparse.Action, config: str | Path, value: object):
     """A config's value for a flag, through the flag's own type and choices."""
+    if isinstance(value, (list, dict, set, tuple)) or "\0" in str(value):
+        raise InputError(f"config {config}: {action.dest}: expected one value, got {shown(value)}")
     try:
         value = action.type(str(value)) if action.type is not None else str(value)
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"config {config}: {action.dest}: {value!r} is refused: {error}") from None
+        raise InputError(f"config {config}: {action.dest}: {shown(value)} is refused: {error}") from None
     if action.choices is not None and value not in action.choices:
-        raise InputError(f"config {config}: {action.dest} must be one of {list(action.choices)}, got {value!r}")
+        raise InputError(f"config {config}: {action.dest} must be one of {list(action.choices)}, got {shown(value)}")
     return value
 
 
@@ -131,7 +174,7 @@ def parse_with_config(
         action = actions[key]
         if action.nargs == 0:  # a switch
             if not isinstance(value, bool):
-                raise InputError(f"config {config}: {key} must be true or false, got {value!r}")
+                raise InputError(f"config {config}: {key} must be true or false, got {shown(value)}")
         elif isinstance(action.default, list):  # a repeatable flag
             values = value if isinstance(value, list) else [value]
             value = [_as_on_command_line(action, config, v) for v in values]
@@ -152,7 +195,8 @@ def number(kind: type, low: float | None = None, high: float | None = None) -> C
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+            kind_of = "a whole" if kind is int else "a"
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {kind_of} number") from None
         if value != value or abs(value) == float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if low is not None and value < low or high is not None and value > high:
@@ -167,6 +211,18 @@ def write_json(path: str | Path, content: object) -> None:
     """Write JSON atomically. Raises InputError as `atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def file_name(text: str) -> str:
+    """``text`` as the name of a file on any system, some suffix to come: printable, UTF-8, at most 200 bytes.
+
+    Most names come back as they are; one that is cut ends in a hash of the whole, so that two stay apart.
+    """
+    plain = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in text)
+    if len(plain.encode()) > 200:
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        plain = f"{plain.encode()[:180].decode(errors='ignore')}_{digest}"
+    return plain
 
 
 @contextmanager

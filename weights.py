@@ -1,19 +1,19 @@
-"""Weights: the one place where they are read, written, converted and fetched.
+"""Weights: the one place where they are read, written, converted and found.
 
 python weights.py convert best_model.pth best_model.safetensors --dtype float16
 """
 
 import argparse
-import hashlib
+import os
 import pickle
 import re
 import socket
-import struct
+import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import getproxies
 
 import safetensors
@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from download import Unavailable, download_file, offline, sha256_of
 from utils import InputError, atomic_write, run_command
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -33,7 +34,7 @@ class KnownWeights:
     """A published weight file: where it is, where to put it by hand, and how to recognise it.
 
     ``repo`` is a hub id ``owner/name`` (None where the file is on no hub), ``manual_path`` is relative to the
-    repository root, ``mirrors`` are further addresses, ``size`` is in bytes.
+    repository root, ``mirrors`` are further addresses of the file itself.
     """
 
     name: str
@@ -42,13 +43,13 @@ class KnownWeights:
     manual_path: str
     mirrors: tuple[str, ...] = ()
     sha256: str | None = None
-    size: int | None = None
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Every place that holds the file, the hub first."""
-        hub = (f"https://huggingface.co/{self.repo}",) if self.repo is not None else ()
-        return hub + self.mirrors
+        """Every address of the file, the hub's first."""
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        on_hub = (f"{hub}/{self.repo}/resolve/main/{quote(self.filename)}",) if self.repo is not None else ()
+        return on_hub + self.mirrors
 
 
 KNOWN = {
@@ -65,7 +66,10 @@ KNOWN = {
             repo="gwang-kim/DiffusionCLIP-CelebA_HQ",
             filename="celeba_hq.ckpt",
             manual_path="DDNM/exp/logs/celeba/celeba_hq.ckpt",
-            mirrors=("https://drive.google.com/file/d/1wSoA5fm_d6JBZk4RZ1SzWLMgev4WqH21/view",),
+            mirrors=(
+                "https://drive.usercontent.google.com/download?id=1wSoA5fm_d6JBZk4RZ1SzWLMgev4WqH21"
+                "&export=download&confirm=t",
+            ),
             sha256="6cbb630eb856ff3ebe4854fe87af3c21a052765678955999db97ea15b5eeb8a5",
         ),
         KnownWeights(
@@ -83,26 +87,35 @@ KNOWN = {
 
 def _load_file(path: Path) -> object:
     """The object in ``path``, read without running any code that the file may carry."""
+    damaged = f"weights {path}: truncated or damaged ({path.stat().st_size:,} bytes); fetch or write it again"
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"weights {path}: cannot be read: {error.strerror or error}") from None
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start == b"PK":
+            with zipfile.ZipFile(path) as archive:  # torch.save stores; what is compressed may unpack to any size
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise InputError(f"weights {path}: a compressed archive, which torch.save does not write; refused")
+        elif start[:1] != pickle.PROTO:  # tar archives too, which older versions of torch unpack
+            raise InputError(damaged if not start else f"weights {path}: not a weight file, or a damaged one")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said once, here
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "weights_only" in str(error).lower() and "global" in str(error).lower():
+        # torch's own advice comes before its reason
+        if re.search(r"global|class|trying to|can only", str(error).rpartition("WeightsUnpickler error")[2].lower()):
             raise InputError(
                 f"weights {path}: holds more than tensors and would run code when loaded; refused. Save it as a plain "
                 f"state dict, or get it from a source that offers one"
             ) from None
         raise InputError(f"weights {path}: not a weight file, or a damaged one") from None
-    except (
-        safetensors.SafetensorError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError,
-        AttributeError, struct.error, zipfile.BadZipFile,
-    ):  # fmt: skip  # what torch.load and safetensors raise on damaged files
-        raise InputError(
-            f"weights {path}: truncated or damaged ({path.stat().st_size:,} bytes); fetch or write it again"
-        ) from None
+    except PermissionError as error:
+        raise InputError(f"weights {path}: cannot be read: {error.strerror}") from None
+    except Exception:  # torch.load and safetensors raise almost anything on damaged bytes
+        raise InputError(damaged) from None
 
 
 def _is_state_dict(value: object) -> bool:
@@ -120,7 +133,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     names share is stripped. No code in the file is run.
 
     Raises:
-        InputError: no such file, a damaged one, one that would run code, or one that holds no state dict.
+        InputError: no such file, a damaged one, one that would run code, or one that holds no state dict of plain,
+            finite tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -135,9 +149,29 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             what = f"keys {[str(k) for k in list(loaded)[:4]]}" if keys else f"a {type(loaded).__name__}"
             raise InputError(f"weights {path}: expected a state dict (name -> tensor), found {what}")
         (loaded,) = inner.values()
+    for name, tensor in loaded.items():
+        check_tensor(name, tensor, path)
     if all(name.startswith("module.") for name in loaded):  # written from inside DataParallel
         loaded = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
     return dict(loaded)
+
+
+def check_tensor(name: str, tensor: Tensor, path: str | Path) -> None:
+    """Refuse what is no plain tensor of finite numbers.
+
+    Args:
+        path: the file it came from: a tensor cannot be larger than that.
+
+    Raises:
+        InputError: names the tensor and what is wrong with it.
+    """
+    kinds = (*DTYPES.values(), torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+    if tensor.layout != torch.strided or tensor.dtype not in kinds or tensor.device.type != "cpu":
+        raise InputError(f"weights {path}: {name} is no plain tensor of real numbers ({tensor.dtype}, {tensor.layout})")
+    if tensor.numel() * tensor.element_size() > Path(path).stat().st_size:  # one number, repeated by its strides
+        raise InputError(f"weights {path}: {name} claims shape {list(tensor.shape)}, more than the file holds")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise InputError(f"weights {path}: {name} holds NaN or infinity")
 
 
 def write_weights(path: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
@@ -168,14 +202,15 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], dtype: torch.dt
             raise OSError(str(error)) from error
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load ``state`` into ``module``: every name and shape must match. Floats take the module's own dtype.
+def check_fits(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse a state dict that is not the module's own: every name and shape must match, and floats be floats.
 
     Args:
+        module: may be on the meta device: what a stranger's settings ask for is then known before it costs memory.
         path: where ``state`` came from, for the message.
 
     Raises:
-        InputError: names the first missing and unexpected tensors, or a tensor with both its shapes.
+        InputError: names the first missing and unexpected tensors, or a tensor with both its shapes or types.
     """
     own = module.state_dict()
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
@@ -187,55 +222,45 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Pa
         parts = ([f"missing {some(missing)}"] if missing else []) + ([f"unexpected {some(extra)}"] if extra else [])
         raise InputError(f"weights {path}: do not fit {type(module).__name__}: {'; '.join(parts)}")
     for name, tensor in state.items():
+        needs = f"{type(module).__name__} needs"
         if tensor.shape != own[name].shape:
-            raise InputError(
-                f"weights {path}: {name} has shape {list(tensor.shape)}, {type(module).__name__} needs "
-                f"{list(own[name].shape)}"
-            )
+            raise InputError(f"weights {path}: {name} has shape {list(tensor.shape)}, {needs} {list(own[name].shape)}")
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise InputError(f"weights {path}: {name} is {tensor.dtype}, {needs} {own[name].dtype}")
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load ``state`` into ``module``: every name and shape must match. Floats take the module's own dtype.
+
+    Raises:
+        InputError: as `check_fits`.
+    """
+    check_fits(module, state, path)
     module.load_state_dict(state, strict=True)  # copies in place, which converts to the module's dtype
 
 
-# Fetching -------------------------------------------------------------------------------------------------------
+# Finding --------------------------------------------------------------------------------------------------------
 
 
-def sha256_of(path: str | Path) -> str:
-    """The SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def check_file(path: str | Path, known: KnownWeights, verify: bool = False) -> None:
-    """Compare a file with what is known of it: its size, and with ``verify`` its SHA-256 (seconds for 455 MB).
+def check_file(path: str | Path, known: KnownWeights) -> None:
+    """Compare a file's SHA-256 with the published one (a second for 455 MB); nothing where none is known.
 
     Raises:
-        InputError: another size or hash than published.
+        InputError: another one.
     """
-    path = Path(path)
-    size = path.stat().st_size
-    if known.size is not None and size != known.size:
-        raise InputError(f"weights {path}: {size:,} bytes, the published file has {known.size:,}; fetch it again")
-    if verify and known.sha256 is not None and (found := sha256_of(path)) != known.sha256:
+    if known.sha256 is not None and (found := sha256_of(path)) != known.sha256:
         raise InputError(f"weights {path}: SHA-256 {found}, the published file has {known.sha256}; fetch it again")
 
 
-def missing_message(known: Iterable[KnownWeights], reasons: Mapping[str, str] | None = None) -> str:
-    """One message for every weight file that could not be had: its addresses, and where to put it by hand.
-
-    Args:
-        reasons: the name of a `KnownWeights` -> why fetching it failed.
-    """
-    known = list(known)
-    lines = [f"{len(known)} weight file{'s' if len(known) != 1 else ''} could not be found or fetched:"]
-    for item in known:
-        reason = (reasons or {}).get(item.name)
-        lines.append(f"  {item.name}: {item.filename}" + (f" ({reason})" if reason else ""))
-        lines.append(f"    put it at {item.manual_path}, from any of")
-        lines.extend(f"      {address}" for address in item.addresses)
-        if item.sha256 is not None:
-            lines.append(f"      (sha256 {item.sha256})")
+def missing_message(missing: Mapping[KnownWeights, Mapping[str, str]]) -> str:
+    """One message for every weight file that could not be had: where to put it by hand, and its addresses, each with
+    the reason why it did not give the file."""
+    lines = [f"{len(missing)} weight file{'s' if len(missing) != 1 else ''} could not be found or fetched:"]
+    for known, reasons in missing.items():
+        lines += [f"  {known.name}: {known.filename}", f"    put it at {known.manual_path}, from any of"]
+        lines += [f"      {a} ({reasons[a]})" if a in reasons else f"      {a}" for a in known.addresses]
+        if known.sha256 is not None:
+            lines.append(f"      (sha256 {known.sha256})")
     return "\n".join(lines)
 
 
@@ -244,19 +269,31 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
+def cached_by_hub(repo: str, filename: str) -> Path | None:
+    """A file of a Hugging Face hub repository in that client's own cache, or None."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    cached = try_to_load_from_cache(repo, filename)
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def download(repo: str, filename: str) -> Path:
-    """A file of a Hugging Face hub repository, from the local cache where it is already there.
+    """A file of any Hugging Face hub repository, from the hub client's cache where it is already there.
 
     Raises:
         InputError: no connection, no such repository or file, or huggingface_hub is not installed.
     """
     try:
-        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.utils import logging as hub_logging
     except ImportError:
         raise InputError(f"{repo}/{filename}: fetching needs huggingface_hub: pip install huggingface_hub") from None
-    if isinstance(cached := try_to_load_from_cache(repo, filename), str):
-        return Path(cached)
+    if (cached := cached_by_hub(repo, filename)) is not None:
+        return cached
+    if offline():
+        raise InputError(f"{repo}/{filename}: not in the hub client's cache, and HF_HUB_OFFLINE is set")
     if not getproxies():  # without a name server the client would retry for half a minute before it says so
         host = urlsplit(constants.ENDPOINT).hostname
         try:
@@ -298,38 +335,34 @@ class MissingWeights(InputError):
     """A known file is neither at its manual path nor to be fetched.
 
     Attributes:
-        known: which one. reason: why it could not be fetched, one line.
+        known: which one. reasons: its addresses -> why each did not give it, one line.
     """
 
-    def __init__(self, known: KnownWeights, reason: str) -> None:
-        super().__init__(missing_message([known], {known.name: reason}))
-        self.known, self.reason = known, reason
+    def __init__(self, known: KnownWeights, reasons: Mapping[str, str]) -> None:
+        super().__init__(missing_message({known: reasons}))
+        self.known, self.reasons = known, reasons
 
 
-def fetch(known: KnownWeights, root: str | Path = Path(__file__).parent, verify: bool = False) -> Path:
-    """A known file: at its manual path under ``root``, else from its hub repository, where its hash is checked.
+def fetch(known: KnownWeights, root: str | Path = Path(__file__).parent) -> Path:
+    """A known file: at its manual path under ``root``, in the hub client's cache, else fetched to the manual path.
 
-    Args:
-        verify: hash a file at the manual path too.
+    Its SHA-256 is checked wherever it comes from.
 
     Raises:
-        MissingWeights: in neither place.
-        InputError: a file that is not the published one.
+        MissingWeights: it is nowhere to be had.
+        InputError: a file that is not the published one, or a folder that cannot be written.
     """
-    manual = Path(root) / known.manual_path
-    if manual.is_file():
-        check_file(manual, known, verify)
-        return manual
-    reason = "on no hub"
-    if known.repo is not None:
-        try:
-            path = download(known.repo, known.filename)
-        except InputError as error:
-            reason = str(error)
+    path = Path(root) / known.manual_path
+    if not path.is_file():
+        if known.repo is not None and (cached := cached_by_hub(known.repo, known.filename)) is not None:
+            path = cached
         else:
-            check_file(path, known, verify=True)
-            return path
-    raise MissingWeights(known, reason)
+            try:
+                return download_file(known.addresses, path, known.sha256)
+            except Unavailable as error:
+                raise MissingWeights(known, error.reasons) from None
+    check_file(path, known)
+    return path
 
 
 # Command --------------------------------------------------------------------------------------------------------

@@ -4,14 +4,17 @@
     python DDNM/main.py --ni --config celeba_hq.yml --path_y /path/to/portraits --image_folder results
 
 Results go to DDNM/exp/image_samples/<image_folder>: the inputs, the reconstructions, sheet.png with both and their
-attributes, results.csv, results.json, logits.csv and log.txt.
+attributes, results.csv, results.json, logits.csv and log.txt; progress.jsonl says which images are finished, and the
+same command with --resume draws the others.
 """
 
 import argparse
+import hashlib
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +30,10 @@ from data_loader import ATTRIBUTES, find_images, load_image, save_image  # noqa:
 from DDNM.guided_diffusion.diffusion import Guidance, image_generator, sample  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior, load_prior  # noqa: E402
 from DDNM.guided_diffusion.results import (  # noqa: E402
+    SHEET_LIMIT,
     Figures,
+    Finished,
+    Progress,
     mean_figures,
     read_logits,
     write_logits,
@@ -39,13 +45,28 @@ from judge import load_judge  # noqa: E402
 from logger import get_logger  # noqa: E402
 from metrics import agreement, prob_error, psnr  # noqa: E402
 from models import SPNN  # noqa: E402
-from utils import InputError, nearest, number, parse_with_config, resolve_device, run_command  # noqa: E402
+from resume import is_empty, locked, plain, stop_signals  # noqa: E402
+from utils import (  # noqa: E402
+    LARGEST_SEED,
+    InputError,
+    file_name,
+    nearest,
+    number,
+    parse_with_config,
+    remove_temporaries,
+    resolve_device,
+    run_command,
+)
 from weights import KNOWN, KnownWeights, MissingWeights, fetch, locate, missing_message  # noqa: E402
 
 DDNM = ROOT / "DDNM"
 SAMPLES = DDNM / "exp" / "image_samples"
 # settings that only a config file has: the architecture of a prior in the published layout
 CONFIG_ONLY = ("prior_model", "prior_image_size")
+# what a resumed run may have otherwise: the weights are compared by what is in them, the inputs by their logits
+FREE = ("config", "path_y", "image_folder", "ni", "overwrite", "resume", "spnn", "prior", "judge", "batch_size",
+        "device", "strict")  # fmt: skip
+PICTURES = ("input", "reconstruction", "unguided")  # folders of a result folder
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -66,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image_folder", default="images", help="folder under exp/image_samples (default %(default)s)")
     p.add_argument("--ni", action=SWITCH, default=False, help="non-interactive: never ask, refuse instead")
     p.add_argument("--overwrite", action=SWITCH, default=False, help="replace the results in a folder that has some")
+
+    p.add_argument("--resume", action=SWITCH, default=False, help="keep the images that an interrupted run finished, "
+                   "and draw the others")  # fmt: skip
 
     what = p.add_argument_group("weights and targets")
     what.add_argument("--spnn", help="SPNN weights: a file or a hub id")
@@ -95,13 +119,19 @@ def parser() -> argparse.ArgumentParser:
 
     sampler = p.add_argument_group("sampler")
     sampler.add_argument("--steps", type=number(int, 1, 1000), default=100, help="T_sampling (default %(default)s)")
-    sampler.add_argument("--travel_length", type=number(int, 1), default=1, help="time travel (default %(default)s)")
-    sampler.add_argument("--travel_repeat", type=number(int, 1), default=1, help="time travel (default %(default)s)")
+    sampler.add_argument(
+        "--travel_length", type=number(int, 1, 1000), default=1, help="time travel (default %(default)s)"
+    )
+    sampler.add_argument(
+        "--travel_repeat", type=number(int, 1, 1000), default=1, help="time travel (default %(default)s)"
+    )
     sampler.add_argument("--eta", type=number(float, 0, 1), help="DDIM's variance; not given: the published one")
 
     run = p.add_argument_group("run")
-    run.add_argument("--batch_size", type=number(int, 1), default=1, help="images at once (default %(default)s)")
-    run.add_argument("--seed", type=number(int, 0), default=1234)
+    run.add_argument(
+        "--batch_size", type=number(int, 1, 100_000), default=1, help="images at once (default %(default)s)"
+    )
+    run.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=1234)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     run.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the prior's network")
     run.add_argument("--base_rate", action=argparse.BooleanOptionalAction, default=False,
@@ -130,8 +160,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict]:
     args.config = str(config)
     if args.published_rule:
         args.clip_x0, args.max_move, args.last_bp_step = False, 0.0, 0
-    if not isinstance(others.get("prior_model", {}), dict) or not isinstance(others.get("prior_image_size", 1), int):
-        raise InputError(f"config {config}: prior_model must be a mapping, prior_image_size a whole number")
+    size = others.get("prior_image_size", 1)
+    if not isinstance(others.get("prior_model", {}), dict) or type(size) is not int or not 1 <= size <= 4096:
+        raise InputError(f"config {config}: prior_model must be a mapping, prior_image_size a whole number to 4096")
     return args, others
 
 
@@ -157,32 +188,56 @@ def image_names(paths: Sequence[Path], top: Path) -> list[str]:
     """A name for each image's results: its path below ``top`` without suffix; with it, or a number, where two meet."""
     top = top if top.is_dir() else top.parent
     relative = [path.relative_to(top) for path in paths]
-    names = ["__".join(r.with_suffix("").parts) for r in relative]
-    names = [n if names.count(n) == 1 else "__".join(r.parts) for n, r in zip(names, relative, strict=True)]
-    apart: list[str] = []
+    names = [file_name("__".join(r.with_suffix("").parts)) for r in relative]
+    count = Counter(names)
+    names = [n if count[n] == 1 else file_name("__".join(r.parts)) for n, r in zip(names, relative, strict=True)]
+    apart: dict[str, None] = {}  # a set that keeps its order
     for name in names:
         number = 1
         while (unique := name if number == 1 else f"{name}_{number}") in apart:
             number += 1
-        apart.append(unique)
-    return apart
+        apart[unique] = None
+    return list(apart)
 
 
-def read_inputs(path: Path, size: int, strict: bool) -> tuple[list[str], list[Tensor], list[str]]:
-    """Names and images (3, S, S) of a folder or file, and a line for each that cannot be read (refused if strict)."""
+@torch.no_grad()
+def read_targets(
+    path: Path, networks: Sequence[nn.Module], size: int, batch_size: int, device: torch.device, strict: bool
+) -> tuple[list[str], list[Path], list[Tensor], list[str]]:
+    """What the networks see in the images of a folder or file. The images are not kept: there may be many.
+
+    Returns:
+        Names and files of the readable images, for each network its logits (N, d), and a line for each image that
+        cannot be read (refused if strict).
+    """
     paths = find_images(path)
-    names, images, skipped = [], [], []
+    names, files, skipped = [], [], []
+    waiting: list[Tensor] = []
+    logits: list[list[Tensor]] = [[] for _ in networks]
+
+    def look() -> None:
+        batch = torch.stack(waiting).to(device)  # (B, 3, S, S)
+        for network, found in zip(networks, logits, strict=True):
+            found.append(network(batch).cpu())
+        waiting.clear()
+
     for name, file in zip(image_names(paths, path), paths, strict=True):
         try:
-            images.append(load_image(file, size))
-            names.append(name)
+            waiting.append(load_image(file, size))
         except InputError as error:
             if strict:
                 raise
             skipped.append(str(error))
-    if not images:
+            continue
+        names.append(name)
+        files.append(file)
+        if len(waiting) == batch_size:
+            look()
+    if not names:
         raise InputError(f"{path}: none of its {len(paths)} images can be read")
-    return names, images, skipped
+    if waiting:
+        look()
+    return names, files, [torch.cat(found) for found in logits], skipped
 
 
 def parse_set(
@@ -228,7 +283,7 @@ def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
     Raises:
         InputError: one message for all that is missing: addresses, and where to put the files.
     """
-    missing: dict[KnownWeights, str] = {}
+    missing: dict[KnownWeights, Mapping[str, str]] = {}
     found, problems = {}, []
     for flag, source in (("spnn", args.spnn), ("prior", args.prior)):
         if source is None:
@@ -246,11 +301,11 @@ def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
             else:
                 found[flag] = str(locate(source, "spnn.safetensors"))
         except MissingWeights as error:
-            missing[error.known] = error.reason
+            missing[error.known] = error.reasons
         except InputError as error:
             problems.append(f"--{flag}: {error}")
     if missing:
-        problems.insert(0, missing_message(missing, {known.name: reason for known, reason in missing.items()}))
+        problems.insert(0, missing_message(missing))
     if problems:
         raise InputError("\n".join(problems))
     return Path(found["spnn"]), found["prior"]
@@ -278,6 +333,15 @@ def load_networks(
     return model.to(device).eval().requires_grad_(False), notes, prior.to(device), judge
 
 
+def fingerprint(network: nn.Module) -> str:
+    """What tells these weights from others, whatever their file is called."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def load_lpips(device: torch.device, log) -> nn.Module | None:
     """LPIPS (Zhang et al. 2018, AlexNet), or None where its weights cannot be had."""
     try:
@@ -292,30 +356,36 @@ def load_lpips(device: torch.device, log) -> nn.Module | None:
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
-def result_folder(name: str, overwrite: bool, ask: bool) -> Path:
-    """The folder for results, inside exp/image_samples: empty, or one whose results may be replaced.
-
-    Raises:
-        InputError: a folder outside, or one that has results.
-    """
+def result_folder(name: str) -> Path:
+    """The folder for results, inside exp/image_samples. Raises InputError for one outside, or a file."""
     root = SAMPLES.resolve()
     folder = (root / name).resolve()
     if root not in folder.parents:
         raise InputError(f"--image_folder {name}: must be inside {SAMPLES}")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--image_folder {name}: {folder} is a file")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite and ask and sys.stdin.isatty():
-            overwrite = input(f"{folder} has results. Replace them? [y/N] ").strip().lower() in ("y", "yes")
-        if not overwrite:
-            raise InputError(f"{folder} is not empty; give --overwrite or another --image_folder")
+    for link in (folder / kind for kind in PICTURES):
+        if link.is_symlink():  # pictures written, or deleted, through it would be somebody else's
+            raise InputError(f"{link} is a link; results are written inside {SAMPLES} only")
     return folder
+
+
+def check_results(folder: Path, resume: bool, overwrite: bool, ask: bool) -> None:
+    """Raises InputError where ``folder`` has results that may neither be replaced nor continued."""
+    if is_empty(folder) or overwrite or resume and Progress.file(folder).is_file():
+        return
+    if ask and sys.stdin.isatty():
+        if input(f"{folder} has results. Replace them? [y/N] ").strip().lower() in ("y", "yes"):
+            return
+    hint = " or --resume" if Progress.file(folder).is_file() else ""
+    raise InputError(f"{folder} is not empty; give --overwrite{hint} or another --image_folder")
 
 
 def clear_results(folder: Path) -> None:
     """Delete what an earlier run wrote into its result folder, and nothing else."""
-    pictures = [f"{kind}/*.png" for kind in ("input", "reconstruction", "unguided")]
-    for pattern in ("sheet*.png", "results.json", "results.csv", "logits.csv", "log.txt", *pictures):
+    pictures = [f"{kind}/*.png" for kind in PICTURES]
+    files = ("sheet*.png", "results.json", "results.csv", "logits.csv", "log.txt")
+    for pattern in (Progress.file(folder).name, *files, *pictures):
         for file in folder.glob(pattern):
             file.unlink()
 
@@ -352,9 +422,18 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, others = parse(argv)
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
     device = resolve_device(args.device)
     source = input_path(args.path_y)
-    folder = result_folder(args.image_folder, args.overwrite, ask=not args.ni)
+    folder = result_folder(args.image_folder)
+    with locked(folder):
+        check_results(folder, args.resume, args.overwrite, ask=not args.ni)
+        return reconstruct(args, others, device, source, folder)
+
+
+def reconstruct(args: argparse.Namespace, others: dict, device: torch.device, source: Path, folder: Path) -> int:
+    """Draw what is not finished yet, and write the results of all that is; the exit status."""
     model, notes, prior, judge = load_networks(args, others, device)
     attributes = notes.get("attributes") or (ATTRIBUTES if model.num_classes == len(ATTRIBUTES) else None)
     if attributes is None or len(attributes) != model.num_classes:
@@ -363,35 +442,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"the judge's {judge.num_classes} attributes are not the SPNN's {model.num_classes}")
     edits = parse_set(args.set, attributes, notes.get("typical_logits"))
 
-    inputs: list[Tensor | None]
+    files: list[Path] | None = None  # of the inputs; a table of logits has none
     skipped: list[str] = []
+    judge_targets: Tensor | None = None
     if source.suffix.lower() == ".csv":
         names, targets = read_logits(source, attributes)
-        inputs, judge_targets = [None] * len(names), targets.clone()
+        judge_targets = targets.clone()
     else:
-        names, inputs, skipped = read_inputs(source, model.img_size, args.strict)
-        with torch.no_grad():
-            batches = torch.stack(inputs).split(args.batch_size)
-            targets = torch.cat([model(batch.to(device)).cpu() for batch in batches])
-            judge_targets = None if judge is None else torch.cat([judge(batch.to(device)).cpu() for batch in batches])
+        networks = [model] if judge is None else [model, judge]
+        names, files, (targets, *judged), skipped = read_targets(
+            source, networks, model.img_size, args.batch_size, device, args.strict
+        )
+        judge_targets = judged[0] if judged else None
     for index, (logit, present) in edits.items():
         targets[:, index] = logit
         if judge_targets is not None:  # for the judge only the sign counts, that of what was asked for
             judge_targets[:, index] = 1.0 if present else -1.0
-    clear_results(folder)  # nothing can be refused any more
+
+    same = {key: value for key, value in vars(args).items() if key not in FREE} | others
+    same |= {f"{name} weights": None if network is None else fingerprint(network)
+             for name, network in (("spnn", model), ("prior", prior.unet), ("judge", judge))}  # fmt: skip
+    progress = Progress(folder, plain(same))
+    done: list[Finished | None] = [None] * len(names)
+    if args.resume and progress.path.is_file():
+        done = progress.read(names, targets)
+    else:
+        clear_results(folder)  # nothing can be refused any more
+    for kind in (".", *PICTURES):
+        remove_temporaries(folder / kind)
+    progress.begin(done)
     log = get_logger("reconstruct", folder)
     for line in skipped:
         log.warning("skipped: %s", line)
 
     guidance = Guidance(args.lambda1, args.lambda2, args.min_bp_step, args.nlbp_stop_cond, args.clip_x0,
                         args.max_move if args.max_move else None, args.last_bp_step)  # fmt: skip
-    lpips = load_lpips(device, log) if args.lpips and inputs[0] is not None else None
+    lpips = load_lpips(device, log) if args.lpips and files is not None else None
     walk = time_travel_steps(args.steps, args.travel_length, args.travel_repeat)
     evaluations = sum(b < a for a, b in zip(walk, walk[1:], strict=False))
     log.info("%d targets, %d steps, guidance %s, on %s", len(names), evaluations, args.guidance, device)
+    if kept := sum(entry is not None for entry in done):
+        log.info("resumed: %d are finished", kept)
 
-    def draw(part: slice, guided: bool, label: str) -> tuple[Tensor, list[Figures], Tensor]:
-        """Images of a part of the inputs, on the CPU, their figures and logits."""
+    def draw(part: slice, inputs: Sequence[Tensor | None], guided: bool, label: str):
+        """Images of a part of the targets, on the CPU, their figures and logits."""
         target = targets[part].to(device)
         bar = tqdm(total=evaluations, desc=label, unit="step", leave=False, dynamic_ncols=True)
         started = time.perf_counter()
@@ -413,39 +507,84 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         seconds = (time.perf_counter() - started) / len(images)
         judged = None if judge_targets is None else judge_targets[part].to(device)
-        figures, logits = measure(names[part], images, inputs[part], target, model, judge, judged, lpips,
+        figures, logits = measure(names[part], images, inputs, target, model, judge, judged, lpips,
                                   seconds=seconds, steps=evaluations, seed=args.seed)  # fmt: skip
         broken = [name for name, ok in zip(names[part], images.isfinite().flatten(1).all(1), strict=True) if not ok]
         if broken:
             log.warning("not finite: %s; --clip_x0 and --max_move keep images in range", ", ".join(broken))
         return images.nan_to_num(0.0, 1.0, -1.0).cpu(), figures, logits.cpu()
 
-    results, base = [], []
     parts = [slice(i, i + args.batch_size) for i in range(0, len(names), args.batch_size)]
-    for index, part in enumerate(parts):
-        counter = f"batch {index + 1}/{len(parts)}"
-        results.append(draw(part, args.guidance == "nlbp", counter))
-        if args.base_rate and args.guidance == "nlbp":
-            base.append(draw(part, False, f"{counter}, unguided"))
-        for i, name in enumerate(names[part]):  # at once: an interruption keeps the pictures that are done
-            if inputs[part][i] is not None:
-                save_image(inputs[part][i], folder / "input" / f"{name}.png")
-            save_image(results[-1][0][i], folder / "reconstruction" / f"{name}.png")
-            if base:
-                save_image(base[-1][0][i], folder / "unguided" / f"{name}.png")
-
-    images, logits = (torch.cat([r[k] for r in results]) for k in (0, 2))
-    figures = [f for r in results for f in r[1]]
-    unguided = [f for r in base for f in r[1]] or None
+    with stop_signals() as stopped:
+        for index, part in enumerate(parts):
+            if all(done[part]):
+                continue
+            if stopped() is not None:
+                break
+            # Whole, also where some of it is finished: rounding depends on what an image shares its batch with.
+            size = model.img_size
+            inputs = [None] * len(names[part]) if files is None else [load_image(file, size) for file in files[part]]
+            counter = f"batch {index + 1}/{len(parts)}"
+            drawn = {"reconstruction": draw(part, inputs, args.guidance == "nlbp", counter)}
+            if args.base_rate and args.guidance == "nlbp":
+                drawn["unguided"] = draw(part, inputs, False, f"{counter}, unguided")
+            new = []
+            for i, name in enumerate(names[part]):
+                if done[part][i] is not None:
+                    continue
+                pictures = {kind: images[i] for kind, (images, _, _) in drawn.items()}
+                if inputs[i] is not None:
+                    pictures["input"] = inputs[i]
+                for kind, picture in pictures.items():
+                    save_image(picture, folder / kind / f"{name}.png")
+                figures = {kind: of[i] for kind, (_, of, _) in drawn.items()}
+                _, _, logits = drawn["reconstruction"]
+                entry = Finished(name, figures["reconstruction"], figures.get("unguided"), logits[i], tuple(pictures))
+                done[part.start + i] = entry
+                new.append((entry, targets[part.start + i]))
+            progress.append(new)
+        signum = stopped()
+    ready = [i for i, entry in enumerate(done) if entry is not None]
+    if not ready:
+        log.info("stopped before the first batch was finished")
+        return 128 + signum
     settings = {**vars(args), **others, "device": str(device), "guidance_rule": asdict(guidance)}
+    write_results(folder, settings, [done[i] for i in ready], targets[ready], attributes, model.img_size, log)
+    if signum is not None and len(ready) < len(names):
+        log.info("stopped: %d of %d images are finished; draw the others with --resume", len(ready), len(names))
+        return 128 + signum
+    return 0
+
+
+def write_results(
+    folder: Path, settings: dict, done: Sequence[Finished], targets: Tensor, attributes: Sequence[str], size: int, log
+) -> None:
+    """The tables of the finished images, whose targets are (N, d), and the sheet of the first `SHEET_LIMIT`."""
+    figures = [entry.figures for entry in done]
+    unguided = [entry.unguided for entry in done if entry.unguided is not None] or None
     record = write_tables(folder, settings, figures, unguided)
-    write_logits(folder / "logits.csv", names, attributes, targets)
-    pages = write_sheet(folder, attributes, names, inputs, targets, images, logits, [caption(f) for f in figures])
+    write_logits(folder / "logits.csv", [entry.name for entry in done], attributes, targets)
+
+    def picture(kind: str, entry: Finished) -> Tensor | None:
+        return load_image(folder / kind / f"{entry.name}.png", size) if kind in entry.pictures else None
+
+    shown = done[:SHEET_LIMIT]
+    pages = write_sheet(
+        folder,
+        attributes,
+        [entry.name for entry in shown],
+        [picture("input", entry) for entry in shown],
+        targets[: len(shown)],
+        torch.stack([picture("reconstruction", entry) for entry in shown]),
+        torch.stack([entry.logits for entry in shown]),
+        [caption(entry.figures) for entry in shown],
+    )
     log.info("mean: %s", caption(Figures("", **mean_figures(figures))))
     if unguided is not None:
         log.info("unguided, same noise: %s", caption(Figures("", **record["unguided"]["mean"])))
+    if len(done) > len(shown):
+        log.info("the sheet shows the first %d of %d images", len(shown), len(done))
     log.info("%s", ", ".join(str(page) for page in pages))
-    return 0
 
 
 def caption(f: Figures) -> str:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from data_loader import find_images, load_image, save_image, to_uint8
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
+from diagnostics import clip_gradients
 from logger import MetricsTable, get_logger, plot_curves
 from resume import STATE_NAME, Stopped, check_settings, is_empty, load_state, locked, plain, save_state, stop_signals
 from utils import InputError, number, remove_temporaries, resolve_device, run_command, seed_everything, write_json
@@ -249,12 +250,13 @@ class Trainer:
         t = draw_steps(self.schedule, args.batch_size, args.noise_levels, self.generator)
         noise = torch.randn(x0.shape, generator=self.generator)
         value = self._gradients(*(part.to(self.device) for part in (x0, noise, t)))
-        norm = nn.utils.clip_grad_norm_(self.prior.parameters(), args.clip).item()
-        if not math.isfinite(value) or not math.isfinite(norm):
+        try:
+            norm = clip_gradients(self.prior.unet, args.clip, value).item()
+        except FloatingPointError as error:
             raise InputError(
-                f"step {self.step + 1} ({self._names(indices)}): the loss is {value}, its gradient norm {norm}, "
-                f"{self._culprit()}; try a smaller --lr"
-            )
+                f"step {self.step + 1} ({self._names(indices)}): the loss is {value}; not a finite number in {error}; "
+                "try a smaller --lr"
+            ) from None
         self.optimizer.step()
         update_ema(self.ema, self.prior, self.step, args.ema_decay)
         self.step += 1
@@ -283,16 +285,6 @@ class Trainer:
     def _names(self, indices: Tensor) -> str:
         names = [self.images.paths[i].name for i in indices.tolist()]
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-    def _culprit(self) -> str:
-        """The first weight, else the first gradient, that is not finite."""
-        for name, weight in self.prior.unet.named_parameters():
-            if not weight.isfinite().all():
-                return f"not a finite number in weight {name}"
-        for name, weight in self.prior.unet.named_parameters():
-            if weight.grad is not None and not weight.grad.isfinite().all():
-                return f"not a finite number in the gradient of {name}"
-        return "all weights and gradients are finite"
 
     def train(self, stopped: Callable[[], int | None]) -> None:
         """Train to the end.
@@ -386,15 +378,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def find_state(out: Path, resume: bool, overwrite: bool) -> dict | None:
-    """The state to go on from, None for a run that begins; nothing is written yet.
+    """The state to go on from, None for a run that begins.
 
     Raises:
-        InputError: results that would be lost and neither was asked for, both were, or a state that cannot be read.
+        InputError: results that would be lost and neither was asked for, or a state that cannot be read.
     """
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: not a folder")
     if resume and (out / STATE_NAME).is_file():
         return load_state(out / STATE_NAME)
     if not is_empty(out) and not overwrite:
@@ -405,13 +393,16 @@ def find_state(out: Path, resume: bool, overwrite: bool) -> dict | None:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device, out = resolve_device(args.device), args.out
-    state = find_state(out, args.resume, args.overwrite)
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: not a folder")
     torch.set_num_threads(args.threads)
-    images = Images(args.images, args.img_size)
-    trainer = Trainer(args, images, device)
-    with locked(out):  # only now: a mistake above leaves no folder behind
+    with locked(out):  # a mistake below leaves no folder behind
+        state = find_state(out, args.resume, args.overwrite)
+        images = Images(args.images, args.img_size)
+        trainer = Trainer(args, images, device)
         if state is not None:
-            state = load_state(out / STATE_NAME)  # nobody writes it any more
             check_settings(state["settings"], trainer.run, out)
         remove_temporaries(out)
         if state is None:  # what an earlier run of this command left, by name: nothing else is touched

@@ -1,23 +1,24 @@
-"""The benchmark: both formulations compute the same thing, and the command says what it measured."""
+"""The benchmarks: both formulations compute the same thing, and the command says what it measured."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks import back_projection, plain
-from models import BUILT_IN, POINTWISE, SPNN, UNET, BlockNets, ConvPINNBlock, PixelUnshuffleBlock
+from benchmarks import growth, plain, speed
+from models import BUILT_IN, POINTWISE, SPNN, UNET, BlockNets, ConvPINNBlock, PixelUnshuffleBlock, concatenated
+from train import Settings, forward_losses, natural_losses
 
 
 def tiny_spnn() -> SPNN:
-    torch.manual_seed(back_projection.SEED)
+    torch.manual_seed(speed.SEED)
     chain = [
         (PixelUnshuffleBlock, {"r": 4}),
         (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 2}),
         (PixelUnshuffleBlock, {"r": 2}),
         (ConvPINNBlock, {"in_ch": 24, "out_ch": 5, "hidden": 8, "feat_size": 1}),
     ]
-    return back_projection.randomise(SPNN(num_classes=5, img_size=8, layer_channels=chain))
+    return speed.randomise(SPNN(num_classes=5, img_size=8, layer_channels=chain))
 
 
 @pytest.fixture
@@ -48,25 +49,89 @@ def test_the_closed_form_is_the_plain_formulation(model):
         assert (moved - x).abs().max() > 1e-2
 
 
-def test_the_command_reports_both_times_their_ratio_and_the_difference(tmp_path, capsys, monkeypatch):
+def tiny_run(tmp_path, monkeypatch, *rows: str) -> dict:
     # the published chain solves 2048 x 2048 systems, fourteen times over: seconds that show nothing more
     chain = ((4, 48, 2, BlockNets(UNET, UNET, 128)), (8, 128, None, BlockNets(POINTWISE, POINTWISE, 128)))
     monkeypatch.setitem(BUILT_IN, 32, chain)
-    file, threads = tmp_path / "result.json", torch.get_num_threads()
-    arguments = "--img_size 32 --hidden 4 --repeats 3 --batch_size 2 --device cpu --threads 2 --json"
-    assert back_projection.main([*arguments.split(), str(file)]) == 0
-    record = json.loads(file.read_text())
-    assert record["ratio"] == pytest.approx(record["plain_seconds"] / record["closed_form_seconds"])
-    assert 0 < record["largest_difference"] < 1e-4 * record["largest_value"]
+    file = tmp_path / "result.json"
+    sizes = "--sampling_size 32 --training_size 32 --hidden 4 --prior_channels 32 --images 12 --image_side 40"
+    run = "--repeats 3 --sampling_batch 2 --training_batch 2 --workers 0 --device cpu --threads 2 --json"
+    assert speed.main(["--rows", *rows, *sizes.split(), *run.split(), str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+def test_the_command_reports_both_times_their_ratio_and_the_difference(tmp_path, capsys, monkeypatch):
+    threads = torch.get_num_threads()
+    record = tiny_run(tmp_path, monkeypatch, "back_projection")
+    (row,) = record["rows"]
+    assert row["ratio"] == pytest.approx(row["plain_seconds"] / row["seconds"])
+    assert 0 < row["largest_difference"] < 1e-4 * row["largest_value"]
     assert record["torch"] == torch.__version__ and "2 threads" in record["machine"]
-    assert {"date", "device", "seed", "img_size", "batch_size", "repeats", "hidden"} <= record.keys()
+    assert {"date", "device", "seed", "settings"} <= record.keys()
     assert torch.get_num_threads() == threads
     shown = capsys.readouterr().out
-    for part in ("plain", "closed form", "ratio", "largest difference", torch.__version__, record["date"]):
+    for part in ("plain", "back_projection", "ratio", "largest difference", torch.__version__, record["date"]):
         assert part in shown
+
+
+def test_every_row_computes_the_same_as_the_plain_formulation(tmp_path, monkeypatch):
+    rows = {row["row"]: row for row in tiny_run(tmp_path, monkeypatch, *speed.ROWS)["rows"]}
+    assert set(rows) == {"back_projection", "sampling_step", "sampling_step, bf16", "stage1", "stage2", "loader"}
+    for name, row in rows.items():
+        if "bf16" not in name:
+            assert row["largest_difference"] <= row["within"]
+    assert 0 < rows["sampling_step, bf16"]["largest_difference"] < 0.2
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_losses_and_their_gradients_are_the_plain_ones(model, stage):
+    x, labels = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1, torch.tensor([[0.0, 1, 1, 0, 1], [1, 0, 0, 1, 1]])
+    settings = Settings()
+    if stage == 1:
+        expected = plain.stage1_loss(model, x, labels.double(), settings)
+        got = forward_losses(model, x, labels.double(), settings)[0]["total"]
+        parameters = list(model.parameters())
+    else:
+        parameters = [p for name, p in model.named_parameters() if ".r." in name]
+        origin = concatenated(model.complete(torch.zeros(1, 3, 8, 8, dtype=torch.float64)).z)
+        expected = plain.stage2_loss(model, x, settings)
+        got = natural_losses(model, x, origin, settings)["total"]
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    for own, theirs in zip(
+        torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(own, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_the_same_seed_gives_the_same_weights_and_none_stays_zero():
     one, other = tiny_spnn().state_dict(), tiny_spnn().state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert all(tensor.any() for name, tensor in one.items() if not name.endswith("bias"))
+
+
+def test_growth_fits_a_power_law():
+    assert growth.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("name", growth.TASKS)
+def test_growth_measures_time_memory_and_where_the_time_goes(name):
+    arguments = growth.parser().parse_args("--hidden 8 --repeats 1 --device cpu".split())
+    row = growth.measure(name, 64, 1, 2, arguments)
+    assert row["seconds"] > 0 and row["peak_bytes"] > 0
+    assert sum(row["shares"].values()) == pytest.approx(1) and row["shares"]["matrix product"] > 0
+    assert (row["shares"]["solve"] > 0) == (name == "stage1")  # a back-projection finds W known
+    shallow = growth.deep_network(1, 4)
+    assert len(growth.deep_network(3, 4).pinn.blocks) == len(shallow.pinn.blocks) + 2
+    with pytest.raises(ValueError, match="44"):
+        growth.deep_network(44, 4)
+
+
+def test_growth_says_how_cost_rises():
+    arguments = growth.parser().parse_args("--sizes 32 64 --batches 1 2".split())
+    rows = [
+        {"task": "stage1", "size": size, "batch": batch, "depth": None, "seconds": batch * size**4}
+        for size in (32, 64)
+        for batch in (1, 2)
+    ]
+    assert "stage1, 32x32: seconds ~ batch^1.00" in growth.fits(rows, arguments)
+    assert "stage1, batch 2: seconds ~ pixels^2.00" in growth.fits(rows, arguments)

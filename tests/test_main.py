@@ -1,8 +1,12 @@
 """The reconstruction command, end to end with weights of a few thousand numbers."""
 
 import csv
+import gc
 import json
 import math
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -98,6 +102,7 @@ def samples(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reconstruct, "SAMPLES", tmp_path / "image_samples")
     monkeypatch.setattr(weights, "download", no_network)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path / "image_samples"
 
 
@@ -226,7 +231,7 @@ def test_inputs_and_reconstructions_are_there_as_pictures(finished, assets):
         assert (pixels(finished / "input" / f"{name}.png") == pixels(assets / "inputs" / f"{name}.png")).all()
         assert pixels(finished / "reconstruction" / f"{name}.png").shape == (16, 16, 3)
     assert {p.name for p in finished.iterdir() if p.is_file()} == {
-        "results.json", "results.csv", "logits.csv", "sheet.png", "log.txt",
+        "results.json", "results.csv", "logits.csv", "sheet.png", "log.txt", "progress.jsonl",
     }  # fmt: skip
 
 
@@ -271,12 +276,12 @@ def test_without_lpips_weights_the_run_goes_on(run, preset, monkeypatch):
     assert "no LPIPS" in (folder / "log.txt").read_text()
 
 
-def test_numbers_that_are_not_finite_become_null_and_are_named(run, preset, tmp_path):
+def test_numbers_that_are_not_finite_become_null_and_are_named(run, monkeypatch):
     """A prior that breaks must not cost the results of a whole run: they say so instead."""
     prior = tiny_prior()
     torch.nn.init.constant_(prior.unet.conv_out.bias, math.nan)
-    save_prior(prior, tmp_path / "broken")
-    folder = run(config=preset(prior=str(tmp_path / "broken")))
+    monkeypatch.setattr(reconstruct, "load_prior", lambda *args, **kwargs: prior)
+    folder = run()
     assert "not finite: blue" in (folder / "log.txt").read_text()
     for image in record_of(folder)["images"]:
         assert image["psnr"] is None and image["prob_error"] is None and image["agreement"] == 0
@@ -604,6 +609,224 @@ def test_without_ni_a_terminal_is_asked(assets, samples, monkeypatch, answer, ke
     assert len(asked) == 1
 
 
+# --- Resume ----------------------------------------------------------------------------------------------------------
+
+
+def tables_of(folder):
+    """The results but for the time they took."""
+    record = record_of(folder)
+    parts = [record["images"], record.get("unguided", {"images": []})["images"]]
+    figures = [[{key: value for key, value in i.items() if key != "seconds"} for i in part] for part in parts]
+    return figures, (folder / "logits.csv").read_text()
+
+
+def stopping_at(monkeypatch, call, signum=None):
+    """Make the sampler's n-th call send a signal in its midst; without one, break it. Returns the names drawn."""
+    names, calls, honest = [], [], reconstruct.sample
+    generator = reconstruct.image_generator
+    monkeypatch.setattr(reconstruct, "image_generator", lambda seed, name: names.append(name) or generator(seed, name))
+
+    def sample(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == call:
+            if signum is None:
+                raise MemoryError
+            os.kill(os.getpid(), signum)
+        return honest(*arguments, **settings)
+
+    monkeypatch.setattr(reconstruct, "sample", sample)
+    return names
+
+
+@pytest.fixture
+def command(assets):
+    def command(folder: str, *flags: str) -> int:
+        arguments = ["--ni", "--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs")]
+        return reconstruct.main([*arguments, "--image_folder", folder, "--batch_size", "2", "--base_rate", *flags])
+
+    return command
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_writes_its_results_and_goes_on(command, samples, finished, monkeypatch, signum):
+    before = signal.getsignal(signum)
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 1, signum)
+        assert command("out") == 128 + signum
+    assert signal.getsignal(signum) == before
+    folder = samples / "out"
+    assert names_of(folder) == ["blue", "green"] and (folder / "sheet.png").is_file()  # the batch was finished
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.png")}
+    assert len(kept) == 6
+    with monkeypatch.context() as patch:
+        drawn = stopping_at(patch, 0)
+        assert command("out", "--resume") == 0
+    assert drawn == ["red", "red"]  # guided and unguided
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert tables_of(folder) == tables_of(finished)
+    for path in ("sheet.png", *(f"reconstruction/{name}.png" for name in ("red", "green", "blue"))):
+        if path != "sheet.png":  # its captions hold seconds
+            assert (folder / path).read_bytes() == (finished / path).read_bytes()
+    assert pixels(folder / "sheet.png").shape == pixels(finished / "sheet.png").shape
+    assert {p.name for p in folder.iterdir()} == {p.name for p in finished.iterdir()}
+
+
+def test_a_run_that_breaks_is_resumed_without_its_cut_line(command, samples, finished, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        stopping_at(patch, 3)
+        command("out")
+    folder = samples / "out"
+    assert not (folder / "results.json").exists()
+    with open(folder / "progress.jsonl", "a") as file:
+        file.write('{"name": "red", "pic')
+    (folder / "reconstruction" / ".red.png.abcd_123.png").write_bytes(b"half a pict")
+    refused("not empty; give --overwrite or --resume", command, "out")
+    assert command("out", "--resume") == 0
+    assert tables_of(folder) == tables_of(finished)
+    assert not list(folder.rglob(".*")) and len((folder / "progress.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_picture_that_is_damaged_or_gone_is_drawn_again(command, samples, finished, monkeypatch):
+    assert command("out") == 0
+    folder = samples / "out"
+    path = folder / "reconstruction" / "green.png"
+    path.write_bytes(path.read_bytes()[:-20])
+    (folder / "unguided" / "red.png").unlink()
+    with monkeypatch.context() as patch:
+        drawn = stopping_at(patch, 0)
+        assert command("out", "--resume") == 0
+    assert drawn == ["blue", "green"] * 2 + ["red"] * 2  # with those they share a batch with: rounding stays the same
+    assert tables_of(folder) == tables_of(finished)
+    for name, picture in pictures(finished).items():
+        assert (pictures(folder)[name] == picture).all()
+    with monkeypatch.context() as patch:
+        drawn = stopping_at(patch, 0)
+        assert command("out", "--resume") == 0
+    assert drawn == []
+
+
+def test_an_input_that_changed_is_drawn_again(assets, samples, tmp_path, monkeypatch):
+    shutil.copytree(assets / "inputs", tmp_path / "inputs")
+    arguments = ["--ni", "--config", str(assets / "tiny.yml"), "--path_y", str(tmp_path / "inputs")]
+    arguments += ["--image_folder", "out"]
+    assert reconstruct.main(arguments) == 0
+    Image.new("RGB", (16, 16), "yellow").save(tmp_path / "inputs" / "green.png")
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "inputs" / "white.png")
+    drawn = stopping_at(monkeypatch, 0)
+    assert reconstruct.main([*arguments, "--resume"]) == 0
+    assert drawn == ["green", "white"]
+    assert names_of(samples / "out") == ["blue", "green", "red", "white"]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--steps", "2"], "has steps 3, not 2"),
+        (["--seed", "1"], "has seed 1234, not 1"),
+        (["--no-clip_x0"], "has clip_x0 True, not False"),
+        (["--no-base_rate"], "has base_rate True, not False"),
+        (["--overwrite"], "exclude each other"),
+    ],
+)
+def test_a_resume_with_another_setting_names_it(command, samples, finished, flags, said):
+    shutil.copytree(finished, samples / "out")
+    refused(said, command, "out", "--resume", *flags)
+    assert tables_of(samples / "out") == tables_of(finished)
+
+
+def test_a_resume_with_other_weights_names_them(assets, samples, finished, preset, tmp_path):
+    shutil.copytree(finished, samples / "out")
+    other = randomised(tiny_spnn(), seed=5)
+    save_spnn(tmp_path / "other.pth", other, {"attributes": list(ATTRIBUTES), "typical_logits": [[-2.5, 3.5]] * 40})
+    config = str(preset(spnn=str(tmp_path / "other.pth")))
+    arguments = ["--ni", "--config", config, "--path_y", str(assets / "inputs"), "--image_folder", "out", "--base_rate"]
+    refused("has spnn weights [0-9a-f]{16}, not", reconstruct.main, [*arguments, "--resume"])
+
+
+@pytest.mark.parametrize("content", ["", "junk\n", '{"settings": 3}\n', "[]\n", "\xff"])
+def test_a_record_that_is_none_is_one_line(command, samples, content):
+    (samples / "out").mkdir(parents=True)
+    (samples / "out" / "progress.jsonl").write_text(content, encoding="latin-1")
+    refused("progress.jsonl: damaged", command, "out", "--resume")
+
+
+def test_resume_begins_where_there_is_nothing_and_keeps_what_is_not_its_own(command, samples, finished):
+    assert command("out", "--resume") == 0
+    assert tables_of(samples / "out") == tables_of(finished)
+    (samples / "mine").mkdir()
+    (samples / "mine" / "notes.txt").write_text("keep")
+    refused("not empty; give --overwrite or another", command, "mine", "--resume")
+
+
+def test_a_second_run_into_one_folder_is_refused(command, samples, finished):
+    """Its own process: a lock does not keep out the process that holds it."""
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\nfrom resume import locked\n"
+        "with locked(Path(sys.argv[2])):\n    print('held', flush=True)\n    time.sleep(600)"
+    )
+    arguments = [sys.executable, "-c", code, str(ROOT), str((samples / "out").resolve())]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            refused(f"another run is writing there .process {other.pid}", command, "out", "--overwrite")
+        finally:
+            other.kill()
+    assert command("out") == 0  # it ended with its process
+    assert tables_of(samples / "out") == tables_of(finished)
+
+
+# --- Many images -----------------------------------------------------------------------------------------------------
+
+
+def usage(size: int) -> tuple[float, int, int]:
+    """Resident memory in MiB, open files, and pictures of this size that are held."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    held = {}
+    for thing in gc.get_objects():
+        if type(thing) is torch.Tensor and thing.shape[-3:] == (3, size, size):
+            held[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes() // (4 * 3 * size**2)
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd")), sum(held.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_number_of_images(run, preset, samples, tmp_path, monkeypatch, count):
+    """Before: the inputs and the pictures of a whole run, 24 KiB an image at this size. Now: its figures, 1 KiB or so.
+
+    The allocator keeps what it likes, so memory is compared between the third batch and the last, and tells at many
+    images only; the number of pictures that are held tells at few.
+    """
+    size, chain = 32, [
+        (PixelUnshuffleBlock, {"r": 4}),
+        (ConvPINNBlock, {"in_ch": 48, "out_ch": 1, "hidden": 4, "feat_size": 8}),
+        (PixelUnshuffleBlock, {"r": 8}),
+        (ConvPINNBlock, {"in_ch": 64, "out_ch": 40, "hidden": 8, "feat_size": 1}),
+    ]  # fmt: skip
+    save_spnn(tmp_path / "s.pth", randomised(SPNN(num_classes=40, img_size=size, layer_channels=chain)),
+              {"attributes": list(ATTRIBUTES)})  # fmt: skip
+    save_prior(tiny_prior(size), tmp_path / "p")
+    (tmp_path / "many").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "many" / f"{i}.png")
+    batch, seen, honest = 25, [], reconstruct.sample
+
+    def sample(*arguments, **settings):
+        seen.append(usage(size))
+        return honest(*arguments, **settings)
+
+    monkeypatch.setattr(reconstruct, "sample", sample)
+    config = preset(spnn=str(tmp_path / "s.pth"), prior=str(tmp_path / "p"), judge=None, steps=1)
+    folder = run("out", tmp_path / "many", "--batch_size", str(batch), config=config)
+    assert len(record_of(folder)["images"]) == count == len(list(folder.glob("reconstruction/*.png")))
+    assert len(list(folder.glob("sheet*.png"))) == 10 and "first 100 of" in (folder / "log.txt").read_text()
+    assert len(seen) == count // batch and seen[-1][1:] == seen[2][1:] and seen[2][2] >= batch
+    grown = seen[-1][0] - seen[2][0]
+    print(f"{count} images: {grown:.1f} MiB more at the last batch than at the third")
+    assert grown < 4 + 3 * count / 1024
+
+
 # --- Configs ---------------------------------------------------------------------------------------------------------
 
 
@@ -669,9 +892,7 @@ def test_the_shipped_configs_parse():
 @pytest.fixture
 def nothing_local(monkeypatch, tmp_path):
     """The published weights, at manual paths where there is nothing."""
-    moved = {
-        n: replace(k, manual_path=str(tmp_path / "manual" / k.filename), size=1000) for n, k in weights.KNOWN.items()
-    }
+    moved = {n: replace(k, manual_path=str(tmp_path / "manual" / k.filename)) for n, k in weights.KNOWN.items()}
     for module in (weights, reconstruct):
         monkeypatch.setattr(module, "KNOWN", moved)
     return list(moved.values())
@@ -701,7 +922,7 @@ def test_a_damaged_file_at_the_manual_path_is_not_called_missing(run, nothing_lo
     known = known_for(nothing_local, "celeba_hq.ckpt")
     Path(known.manual_path).parent.mkdir(parents=True)
     Path(known.manual_path).write_bytes(b"cut short")
-    message = refused("9 bytes, the published file has", run, config=preset(prior="celeba_hq.ckpt"))
+    message = refused("SHA-256 .*, the published file has", run, config=preset(prior="celeba_hq.ckpt"))
     assert "could not be found" not in message
 
 
@@ -757,7 +978,7 @@ DDPM = {
 def ddpm_weights(tmp_path_factory):
     """A weight file in the published layout."""
     generator, state = torch.Generator().manual_seed(0), {}
-    for name, tensor in prior_module._ddpm_unet(DDPM, 16).state_dict().items():
+    for name, tensor in prior_module.ddpm_unet(DDPM, 16).state_dict().items():
         shape = list(tensor.shape) + [1, 1] * (".attentions." in name and tensor.ndim == 2)
         published = prior_module._ddpm_name(name, len(DDPM["ch_mult"]))
         state[published] = torch.randn(shape, generator=generator) * 0.05

@@ -1,5 +1,6 @@
 """The faces: determinism, layout, prevalence, consistency, and that every attribute can be seen."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,11 @@ def test_too_small_a_face_is_refused():
 
 def test_layout_of_the_folder(tmp_path):
     faces.write_dataset(tmp_path / "new", 5, 20, seed=3, workers=1)
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [faces.IMAGE_FOLDER, faces.ANNOTATION_FILE]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+        faces.IMAGE_FOLDER,
+        faces.ANNOTATION_FILE,
+        faces.MARK,
+    ]
     lines = (tmp_path / "new" / faces.ANNOTATION_FILE).read_text().splitlines()
     assert lines[0] == "5" and lines[1] == " ".join(ATTRIBUTES) and len(lines) == 7
     for i, line in enumerate(lines[2:]):
@@ -140,7 +145,27 @@ def test_overwriting_replaces_the_faces_and_nothing_else(tmp_path):
     (tmp_path / faces.IMAGE_FOLDER / "holiday.jpg").write_text("mine")
     faces.write_dataset(tmp_path, 2, 16, seed=1, workers=1, overwrite=True)
     names = {name.removeprefix(faces.IMAGE_FOLDER + "/") for name in files_of(tmp_path)}
-    assert names == {"0.jpg", "1.jpg", "holiday.jpg", "note.txt", faces.ANNOTATION_FILE}
+    assert names == {"0.jpg", "1.jpg", "holiday.jpg", "note.txt", faces.ANNOTATION_FILE, faces.MARK}
+
+
+def test_photographs_are_never_overwritten(tmp_path):
+    """CelebA's own pictures have the same names."""
+    (tmp_path / faces.IMAGE_FOLDER).mkdir()
+    (tmp_path / faces.IMAGE_FOLDER / "0.jpg").write_text("a photograph")
+    with pytest.raises(InputError, match="not drawn here"):
+        faces.write_dataset(tmp_path, 2, 16, seed=0, workers=1, overwrite=True)
+    assert files_of(tmp_path) == {f"{faces.IMAGE_FOLDER}/0.jpg": b"a photograph"}
+
+
+def test_a_link_to_photographs_is_not_followed(tmp_path):
+    faces.write_dataset(tmp_path / "drawn", 1, 16, seed=0, workers=1)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.jpg").write_text("a photograph")
+    shutil.rmtree(tmp_path / "drawn" / faces.IMAGE_FOLDER)
+    (tmp_path / "drawn" / faces.IMAGE_FOLDER).symlink_to(tmp_path / "photos")
+    with pytest.raises(InputError, match="not drawn here"):
+        faces.write_dataset(tmp_path / "drawn", 2, 16, seed=0, workers=1, overwrite=True)
+    assert (tmp_path / "photos" / "0.jpg").read_text() == "a photograph"
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):

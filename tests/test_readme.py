@@ -23,8 +23,9 @@ def test_a_snippet_runs(snippet, capsys):
 
 def test_every_flag_named_exists():
     helps = ""
-    for command in ("DDNM/main.py", "train_celeba.py", "DDNM/train_prior.py", "diagnostics.py", "procedural_faces.py"):
-        shown = subprocess.run([sys.executable, command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    commands = ["DDNM/main.py", "train_celeba.py", "DDNM/train_prior.py", "diagnostics.py", "procedural_faces.py"]
+    for command in [*commands, "invert.py train", "invert.py eval"]:
+        shown = subprocess.run([sys.executable, *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
         assert shown.returncode == 0, shown.stderr
         helps += shown.stdout
     for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)):

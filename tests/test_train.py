@@ -334,6 +334,46 @@ def test_images_that_are_not_finite_are_named(tmp_path):
     assert not (tmp_path / FORWARD_CHECKPOINT).exists()
 
 
+def test_the_images_of_a_broken_batch_are_named(tmp_path):
+    run = trainer(tiny_spnn(), tmp_path)
+    x, labels = data(12).tensors
+    x[6, 0, 0, 0] = float("inf")
+    dataset = TensorDataset(x, labels)
+    run.train = DataLoader(dataset, batch_size=4)
+    with pytest.raises(TrainingFailed, match=r"forward 1/2, batch 2 \(image 6\): not a finite number in the images"):
+        run.train_forward()
+    dataset.files = [f"{i}.jpg" for i in range(12)]  # as CelebAMaskHQ has them
+    with pytest.raises(TrainingFailed, match=r"batch 2 \(6.jpg\)"):
+        run.train_forward()
+
+
+def test_a_broken_label_and_a_broken_gradient_are_named(tmp_path):
+    x, labels = data(4).tensors
+    labels[1, 2] = float("nan")
+    run = trainer(tiny_spnn(), tmp_path)
+    run.train = DataLoader(TensorDataset(x, labels), batch_size=4)
+    with pytest.raises(TrainingFailed, match=r"batch 1 \(image 0, image 1, .*\): not a finite number in the labels"):
+        run.train_forward()
+    run = trainer(tiny_spnn(), tmp_path)
+    name, parameter = next((n, p) for n, p in run.model.named_parameters() if n.endswith("blocks.3.s.net.0.weight"))
+    parameter.register_hook(lambda gradient: gradient * float("nan"))
+    before = copy_of(run.model)
+    with pytest.raises(TrainingFailed, match=f"batch 1 .*in the gradient of {name}"):
+        run.train_forward()
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())  # not applied
+
+
+def test_a_validation_that_breaks_names_its_images(tmp_path):
+    run = trainer(tiny_spnn(), tmp_path, reweight_every=0)
+    x, labels = data(6, seed=1).tensors
+    x[5, 0, 0, 0] = float("nan")
+    run.val = DataLoader(TensorDataset(x, labels), batch_size=4)
+    with pytest.raises(
+        TrainingFailed, match="forward 1/2, validation, images 4 to 5: not a finite number in the image"
+    ):
+        run.train_forward()
+
+
 def test_a_learning_rate_that_breaks_the_network_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     model = tiny_spnn()
     path = trainer(model, tmp_path, epochs=1, lr=1e-3).train_forward()

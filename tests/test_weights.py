@@ -157,49 +157,39 @@ def test_locate_takes_a_file_a_folder_or_a_hub_id(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("known", weights.KNOWN.values(), ids=lambda known: known.filename)
-def test_offline_messages_name_every_address_and_the_manual_path(tmp_path, offline, known):
+def test_offline_messages_name_every_address_and_the_manual_path(tmp_path, offline, known, monkeypatch):
     with pytest.raises(InputError, match="someone/model.*no route to host"):
+        locate("someone/model", "w.pth")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="someone/model.*HF_HUB_OFFLINE"):
         locate("someone/model", "w.pth")
     with pytest.raises(InputError) as caught:
         fetch(known, root=tmp_path)
-    for text in (known.filename, known.manual_path, *known.addresses, "no route to host"):
+    for text in (known.filename, known.manual_path, *known.addresses, "HF_HUB_OFFLINE"):
         assert text in str(caught.value)
     with pytest.raises(InputError, match="celeba/spnn_celebahq_256.pth"):
         locate("yamitehr/SPNN", "spnn_celebahq_256.pth")
 
 
-def test_a_file_at_its_manual_path_is_used_and_checked(tmp_path, monkeypatch):
-    import huggingface_hub
-
+@pytest.mark.parametrize("place", ["logs/w.pth", "cache.pth"])
+def test_a_file_that_is_there_is_used_and_checked(tmp_path, monkeypatch, place):
+    """At its manual path, or in the hub client's cache."""
     content = b"weights"
-    digest = hashlib.sha256(content).hexdigest()
-    known = KnownWeights("net", "a/b", "w.pth", "logs/w.pth", sha256=digest, size=len(content))
-    (tmp_path / "logs").mkdir()
-    manual = tmp_path / "logs" / "w.pth"
-    manual.write_bytes(content)
-    assert fetch(known, tmp_path, verify=True) == manual
-    manual.write_bytes(b"Weights")
-    assert fetch(known, tmp_path) == manual
-    with pytest.raises(InputError, match="SHA-256"):
-        fetch(known, tmp_path, verify=True)
-    manual.write_bytes(b"we")
-    with pytest.raises(InputError, match="2 bytes.*7"):
-        fetch(known, tmp_path)
-
-    manual.unlink()
-    downloaded = tmp_path / "cache.pth"
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, filename: str(downloaded))
-    downloaded.write_bytes(content)
-    assert fetch(known, tmp_path) == downloaded
-    downloaded.write_bytes(b"Weights")
-    with pytest.raises(InputError, match="SHA-256"):
+    known = KnownWeights("net", "a/b", "w.pth", "logs/w.pth", sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(weights, "cached_by_hub", lambda repo, filename: tmp_path / "cache.pth")
+    file = tmp_path / place
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    assert fetch(known, tmp_path) == file
+    file.write_bytes(b"Weights")
+    with pytest.raises(InputError, match=f"{place}: SHA-256"):
         fetch(known, tmp_path)
 
 
 def test_missing_message_counts():
     known = list(weights.KNOWN.values())
-    assert missing_message(known[:1]).startswith("1 weight file could")
-    assert missing_message(known[:2]).startswith("2 weight files could")
+    assert missing_message({known[0]: {}}).startswith("1 weight file could")
+    assert missing_message(dict.fromkeys(known[:2], {})).startswith("2 weight files could")
 
 
 def test_convert_command(tmp_path, state, capsys):

@@ -3,6 +3,7 @@
 B batch, H = W image size, k the pixel-unshuffle factor (1 for most priors).
 """
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from DDNM.guided_diffusion.schedule import Schedule
-from utils import InputError, atomic_write
+from utils import InputError, atomic_write, shown
 from weights import HUB_ID, download, read_weights, write_weights
 
 CONFIG_NAME = "config.json"
@@ -206,8 +207,8 @@ def _ddpm_name(name: str, levels: int) -> str:
     return name
 
 
-def _ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
-    """The `UNet2DModel`, without weights, that computes what the published ``Model`` of this configuration does.
+def ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
+    """The `UNet2DModel` that computes what the published ``Model`` of this configuration does, on the meta device.
 
     Raises:
         InputError: a configuration that lacks something, or makes no network.
@@ -221,11 +222,33 @@ def _ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
         raise InputError("the prior's model configuration has resamp_with_conv: false, which is not supported")
     try:
         return _build_ddpm_unet(model_config, image_size)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the prior's model configuration makes no network: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the prior's model configuration makes no network: {str(error)[:300]}") from None
+
+
+def _check_counts(config: Mapping, counts: Mapping[str, int], lists: Mapping[str, int]) -> None:
+    """Refuse what no network has: a stranger's configuration must not cost hours or all memory to find out.
+
+    Args:
+        counts: key -> its largest value. lists: the same for lists of at most 16 whole numbers.
+
+    Raises:
+        ValueError: names the key.
+    """
+    for key, value in config.items():
+        if key in lists:
+            if not isinstance(value, (list, tuple)) or len(value) > 16:
+                raise ValueError(f"{key} must be a list of at most 16 numbers")
+        elif key not in counts:
+            continue
+        for item in value if key in lists else [value]:
+            if type(item) is not int or not 1 <= item <= (counts | lists)[key]:
+                raise ValueError(f"{key} must be whole, from 1 to {(counts | lists)[key]}, got {shown(item)}")
 
 
 def _build_ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
+    counts = {"ch": 4096, "num_res_blocks": 32, "in_channels": 256, "out_ch": 512}
+    _check_counts(model_config, counts, {"ch_mult": 64, "attn_resolutions": 4096})
     widths = tuple(model_config["ch"] * m for m in model_config["ch_mult"])
     attends = [image_size // 2**i in tuple(model_config["attn_resolutions"]) for i in range(len(widths))]
     coarsest = 2 ** (len(widths) - 1)
@@ -269,7 +292,7 @@ def prior_from_ddpm(
     Raises:
         InputError: a missing or foreign tensor, or one of another shape, by its published name.
     """
-    unet = _ddpm_unet(model_config, image_size)
+    unet = ddpm_unet(model_config, image_size)
     levels = len(unet.config.block_out_channels)
     published = {name: _ddpm_name(name, levels) for name in unet.state_dict()}
     problems = {
@@ -303,6 +326,8 @@ def _frozen(prior: Prior) -> Prior:
 
 def _from_diffusers(source: str | Path, local: bool) -> UNet2DModel:
     """A `UNet2DModel` in float32 from a folder or a hub id; safetensors only, and every tensor must fit."""
+    if local:
+        _check_size(Path(source))
     try:
         unet, report = UNet2DModel.from_pretrained(
             str(source),
@@ -320,7 +345,30 @@ def _from_diffusers(source: str | Path, local: bool) -> UNet2DModel:
         if report.get(kind):
             names = [str(name) for name in report[kind]]
             raise InputError(f"prior {source}: {kind.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)} in all)")
+    for name, parameter in unet.named_parameters():
+        if not parameter.isfinite().all():
+            raise InputError(f"prior {source}: {name} holds NaN or infinity")
     return unet
+
+
+def _check_size(folder: Path) -> None:
+    """Refuse a configuration that asks for more numbers than the folder's weights have bytes."""
+    file, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    if not (file.is_file() and weights.is_file()):
+        return  # diffusers says what is missing
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        counts = {"layers_per_block": 32, "in_channels": 4096, "out_channels": 4096}
+        _check_counts(said, counts, {"block_out_channels": 1 << 16})
+        with torch.device("meta"):
+            unet = UNet2DModel(**{k: v for k, v in said.items() if k in inspect.signature(UNet2DModel).parameters})
+        asked = sum(p.numel() for p in unet.parameters())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"prior {folder}: cannot be loaded: {CONFIG_NAME} describes no network ({reason})") from None
+    if asked > weights.stat().st_size:
+        held = f"{WEIGHTS_NAME} has {weights.stat().st_size:,} bytes"
+        raise InputError(f"prior {folder}: cannot be loaded: {CONFIG_NAME} asks for {asked:,} numbers, {held}")
 
 
 def _read_scheduler(source: str | Path, local: bool) -> tuple[str, Schedule]:

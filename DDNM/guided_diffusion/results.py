@@ -1,7 +1,11 @@
-"""What a reconstruction run leaves behind: tables (results.json, results.csv, logits.csv) and the sheet of pictures."""
+"""What a reconstruction run leaves behind: tables (results.json, results.csv, logits.csv), the sheet of pictures, and
+the record of the images that are finished."""
 
 import csv
+import hashlib
+import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,9 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data_loader import to_uint8
-from utils import InputError, atomic_write, nearest, write_json
+from resume import check_settings
+from utils import InputError, atomic_write, file_name, nearest, shown, write_json
 
 SHEET_ROWS = 10  # rows a page of the sheet: a stranger reads one page
+SHEET_LIMIT = 100  # rows of all pages: nobody reads a thousand, and their pictures are held at once
 
 
 @dataclass
@@ -37,6 +43,109 @@ class Figures:
     seconds: float | None = None
     steps: int | None = None
     seed: int | None = None
+
+
+@dataclass
+class Finished:
+    """An image that is drawn, measured and on the disk.
+
+    Attributes:
+        unguided: figures of the unguided sample, where one was asked for.
+        logits: of the reconstruction, (d,).
+        pictures: kinds of its pictures, which are the folders they lie in.
+    """
+
+    name: str
+    figures: Figures
+    unguided: Figures | None
+    logits: Tensor
+    pictures: tuple[str, ...]
+
+
+class Progress:
+    """progress.jsonl: the settings of a run, then a line for each image that is finished, written after its pictures.
+
+    Args:
+        settings: all that decides what the pictures look like, as JSON gives it back.
+    """
+
+    def __init__(self, folder: Path, settings: dict) -> None:
+        self.folder, self.path, self.settings = folder, self.file(folder), settings
+        self._targets: dict[str, Tensor] = {}
+
+    @staticmethod
+    def file(folder: Path) -> Path:
+        return folder / "progress.jsonl"
+
+    def read(self, names: Sequence[str], targets: Tensor) -> list[Finished | None]:
+        """For each name the image that an earlier run finished, None where it did not.
+
+        Finished is what has its line, the same target, (N, d), and pictures that are what was written: by their
+        SHA-256.
+
+        Raises:
+            InputError: another run's settings, or a file that is no record.
+        """
+        wanted = dict(zip(names, targets, strict=True))
+        found: dict[str, Finished] = {}
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                check_settings(json.loads(file.readline())["settings"], self.settings, self.folder)
+                for line in file:
+                    if not line.endswith("\n"):
+                        break  # cut short when the run was killed
+                    row = json.loads(line)
+                    target = wanted.get(row["name"])
+                    if target is None or not torch.allclose(torch.tensor(row["target"]), target, 1e-4, 1e-4):
+                        continue  # not asked for any more, or its input is another
+                    if any(self._digest(kind, row["name"]) != digest for kind, digest in row["pictures"].items()):
+                        continue
+                    unguided = row["unguided"] and Figures(**row["unguided"])
+                    found[row["name"]] = Finished(
+                        row["name"], Figures(**row["figures"]), unguided, torch.tensor(row["logits"]),
+                        tuple(row["pictures"]),
+                    )  # fmt: skip
+        except InputError:
+            raise
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{self.path}: damaged ({type(error).__name__}); start anew with --overwrite") from None
+        self._targets = wanted
+        return [found.get(name) for name in names]
+
+    def begin(self, done: Sequence[Finished | None]) -> None:
+        """Write the file anew, with the images that are kept."""
+        with atomic_write(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps({"settings": self.settings}) + "\n")
+            file.writelines(self._line(entry, self._targets[entry.name]) for entry in done if entry is not None)
+
+    def append(self, entries: Sequence[tuple[Finished, Tensor]]) -> None:
+        """Add images with their targets, (d,), whose pictures are written."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(self._line(entry, target) for entry, target in entries)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def _digest(self, kind: str, name: str) -> str | None:
+        try:
+            return hashlib.sha256((self.folder / kind / f"{name}.png").read_bytes()).hexdigest()
+        except OSError:
+            return None
+
+    def _line(self, entry: Finished, target: Tensor) -> str:
+        row = {
+            "name": entry.name,
+            "pictures": {kind: self._digest(kind, entry.name) for kind in entry.pictures},
+            "figures": asdict(entry.figures),
+            "unguided": None if entry.unguided is None else asdict(entry.unguided),
+            "target": target.tolist(),
+            "logits": entry.logits.tolist(),
+        }
+        return json.dumps(row) + "\n"
 
 
 def mean_figures(figures: Sequence[Figures]) -> dict:
@@ -88,13 +197,15 @@ def read_logits(path: Path, attributes: Sequence[str]) -> tuple[list[str], Tenso
         raise InputError(f"{path}: not readable as a table: {error}") from None
     if not rows:
         raise InputError(f"{path}: no rows; expected the columns name and {len(attributes)} attributes")
-    for column in rows[0]:
+    for column in rows[0].keys() - {None}:  # None: values without a column, refused below
         if column not in ("name", *attributes):
-            raise InputError(f"{path}: unknown column {column!r}{nearest(str(column), attributes)}")
+            raise InputError(f"{path}: unknown column {shown(column)}{nearest(str(column)[:80], attributes)}")
     if missing := [a for a in ("name", *attributes) if a not in rows[0]]:
         raise InputError(f"{path}: column {missing[0]!r} is missing")
     names, values = [], []
     for line, row in enumerate(rows, start=2):
+        if None in row or row["name"] is None:
+            raise InputError(f"{path}, line {line}: expected a name and {len(attributes)} numbers")
         try:
             values.append([float(row[a]) for a in attributes])
         except (TypeError, ValueError):
@@ -102,8 +213,8 @@ def read_logits(path: Path, attributes: Sequence[str]) -> tuple[list[str], Tenso
         if not all(map(math.isfinite, values[-1])):
             raise InputError(f"{path}, line {line}: a value is not finite")
         name = row["name"]
-        if name in ("", ".", "..") or set(name) & set("/\\\0") or name in names:  # it names the result's file
-            raise InputError(f"{path}, line {line}: name {name!r} must be a file name, and each one's own")
+        if name in ("", ".", "..") or file_name(name) != name or name in names:  # it names the result's file
+            raise InputError(f"{path}, line {line}: name {shown(name)} must be a file name, and each one's own")
         names.append(name)
     return names, torch.tensor(values)
 

@@ -1,0 +1,190 @@
+"""How cost grows: seconds, peak memory and where the time goes, by image size, batch and depth.
+
+    python benchmarks/growth.py
+    python benchmarks/growth.py --sizes 32 64 --batches 1 8 --json benchmarks/results/growth.json
+
+Each measurement has a process of its own, so that one's peak memory is not another's. What the time goes into is
+torch's profiler's view of the operators, summed by kind: matrix products (convolutions included), linear solves, and
+the rest, which moves memory. The fit is least squares on logarithms: ``seconds ~ batch^a``, ``seconds ~ pixels^b``.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the command runs from any folder
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from benchmarks.speed import images, network, provenance, randomise, seconds  # noqa: E402
+from models import SPNN, BackProjection, solved_once  # noqa: E402
+from train import Settings, forward_losses  # noqa: E402
+from utils import number, resolve_device, run_command, write_json  # noqa: E402
+
+TASKS = ("back_projection", "stage1")
+KINDS = {  # parts of operator names, looked for in this order
+    "solve": ("linalg_solve", "linalg_lu", "triangular"),
+    "matrix product": ("conv", "mm", "addmm", "linear", "mkldnn", "cudnn"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--sizes", type=int, nargs="+", choices=(32, 64, 256), default=[32, 64, 256])
+    p.add_argument("--batches", type=number(int, 1), nargs="+", default=[1, 4, 16])
+    p.add_argument(
+        "--depths", type=number(int, 1, 43), nargs="*", default=[1, 4, 16], help="blocks added at 64x64, batch 4"
+    )
+    p.add_argument("--hidden", type=number(int, 1), default=128, help="width of the networks (default %(default)s)")
+    p.add_argument("--repeats", type=number(int, 1), default=3, help="timed runs of each (default %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    p.add_argument("--threads", type=number(int, 1), help="of PyTorch on the CPU (default: its own choice)")
+    p.add_argument("--json", metavar="FILE", help="also write the figures here")
+    return p
+
+
+def deep_network(depth: int, hidden: int) -> SPNN:
+    """A 64x64 network with ``depth`` equal blocks that drop one channel each at 16x16."""
+    torch.manual_seed(0)
+
+    def coupling(in_ch: int, out_ch: int, size: int) -> tuple[str, dict]:
+        return "ConvPINNBlock", {"in_ch": in_ch, "out_ch": out_ch, "hidden": hidden, "feat_size": size}
+
+    if depth > 43:
+        raise ValueError(f"depth {depth}: at most 43, each block drops one of 48 channels and 5 are needed")
+    chain = [
+        ("PixelUnshuffleBlock", {"r": 4}),
+        *(coupling(48 - i, 47 - i, 16) for i in range(depth)),
+        coupling(48 - depth, 4, 16),
+        ("PixelUnshuffleBlock", {"r": 4}),
+        coupling(64, 8, 4),
+        ("PixelUnshuffleBlock", {"r": 4}),
+        coupling(128, 40, 1),
+    ]
+    return randomise(SPNN(img_size=64, layer_channels=chain))
+
+
+def task(name: str, model: SPNN, batch: int, device: torch.device) -> Callable[[], object]:
+    """What is timed: one back-projection, or one forward and backward of stage 1."""
+    x = images(batch, model.img_size, device)
+    if name == "stage1":
+        labels = torch.zeros(batch, model.num_classes, device=device)
+        model.train()
+
+        def step() -> None:
+            model.zero_grad(set_to_none=True)
+            with solved_once():
+                forward_losses(model, x, labels, Settings())[0]["total"].backward()
+
+        return step
+    target = torch.randn(batch, model.num_classes).to(device)
+    with torch.no_grad():
+        goal = model.natural(target)
+
+    @torch.no_grad()
+    def project() -> None:
+        BackProjection(model, x, goal)(1.0)
+
+    return project
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(name: str, size: int, batch: int, depth: int | None, args: argparse.Namespace) -> dict:
+    """One row. Runs in its own process."""
+    device = resolve_device(args.device)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model = network(size, args.hidden, device) if depth is None else deep_network(depth, args.hidden // 2).to(device)
+    before = peak_bytes(device)
+    run = task(name, model, batch, device)
+    run()
+    peak = peak_bytes(device)  # before the profiler, which keeps its own books
+    median = statistics.median(seconds(run, device) for _ in range(args.repeats))
+    with torch.profiler.profile() as profile:
+        run()
+    shares = dict.fromkeys((*KINDS, "memory traffic"), 0.0)
+    for event in profile.key_averages():
+        spent = event.self_cpu_time_total if device.type == "cpu" else event.self_device_time_total
+        kind = next((k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "memory traffic")
+        shares[kind] += spent
+    total = sum(shares.values())
+    return {
+        "task": name, "size": size, "batch": batch, "depth": depth, "seconds": median, "peak_bytes": peak,
+        "grown_bytes": peak - before, "shares": {kind: spent / total for kind, spent in shares.items()},
+        "parameters": sum(p.numel() for p in nn.Module.parameters(model)),
+    }  # fmt: skip
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """The a of ``y ~ x^a``, least squares on logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def fits(rows: Sequence[dict], args: argparse.Namespace) -> list[str]:
+    """A sentence a fit."""
+    lines = []
+    for name in TASKS:
+        plain = [r for r in rows if r["task"] == name and r["depth"] is None]
+        for size in args.sizes:
+            line = [r for r in plain if r["size"] == size]
+            if len(line) > 1:
+                a = exponent([r["batch"] for r in line], [r["seconds"] for r in line])
+                lines.append(f"{name}, {size}x{size}: seconds ~ batch^{a:.2f}")
+        for batch in args.batches:
+            line = [r for r in plain if r["batch"] == batch]
+            if len(line) > 1:
+                b = exponent([r["size"] ** 2 for r in line], [r["seconds"] for r in line])
+                lines.append(f"{name}, batch {batch}: seconds ~ pixels^{b:.2f}")
+        line = [r for r in rows if r["task"] == name and r["depth"] is not None]
+        if len(line) > 1:
+            slope, start = np.polyfit([r["depth"] for r in line], [r["seconds"] for r in line], 1)
+            lines.append(f"{name}, depth n: seconds ~ {start:.3g} + {slope:.3g} n")
+    return lines
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| task | size | batch | added blocks | seconds | peak MB | most of the time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        kind, share = max(r["shares"].items(), key=lambda item: item[1])
+        depth, peak = "" if r["depth"] is None else r["depth"], f"{r['peak_bytes'] / 2**20:.0f}"
+        cells = (r["task"], r["size"], r["batch"], depth, f"{r['seconds']:.3g}", peak, f"{kind}, {share:.0%}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    record = {**provenance(resolve_device(args.device)), "settings": vars(args), "rows": []}
+    cases = [(name, size, batch, None) for name in TASKS for size in args.sizes for batch in args.batches]
+    cases += [(name, 64, 4, depth) for name in TASKS for depth in args.depths]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for case in cases:
+            record["rows"].append(pool.apply(measure, (*case, args)))
+            print(table(record["rows"][-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+            if args.json is not None:  # after every row: an interruption keeps what is measured
+                write_json(args.json, record)
+    record["fits"] = fits(record["rows"], args)
+    print(table(record["rows"]), *record["fits"], sep="\n")
+    if args.json is not None:
+        write_json(args.json, record)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

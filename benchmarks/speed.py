@@ -1,0 +1,406 @@
+"""Speed against the plain formulation: same weights, same inputs, one process, the difference of the results beside it.
+
+    python benchmarks/speed.py
+    python benchmarks/speed.py --rows back_projection stage1 --repeats 9 --threads 2 --json result.json
+
+The plain formulation (benchmarks/plain.py) writes every equation out: seven passes for a back-projection, three for a
+step of stage 1, four for one of stage 2, the Cayley systems solved in each pass, Adam's default loop over the weights,
+a float32 U-Net as it is built, images decoded and resized in every epoch. The two take turns, so that whatever else
+the machine does meets both; figures are medians.
+"""
+
+import argparse
+import copy
+import math
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the command runs from any folder
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+
+from benchmarks import plain  # noqa: E402
+from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, CelebAMaskHQ, make_loader  # noqa: E402
+from DDNM.guided_diffusion.diffusion import Guidance, guide, predict_x0, renoise  # noqa: E402
+from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
+from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
+from models import SPNN, BackProjection, concatenated, solved_once  # noqa: E402
+from train import Settings, forward_losses, natural_losses  # noqa: E402
+from utils import number, resolve_device, run_command, write_json  # noqa: E402
+
+SEED = 0
+STEP = (500, 490)  # t and the next one, of a sampling step
+GOALS = {  # ratio and agreement asked for on 2 CPU cores
+    "back_projection": (12.0, 1e-4),
+    "sampling_step": (5.5, 1e-3),
+    "stage1": (1.9, 1e-5),
+    "stage2": (3.5, 1e-5),
+    "loader": (20.0, 0.0),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    p.add_argument("--repeats", type=number(int, 1), default=5, help="timed runs of each (default %(default)s)")
+    p.add_argument("--sampling_size", type=int, choices=(32, 64, 256), default=256, help="default %(default)s")
+    p.add_argument("--training_size", type=int, choices=(32, 64, 256), default=64, help="default %(default)s")
+    p.add_argument("--sampling_batch", type=number(int, 1), default=1, help="images (default %(default)s)")
+    p.add_argument("--training_batch", type=number(int, 1), default=8, help="images a step (default %(default)s)")
+    p.add_argument("--images", type=number(int, 10), default=1000, help="of the loader's row (default %(default)s)")
+    p.add_argument("--image_side", type=number(int, 8), default=1024, help="their size (default %(default)s)")
+    p.add_argument("--workers", type=number(int, 0), default=2, help="loader processes (default %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    p.add_argument("--threads", type=number(int, 1), help="of PyTorch on the CPU (default: its own choice)")
+    p.add_argument("--hidden", type=number(int, 1), default=128, help="width of the networks (default %(default)s)")
+    p.add_argument("--prior_channels", type=number(int, 32), default=128, help="of the U-Net (default %(default)s)")
+    p.add_argument("--json", metavar="FILE", help="also write the figures here")
+    return p
+
+
+# --- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def seconds(compute: Callable[[], object], device: torch.device) -> float:
+    """How long ``compute`` takes, the device's queue included."""
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    wait()
+    started = time.perf_counter()
+    compute()
+    wait()
+    return time.perf_counter() - started
+
+
+def take_turns(ways: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each of ``ways``, after one untimed run of each."""
+    for compute in ways.values():
+        compute()
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, compute in ways.items():
+            times[name].append(seconds(compute, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def row(name: str, medians: dict[str, float], difference: float, scale: float, note: str, kind: str = "") -> dict:
+    """A row of the table; ``difference`` is absolute for images, relative for a loss."""
+    goal, within = GOALS[name]
+    return {
+        "row": name + kind,
+        "plain_seconds": medians["plain"],
+        "seconds": medians["ours" + kind],
+        "ratio": medians["plain"] / medians["ours" + kind],
+        "goal": goal,
+        "largest_difference": difference,
+        "within": within,
+        "largest_value": scale,
+        "note": note,
+    }
+
+
+# --- Networks and inputs ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def randomise(model: SPNN) -> SPNN:
+    """Give a new network random mixing and random last layers, which start at zero; in eval mode."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_unconstrained"):
+            parameter.normal_(0, 0.5 / len(parameter) ** 0.5)
+        elif parameter.ndim == 4 and not parameter.any():
+            parameter.normal_(0, 0.3 / parameter[0].numel() ** 0.5)
+    return model.eval()
+
+
+def network(size: int, hidden: int, device: torch.device) -> SPNN:
+    torch.manual_seed(SEED)
+    return randomise(SPNN(img_size=size, hidden=hidden)).to(device)
+
+
+def images(batch: int, size: int, device: torch.device) -> Tensor:
+    return (torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(SEED)) * 2 - 1).to(device)
+
+
+def published_unet(size: int, channels: int) -> nn.Module:
+    """The U-Net of DDNM/configs/celeba_hq.yml, random, its widths scaled from 128 to ``channels``."""
+    config = yaml.safe_load((ROOT / "DDNM" / "configs" / "celeba_hq.yml").read_text(encoding="utf-8"))["prior_model"]
+    torch.manual_seed(SEED)
+    unet = ddpm_unet({**config, "ch": channels}, size).to_empty(device="cpu")
+    for module in unet.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return unet.eval().requires_grad_(False)
+
+
+# --- The rows --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def back_projection(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
+    """As the sampler does it: the target's latents, and W of unchanged weights, are known from a run's first step."""
+    model = network(args.sampling_size, args.hidden, device)
+    x = images(args.sampling_batch, args.sampling_size, device)
+    target = torch.randn(len(x), model.num_classes).to(device)
+    goal = model.natural(target)
+    ways = {
+        "plain": lambda: plain.back_project(model, x, target),
+        "ours": lambda: BackProjection(model, x, goal)(1.0),
+    }
+    expected, got = ways["plain"](), ways["ours"]()
+    note = f"{args.sampling_size}x{args.sampling_size}, batch {len(x)}, float32"
+    yield row(
+        "back_projection", take_turns(ways, device, args.repeats), _distance(expected, got), _size(expected), note
+    )
+
+
+@torch.no_grad()
+def sampling_step(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
+    """U-Net, clean image, back-projection at full strength, next noisy image."""
+    size, batch = args.sampling_size, args.sampling_batch
+    model, schedule = network(size, args.hidden, device), Schedule()
+    unet = published_unet(size, args.prior_channels).to(device)
+    priors = {
+        "ours": Prior(copy.deepcopy(unet), channels_last=True),
+        "ours, bf16": Prior(copy.deepcopy(unet), torch.bfloat16, channels_last=True),
+    }
+    clean, noise = images(batch, size, device), torch.randn(batch, 3, size, size).to(device)
+    t, t_next = STEP
+    x = schedule.add_noise(clean, noise, t)
+    target = torch.randn(batch, model.num_classes).to(device)
+    goal = model.natural(target)
+    abar, abar_next = schedule.abar(t).to(device), schedule.abar(t_next).to(device)
+    always = Guidance(nlbp_stop_cond=0.0, max_move=None)  # every image, the whole way: what the plain step does
+
+    def ours(prior: Prior) -> Tensor:
+        eps = prior(x, torch.full((batch,), t, device=device))
+        with solved_once():
+            x0 = guide(model, predict_x0(x, eps, abar).clamp(-1, 1), goal, 1.0, always)
+        return renoise(x0, eps, noise, abar, abar_next, None)
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: plain.sampling_step(unet, model, x, target, noise, t, abar, abar_next)
+    }
+    ways |= {name: lambda prior=prior: ours(prior) for name, prior in priors.items()}
+    results = {name: compute() for name, compute in ways.items()}
+    medians = take_turns(ways, device, args.repeats)
+    for name in priors:
+        difference, kind = _distance(results["plain"], results[name]), name.removeprefix("ours")
+        note = f"{size}x{size}, batch {batch}, prior included, {'bf16' if kind else 'float32'} prior"
+        yield row("sampling_step", medians, difference, _size(results["plain"]), note, kind)
+
+
+def stage1(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
+    """Losses, backward, clipping and Adam; reconstruction term included."""
+    labels = (torch.rand(args.training_batch, len(ATTRIBUTES)) < 0.5).float().to(device)
+    yield _training_row(
+        "stage1",
+        args,
+        device,
+        lambda model, x: plain.stage1_loss(model, x, labels, Settings()),
+        lambda model, x: forward_losses(model, x, labels, Settings())[0]["total"],
+        lambda model: list(model.parameters()),
+    )
+
+
+def stage2(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
+    """Losses, backward, clipping and Adam on the r-networks; the origin's latents are known from a run's start."""
+    origins: dict[int, Tensor] = {}
+
+    def only_r(model: SPNN) -> list[nn.Parameter]:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".r." in name)
+        with torch.no_grad():
+            zero = torch.zeros(1, *model.pinn.in_shape, device=device)
+            origins[id(model)] = concatenated(model.complete(zero).z)
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    yield _training_row(
+        "stage2",
+        args,
+        device,
+        lambda model, x: plain.stage2_loss(model, x, Settings()),
+        lambda model, x: natural_losses(model, x, origins[id(model)], Settings())["total"],
+        only_r,
+    )
+
+
+def _training_row(
+    name: str,
+    args: argparse.Namespace,
+    device: torch.device,
+    plain_loss: Callable[[SPNN, Tensor], Tensor],
+    our_loss: Callable[[SPNN, Tensor], Tensor],
+    trained: Callable[[SPNN], list[nn.Parameter]],
+) -> dict:
+    """Both ways of a training step, each on its own copy of the network; compared at the first one."""
+    x = images(args.training_batch, args.training_size, device)
+    start = network(args.training_size, args.hidden, device).train()
+    models = {"plain": start, "ours": copy.deepcopy(start)}
+    weights = {kind: trained(model) for kind, model in models.items()}
+    optimizers = {
+        "plain": torch.optim.Adam(weights["plain"], lr=1e-6),
+        "ours": torch.optim.Adam(weights["ours"], lr=1e-6, fused=True),
+    }
+
+    def plain_backward() -> Tensor:
+        loss = plain_loss(models["plain"], x)
+        loss.backward()
+        return loss.detach()
+
+    def our_backward() -> Tensor:
+        with solved_once():
+            loss = our_loss(models["ours"], x)
+            loss.backward()
+        return loss.detach()
+
+    backward = {"plain": plain_backward, "ours": our_backward}
+
+    def step(kind: str) -> None:
+        optimizers[kind].zero_grad(set_to_none=True)
+        backward[kind]()
+        nn.utils.clip_grad_norm_(weights[kind], 1.0)
+        optimizers[kind].step()
+
+    loss, own = backward["plain"](), backward["ours"]()
+    gradients = {
+        kind: torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        for kind, parameters in weights.items()
+    }
+    size = gradients["plain"].norm()
+    apart = ((gradients["plain"] - gradients["ours"]).norm() / size).item()
+    note = (
+        f"{args.training_size}x{args.training_size}, batch {len(x)}; difference of the loss is relative; "
+        f"gradients {apart:.1e} apart, relative"
+    )
+    medians = take_turns({kind: lambda kind=kind: step(kind) for kind in models}, device, args.repeats)
+    return row(name, medians, ((loss - own).abs() / loss.abs()).item(), loss.item(), note)
+
+
+def loader(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
+    """An epoch over JPEGs once the cache is built, unshuffled, so that the tensors can be compared."""
+    size = 256
+    with tempfile.TemporaryDirectory(prefix="spnn_bench_") as temporary:
+        root = Path(temporary)
+        write_jpegs(root, args.images, args.image_side)
+        source = CelebAMaskHQ(root, "all", size)  # builds the cache
+        ours = make_loader(source, 32, args.workers)
+        # `fork`ed once, as ours: starting processes is not what is measured
+        ways = {
+            "plain": DataLoader(
+                plain.Images(source.paths, source.labels, size), 32, num_workers=args.workers,
+                persistent_workers=args.workers > 0,
+            ),
+            "ours": ours,
+        }  # fmt: skip
+        worst = max(_distance(a[0], b[0]) for a, b in zip(*ways.values(), strict=True))
+        medians = take_turns(
+            {name: lambda batches=batches: [x.shape for x, _ in batches] for name, batches in ways.items()},
+            torch.device("cpu"),
+            min(args.repeats, 3),
+        )
+    note = f"second epoch of {args.images} {args.image_side}x{args.image_side} JPEGs at {size}, {args.workers} workers"
+    yield row("loader", medians, worst, 1.0, note)
+
+
+def write_jpegs(root: Path, count: int, side: int) -> None:
+    """``count`` smooth random pictures in CelebAMask-HQ's layout."""
+    (root / IMAGE_FOLDER).mkdir()
+    generator = np.random.default_rng(SEED)
+    rows = [str(count), " ".join(ATTRIBUTES)]
+    for i in range(count):
+        small = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+        picture.save(root / IMAGE_FOLDER / f"{i}.jpg", quality=90)
+        rows.append(f"{i}.jpg " + " ".join(generator.choice(["1", "-1"], len(ATTRIBUTES))))
+    (root / ANNOTATION_FILE).write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def _size(a: Tensor) -> float:
+    return a.abs().max().item()
+
+
+ROWS = {f.__name__: f for f in (back_projection, sampling_step, stage1, stage2, loader)}
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device) -> str:
+    """The hardware in a few words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def provenance(device: torch.device) -> dict:
+    """What a figure needs beside it."""
+    return {
+        "machine": machine(device),
+        "device": str(device),
+        "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "seed": SEED,
+    }
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| what | plain | here | ratio | largest difference |", "|---|---|---|---|---|"]
+    for r in rows:
+        lines.append(
+            f"| {r['row']}: {r['note']} | {_time(r['plain_seconds'])} | {_time(r['seconds'])} | {r['ratio']:.1f}x "
+            f"| {r['largest_difference']:.1e} (values up to {r['largest_value']:.2g}) |"
+        )
+    return "\n".join(lines)
+
+
+def _time(value: float) -> str:
+    digits = max(0, 2 - math.floor(math.log10(value)))  # three significant ones
+    return f"{value:.{digits}f} s" if value >= 0.1 else f"{1000 * value:.{max(0, digits - 3)}f} ms"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    device = resolve_device(args.device)
+    threads = torch.get_num_threads()
+    try:
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        record = {**provenance(device), "settings": vars(args), "rows": []}
+        print(f"{record['machine']}, {record['device']}, torch {record['torch']}, {record['date']}", flush=True)
+        for name in args.rows:
+            torch.manual_seed(SEED)
+            for measured in ROWS[name](args, device):
+                record["rows"].append(measured)
+                print(f"{measured['row']}: {measured['ratio']:.1f}x", file=sys.stderr, flush=True)
+                if args.json is not None:  # after every row: an interruption keeps what is measured
+                    write_json(args.json, record)
+    finally:
+        torch.set_num_threads(threads)
+    print(table(record["rows"]))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

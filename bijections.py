@@ -1,0 +1,1299 @@
+"""Bijections with log-determinants: surjections that discard nothing, to mix with the blocks of models.py.
+
+Every layer has the interface of `models.Surjection` and may stand anywhere in ``layer_channels``, by class or by name:
+``forward(x, return_latent)``, its inverse ``pinv(y, latent)``, and ``forward_log_det(x)``, which gives log |det dG/dx|
+in the same pass. SPNN's own blocks have it too, so the completion of any chain is a bijection with a density
+(`Density`).
+
+Letters: B batch, C channels, * any number of positions (none for vectors, W, H W or D H W for maps), x input, y output,
+z latent. Layers act on dimension 1 and take vectors (B, C) and maps (B, C, *) alike, unless they say otherwise.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution, Laplace, Normal, Transform, Uniform, constraints
+from torch.nn.utils import parametrizations, parametrize
+
+from models import BLOCKS, MIXINGS, PINN, SPNN, Surjection, full_precision
+
+Shape = tuple[int, ...]  # of one image, without B: (C,), (C, L), (C, H, W) or (C, D, H, W)
+Completed = tuple[Tensor, Tensor | None, Tensor]  # y, z and log |det|, (B,)
+
+
+def per_image(values: Tensor) -> Tensor:
+    """The sum over everything but the batch, (B, ...) -> (B,)."""
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
+class Bijection(Surjection):
+    """A surjection that drops nothing: ``pinv(g(x)) = x`` and ``g(pinv(y)) = y``, its latent is None.
+
+    A subclass gives ``forward_log_det`` and ``pinv``, and the two shapes where it changes them.
+
+    Attributes:
+        domain, codomain: the numbers that x and y consist of.
+    """
+
+    lossy = False
+    domain = codomain = constraints.real
+
+    @property
+    def name(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return tuple(shape)
+
+    def input_shape(self, shape: Shape) -> Shape:
+        """The shape of x for a y of ``shape``: `output_shape` of the other direction."""
+        return self.output_shape(shape)
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        y, z, _ = self.forward_log_det(x)
+        return (y, z) if return_latent else y
+
+    def inverted(self) -> Surjection:
+        """The same map with its directions swapped, and the same parameters."""
+        return Inverted(self)
+
+
+class Inverted(Bijection):
+    """``block`` from its outputs to its inputs; see `Bijection.inverted`."""
+
+    def __init__(self, block: Bijection):
+        super().__init__()
+        if block.lossy:
+            raise ValueError(f"{block.name}: it discards a latent, so there is no inverse to swap directions with")
+        self.block = block
+        self.domain, self.codomain, self.exact = block.codomain, block.domain, block.exact
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return self.block.input_shape(shape)
+
+    def input_shape(self, shape: Shape) -> Shape:
+        return self.block.output_shape(shape)
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, None]:
+        y = self.block.pinv(x)
+        return (y, None) if return_latent else y
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        y = self.block.pinv(x)
+        return y, None, -self.block.log_abs_det(y)
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        return self.block(y)
+
+    def inverted(self) -> Bijection:
+        return self.block
+
+
+# --- Layers with a parameter a feature -------------------------------------------------------------------------------
+
+
+class PerFeature(Bijection):
+    """A layer whose parameters come one a feature.
+
+    Args:
+        features: C, for one a channel, the same at every position; or a shape such as (C, H, W), for one an entry.
+    """
+
+    def __init__(self, features: int | Sequence[int]):
+        super().__init__()
+        self.features = (features,) if isinstance(features, int) else tuple(features)
+        if not self.features or min(self.features) < 1:
+            raise ValueError(f"{type(self).__name__}: features must be positive, got {features!r}")
+
+    def extra_repr(self) -> str:
+        return "x".join(map(str, self.features))
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if tuple(shape[: len(self.features)]) != self.features:
+            raise ValueError(f"{self.name}: features are {self.features}, but {tuple(shape)} arrives")
+        return tuple(shape)
+
+    def spread(self, parameter: Tensor, x: Tensor) -> Tensor:
+        """A parameter, (*features), over x, (B, *features, ...)."""
+        self.output_shape(x.shape[1:])
+        return parameter.view(*self.features, *[1] * (x.dim() - 1 - len(self.features))).expand_as(x)
+
+
+class Affine(PerFeature):
+    """``y = exp(log_scale) x + bias``; the scale is positive, so that no step of training makes it singular."""
+
+    def __init__(self, features: int | Sequence[int], scale: bool = True, bias: bool = True):
+        super().__init__(features)
+        self.log_scale = nn.Parameter(torch.zeros(self.features)) if scale else None
+        self.bias = nn.Parameter(torch.zeros(self.features)) if bias else None
+
+    def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """log_scale and bias, (*features) each, for a forward pass of x, or for an inverse, where x is None."""
+        one = self.bias if self.log_scale is None else self.log_scale
+        return tuple(torch.zeros_like(one) if c is None else c for c in (self.log_scale, self.bias))
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        log_scale, bias = (self.spread(c, x) for c in self.coefficients(x))
+        return x * log_scale.exp() + bias, None, per_image(log_scale)
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        log_scale, bias = (self.spread(c, y) for c in self.coefficients(None))
+        return (y - bias) * torch.exp(-log_scale)
+
+
+class Bias(Affine):
+    """``y = x + bias``."""
+
+    def __init__(self, features: int | Sequence[int]):
+        super().__init__(features, scale=False)
+
+
+class Diagonal(Affine):
+    """``y = exp(log_scale) x``: a diagonal matrix."""
+
+    def __init__(self, features: int | Sequence[int]):
+        super().__init__(features, bias=False)
+
+
+class ActNorm(Affine):
+    """`Affine`, set by the first batch in training mode to mean 0 and variance 1 a channel.
+
+    Before that, and in evaluation mode, it is what its parameters say: the identity at first. (Kingma and Dhariwal,
+    "Glow", arXiv 1807.03039, section 3.1.)
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.register_buffer("initialised", torch.tensor(False))
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Set the parameters from x, (B, C, *)."""
+        values = x.movedim(1, 0).flatten(1)  # (C, B*...)
+        if values.shape[1] < 2:
+            raise ValueError(f"{self.name}: its first batch must hold 2 values a channel or more, got 1")
+        log_std = values.std(1, correction=0).clamp_min(1e-6).log()
+        self.log_scale.copy_(-log_std)
+        self.bias.copy_(-values.mean(1) * torch.exp(-log_std))
+        self.initialised.fill_(True)
+
+    def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        if x is not None and self.training and not self.initialised:
+            self.initialise(x)
+        return super().coefficients(x)
+
+
+class BatchNorm(Affine):
+    """``y = exp(log_scale) (x - mean) / sqrt(var + eps) + bias``, with the batch's statistics in training mode.
+
+    It is invertible in both modes. In evaluation mode both directions use the running statistics. In training mode
+    forward uses those of its batch, and ``pinv`` those of the last batch that forward saw, as constants: so it undoes
+    that forward, and is a fixed map between two of them. The log-determinant takes the statistics as constants too
+    (Dinh et al., "Real NVP", arXiv 1605.08803, section 3.7), so in training mode it is that of one image among many.
+    """
+
+    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5):
+        super().__init__(channels)
+        if not 0 < momentum <= 1 or not eps > 0:
+            raise ValueError(f"{self.name}: momentum must be in (0, 1] and eps positive, got {momentum} and {eps}")
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.last: tuple[Tensor, Tensor] | None = None  # mean and variance of the last batch in training mode
+
+    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values = x.movedim(1, 0).flatten(1)  # (C, B*...)
+        if values.shape[1] < 2:
+            raise ValueError(f"{self.name}: a batch in training mode must hold 2 values a channel or more, got 1")
+        mean, var = values.mean(1), values.var(1, correction=0)
+        self.last = mean.detach(), var.detach()
+        with torch.no_grad():
+            unbiased = var * values.shape[1] / (values.shape[1] - 1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+        return mean, var
+
+    def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        mean, var = self.running_mean, self.running_var
+        if self.training and x is not None:
+            self.output_shape(x.shape[1:])
+            mean, var = self._batch_statistics(x)
+        elif self.training and self.last is not None:
+            mean, var = self.last
+        log_scale = self.log_scale - torch.log(var + self.eps) / 2
+        return log_scale, self.bias - mean * log_scale.exp()
+
+
+# --- Activations -----------------------------------------------------------------------------------------------------
+
+
+def within_one(v: Tensor) -> Tensor:
+    """v in [-1, 1] moved off the ends, to the last number before them: where the inverse is infinite, it saturates."""
+    end = 1 - torch.finfo(v.dtype).eps / 2
+    return v.clamp(-end, end)
+
+
+class Activation(Bijection):
+    """A monotone function f of each entry. A subclass gives f, its inverse, and log f'; and ``codomain``, closed.
+
+    Where rounding takes f(x) to an end of its range, the inverse gives the largest x it can tell from the end.
+    """
+
+    def f(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def inverse(self, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        """log f'(x), with y = f(x) at hand."""
+        raise NotImplementedError
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        y = self.f(x)
+        return y, None, per_image(self.log_derivative(x, y))
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        if self.codomain is not constraints.real and not (inside := self.codomain.check(y)).all():
+            raise ValueError(f"{self.name}: its inverse takes values of {self.codomain}, got {y[~inside][0].item():g}")
+        return self.inverse(y)
+
+
+class Sigmoid(Activation):
+    """``y = 1 / (1 + exp(-x))``."""
+
+    codomain = constraints.unit_interval
+
+    def f(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        y = within_one(y.clamp_min(torch.finfo(y.dtype).tiny))
+        return y.log() - torch.log1p(-y)
+
+    def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.logsigmoid(x) + F.logsigmoid(-x)
+
+
+class Tanh(Activation):
+    """``y = tanh(x)``."""
+
+    codomain = constraints.interval(-1.0, 1.0)
+
+    def f(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        y = within_one(y)
+        return (torch.log1p(y) - torch.log1p(-y)) / 2
+
+    def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        return -2 * log_cosh(x)
+
+
+class LeakyReLU(Activation):
+    """``y = x`` above 0 and ``slope x`` below."""
+
+    def __init__(self, slope: float = 0.01):
+        super().__init__()
+        if not 0 < slope < math.inf:
+            raise ValueError(f"LeakyReLU: slope must be positive, or it is not monotone, got {slope}")
+        self.slope = slope
+
+    def extra_repr(self) -> str:
+        return f"slope={self.slope}"
+
+    def f(self, x: Tensor) -> Tensor:
+        return torch.where(x < 0, self.slope * x, x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return torch.where(y < 0, y / self.slope, y)
+
+    def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x < 0).to(x.dtype) * math.log(self.slope)
+
+
+class PReLU(PerFeature, Activation):
+    """`LeakyReLU` with a learned slope a feature, ``exp(log_slope)``, so that it stays monotone."""
+
+    def __init__(self, features: int | Sequence[int], slope: float = 0.25):
+        super().__init__(features)
+        if not 0 < slope < math.inf:
+            raise ValueError(f"PReLU: slope must be positive, or it is not monotone, got {slope}")
+        self.log_slope = nn.Parameter(torch.full(self.features, math.log(slope)))
+
+    def f(self, x: Tensor) -> Tensor:
+        return torch.where(x < 0, self.spread(self.log_slope, x).exp() * x, x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return torch.where(y < 0, torch.exp(-self.spread(self.log_slope, y)) * y, y)
+
+    def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x < 0) * self.spread(self.log_slope, x)
+
+
+class ELU(Activation):
+    """``y = scale x`` above 0 and ``scale alpha (exp(x) - 1)`` below; y >= -scale alpha."""
+
+    def __init__(self, alpha: float = 1.0, scale: float = 1.0):
+        super().__init__()
+        if not (0 < alpha < math.inf and 0 < scale < math.inf):
+            raise ValueError(f"{type(self).__name__}: alpha and scale must be positive, got {alpha} and {scale}")
+        self.alpha, self.scale = alpha, scale
+        self.codomain = constraints.greater_than_eq(-scale * alpha)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha:g}, scale={self.scale:g}"
+
+    # Both sides are computed everywhere, on values that neither overflow nor have infinite derivatives.
+    def f(self, x: Tensor) -> Tensor:
+        return self.scale * x.clamp_min(0) + self.scale * self.alpha * torch.expm1(x.clamp_max(0))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y.clamp_min(0) / self.scale + torch.log1p(within_one(y.clamp_max(0) / (self.scale * self.alpha)))
+
+    def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        return math.log(self.scale) + x.clamp_max(0) + (x < 0).to(x.dtype) * math.log(self.alpha)
+
+
+class SELU(ELU):
+    """`ELU` with the two constants that keep mean 0 and variance 1 (Klambauer et al., arXiv 1706.02515)."""
+
+    def __init__(self):
+        super().__init__(alpha=1.6732632423543772, scale=1.0507009873554805)
+
+
+def log_cosh(x: Tensor) -> Tensor:
+    return x.abs() + F.softplus(-2 * x.abs()) - math.log(2)
+
+
+class BairdActivation(PerFeature, Activation):
+    """``y = asinh(sinh(x) + c)``, c learned, one a feature; its inverse is itself with -c.
+
+    (Baird, Smalenberger and Ingkiriwang, "One-step neural network inversion with PDF learning and emulation", 2005.)
+    Its derivative is ``cosh(x) / cosh(y)``. Beyond |x| = 20, sinh(x) is exp(|x|) / 2 to rounding, and would overflow
+    soon after: there ``y = sign(x) (|x| + log(1 + 2 sign(x) c exp(-|x|)))``, for any |c| below 1e8.
+    """
+
+    far = 20.0
+
+    def __init__(self, features: int | Sequence[int]):
+        super().__init__(features)
+        self.c = nn.Parameter(torch.zeros(self.features))
+
+    def _shifted(self, x: Tensor, c: Tensor) -> Tensor:
+        near = torch.asinh(torch.sinh(x.clamp(-self.far, self.far)) + c)
+        size = x.abs().clamp_min(self.far)
+        far = x.sign() * (size + torch.log1p((2 * x.sign() * c * torch.exp(-size)).clamp_min(-0.5)))
+        return torch.where(x.abs() <= self.far, near, far)
+
+    def f(self, x: Tensor) -> Tensor:
+        return self._shifted(x, self.spread(self.c, x))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return self._shifted(y, -self.spread(self.c, y))
+
+    def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        return log_cosh(x) - log_cosh(y)
+
+
+# --- Linear layers over channels -------------------------------------------------------------------------------------
+
+
+def positions(x: Tensor) -> int:
+    """How often a map over channels is applied: H W for (B, C, H, W), 1 for (B, C)."""
+    return math.prod(x.shape[2:])
+
+
+def over_columns(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f, which takes (C, n), over the channels of x, (B, C, *) -> (B, C, *)."""
+    with full_precision(x.device):
+        columns = f(x.movedim(1, 0).flatten(1))  # (C, B*...)
+    return columns.unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
+
+
+class OverChannels(Bijection):
+    """A layer over exactly ``channels`` channels, the same at every position."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"{type(self).__name__}: channels must be positive, got {channels}")
+        self.channels = channels
+
+    def extra_repr(self) -> str:
+        return str(self.channels)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if shape[0] != self.channels:
+            raise ValueError(f"{self.name}: channels is {self.channels}, but {shape[0]} channels arrive")
+        return tuple(shape)
+
+
+class Orthogonal(OverChannels):
+    """``y = W x``, W the product of Householder reflections, or Cayley's (`models.HouseholderMixing`, `CayleyMixing`).
+
+    Args:
+        reflections: of the Householder product; ``channels`` of them reach every orthogonal W of determinant
+            (-1)^channels (Mhammedi et al., arXiv 1612.00188).
+    """
+
+    def __init__(self, channels: int, mix_type: str = "householder", reflections: int = 8):
+        super().__init__(channels)
+        if mix_type not in MIXINGS:
+            raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
+        if reflections < 1:
+            raise ValueError(f"{self.name}: reflections must be positive, got {reflections}")
+        self.mix = MIXINGS[mix_type](channels, **({"reflections": reflections} if mix_type == "householder" else {}))
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        return self.mix(x), None, x.new_zeros(len(x))
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        return self.mix.inverse(y)
+
+
+class SVDLinear(OverChannels):
+    """``y = U diag(exp(log_scale)) V x + b``, U and V orthogonal (Zhang et al., arXiv 1803.09327)."""
+
+    def __init__(self, channels: int, bias: bool = True, mix_type: str = "householder", reflections: int = 8):
+        super().__init__(channels)
+        layers = [Orthogonal(channels, mix_type, reflections), Diagonal(channels)]
+        layers += [Orthogonal(channels, mix_type, reflections)] + [Bias(channels)] * bias
+        self.layers = nn.ModuleList(layers)
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        total = x.new_zeros(len(x))
+        for layer in self.layers:
+            x, _, log_det = layer.forward_log_det(x)
+            total = total + log_det
+        return x, None, total
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        for layer in reversed(self.layers):
+            y = layer.pinv(y)
+        return y
+
+
+class Conv1x1(OverChannels):
+    """``y = P L (U + diag(s)) x``: P a fixed permutation, L unit lower and U strictly upper triangular.
+
+    The sign of s is fixed. Starts as a random rotation (Kingma and Dhariwal, "Glow", arXiv 1807.03039, eq. 10 and 11).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        permutation, lower, upper = torch.linalg.lu(torch.linalg.qr(torch.randn(channels, channels)).Q)
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("sign", upper.diagonal().sign())
+        self.lower = nn.Parameter(lower.tril(-1))
+        self.upper = nn.Parameter(upper.triu(1))
+        self.log_scale = nn.Parameter(upper.diagonal().abs().log())
+
+    def _triangles(self) -> tuple[Tensor, Tensor]:
+        lower = self.lower.tril(-1) + torch.eye(self.channels).to(self.lower)
+        return lower, self.upper.triu(1) + torch.diag(self.sign * self.log_scale.exp())
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        self.output_shape(x.shape[1:])
+        lower, upper = self._triangles()
+        y = over_columns(lambda columns: self.permutation @ lower @ upper @ columns, x)
+        return y, None, (positions(x) * self.log_scale.sum()).expand(len(x))
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        self.output_shape(y.shape[1:])
+        lower, upper = self._triangles()
+
+        def solve(columns: Tensor) -> Tensor:
+            columns = torch.linalg.solve_triangular(
+                lower, self.permutation.T @ columns, upper=False, unitriangular=True
+            )
+            return torch.linalg.solve_triangular(upper, columns, upper=True)
+
+        return over_columns(solve, y)
+
+
+class Whitening(OverChannels):
+    """``y = M (x - mean)``, of covariance I on the data it was fitted to: the identity until `fit`.
+
+    With the covariance ``E diag(v) E^T``: ZCA ``M = E diag(v^-1/2) E^T``, the whitening nearest to the identity; PCA
+    ``M = diag(v^-1/2) E^T`` (Kessy, Lewin and Strimmer, arXiv 1512.00809). ``inverted()`` turns white
+    noise into noise like the data.
+    """
+
+    def __init__(self, channels: int, kind: str = "zca"):
+        super().__init__(channels)
+        if kind not in ("zca", "pca"):
+            raise ValueError(f"{self.name}: kind must be 'zca' or 'pca', got {kind!r}")
+        self.kind = kind
+        self.register_buffer("mean", torch.zeros(channels, 1))
+        self.register_buffer("whiten", torch.eye(channels))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> "Whitening":
+        """Fit to observed x, (B, C, *), every position a sample. Raises ValueError where the covariance is singular."""
+        self.output_shape(x.shape[1:])
+        samples = x.movedim(1, 0).flatten(1).double()  # (C, n)
+        values, vectors = torch.linalg.eigh(torch.cov(samples).view(self.channels, self.channels))
+        if not values[0] > values[-1] * 1e-10:
+            raise ValueError(
+                f"{self.name}: {samples.shape[1]} samples span fewer than {self.channels} dimensions "
+                f"(eigenvalues of their covariance: {values[0]:.1e} to {values[-1]:.1e})"
+            )
+        whiten = torch.diag(values**-0.5) @ vectors.T
+        self.mean.copy_(samples.mean(1, keepdim=True))
+        self.whiten.copy_(vectors @ whiten if self.kind == "zca" else whiten)
+        return self
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        self.output_shape(x.shape[1:])
+        log_det = positions(x) * torch.linalg.slogdet(self.whiten).logabsdet
+        return over_columns(lambda columns: self.whiten @ (columns - self.mean), x), None, log_det.expand(len(x))
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        self.output_shape(y.shape[1:])
+        return over_columns(lambda columns: torch.linalg.solve(self.whiten, columns) + self.mean, y)
+
+
+# --- Rearrangements --------------------------------------------------------------------------------------------------
+
+
+class Shuffle(OverChannels):
+    """A fixed permutation of the channels: ``order``, or a random one by ``seed``. ``y[:, i] = x[:, order[i]]``."""
+
+    def __init__(self, channels: int, order: Sequence[int] | None = None, seed: int = 0):
+        super().__init__(channels)
+        if order is None:
+            order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed)).tolist()
+        if sorted(order) != list(range(channels)):
+            raise ValueError(f"{self.name}: order must hold each of 0...{channels - 1} once, got {list(order)}")
+        self.register_buffer("order", torch.tensor(list(order)))
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        self.output_shape(x.shape[1:])
+        return x[:, self.order], None, x.new_zeros(len(x))
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        self.output_shape(y.shape[1:])
+        return y[:, torch.argsort(self.order)]
+
+
+class View(Bijection):
+    """An image of shape ``before`` read as one of shape ``after``, such as (4, 1, 1) as (4,)."""
+
+    def __init__(self, before: Sequence[int], after: Sequence[int]):
+        super().__init__()
+        self.before, self.after = tuple(before), tuple(after)
+        if math.prod(self.before) != math.prod(self.after):
+            counts = f"{math.prod(self.before)} and {math.prod(self.after)}"
+            raise ValueError(f"{self.name}: the two shapes must hold as many entries, got {counts}")
+
+    def extra_repr(self) -> str:
+        return f"{self.before} as {self.after}"
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if tuple(shape) != self.before:
+            raise ValueError(f"{self.name}: expected {self.before}, got {tuple(shape)}")
+        return self.after
+
+    def input_shape(self, shape: Shape) -> Shape:
+        if tuple(shape) != self.after:
+            raise ValueError(f"{self.name}: expected {self.after}, got {tuple(shape)}")
+        return self.before
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        return x.reshape(len(x), *self.output_shape(x.shape[1:])), None, x.new_zeros(len(x))
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        return y.reshape(len(y), *self.input_shape(y.shape[1:]))
+
+
+class PixelUnshuffle(Bijection):
+    """Positions into channels, r along each of ``dims`` dimensions: (B, C, *) -> (B, C r^dims, */r).
+
+    In two dimensions it is `models.PixelUnshuffleBlock` (and torch's), channels in the order (C, row, column).
+    """
+
+    def __init__(self, r: int, dims: int = 2):
+        super().__init__()
+        if r < 1 or dims not in (1, 2, 3):
+            raise ValueError(f"PixelUnshuffle: r must be at least 1 and dims 1, 2 or 3, got r {r}, dims {dims}")
+        self.r, self.dims = r, dims
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, dims={self.dims}"
+
+    def output_shape(self, shape: Shape) -> Shape:
+        c, *size = shape
+        if len(size) != self.dims or any(n % self.r for n in size):
+            raise ValueError(f"{self.name}: r must divide a size of {self.dims} dimensions, got {tuple(size)}")
+        return c * self.r**self.dims, *(n // self.r for n in size)
+
+    def input_shape(self, shape: Shape) -> Shape:
+        c, *size = shape
+        if len(size) != self.dims or c % self.r**self.dims:
+            raise ValueError(f"{self.name}: {c} channels and size {tuple(size)} do not come apart by r")
+        return c // self.r**self.dims, *(n * self.r for n in size)
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        _, c, *size = x.shape
+        out = self.output_shape((c, *size))
+        x = x.view(len(x), c, *(part for n in size for part in (n // self.r, self.r)))  # (B, C, H/r, r, W/r, r)
+        coarse, fine = range(2, 2 + 2 * self.dims, 2), range(3, 3 + 2 * self.dims, 2)
+        y = x.permute(0, 1, *fine, *coarse).reshape(len(x), *out)
+        return y, None, y.new_zeros(len(y))
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        c, *size = self.input_shape(y.shape[1:])
+        y = y.reshape(len(y), c, *[self.r] * self.dims, *y.shape[2:])  # (B, C, r, r, H/r, W/r)
+        pairs = [dim for i in range(self.dims) for dim in (2 + self.dims + i, 2 + i)]
+        return y.permute(0, 1, *pairs).reshape(len(y), c, *size)
+
+
+class PixelShuffle(Inverted):
+    """Channels into positions, (B, C r^dims, *) -> (B, C, * r): `PixelUnshuffle` backwards."""
+
+    def __init__(self, r: int, dims: int = 2):
+        super().__init__(PixelUnshuffle(r, dims))
+
+
+# --- Coupling --------------------------------------------------------------------------------------------------------
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by the number of a map's dimensions
+
+
+def coupling_net(in_ch: int, out_ch: int, hidden: int, dims: int) -> nn.Sequential:
+    """Three layers, 3x3, 1x1 and 3x3 convolutions on maps, the last of them zero: (B, in_ch, *) -> (B, out_ch, *)."""
+    around, alone = ({"kernel_size": 3, "padding": 1}, {"kernel_size": 1}) if dims else ({}, {})
+    layer = LAYERS[dims]
+    last = layer(hidden, out_ch, **around)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(layer(in_ch, hidden, **around), nn.ReLU(), layer(hidden, hidden, **alone), nn.ReLU(), last)
+
+
+class Coupling(OverChannels):
+    """One part of x moves by what another says, which stays as it is.
+
+    ::
+
+        affine     y = x * exp(scale_bound * tanh(s(v))) + t(v)      v the part that stays; Real NVP, arXiv 1605.08803
+        additive   y = x + t(v)                                      i-RevNet, arXiv 1802.07088
+
+    Args:
+        channels: of x.
+        kind: "affine" or "additive".
+        kept: how many channels stay, by default half; the first ones, or with ``flip`` the last ones.
+        mask: in place of a split, 1 where an entry stays and 0 where it moves, of a shape that broadcasts to x's; or
+            "checkerboard", for dims of 1 or more (``flip`` swaps its colours).
+        flip: the other part moves.
+        hidden: width of the networks that are made where none are given (see `coupling_net`).
+        dims: dimensions of a map, 0 for vectors, up to 3; for the networks that are made.
+        scale_bound: largest absolute log-scale.
+        s, t: networks of your own: from the kept channels to the others, or, with a mask, from all to all.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kind: str = "affine",
+        kept: int | None = None,
+        mask: Tensor | Sequence | str | None = None,
+        flip: bool = False,
+        hidden: int = 64,
+        dims: int = 2,
+        scale_bound: float = 2.0,
+        s: nn.Module | None = None,
+        t: nn.Module | None = None,
+    ):
+        super().__init__(channels)
+        kept = channels // 2 if kept is None else kept
+        if kind not in ("affine", "additive"):
+            raise ValueError(f"{self.name}: kind must be 'affine' or 'additive', got {kind!r}")
+        if mask is None and not 0 < kept < channels:
+            raise ValueError(f"{self.name}: kept must be above 0 and below {channels}, got {kept}")
+        if dims not in range(4) or hidden < 1 or not scale_bound > 0:
+            raise ValueError(
+                f"{self.name}: dims must be 0 to 3, hidden and scale_bound positive, "
+                f"got {dims}, {hidden} and {scale_bound}"
+            )
+        self.kind, self.kept, self.flip, self.scale_bound = kind, kept, flip, scale_bound
+        self.checkerboard = isinstance(mask, str)
+        if self.checkerboard and (mask != "checkerboard" or dims == 0):
+            raise ValueError(f"{self.name}: mask must be 'checkerboard', with dims above 0, or given; got {mask!r}")
+        mask = None if mask is None or self.checkerboard else torch.as_tensor(mask, dtype=torch.get_default_dtype())
+        if mask is not None and not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"{self.name}: a mask holds 0 and 1 only")
+        self.register_buffer("mask", mask)
+        masked = self.checkerboard or mask is not None
+        before, after = (channels, channels) if masked else (kept, channels - kept)
+        self.t = coupling_net(before, after, hidden, dims) if t is None else t
+        if kind == "affine":
+            self.s = coupling_net(before, after, hidden, dims) if s is None else s
+        made = t is None or kind == "affine" and s is None
+        self.dims = dims if made or self.checkerboard else None  # networks of your own may take anything
+
+    def output_shape(self, shape: Shape) -> Shape:
+        super().output_shape(shape)
+        if self.dims is not None and len(shape) != self.dims + 1:
+            raise ValueError(f"{self.name}: dims is {self.dims}, but {tuple(shape)} arrives")
+        mask = (1,) * len(shape) if self.mask is None else self.mask.shape
+        pairs = zip(reversed(mask), reversed(shape), strict=False)
+        if len(mask) > len(shape) or not all(m in (1, n) for m, n in pairs):
+            raise ValueError(f"{self.name}: a mask of shape {tuple(self.mask.shape)} does not fit {tuple(shape)}")
+        return tuple(shape)
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        """1 where x stays, for x of (B, C, *); None where channels are split."""
+        if self.checkerboard:
+            indices = torch.meshgrid(*[torch.arange(n, device=x.device) for n in x.shape[2:]], indexing="ij")
+            mask = (sum(indices) % 2).to(x.dtype)
+        elif self.mask is None:
+            return None
+        else:
+            mask = self.mask.to(x.dtype)
+        return 1 - mask if self.flip else mask
+
+    def _parts(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What stays and what moves."""
+        self.output_shape(x.shape[1:])
+        if mask is not None:
+            return x * mask, x * (1 - mask)
+        cut = self.channels - self.kept if self.flip else self.kept
+        first, last = x[:, :cut], x[:, cut:]
+        return (last, first) if self.flip else (first, last)
+
+    def _whole(self, stays: Tensor, moved: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            return stays + moved
+        return torch.cat([moved, stays] if self.flip else [stays, moved], dim=1)
+
+    def _log_scale_and_shift(self, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        moves = 1 if mask is None else 1 - mask
+        shift = self.t(v) * moves
+        if self.kind == "additive":
+            return torch.zeros_like(shift), shift
+        return self.scale_bound * torch.tanh(self.s(v)) * moves, shift
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        mask = self._mask(x)
+        stays, moves = self._parts(x, mask)
+        log_scale, shift = self._log_scale_and_shift(stays, mask)
+        return self._whole(stays, moves * log_scale.exp() + shift, mask), None, per_image(log_scale)
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        mask = self._mask(y)
+        stays, moved = self._parts(y, mask)
+        log_scale, shift = self._log_scale_and_shift(stays, mask)
+        return self._whole(stays, (moved - shift) * torch.exp(-log_scale), mask)
+
+
+# --- Residual blocks -------------------------------------------------------------------------------------------------
+
+
+def circular_conv_norm(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """The largest singular value of a circular convolution of maps of ``size``, exactly.
+
+    In the Fourier basis it is one matrix (out, in) a frequency (Sedghi, Gupta and Long, arXiv 1805.10408).
+    Frequencies f and -f have conjugate matrices, so half of them are enough.
+    """
+    dims = tuple(range(2, weight.dim()))
+    spectrum = torch.fft.rfftn(weight, s=tuple(size), dim=dims)  # (out, in, *frequencies)
+    return torch.linalg.matrix_norm(spectrum.flatten(2).permute(2, 0, 1), ord=2).max()
+
+
+class Contraction(nn.Module):
+    """A parametrization of a weight: scaled down where its layer's norm is above ``bound``, else left alone.
+
+    Args:
+        size: of the maps that a convolution meets. One padded with zeros is a part of the circular one on maps wider
+            by the kernel less one, so its norm is at most that one's. None for a matrix.
+    """
+
+    def __init__(self, bound: float, size: Sequence[int] | None = None):
+        super().__init__()
+        self.bound, self.size = bound, size
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with full_precision(weight.device):
+            exact = torch.linalg.matrix_norm(weight, ord=2) if self.size is None else None
+            norm = circular_conv_norm(weight, self.size) if exact is None else exact
+        return weight / (norm / self.bound).clamp_min(1)
+
+
+class Scaled(nn.Module):
+    """A parametrization of a weight: times a constant."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.factor * weight
+
+
+class Residual(OverChannels):
+    """``y = x + h(x)``, h three layers with ELUs between them and a Lipschitz constant of at most ``lipschitz`` < 1.
+
+    (Behrmann et al., "Invertible residual networks", arXiv 1811.00995.) Use `ResidualFC`, `ResidualConv1d` or
+    `ResidualConv2d`. With ``out_ch`` below ``in_ch`` the last channels of ``x + h(x)`` are its latent, whose natural
+    value is 0.
+
+    The inverse is the limit of ``x <- y - h(x)``. It is within ``lipschitz / (1 - lipschitz)`` times the last step
+    (Banach), and stops where that is at most ``tolerance`` times the largest entry; `inverse_error` holds the bound
+    that the last inverse reached. Its gradient is the implicit one, of first order.
+
+    The log-determinant is exact where an image has at most ``exact_below`` entries. Above, it is an unbiased estimate
+    (Chen et al., "Residual flows", arXiv 1906.02735, theorem 1) of ``sum_k (-1)^(k+1) tr(J^k) / k``: traces as
+    ``v^T J^k v`` with v standard normal, and after the first ``series_terms`` each term is reached with probability
+    ``lipschitz`` and divided by it. A smaller probability would give an infinite variance once below lipschitz^2.
+
+    Args:
+        in_ch, out_ch: channels; out_ch is in_ch by default.
+        hidden: width of h.
+        lipschitz: bound of h's Lipschitz constant, above 0 and below 1.
+        norm: "exact", the layers' true norms (for convolutions see `Contraction`), which guarantees the bound; or
+            "power", torch's spectral_norm: estimated by power iteration in training mode, cheaper for wide layers, any
+            map size. Then h contracts as far as the estimate holds; where it does not, inverse and series say so.
+        size: H = W of the map, or (H, W), for norm "exact".
+        kernel_size, padding_mode: of the convolutions; odd; "zeros" or "circular".
+        tolerance: of the inverse, relative; by default 128 times the type's rounding.
+    """
+
+    dims = 0
+
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int | None = None,
+        hidden: int = 64,
+        lipschitz: float = 0.9,
+        norm: str = "exact",
+        size: int | Sequence[int] | None = None,
+        kernel_size: int = 3,
+        padding_mode: str = "zeros",
+        tolerance: float | None = None,
+        exact_below: int = 64,
+        series_terms: int = 5,
+    ):
+        super().__init__(in_ch)
+        self.out_ch = in_ch if out_ch is None else out_ch
+        self.lossy = self.out_ch < in_ch
+        if not 0 < self.out_ch <= in_ch or hidden < 1:
+            raise ValueError(f"{self.name}: out_ch must be 1 to {in_ch}, hidden positive, got {self.out_ch}, {hidden}")
+        if not 0 < lipschitz < 1:
+            raise ValueError(f"{self.name}: lipschitz must be above 0 and below 1 to be invertible, got {lipschitz}")
+        if norm not in ("exact", "power"):
+            raise ValueError(f"{self.name}: norm must be 'exact' or 'power', got {norm!r}")
+        if kernel_size < 1 or kernel_size % 2 == 0 or padding_mode not in ("zeros", "circular"):
+            raise ValueError(
+                f"{self.name}: kernel_size must be odd and padding_mode 'zeros' or 'circular', "
+                f"got {kernel_size} and {padding_mode!r}"
+            )
+        if series_terms < 1 or tolerance is not None and not tolerance > 0:
+            raise ValueError(f"{self.name}: series_terms and tolerance must be positive")
+        size = (size,) * self.dims if isinstance(size, int) else size
+        if self.dims and norm == "exact" and (size is None or len(size) != self.dims or min(size) < kernel_size):
+            raise ValueError(
+                f"{self.name}: norm 'exact' needs the size of the map, at least {kernel_size} a dimension, got {size}; "
+                f"norm 'power' fits any"
+            )
+        self.size = tuple(size) if self.dims and norm == "exact" else None
+        self.lipschitz, self.tolerance = lipschitz, tolerance
+        self.exact_below, self.series_terms = exact_below, series_terms
+        self.inverse_error: float | None = None
+
+        wider = (kernel_size - 1) * (padding_mode == "zeros")
+        options = {"kernel_size": kernel_size, "padding": kernel_size // 2, "padding_mode": padding_mode}
+        layers: list[nn.Module] = []
+        for before, after in ((in_ch, hidden), (hidden, hidden), (hidden, in_ch)):
+            layer = LAYERS[self.dims](before, after, **(options if self.dims else {}))
+            bound = lipschitz ** (1 / 3)  # ELU has Lipschitz constant 1, so the layers' bounds multiply
+            if norm == "exact":
+                shape = [n + wider for n in self.size] if self.dims else None
+                parametrize.register_parametrization(layer, "weight", Contraction(bound, shape))
+            else:
+                # the norm of a convolution is at most sqrt(k^dims) times that of its weight as a matrix
+                parametrizations.spectral_norm(layer)
+                scaled = Scaled(bound / math.sqrt(kernel_size**self.dims))
+                parametrize.register_parametrization(layer, "weight", scaled)
+            layers += [layer, nn.ELU()]
+        self.h = nn.Sequential(*layers[:-1])
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}->{self.out_ch}"
+
+    def output_shape(self, shape: Shape) -> Shape:
+        super().output_shape(shape)
+        if len(shape) != self.dims + 1:
+            raise ValueError(f"{self.name}: expected maps of {self.dims} dimensions, got shape {tuple(shape)}")
+        if self.size is not None and tuple(shape[1:]) != self.size:
+            raise ValueError(f"{self.name}: size is {self.size}, but the map that arrives is {tuple(shape[1:])}")
+        return self.out_ch, *shape[1:]
+
+    def natural_latent(self, y: Tensor) -> Tensor | None:
+        return y.new_zeros(len(y), self.channels - self.out_ch, *y.shape[2:]) if self.lossy else None
+
+    def _cut(self, whole: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (whole[:, : self.out_ch], whole[:, self.out_ch :]) if self.lossy else (whole, None)
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        self.output_shape(x.shape[1:])
+        y, z = self._cut(x + self.h(x))
+        return (y, z) if return_latent else y
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        self.output_shape(x.shape[1:])
+        exact = x[0].numel() <= self.exact_below
+        h, log_det = self._exact_log_det(x) if exact else self._estimated_log_det(x)
+        return *self._cut(x + h), log_det
+
+    def _exact_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """h(x) and log |det(I + J)|, from the Jacobian J of h."""
+        with parametrize.cached():
+            h = self.h(x)
+            jacobian = torch.func.vmap(torch.func.jacrev(lambda v: self.h(v[None])[0].flatten()))(x)  # (B, n, *)
+        jacobian = jacobian.flatten(2)  # (B, n, n)
+        return h, torch.linalg.slogdet(torch.eye(jacobian.shape[-1]).to(jacobian) + jacobian).logabsdet
+
+    def _estimated_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """h(x) and the estimate of the series; its gradient is that of the estimate, unbiased as well."""
+        differentiate = torch.is_grad_enabled()
+        with torch.enable_grad(), parametrize.cached():
+            at = x if x.requires_grad else x.detach().requires_grad_()
+            h = self.h(at)
+            v = torch.randn_like(x)
+            product, total, reached, k = v, x.new_zeros(len(x)), 1.0, 0
+            while k < self.series_terms or torch.rand(()).item() < self.lipschitz:
+                k += 1
+                reached *= 1 if k <= self.series_terms else self.lipschitz  # the probability of reaching term k
+                (following,) = torch.autograd.grad(h, at, product, retain_graph=True, create_graph=differentiate)
+                growth = (per_image(following.detach() ** 2) / per_image(product.detach() ** 2)).sqrt().max().item()
+                if growth > 1 + 1e-4:
+                    raise ValueError(
+                        f"{self.name}: the series of the log-determinant diverges: J stretches by {growth:.4f}, so h "
+                        f"has a Lipschitz constant above 1, where {self.lipschitz} was asked for"
+                    )
+                product = following
+                total = total + (-1) ** (k + 1) / (k * reached) * per_image(product * v)
+        return (h, total) if differentiate else (h.detach(), total.detach())
+
+    def _fixed_point(self, step, start: Tensor) -> tuple[Tensor, float]:
+        """The x with ``x = step(x)`` for a contraction, and a bound of its error, both as `tolerance` says."""
+        tolerance = self.tolerance or 128 * torch.finfo(start.dtype).eps
+        tail = self.lipschitz / (1 - self.lipschitz)
+        # enough for any h that keeps its bound: lipschitz^n (1 + tail) <= tolerance; a margin for small solutions
+        iterations = math.ceil(math.log(tolerance / (1 + tail)) / math.log(self.lipschitz)) + 50
+        x, error = start, 0.0
+        for _ in range(iterations):
+            x, before = step(x), x
+            error = tail * (x - before).abs().max().item() / max(x.abs().max().item(), 1e-30) if x.numel() else 0.0
+            if error <= tolerance:
+                return x, error
+        raise ValueError(
+            f"{self.name}: the inverse is no fixed point within {tolerance:.1e} after {iterations} iterations (error "
+            f"{error:.1e}): h has a Lipschitz constant above {self.lipschitz}, or the tolerance is below rounding"
+        )
+
+    def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
+        if self.lossy:
+            y = torch.cat([y, self.natural_latent(y) if latent is None else latent], dim=1)  # (B, in_ch, *)
+        with parametrize.cached():
+            for layer in self.h[::2]:
+                _ = layer.weight  # fill the cache here, where gradients may be on, and not under no_grad
+            with torch.no_grad():
+                x, self.inverse_error = self._fixed_point(lambda x: y - self.h(x), y)
+            if not torch.is_grad_enabled():
+                return x
+            at = x.requires_grad_()
+            h = self.h(at)
+        x = y - h
+        if x.requires_grad:
+            # x = y - h(x), so a gradient v by x is one of w by y and h, where w = v - J^T w
+            def implicit(v: Tensor | None) -> Tensor | None:
+                if v is None:  # autograd's word for zero
+                    return None
+                return self._fixed_point(lambda w: v - torch.autograd.grad(h, at, w, retain_graph=True)[0], v)[0]
+
+            x.register_hook(implicit)
+        return x
+
+
+class ResidualFC(Residual):
+    """`Residual` on vectors, (B, C)."""
+
+    def __init__(self, in_ch: int, out_ch: int | None = None, hidden: int = 64, lipschitz: float = 0.9, **options):
+        if unknown := options.keys() & {"size", "kernel_size", "padding_mode"}:
+            raise ValueError(f"ResidualFC: {sorted(unknown)} are for convolutions")
+        super().__init__(in_ch, out_ch, hidden, lipschitz, **options)
+
+
+class ResidualConv1d(Residual):
+    """`Residual` on (B, C, L)."""
+
+    dims = 1
+
+
+class ResidualConv2d(Residual):
+    """`Residual` on (B, C, H, W)."""
+
+    dims = 2
+
+
+# --- Adding and extracting noise -------------------------------------------------------------------------------------
+
+# without validation: outside of its support a density is 0, and no error
+NOISES: dict[str, Distribution] = {
+    "normal": Normal(0.0, 1.0),
+    "uniform": Uniform(0.0, 1.0, validate_args=False),
+    "laplace": Laplace(0.0, 1.0),
+}
+
+
+class Concat(OverChannels):
+    """``y = [x | e]``, e given or else a learned constant a channel: (B, C, *) -> (B, C + extra, *).
+
+    The other way round from a surjection: ``pinv(g(x)) = x`` is exact, and ``g(pinv(y))`` keeps x and renews e. Its
+    ``inverted()`` is a surjection, which extracts e as its latent. The log-determinant is 0, e being fixed.
+    """
+
+    exact = False
+
+    def __init__(self, channels: int, extra: int):
+        super().__init__(channels)
+        if extra < 1:
+            raise ValueError(f"{type(self).__name__}: extra must be positive, got {extra}")
+        self.extra = extra
+        self._make()
+
+    def _make(self) -> None:
+        self.constant = nn.Parameter(torch.zeros(self.extra))
+
+    def extra_repr(self) -> str:
+        return f"{self.channels} + {self.extra}"
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return super().output_shape(shape)[0] + self.extra, *shape[1:]
+
+    def input_shape(self, shape: Shape) -> Shape:
+        if shape[0] != self.channels + self.extra:
+            raise ValueError(f"{self.name}: expected {self.channels + self.extra} channels to split, got {shape[0]}")
+        return self.channels, *shape[1:]
+
+    def natural_extra(self, x: Tensor) -> Tensor:
+        """What is most natural for e, (B, extra, *), for x of (B, C, *)."""
+        return self.constant.view(-1, *[1] * (x.dim() - 2)).expand(len(x), self.extra, *x.shape[2:])
+
+    def draw(self, x: Tensor) -> Tensor:
+        return self.natural_extra(x)
+
+    def log_density(self, e: Tensor) -> Tensor:
+        """log q(e), (B,); 0 for a constant."""
+        return e.new_zeros(len(e))
+
+    def forward(self, x: Tensor, return_latent: bool = False, e: Tensor | None = None) -> Tensor | tuple[Tensor, None]:
+        self.output_shape(x.shape[1:])
+        y = torch.cat([x, self.draw(x) if e is None else e], dim=1)  # (B, C + extra, *)
+        return (y, None) if return_latent else y
+
+    def split(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x and e."""
+        self.input_shape(y.shape[1:])
+        return y[:, : self.channels], y[:, self.channels :]
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        y = self(x)
+        return y, None, -self.log_density(self.split(y)[1])
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        return self.split(y)[0]
+
+    def inverted(self) -> "Extract":
+        return Extract(self)
+
+
+class ConcatNoise(Concat):
+    """`Concat` with e drawn anew, entry by entry, from ``noise``.
+
+    ``noise`` is "normal", "uniform" (on [0, 1]), "laplace", or a `Distribution` of single numbers. The log-determinant
+    it gives is -log q(e): in a `Density` the expectation over e of log p(x) is then a lower bound of the true one
+    (Huang, Dinh and Courville, "Augmented normalizing flows", arXiv 2002.07101).
+    """
+
+    def __init__(self, channels: int, extra: int, noise: str | Distribution = "normal"):
+        if isinstance(noise, str) and noise not in NOISES:
+            raise ValueError(f"ConcatNoise: noise must be one of {sorted(NOISES)} or a distribution, got {noise!r}")
+        noise = NOISES[noise] if isinstance(noise, str) else noise
+        if noise.batch_shape or noise.event_shape:
+            raise ValueError(f"ConcatNoise: noise must be a distribution of single numbers, got {noise}")
+        self._noise = noise
+        super().__init__(channels, extra)
+
+    def _make(self) -> None:
+        self.noise = self._noise
+
+    def natural_extra(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), self.extra, *x.shape[2:]) + self.noise.mean.to(x)
+
+    def draw(self, x: Tensor) -> Tensor:
+        return self.noise.sample((len(x), self.extra, *x.shape[2:])).to(x)
+
+    def log_density(self, e: Tensor) -> Tensor:
+        return per_image(self.noise.log_prob(e))
+
+
+class Extract(Surjection):
+    """A `Concat` backwards, (B, C + extra, *) -> (B, C, *), the last channels its latent."""
+
+    def __init__(self, concat: Concat):
+        super().__init__()
+        self.concat = concat
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return self.concat.input_shape(shape)
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        y, z = self.concat.split(x)
+        return (y, z) if return_latent else y
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        return *self.concat.split(x), x.new_zeros(len(x))
+
+    def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
+        return self.concat(y, e=self.natural_latent(y) if latent is None else latent)
+
+    def natural_latent(self, y: Tensor) -> Tensor:
+        return self.concat.natural_extra(y)
+
+    def inverted(self) -> Concat:
+        return self.concat
+
+
+# --- Densities -------------------------------------------------------------------------------------------------------
+
+
+class Density(nn.Module):
+    """The density of x, where a chain's completion ``G(x) = (y, z)`` has a given one.
+
+    ::
+
+        log p(x) = log p(y) + sum_k log p(z_k | y_k) + log |det dG/dx|        y_k the output of block k, y the last one
+
+    y is standard normal, or as ``base`` says. A latent is standard normal, or N(r(y_k), 1) with ``natural``: r is what
+    ``natural_latent`` gives, the r-network of an SPNN block. What a `ConcatNoise` extracts has its noise's density.
+
+    Args:
+        chain: a `PINN` or an `SPNN`.
+        base: a distribution of images like y, or of single numbers for every entry of y.
+    """
+
+    def __init__(self, chain: PINN | SPNN, base: Distribution | None = None, natural: bool = False):
+        super().__init__()
+        self.chain = chain
+        self.base, self.natural = Normal(0.0, 1.0) if base is None else base, natural
+
+    @property
+    def pinn(self) -> PINN:
+        return self.chain.pinn if isinstance(self.chain, SPNN) else self.chain
+
+    def _centre(self, block: Surjection, y: Tensor) -> Tensor:
+        centre = block.natural_latent(y)
+        return centre if self.natural else torch.zeros_like(centre)
+
+    @staticmethod
+    def _noise(block: Surjection) -> Concat | None:
+        """The `ConcatNoise` whose noise a block extracts."""
+        return block.concat if isinstance(block, Extract) and isinstance(block.concat, ConcatNoise) else None
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), (B,), of x of (B, *in_shape); in nats."""
+        if tuple(x.shape[1:]) != self.pinn.in_shape:
+            raise ValueError(f"Density: expected x of shape (B, {self.pinn.in_shape}), got {tuple(x.shape)}")
+        total = x.new_zeros(len(x))
+        for block in self.pinn.blocks:
+            x, z, log_det = block.forward_log_det(x)
+            total = total + log_det
+            if z is not None:
+                noise = self._noise(block)
+                z = z if noise else z - self._centre(block, x)
+                total = total + (noise.log_density(z) if noise else per_image(Normal(0.0, 1.0).log_prob(z)))
+        return total + per_image(self.base.log_prob(x))
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Tensor:
+        """Draws of x, (count, *in_shape), from torch's global generator."""
+        like = next(self.chain.parameters(), torch.empty(()))
+        of_numbers = not self.base.batch_shape and not self.base.event_shape
+        y = self.base.sample((count, *self.pinn.out_shape) if of_numbers else (count,)).to(like)
+        for block in reversed(self.pinn.blocks):
+            z = None
+            if block.lossy:
+                noise = self._noise(block)
+                z = noise.draw(y) if noise else self._centre(block, y)
+                z = z if noise else z + torch.randn_like(z)
+            y = block.pinv(y, z)
+        return y
+
+
+class BlockTransform(Transform):
+    """A block or chain that drops nothing as a `torch.distributions.Transform`; see `as_transform`."""
+
+    bijective = True
+
+    def __init__(self, block: Surjection | PINN, in_shape: Sequence[int]):
+        super().__init__()
+        blocks = list(block.blocks) if isinstance(block, PINN) else [block]
+        for part in blocks:
+            if part.lossy or not part.exact:
+                raise ValueError(f"as_transform: {type(part).__name__} is no bijection, so it has no Transform")
+        self.block, self.in_shape = block, tuple(in_shape)
+        shape = self.in_shape
+        for part in blocks:
+            shape = part.output_shape(shape)
+        self.out_shape = tuple(shape)
+        first, last = (getattr(blocks[i], side, constraints.real) for i, side in ((0, "domain"), (-1, "codomain")))
+        self.domain = constraints.independent(first, len(self.in_shape))
+        self.codomain = constraints.independent(last, len(self.out_shape))
+
+    def _over(self, f, x: Tensor, shape: Shape) -> Tensor:
+        """f, which takes one batch dimension, over any number of them."""
+        batch = x.shape[: x.dim() - len(shape)]
+        result = f(x.reshape(-1, *shape))
+        return result.reshape(*batch, *result.shape[1:])
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._over(self.block, x, self.in_shape)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._over(self.block.pinv, y, self.out_shape)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._over(self.block.log_abs_det, x, self.in_shape)
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        return torch.Size((*shape[: len(shape) - len(self.in_shape)], *self.out_shape))
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        return torch.Size((*shape[: len(shape) - len(self.out_shape)], *self.in_shape))
+
+
+def as_transform(block: Surjection | PINN, in_shape: Sequence[int]) -> BlockTransform:
+    """``block`` (a layer, or a chain of them) as a Transform of events of ``in_shape``, such as (C,) or (C, H, W).
+
+    Raises:
+        ValueError: a block that discards a latent, or one that is exact on one side only.
+    """
+    return BlockTransform(block, in_shape)
+
+
+BLOCKS.update(
+    (kind.__name__, kind)
+    for kind in (
+        *(Sigmoid, Tanh, LeakyReLU, PReLU, ELU, SELU, BairdActivation, Bias, Diagonal, Orthogonal, SVDLinear),
+        *(Shuffle, PixelShuffle, PixelUnshuffle, View, Coupling, ActNorm, BatchNorm, Conv1x1),
+        *(ResidualFC, ResidualConv1d, ResidualConv2d, Concat, ConcatNoise, Whitening),
+    )
+)

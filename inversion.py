@@ -1,0 +1,355 @@
+"""Inversion of a network by optimisation, plain and through a learned landscape.
+
+Given a network f and an output y, find an input x with f(x) near y: gradient descent on x (`invert`). The loss as a
+function of x is rough, because f was trained over its weights and not over its input. Landscape learning looks for x
+as theta(z) instead, theta being a network trained on the trajectories of earlier inversions, so that later ones
+converge in fewer steps (`train_mapping`, `invert_through`).
+
+Source: R. Liu, C. Mao, P. Tendulkar, H. Wang, C. Vondrick, "Landscape Learning for Neural Network Inversion",
+arXiv 2206.09027.
+
+Letters: B batch, T steps of a trajectory, N samples of a buffer, X the input space of f, Z that of theta.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from models import PLAIN, POINTWISE, UNET, conv_mlp
+from utils import InputError
+
+Network = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]  # f(x) and y, both (B, ...), to one loss a sample, (B,)
+
+
+# --- Losses ----------------------------------------------------------------------------------------------------------
+
+
+def squared_error(output: Tensor, y: Tensor) -> Tensor:
+    """Mean squared error of each sample, (B, ...), (B, ...) -> (B,)."""
+    return (output - y).square().flatten(1).mean(1)
+
+
+def perceptual_loss(distance: Network | nn.Module, weight: float = 1.0) -> Loss:
+    """`squared_error` plus ``weight`` times a perceptual distance of images, one value a sample (LPIPS, say)."""
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return squared_error(output, y) + weight * distance(output, y).flatten(1).mean(1)
+
+    return loss
+
+
+# --- Plain inversion -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """What `invert` found, sample by sample.
+
+    Attributes:
+        x: (B, ...), the best input met on the way.
+        loss: (B,), its loss; infinite where not even the start has a finite one.
+        best_step: (B,), the number of updates that made it; 0 is the start.
+        curve: (T + 1, B), the loss after each number of updates. A sample that stopped repeats its best one.
+        stopped: (B,), the step at which a loss or a gradient was not finite, where the sample's search ended; -1: none.
+        trajectory: (T + 1, B, ...), the input after each number of updates, where it was asked for.
+        z: (B, ...), with ``x = theta(z, x0)``, for an inversion through a landscape.
+    """
+
+    x: Tensor
+    loss: Tensor
+    best_step: Tensor
+    curve: Tensor
+    stopped: Tensor
+    trajectory: Tensor | None = None
+    z: Tensor | None = None
+
+    def problems(self) -> list[str]:
+        """A line for each sample whose search ended early."""
+        pairs = enumerate(self.stopped.tolist())
+        return [f"sample {i}: loss or gradient not finite at step {step}" for i, step in pairs if step >= 0]
+
+
+def _check_independent(f: Network) -> None:
+    """Refuse a network in which the samples of a batch see each other."""
+    for name, module in f.named_modules() if isinstance(f, nn.Module) else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(f"batch norm {name or 'of f'} is in training mode and mixes the samples: call f.eval()")
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) shaped to broadcast over ``like``, (B, ...)."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def invert(
+    f: Network,
+    y: Tensor,
+    x0: Tensor,
+    loss: Loss = squared_error,
+    steps: int = 20,
+    lr: float = 0.1,
+    clip: float | None = 10.0,
+    bounds: tuple[float, float] | None = None,
+    keep_trajectory: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> Inversion:
+    """Find x with f(x) near y by Adam on x, from x0, and return the best x met. Samples do not influence each other.
+
+    Args:
+        f: a differentiable network, (B, ...) -> (B, ...), in eval mode. Its weights gather no gradients.
+        y: wanted outputs, (B, ...).
+        x0: where to start, (B, ...).
+        loss: of f(x) and y, one value a sample.
+        steps: T, updates of x. There are T + 1 evaluations of f.
+        lr: of Adam.
+        clip: largest norm of a sample's gradient; None: no limit.
+        bounds: range that every element of x is kept in, the start included; None: no limit.
+        on_step: called with the number of updates made so far.
+
+    Returns:
+        See `Inversion`. A sample whose loss or gradient is not finite stops there and keeps its best.
+
+    Raises:
+        ValueError: settings out of range, a loss that is not one value a sample, a network that mixes the samples.
+    """
+    if steps < 0 or not lr > 0 or clip is not None and not clip > 0:
+        raise ValueError(f"invert: steps {steps} must be at least 0, lr {lr} and clip {clip} above 0")
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise ValueError(f"invert: bounds {bounds} are no range")
+    if len(y) != len(x0):
+        raise ValueError(f"invert: {len(y)} outputs for {len(x0)} starts")
+    if not x0.is_floating_point():
+        raise ValueError(f"invert: x0 must be floating point, got {x0.dtype}")
+    _check_independent(f)
+    with torch.inference_mode(False), torch.enable_grad():
+        # clones: tensors made in inference mode could not take part in a graph
+        y, x = y.detach().clone(), x0.detach().clone()
+        if bounds is not None:
+            x = x.clamp(*bounds)
+        x.requires_grad_()
+        optimiser = torch.optim.Adam([x], lr=lr)
+        batch = len(x)
+        best, best_loss = x.detach().clone(), torch.full((batch,), math.inf, dtype=x.dtype, device=x.device)
+        best_step = torch.zeros(batch, dtype=torch.long, device=x.device)
+        stopped = torch.full_like(best_step, -1)
+        curve, trajectory = [], []
+        for step in range(steps + 1):
+            losses = loss(f(x), y)
+            if losses.shape != (batch,):
+                raise ValueError(f"invert: the loss must be one value a sample, ({batch},), got {tuple(losses.shape)}")
+            value = losses.detach()
+            alive = (stopped < 0) & value.isfinite()
+            better = alive & (value < best_loss)
+            best = torch.where(_per_sample(better, best), x.detach(), best)
+            best_loss, best_step = torch.where(better, value, best_loss), best_step.masked_fill(better, step)
+            if step < steps:
+                (gradient,) = torch.autograd.grad(losses.sum(), x)
+                norm = gradient.flatten(1).norm(dim=1) if batch else value
+                alive &= norm.isfinite()
+            stopped = torch.where((stopped < 0) & ~alive, step, stopped)
+            curve.append(torch.where(alive, value, best_loss))
+            if keep_trajectory:
+                trajectory.append(torch.where(_per_sample(alive, best), x.detach(), best))
+            if step == steps:
+                break
+            if clip is not None:
+                gradient = gradient * _per_sample((clip / norm.clamp_min(1e-12)).clamp_max(1.0), gradient)
+            x.grad = torch.where(_per_sample(alive, gradient), gradient, 0.0)  # NaN would stay in Adam's moments
+            optimiser.step()
+            with torch.no_grad():
+                if bounds is not None:
+                    x.clamp_(*bounds)
+                x.copy_(torch.where(_per_sample(alive, x), x, best))
+            if on_step is not None:
+                on_step(step + 1)
+    return Inversion(
+        best, best_loss, best_step, torch.stack(curve), stopped, torch.stack(trajectory) if keep_trajectory else None
+    )
+
+
+# --- Landscape learning ----------------------------------------------------------------------------------------------
+
+
+class MappingNet(nn.Module):
+    """theta: Z -> X around a start x0, ``theta(z) = x0 + scale * z + h(z, x0)``; h is zero until it is trained.
+
+    So z = 0 is the start, an untrained theta leaves the landscape as it is, and inversion through it is plain inversion
+    of a rescaled x. h is a small convolutional network for images and a bottleneck of pointwise layers for vectors.
+
+    Args:
+        shape: of one x and one z, (D,) or (C, H, W).
+        width: channels of h's first layer.
+        scale: units of x in a unit of z. Adam moves x by lr * scale a step at most while h is zero.
+        bounds: range of x; gradients pass through the clamp as if it were not there.
+
+    Raises:
+        ValueError: a shape that is neither a vector nor an image, or settings out of range.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        width: int = 16,
+        scale: float = 1.0,
+        bounds: tuple[float, float] | None = None,
+    ):
+        super().__init__()
+        if len(shape) not in (1, 3) or min(shape) < 1:
+            raise ValueError(f"MappingNet: expected the shape of a vector (D,) or an image (C, H, W), got {shape}")
+        if width < 1 or not scale > 0 or bounds is not None and not bounds[0] < bounds[1]:
+            raise ValueError(f"MappingNet: width {width} and scale {scale} must be positive, bounds {bounds} a range")
+        self.shape, self.width, self.scale = tuple(shape), width, float(scale)
+        self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
+        if len(shape) == 1:
+            layout = POINTWISE
+        else:
+            layout = UNET if shape[1] % 2 == shape[2] % 2 == 0 else PLAIN
+        self.h = conv_mlp(layout, 2 * shape[0], shape[0], width)
+
+    def config(self) -> dict:
+        """The constructor's arguments."""
+        return {"shape": list(self.shape), "width": self.width, "scale": self.scale, "bounds": self.bounds}
+
+    def forward(self, z: Tensor, x0: Tensor) -> Tensor:
+        """x, (B, ...), for z and starts x0 of the same shape."""
+        for name, value in (("z", z), ("x0", x0)):
+            if tuple(value.shape[1:]) != self.shape:
+                expected = ", ".join(map(str, ("B", *self.shape)))
+                raise ValueError(f"MappingNet: expected {name} of shape ({expected}), got {tuple(value.shape)}")
+        both = torch.cat([z, x0], dim=1)  # (B, 2C, H, W) or (B, 2D)
+        x = x0 + self.scale * z + self.h(both if both.dim() == 4 else both[..., None, None]).view_as(z)
+        if self.bounds is not None:  # a clamp's own zero gradient would keep a pixel at its bound for good
+            x = x + (x.clamp(*self.bounds) - x).detach()
+        return x
+
+
+def invert_through(
+    theta: nn.Module, f: Network, y: Tensor, x0: Tensor, loss: Loss = squared_error, **settings
+) -> Inversion:
+    """`invert` over z, with ``x = theta(z, x0)`` and z from 0. ``settings`` are those of `invert`.
+
+    Returns:
+        An `Inversion` whose x is in X, and whose z and trajectory are in Z. Its curve's first row is theta's own start,
+        ``theta(0, x0)``.
+    """
+    x0 = x0.detach().clone()
+    found = invert(lambda z: f(theta(z, x0)), y, torch.zeros_like(x0), loss, **settings)
+    with torch.no_grad():
+        return replace(found, x=theta(found.x, x0), z=found.x)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Trajectories of N inversions: every z met, with the start it left and the output it was on the way to.
+
+    Attributes:
+        z: (T + 1, N, ...). x0, y: (N, ...).
+        start, end: mean loss at the start of the trajectories and best on them.
+    """
+
+    z: Tensor
+    x0: Tensor
+    y: Tensor
+    start: float
+    end: float
+
+    def batches(
+        self, batch_size: int, updates: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``updates`` times (z, x0, y) of ``batch_size`` points, in passes over all points in a random order."""
+        points, samples = len(self.z) * len(self.y), len(self.y)
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(updates):
+            while len(order) < batch_size:
+                order = torch.cat([order, torch.randperm(points, generator=generator)])
+            chosen, order = order[:batch_size].to(self.z.device), order[batch_size:]
+            yield self.z.flatten(0, 1)[chosen], self.x0[chosen % samples], self.y[chosen % samples]
+
+
+def collect(theta: nn.Module, f: Network, y: Tensor, x0: Tensor, loss: Loss = squared_error, **settings) -> Buffer:
+    """Fill a buffer: invert every y through theta as it is now. Samples that broke down are left out.
+
+    Raises:
+        InputError: every sample broke down.
+    """
+    found = invert_through(theta, f, y, x0, loss, keep_trajectory=True, **settings)
+    whole = found.stopped < 0
+    if not whole.any():
+        raise InputError(f"landscape: no trajectory is finite ({found.problems()[0]}); lower the learning rate")
+    curve = found.curve[:, whole]
+    start, end = curve[0].mean().item(), found.loss[whole].mean().item()
+    return Buffer(found.trajectory[:, whole], x0[whole], y[whole], start, end)
+
+
+def train_mapping(
+    theta: nn.Module,
+    f: Network,
+    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
+    loss: Loss = squared_error,
+    *,
+    buffers: int = 500,
+    samples: int = 64,
+    steps: int = 20,
+    z_lr: float = 0.1,
+    clip: float = 10.0,
+    lr: float = 1e-4,
+    weight_decay: float = 0.1,
+    batch_size: int = 64,
+    updates: int | None = None,
+    seed: int = 0,
+    on_step: Callable[[], None] | None = None,
+) -> Iterator[dict]:
+    """Train theta by turns: collect the trajectories of a buffer with theta fixed, then fit theta on them.
+
+    ::
+
+        z_0 = 0,  z_t+1 = Adam step on z of L(f(theta(z_t, x0)), y)      t = 0 ... T - 1, theta fixed
+        theta <- AdamW step of  mean L(f(theta(z_t, x0)), y)             (z_t, x0, y) drawn from the buffer
+
+    Args:
+        draw: N samples as (y, x0), from the number and a generator.
+        buffers: how many buffers; 500 in the paper.
+        samples: N.
+        steps, z_lr, clip: of the inversions, as in `invert`.
+        lr, weight_decay: of AdamW on theta.
+        batch_size, updates: points (z_t, x0, y) an update, and updates a buffer; None: one pass over the buffer.
+        seed: of all draws.
+        on_step: called after each step of an inversion and each update.
+
+    Yields:
+        After each buffer: its number from 1, the mean loss where its trajectories start and the best on them, with
+        theta before the updates, and the mean loss of the updates.
+
+    Raises:
+        InputError: no loss is finite any more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(theta.parameters(), lr=lr, weight_decay=weight_decay)
+    for number in range(1, buffers + 1):
+        y, x0 = draw(samples, generator)
+        step = None if on_step is None else lambda _: on_step()
+        theta.eval().requires_grad_(False)
+        buffer = collect(theta, f, y, x0, loss, steps=steps, lr=z_lr, clip=clip, on_step=step)
+        theta.train().requires_grad_(True)
+        count = updates if updates is not None else max(1, math.ceil((steps + 1) * len(buffer.y) / batch_size))
+        total, seen = 0.0, 0
+        for z, x0, y in buffer.batches(batch_size, count, generator):
+            losses = loss(f(theta(z, x0)), y)
+            finite = losses.isfinite()
+            if finite.any():
+                optimiser.zero_grad(set_to_none=True)
+                losses[finite].mean().backward()
+                norm = nn.utils.clip_grad_norm_(theta.parameters(), math.inf)
+                if norm.isfinite():  # one point's gradient may overflow where its loss does not
+                    optimiser.step()
+                    total, seen = total + losses[finite].sum().item(), seen + int(finite.sum())
+            if on_step is not None:
+                on_step()
+        if not seen:
+            raise InputError(f"landscape: no loss of buffer {number} is finite; lower the learning rate")
+        yield {"buffer": number, "start_loss": buffer.start, "end_loss": buffer.end, "fit_loss": total / seen}
+    theta.eval().requires_grad_(False)

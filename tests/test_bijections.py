@@ -1,0 +1,758 @@
+"""The bijections beyond the laws that test_laws.py holds them to: known values, refusals, estimates and densities."""
+
+import copy
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_laws import randomise, seeded
+from torch import nn
+from torch.distributions import Independent, MultivariateNormal, Normal, SigmoidTransform, TransformedDistribution
+from torch.nn.utils import parametrize
+
+import bijections as bi
+from models import PINN, SPNN, ConvPINNBlock, PixelUnshuffleBlock
+
+ROOT = Path(__file__).parents[1]
+
+
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def ready(module: nn.Module, seed: int = 0) -> nn.Module:
+    """In float64, in evaluation mode, with random weights."""
+    return randomise(module.double(), seeded(seed)).eval()
+
+
+# --- Activations -----------------------------------------------------------------------------------------------------
+
+
+def prelu(slope: float) -> nn.Module:
+    layer = nn.PReLU(3).double()
+    nn.init.constant_(layer.weight, slope)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer, torchs",
+    [
+        (bi.Sigmoid(), nn.Sigmoid()),
+        (bi.Tanh(), nn.Tanh()),
+        (bi.LeakyReLU(0.2), nn.LeakyReLU(0.2)),
+        (bi.PReLU(3, slope=0.3).double(), prelu(0.3)),
+        (bi.ELU(0.7), nn.ELU(0.7)),
+        (bi.SELU(), nn.SELU()),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_an_activation_is_torchs(layer, torchs):
+    x = randn(4, 3, 5, scale=5)
+    torch.testing.assert_close(layer(x), torchs(x))
+
+
+SATURATING = [bi.Sigmoid(), bi.Tanh(), bi.SELU(), *(bi.ELU(a, b) for a in (1.0, 0.3, 1.7) for b in (1.0, 0.7, 3.1))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layer", SATURATING, ids=lambda layer: layer.name)
+def test_an_activation_is_stable_at_the_ends_of_its_range(layer, dtype):
+    """Forward, inverse, log-derivative and all gradients stay finite, and the inverse stays monotone."""
+    x = torch.tensor([-1e4, -800, -200, -90, -40, -10, -1, 0, 1, 10, 40, 90, 200, 800, 1e4], dtype=dtype)[None]
+    x.requires_grad_()
+    y, _, log_det = layer.forward_log_det(x)
+    again = layer.pinv(y)
+    assert again.isfinite().all() and (again.diff() >= 0).all() and log_det.isfinite().all()
+    (gradient,) = torch.autograd.grad(log_det.sum() + again.sum(), x)
+    assert gradient.isfinite().all()
+    assert y[0, 0] == y[0, 1], "the range's end was not reached"
+
+
+def test_an_inverse_is_accurate_until_rounding_hides_x():
+    """Within what the last bit of y leaves of x: half its size over f'(x)."""
+    for layer, low, high in ((bi.Sigmoid(), -80, 10), (bi.Tanh(), -7, 7), (bi.ELU(), -10, 80), (bi.SELU(), -10, 80)):
+        x = torch.linspace(low, high, 91)[:, None]
+        y, _, log_derivative = layer.forward_log_det(x)
+        hidden = 2 * torch.finfo(x.dtype).eps * y.abs().squeeze(1) / log_derivative.exp()
+        error = (layer.pinv(y) - x).abs().squeeze(1)
+        assert (error <= hidden + 1e-6 * x.abs().squeeze(1) + 1e-6).all(), layer.name
+
+
+@pytest.mark.parametrize(
+    "layer, value",
+    [
+        (bi.Sigmoid(), 1.001),
+        (bi.Sigmoid(), -0.001),
+        (bi.Tanh(), -1.001),
+        (bi.ELU(), -1.001),
+        (bi.ELU(0.5, 2.0), -1.001),
+        (bi.SELU(), -1.76),
+        (bi.Tanh(), math.nan),
+    ],
+)
+def test_values_outside_the_range_are_refused_by_name(layer, value):
+    y = torch.zeros(2, 3)
+    layer.pinv(y + 0.5)
+    y[1, 1] = value
+    with pytest.raises(ValueError, match=rf"{type(layer).__name__}.*{value}"):
+        layer.pinv(y)
+
+
+def test_baird_is_its_formula_where_that_can_be_computed():
+    layer = ready(bi.BairdActivation(3))
+    with torch.no_grad():
+        layer.c.copy_(torch.tensor([0.4, -3.0, 50.0]))
+    x = torch.linspace(-40, 40, 801, dtype=torch.float64)[:, None].expand(-1, 3)
+    torch.testing.assert_close(layer(x), torch.asinh(torch.sinh(x) + layer.c), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, largest", [(torch.float32, 1e4), (torch.float64, 1e5)])
+def test_baird_is_stable_for_large_inputs(dtype, largest):
+    """There sinh overflows; the map is the identity to rounding, and its own inverse with -c."""
+    layer = bi.BairdActivation(2).to(dtype)
+    with torch.no_grad():
+        layer.c.copy_(torch.tensor([7.0, -30.0]))
+    size = torch.logspace(0, math.log10(largest), 60, dtype=dtype)
+    x = torch.cat([-size, size])[:, None].repeat(1, 2).requires_grad_()
+    y, _, log_det = layer.forward_log_det(x)
+    far = x.abs() > 30
+    torch.testing.assert_close(y[far], x[far])
+    torch.testing.assert_close(log_det[far[:, 0]], torch.zeros(int(far[:, 0].sum()), dtype=dtype))
+    (gradient,) = torch.autograd.grad(y.sum() + log_det.sum(), x)
+    assert gradient.isfinite().all()
+
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.c.neg_()
+    torch.testing.assert_close(other(y), layer.pinv(y), rtol=0, atol=0)
+    torch.testing.assert_close(layer.pinv(y), x, rtol=1e-4, atol=1e-3 if dtype == torch.float32 else 1e-10)
+
+
+# --- Linear layers and rearrangements --------------------------------------------------------------------------------
+
+
+def matrix(layer: nn.Module, channels: int) -> torch.Tensor:
+    """The matrix of a linear layer without bias."""
+    return layer(torch.eye(channels, dtype=torch.float64)).T
+
+
+@torch.no_grad()
+def test_linear_layers_are_the_matrices_they_say():
+    svd = ready(bi.SVDLinear(5, bias=False))
+    right, diagonal, left = svd.layers
+    u, v = matrix(left, 5), matrix(right, 5)
+    expected = u @ torch.diag(diagonal.log_scale.exp()) @ v
+    torch.testing.assert_close(matrix(svd, 5), expected)
+    torch.testing.assert_close(torch.linalg.svdvals(expected).sort().values, diagonal.log_scale.exp().sort().values)
+
+    torch.manual_seed(0)
+    conv = bi.Conv1x1(6).double()
+    torch.testing.assert_close(
+        matrix(conv, 6).T @ matrix(conv, 6), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-5
+    )
+    conv = ready(conv)
+    w = matrix(conv, 6)
+    x = randn(2, 6, 3, 2)
+    torch.testing.assert_close(conv(x), F.conv2d(x, w[..., None, None]))
+
+    orthogonal = ready(bi.Orthogonal(6, reflections=6))
+    torch.testing.assert_close(torch.linalg.det(matrix(orthogonal, 6)), torch.tensor(1.0, dtype=torch.float64))
+    assert (matrix(orthogonal, 6) - torch.eye(6)).abs().max() > 0.1
+
+
+def test_unshuffles_are_torchs():
+    x = randn(2, 3, 4, 6)
+    y = bi.PixelUnshuffle(2)(x)
+    assert torch.equal(y, F.pixel_unshuffle(x, 2)) and torch.equal(y, PixelUnshuffleBlock(2)(x))
+    assert torch.equal(bi.PixelShuffle(2)(y), F.pixel_shuffle(y, 2))
+    line = torch.arange(6.0).view(1, 1, 6)
+    assert bi.PixelUnshuffle(3, dims=1)(line).tolist() == [[[0, 3], [1, 4], [2, 5]]]
+
+
+def test_shuffle_takes_the_order_it_is_given():
+    x = torch.tensor([[10.0, 20.0, 30.0]])
+    assert bi.Shuffle(3, order=[2, 0, 1])(x).tolist() == [[30, 10, 20]]
+    assert bi.Shuffle(50, seed=1).order.tolist() != bi.Shuffle(50, seed=2).order.tolist()
+    assert bi.Shuffle(50, seed=1).order.tolist() == bi.Shuffle(50, seed=1).order.tolist()
+
+
+# --- Normalisation ---------------------------------------------------------------------------------------------------
+
+
+def test_actnorm_is_set_by_its_first_batch_in_training_mode():
+    layer = bi.ActNorm(3).double()
+    x = randn(16, 3, 4, scale=5) + torch.tensor([1.0, -7.0, 30.0])[:, None]
+    assert torch.equal(layer.eval()(x), x) and not layer.initialised, "evaluation mode set it"
+    y = layer.train()(x)
+    torch.testing.assert_close(y.mean((0, 2)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(y.std((0, 2), correction=0), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(layer(x + 9), y + 9 * layer.log_scale.exp()[:, None])  # the second batch leaves it
+
+    loaded = bi.ActNorm(3).double()
+    loaded.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(loaded.train()(3 * x), layer(3 * x))
+
+
+def test_actnorm_takes_a_constant_channel_and_refuses_a_single_value():
+    assert bi.ActNorm(2).train()(torch.full((5, 2), 3.0)).abs().max() < 1e-3
+    with pytest.raises(ValueError, match=r"ActNorm\(2\).*2 values"):
+        bi.ActNorm(2).train()(torch.ones(1, 2))
+
+
+def test_batch_norm_is_torchs_in_both_modes():
+    ours, torchs = bi.BatchNorm(3).double(), nn.BatchNorm2d(3).double()
+    with torch.no_grad():
+        ours.log_scale.copy_(randn(3, seed=1))
+        ours.bias.copy_(randn(3, seed=2))
+        torchs.weight.copy_(ours.log_scale.exp())
+        torchs.bias.copy_(ours.bias)
+    for step in range(3):
+        x = 3 * randn(4, 3, 2, 5, seed=step) + step
+        torch.testing.assert_close(ours(x), torchs(x))
+    torch.testing.assert_close(ours.running_mean, torchs.running_mean)
+    torch.testing.assert_close(ours.running_var, torchs.running_var)
+    torch.testing.assert_close(ours.eval()(x), torchs.eval()(x))
+
+
+def test_batch_norm_is_invertible_in_both_modes():
+    layer = ready(bi.BatchNorm(3)).train()
+    other, x = randn(8, 3, seed=5, scale=4), randn(8, 3, seed=6) + 2
+    layer(other)
+    y = layer(x)
+    torch.testing.assert_close(layer.pinv(y), x)  # the last batch's statistics
+    layer.eval()
+    assert (layer.pinv(y) - x).abs().max() > 1e-2  # running ones
+    torch.testing.assert_close(layer.pinv(layer(x)), x)
+
+
+def test_batch_norm_before_any_batch_uses_its_running_statistics():
+    layer = ready(bi.BatchNorm(3)).train()
+    y = randn(4, 3)
+    torch.testing.assert_close(layer.pinv(y), copy.deepcopy(layer).eval().pinv(y))
+
+
+def test_batch_norm_in_training_mode_counts_the_statistics_as_constants():
+    layer = ready(bi.BatchNorm(3)).train()
+    x = randn(6, 3, 4)
+    log_det = layer.log_abs_det(x)
+    expected = 4 * (layer.log_scale - (x.var((0, 2), correction=0) + layer.eps).log() / 2).sum()
+    torch.testing.assert_close(log_det, expected.expand(6))
+
+
+# --- Coupling --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_coupling_moves_what_it_should_within_its_bound():
+    x = randn(4, 6, 3, 3)
+    layer = ready(bi.Coupling(6, kept=2, hidden=8, scale_bound=0.5))
+    for parameter in layer.s.parameters():
+        parameter.mul_(100)  # saturates the bound
+    y = layer(x)
+    assert torch.equal(y[:, :2], x[:, :2]) and (y[:, 2:] != x[:, 2:]).all()
+    scale = (layer(x + torch.tensor([0, 0, 1, 1, 1, 1])[:, None, None]) - y)[:, 2:]  # exp(log-scale)
+    assert math.exp(-0.5) - 1e-9 <= scale.min() < 0.7 and 1.4 < scale.max() <= math.exp(0.5) + 1e-9
+
+    flipped = ready(bi.Coupling(6, kept=2, hidden=8, flip=True))
+    assert torch.equal(flipped(x)[:, 4:], x[:, 4:]) and (flipped(x)[:, :4] != x[:, :4]).all()
+
+    board = ready(bi.Coupling(6, mask="checkerboard", hidden=8))
+    same = board(x) == x
+    expected = (torch.arange(3)[:, None] + torch.arange(3)) % 2 == 1
+    assert torch.equal(same, expected.expand_as(same))
+
+    additive = ready(bi.Coupling(6, kind="additive", hidden=8))
+    assert torch.equal(additive.log_abs_det(x), torch.zeros(4, dtype=torch.float64)) and not torch.equal(additive(x), x)
+
+
+@torch.no_grad()
+def test_coupling_takes_networks_of_your_own():
+    s, t = nn.Linear(2, 3), nn.Sequential(nn.Linear(2, 4), nn.Sigmoid(), nn.Linear(4, 3))
+    layer = bi.Coupling(5, s=s, t=t, dims=0, scale_bound=1.5)
+    x = torch.randn(4, 5, generator=seeded(0))
+    v = x[:, :2]
+    expected = x[:, 2:] * torch.exp(1.5 * torch.tanh(s(v))) + t(v)
+    torch.testing.assert_close(layer(x), torch.cat([v, expected], 1))
+    torch.testing.assert_close(layer.pinv(layer(x)), x)
+
+
+def test_a_fresh_coupling_is_the_identity():
+    x = torch.randn(2, 4, 3, 3, generator=seeded(0))
+    assert torch.equal(bi.Coupling(4)(x), x)
+
+
+# --- Residual blocks -------------------------------------------------------------------------------------------------
+
+
+def dense(conv, channels: int, size: tuple[int, ...]) -> torch.Tensor:
+    """The matrix of a convolution without bias on maps of ``size``."""
+    n = channels * math.prod(size)
+    return conv(torch.eye(n, dtype=torch.float64).view(n, channels, *size)).flatten(1).T
+
+
+@pytest.mark.parametrize("size", [(6,), (5,), (4, 5), (3, 3)])
+@torch.no_grad()
+def test_the_norm_of_a_convolution_is_that_of_its_matrix(size):
+    kind = (nn.Conv1d, nn.Conv2d)[len(size) - 1]
+    conv = kind(2, 3, 3, padding=1, padding_mode="circular", bias=False).double()
+    conv.weight.copy_(randn(*conv.weight.shape))
+    expected = torch.linalg.matrix_norm(dense(conv, 2, size), ord=2)
+    torch.testing.assert_close(bi.circular_conv_norm(conv.weight, size), expected)
+
+    zeros = kind(2, 3, 3, padding=1, bias=False).double()
+    zeros.weight.copy_(conv.weight)
+    padded = torch.linalg.matrix_norm(dense(zeros, 2, size), ord=2)
+    bound = bi.circular_conv_norm(conv.weight, [n + 2 for n in size])
+    assert 0.5 * bound < padded <= bound
+
+
+RESIDUALS = {
+    "vectors": (lambda **o: bi.ResidualFC(5, hidden=6, **o), (5,)),
+    "circular": (lambda **o: bi.ResidualConv1d(2, hidden=4, size=4, padding_mode="circular", **o), (2, 4)),
+    "zeros": (lambda **o: bi.ResidualConv2d(2, hidden=4, size=3, **o), (2, 3, 3)),
+}
+
+
+def exaggerated(block: bi.Residual, factor: float = 50.0) -> bi.Residual:
+    """Weights far too large, so that only the normalisation keeps h a contraction."""
+    block = ready(block)
+    with torch.no_grad():
+        for layer in block.h[::2]:
+            layer.parametrizations.weight.original.mul_(factor)
+    return block
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_h_contracts_whatever_its_weights_are(name):
+    build, shape = RESIDUALS[name]
+    block = exaggerated(build(lipschitz=0.8))
+    norms = []
+    for x in randn(10, 1, *shape, scale=0.1):
+        jacobian = torch.autograd.functional.jacobian(block.h, x).view(x.numel(), -1)
+        norms.append(torch.linalg.matrix_norm(jacobian, ord=2).item())
+    assert 0.05 < max(norms) <= 0.8 + 1e-12
+
+
+def test_the_bound_is_reached_and_small_weights_are_left_alone():
+    contraction = bi.Contraction(0.7)
+    weight = randn(4, 5)
+    torch.testing.assert_close(torch.linalg.matrix_norm(contraction(10 * weight), ord=2).item(), 0.7)
+    small = weight / torch.linalg.matrix_norm(weight, ord=2) * 0.69
+    assert torch.equal(contraction(small), small)
+
+
+def test_power_iteration_bounds_h_once_trained():
+    block = exaggerated(bi.ResidualConv2d(2, hidden=4, norm="power", lipschitz=0.8)).train()
+    for _ in range(30):
+        block(randn(1, 2, 5, 4))
+    block.eval()
+    x = randn(1, 2, 5, 4)
+    jacobian = torch.autograd.functional.jacobian(block.h, x).view(x.numel(), -1)
+    assert torch.linalg.matrix_norm(jacobian, ord=2) < 0.8
+    torch.testing.assert_close(block.pinv(block(x)), x)
+
+
+def test_a_map_that_does_not_contract_is_found_out():
+    """Power iteration without training steps knows nothing of the new weights."""
+    block = exaggerated(bi.ResidualFC(5, hidden=6, norm="power", exact_below=0), factor=100)
+    x = randn(3, 5)
+    with pytest.raises(ValueError, match=r"ResidualFC\(5->5\).*no fixed point"):
+        block.pinv(x)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"ResidualFC\(5->5\).*diverges: J stretches by"):
+        block.log_abs_det(x)
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-5, 1e-9])
+def test_an_inverse_reports_a_true_bound_of_its_error(tolerance):
+    block = exaggerated(bi.ResidualFC(5, hidden=6, tolerance=tolerance), factor=3)
+    with torch.no_grad():
+        x = randn(8, 5)
+        error = ((block.pinv(block(x)) - x).abs().max() / x.abs().max()).item()
+    assert block.inverse_error <= tolerance
+    assert error <= 3 * block.inverse_error  # its norm is the largest entry, Lipschitz constants are Euclidean
+    assert error > tolerance * 1e-6, "it went on long after the tolerance"
+
+
+def test_an_inverse_has_the_gradient_of_the_iteration():
+    block = exaggerated(bi.ResidualFC(4, hidden=5), factor=3)
+    y, weights = randn(3, 4).requires_grad_(), tuple(block.parameters())
+    x = y
+    for _ in range(300):
+        x = y - block.h(x)
+    expected = torch.autograd.grad(x.square().sum(), (y, *weights))
+    with parametrize.cached():  # as inside a training step
+        actual = torch.autograd.grad(block.pinv(y).square().sum(), (y, *weights))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("series_terms", [1, 2])
+def test_the_series_estimates_the_log_determinant_without_bias(series_terms):
+    """For h = W x: log |det(I + W)| and its gradient (I + W)^-T, over 200 estimates of 100 copies.
+
+    With few certain terms, what follows is a matter of the roulette; those alone are far off.
+    """
+    torch.manual_seed(0)
+    block = bi.ResidualFC(4, lipschitz=0.7, series_terms=series_terms, exact_below=0).double()
+    block.h = nn.Sequential(nn.Linear(4, 4, bias=False).double())
+    basis = torch.linalg.qr(randn(4, 4)).Q
+    w = block.h[0].weight
+    with torch.no_grad():
+        w.copy_(basis @ torch.diag(torch.tensor([-0.68, -0.6, -0.4, 0.3]).double()) @ basis.T)
+    identity = torch.eye(4, dtype=torch.float64)
+    exact, exact_gradient = torch.linalg.slogdet(identity + w).logabsdet.item(), torch.linalg.inv(identity + w).T
+    certain = sum(
+        (-1) ** (k + 1) * torch.trace(torch.linalg.matrix_power(w, k)) / k for k in range(1, series_terms + 1)
+    )
+    estimates, gradients = [], []
+    for _ in range(200):
+        estimate = block.log_abs_det(randn(1, 4).expand(100, -1)).mean()
+        gradients.append(torch.autograd.grad(estimate, w)[0])
+        estimates.append(estimate.item())
+    estimates, gradients = torch.tensor(estimates), torch.stack(gradients)
+    sigma = (estimates.std() / math.sqrt(200)).item()
+    assert abs(estimates.mean().item() - exact) < 4 * sigma < abs(certain.item() - exact) / 2
+    sigma = gradients.std(0) / math.sqrt(200)
+    assert ((gradients.mean(0) - exact_gradient).abs() < 4 * sigma + 1e-3).all()
+    assert sigma.max() < 0.1 * exact_gradient.abs().max()
+
+
+@torch.no_grad()
+def test_an_estimate_needs_no_gradients_around_it():
+    block = exaggerated(bi.ResidualFC(4, hidden=5, exact_below=0))
+    x = randn(3, 4)
+    y, _, log_det = block.forward_log_det(x)
+    assert not y.requires_grad and not log_det.requires_grad and log_det.abs().min() > 0
+    torch.testing.assert_close(y, block(x))
+
+
+# --- Adding and extracting noise -------------------------------------------------------------------------------------
+
+
+def test_concat_puts_on_what_it_is_given_and_takes_it_off():
+    layer = ready(bi.Concat(3, 2))
+    x, e = randn(4, 3, 5), randn(4, 2, 5, seed=1)
+    y = layer(x, e=e)
+    assert torch.equal(y, torch.cat([x, e], 1)) and torch.equal(layer.pinv(y), x)
+    assert torch.equal(layer.split(y)[1], e)
+    assert torch.equal(layer(x)[:, 3:], layer.constant[:, None].expand(4, 2, 5))
+    assert layer.inverted().inverted() is layer
+    torch.testing.assert_close(layer.inverted().pinv(x), layer(x))
+
+
+@pytest.mark.parametrize("noise", ["normal", "uniform", "laplace"])
+def test_concat_noise_draws_and_counts_it(noise):
+    layer = bi.ConcatNoise(1, 2, noise=noise)
+    x = torch.zeros(20000, 1)
+    torch.manual_seed(0)
+    y, _, log_det = layer.forward_log_det(x)
+    e = y[:, 1:]
+    torch.testing.assert_close(e.std().item(), layer.noise.stddev.item(), rtol=0.03, atol=0)
+    torch.testing.assert_close(log_det, -layer.noise.log_prob(e).sum(1))
+    assert torch.equal(layer.pinv(y), x) and not torch.equal(layer(x), y), "the same noise twice"
+    assert torch.equal(layer.inverted()(y, True)[1], e)
+
+
+@pytest.mark.parametrize("kind", ["zca", "pca"])
+def test_whitening_whitens_what_it_was_fitted_to(kind):
+    mixing = torch.linalg.qr(randn(4, 4, seed=1)).Q @ torch.diag(torch.tensor([3.0, 1.0, 0.5, 0.1]).double())
+    x = torch.einsum("ij,bjl->bil", mixing, randn(50, 4, 6)) + torch.arange(4.0)[:, None]
+    layer = bi.Whitening(4, kind=kind).double()
+    assert torch.equal(layer(x), x), "the identity until it is fitted"
+    y = layer.fit(x)(x).movedim(1, 0).flatten(1)
+    torch.testing.assert_close(torch.cov(y), torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(y.mean(1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-10)
+    symmetric = (layer.whiten - layer.whiten.T).abs().max() < 1e-10
+    assert symmetric == (kind == "zca")
+    diagonal = layer.whiten @ layer.whiten.T  # of PCA: one over the eigenvalues
+    assert (diagonal - torch.diag(diagonal.diagonal())).abs().max() < 1e-8 or kind == "zca"
+
+    white = randn(20000, 4, seed=8)
+    coloured = layer.inverted()(white)
+    expected = torch.cov(x.movedim(1, 0).flatten(1))
+    torch.testing.assert_close(torch.cov(coloured.T), expected, rtol=0, atol=0.2)
+
+
+def test_whitening_refuses_data_of_fewer_dimensions():
+    with pytest.raises(ValueError, match=r"Whitening\(5\): 3 samples"):
+        bi.Whitening(5).fit(randn(3, 5))
+    flat = randn(100, 3)
+    flat[:, 2] = flat[:, 0] + flat[:, 1]
+    with pytest.raises(ValueError, match=r"Whitening\(3\): 100 samples span fewer than 3"):
+        bi.Whitening(3).fit(flat)
+
+
+# --- Densities -------------------------------------------------------------------------------------------------------
+
+
+def grid(low: float, high: float, steps: int, dims: int = 2) -> tuple[torch.Tensor, float]:
+    """Points (steps^dims, dims), and what each stands for in an integral."""
+    axis = torch.linspace(low, high, steps, dtype=torch.float64)
+    return torch.cartesian_prod(*[axis] * dims).view(-1, dims), ((high - low) / (steps - 1)) ** dims
+
+
+def toy_flow() -> PINN:
+    blocks = [
+        bi.Diagonal(2),
+        bi.Orthogonal(2),
+        bi.Coupling(2, dims=0, hidden=8, scale_bound=0.7),
+        bi.BairdActivation(2),
+        bi.Conv1x1(2),
+        bi.ResidualFC(2, hidden=8, lipschitz=0.7),
+        bi.PReLU(2, slope=0.6),
+        bi.Bias(2),
+    ]
+    torch.manual_seed(0)
+    pinn = ready(PINN(blocks, (2,)))
+    with torch.no_grad():
+        pinn.blocks[4].log_scale.zero_()
+        pinn.blocks[6].log_slope.fill_(math.log(0.6))
+    return pinn
+
+
+def surjective_toy() -> PINN:
+    """Two pixels to one, so that half of it is latents."""
+    blocks = [
+        bi.BairdActivation(2),
+        ConvPINNBlock(2, 1, hidden=8, feat_size=1, scale_bound=0.7),
+        bi.Diagonal(1),
+    ]
+    return ready(PINN(blocks, (2, 1, 1)))
+
+
+CHAINS = {"bijections": toy_flow, "SPNN block": surjective_toy}
+
+
+@pytest.mark.parametrize("natural", [False, True])
+@pytest.mark.parametrize("name", CHAINS)
+@torch.no_grad()
+def test_a_density_integrates_to_one(name, natural):
+    chain = CHAINS[name]()
+    density = bi.Density(chain, natural=natural)
+    points, area = grid(-15, 15, 301)
+    p = density.log_prob(points.view(-1, *chain.in_shape)).exp()
+    assert p.max() > 0.01
+    torch.testing.assert_close((p.sum() * area).item(), 1.0, rtol=0, atol=2e-3)
+
+    torch.manual_seed(0)
+    samples = density.sample(20000).flatten(1)
+    mean = (p[:, None] * points).sum(0) * area
+    cov = (p[:, None, None] * (points - mean)[:, :, None] * (points - mean)[:, None, :]).sum(0) * area
+    torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=0.05 * cov.diagonal().max().sqrt().item())
+    torch.testing.assert_close(torch.cov(samples.T), cov, rtol=0, atol=0.08 * cov.max().item())
+
+
+@torch.no_grad()
+def test_latents_are_natural_where_asked():
+    """log p(x) = log N(y) + log N(z; r(y), 1) + log |det|, term by term."""
+    block = ready(ConvPINNBlock(3, 2, hidden=8, feat_size=1))
+    chain = PINN([block], (3, 1, 1))
+    x = randn(5, 3, 1, 1)
+    y, z = block(x, True)
+    standard = Normal(0.0, 1.0)
+    rest = standard.log_prob(y).flatten(1).sum(1) + block.log_abs_det(x)
+    plain, natural = bi.Density(chain).log_prob(x), bi.Density(chain, natural=True).log_prob(x)
+    torch.testing.assert_close(plain, rest + standard.log_prob(z).flatten(1).sum(1))
+    torch.testing.assert_close(natural, rest + standard.log_prob(z - block.natural_latent(y)).flatten(1).sum(1))
+    assert (plain - natural).abs().min() > 1e-3
+
+
+@torch.no_grad()
+def test_a_linear_density_is_the_gaussian_it_stands_for():
+    chain = ready(PINN([bi.SVDLinear(3)], (3,)))
+    w = matrix(chain, 3) - chain(torch.zeros(1, 3, dtype=torch.float64)).T
+    mean = torch.linalg.solve(w, -chain(torch.zeros(1, 3, dtype=torch.float64))[0])
+    expected = MultivariateNormal(mean, precision_matrix=w.T @ w)
+    x = randn(6, 3)
+    torch.testing.assert_close(bi.Density(chain).log_prob(x), expected.log_prob(x))
+    base = Independent(Normal(torch.ones(3).double(), 2.0), 1)  # of a whole y
+    shifted = MultivariateNormal(torch.linalg.solve(w, w @ mean + 1), covariance_matrix=4 * torch.linalg.inv(w.T @ w))
+    torch.testing.assert_close(bi.Density(chain, base=base).log_prob(x), shifted.log_prob(x))
+    torch.manual_seed(0)
+    samples = bi.Density(chain, base=base).sample(40000)
+    torch.testing.assert_close(samples.mean(0), shifted.mean, rtol=0, atol=0.1)
+
+
+@torch.no_grad()
+def test_extracted_noise_has_the_density_of_its_noise():
+    chain = PINN([bi.ConcatNoise(1, 1, noise="uniform").inverted()], (2,))
+    density = bi.Density(chain)
+    x = torch.tensor([[0.3, 0.4], [0.3, 1.4]])
+    expected = Normal(0.0, 1.0).log_prob(torch.tensor(0.3)).item()
+    assert density.log_prob(x).tolist() == pytest.approx([expected, -math.inf])
+    samples = density.sample(1000)
+    assert samples[:, 1].min() >= 0 and samples[:, 1].max() <= 1 and samples[:, 0].std() > 0.8
+
+
+@torch.no_grad()
+def test_added_noise_gives_an_unbiased_density():
+    """The mean over e of p(x, e) / q(e) is p(x), which integrates to one; its logarithm is a lower bound."""
+    chain = PINN([bi.ConcatNoise(1, 1), *toy_flow().blocks[1:]], (1,))
+    density = bi.Density(chain)
+    points, width = grid(-12, 12, 97, dims=1)
+    torch.manual_seed(0)
+    p = density.log_prob(points.repeat(4000, 1)).exp().view(4000, -1).mean(0)
+    torch.testing.assert_close((p.sum() * width).item(), 1.0, rtol=0, atol=0.03)
+
+
+def test_a_spnn_has_a_density_to_train():
+    torch.manual_seed(0)
+    model = SPNN(
+        num_classes=2,
+        img_size=2,
+        layer_channels=[
+            ("ActNorm", {"channels": 3}),
+            ("PixelUnshuffle", {"r": 2}),
+            ("Coupling", {"channels": 12, "hidden": 8}),
+            ("ConvPINNBlock", {"in_ch": 12, "out_ch": 2, "hidden": 8, "feat_size": 1}),
+        ],
+    )
+    density = bi.Density(model, natural=True)
+    x = 3 + 0.5 * torch.randn(64, 3, 2, 2, generator=seeded(1))
+    optimiser = torch.optim.Adam(density.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = -density.log_prob(x).mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert all(parameter.grad is not None for parameter in density.parameters())
+    assert losses[-1] < losses[0] - 0.1
+    assert density.sample(3).shape == (3, 3, 2, 2)
+    with pytest.raises(ValueError, match="Density: expected x of shape"):
+        density.log_prob(torch.zeros(1, 3, 4, 4))
+
+
+# --- Transforms and directions ---------------------------------------------------------------------------------------
+
+
+def test_a_transform_is_torchs():
+    ours, torchs = bi.as_transform(bi.Sigmoid(), (3,)), SigmoidTransform()
+    x = randn(2, 5, 3)
+    torch.testing.assert_close(ours(x), torchs(x))
+    torch.testing.assert_close(ours.inv(torchs(x)), x)
+    torch.testing.assert_close(ours.log_abs_det_jacobian(x, ours(x)), torchs.log_abs_det_jacobian(x, torchs(x)).sum(-1))
+    base = Independent(Normal(torch.zeros(3).double(), 1.0), 1)
+    mine, other = TransformedDistribution(base, [ours]), TransformedDistribution(base, [torchs])
+    y = torch.rand(7, 3, generator=seeded(0), dtype=torch.float64)
+    torch.testing.assert_close(mine.log_prob(y), other.log_prob(y))
+    with pytest.raises(ValueError, match="support"):
+        mine.log_prob(y + 1)
+
+
+@torch.no_grad()
+def test_a_transformed_distribution_has_the_density_of_the_chain():
+    chain = toy_flow()
+    base = Independent(Normal(torch.zeros(2).double(), 1.0), 1)
+    distribution = TransformedDistribution(base, [bi.as_transform(chain, (2,)).inv])
+    torch.manual_seed(0)
+    x = distribution.sample((4, 3))
+    torch.testing.assert_close(distribution.log_prob(x).flatten(), bi.Density(chain).log_prob(x.flatten(0, 1)))
+    assert x.shape == (4, 3, 2)
+
+
+@torch.no_grad()
+def test_a_transform_may_change_the_shape():
+    chain = ready(PINN([bi.PixelUnshuffle(2), bi.Conv1x1(4), bi.View((4, 1, 2), (8,))], (1, 2, 4)))
+    transform = bi.as_transform(chain, (1, 2, 4))
+    assert transform.forward_shape((5, 1, 2, 4)) == (5, 8) and transform.inverse_shape((5, 8)) == (5, 1, 2, 4)
+    base = Independent(Normal(torch.zeros(1, 2, 4).double(), 1.0), 3)
+    distribution = TransformedDistribution(base, [transform])
+    assert distribution.event_shape == (8,)
+    y = distribution.sample((3,))
+    x = transform.inv(y)
+    expected = base.log_prob(x) - chain.log_abs_det(x)
+    torch.testing.assert_close(distribution.log_prob(y), expected)
+    assert chain.log_abs_det(x).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "block, shape",
+    [
+        (ConvPINNBlock(3, 2), (3, 2, 2)),
+        (bi.ResidualFC(3, 2), (3,)),
+        (bi.Concat(2, 1), (2,)),
+        (bi.Concat(2, 1).inverted(), (3,)),
+        (PINN([bi.Bias(3), bi.ResidualFC(3, 2)], (3,)), (3,)),
+    ],
+)
+def test_what_is_no_bijection_has_no_transform(block, shape):
+    with pytest.raises(ValueError, match="is no bijection"):
+        bi.as_transform(block, shape)
+
+
+@torch.no_grad()
+def test_inverted_swaps_the_directions():
+    layer = ready(bi.Conv1x1(3))
+    x = randn(2, 3, 4)
+    swapped = layer.inverted()
+    torch.testing.assert_close(swapped(layer(x)), x)
+    torch.testing.assert_close(swapped.log_abs_det(layer(x)), -layer.log_abs_det(x))
+    assert swapped.inverted() is layer
+    assert set(swapped.parameters()) == set(layer.parameters())
+    with pytest.raises(ValueError, match="discards a latent"):
+        bi.ResidualFC(4, 2).inverted()
+
+
+# --- In a chain ------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_known_without_importing_the_module():
+    code = (
+        "from models import SPNN\n"
+        "model = SPNN(num_classes=12, img_size=2, layer_channels=["
+        "('PixelUnshuffleBlock', {'r': 2}), ('Conv1x1', {'channels': 12}), ['ELU', {'alpha': 0.5}]])\n"
+        "print(SPNN(**model.config).config['layer_channels'])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "['Conv1x1', {'channels': 12}], ['ELU', {'alpha': 0.5}]" in shown.stdout
+
+
+REFUSED = {
+    "channels": (lambda: PINN([bi.Bias(3), bi.Conv1x1(4)], (3, 2, 2)), r"block 1: Conv1x1\(4\): channels is 4, but 3"),
+    "features": (lambda: PINN([bi.Bias((3, 2))], (3, 4)), r"block 0: Bias\(3x2\).*\(3, 4\) arrives"),
+    "a view": (lambda: PINN([bi.View((4,), (2, 2))], (5,)), r"View.*expected \(4,\), got \(5,\)"),
+    "a view of other entries": (lambda: bi.View((4,), (3, 2)), "got 4 and 6"),
+    "an unshuffle": (lambda: PINN([bi.PixelUnshuffle(2)], (1, 4, 5)), r"PixelUnshuffle\(r=2, dims=2\).*\(4, 5\)"),
+    "an unshuffle of a line": (lambda: PINN([bi.PixelUnshuffle(2)], (1, 4)), "2 dimensions"),
+    "a shuffle": (lambda: PINN([bi.PixelShuffle(2)], (6, 2, 2)), "6 channels"),
+    "a mask": (lambda: PINN([bi.Coupling(4, mask=[1, 0, 1], dims=0)], (4,)), r"mask of shape \(3,\).*\(4,\)"),
+    "a mask of halves": (lambda: bi.Coupling(2, mask=[0.5, 1], dims=0), "0 and 1 only"),
+    "dimensions": (lambda: PINN([bi.Coupling(4)], (4,)), r"Coupling\(4\): dims is 2"),
+    "nothing to move": (lambda: bi.Coupling(4, kept=4), "kept must be above 0 and below 4, got 4"),
+    "a kind": (lambda: bi.Coupling(4, kind="cubic"), "'cubic'"),
+    "a mask by name": (lambda: bi.Coupling(4, mask="chess"), "'chess'"),
+    "a slope": (lambda: bi.LeakyReLU(0.0), "LeakyReLU: slope must be positive.*0.0"),
+    "a learned slope": (lambda: bi.PReLU(3, slope=-1.0), "PReLU: slope must be positive.*-1.0"),
+    "alpha": (lambda: bi.ELU(alpha=-1), "ELU: alpha and scale"),
+    "an order": (lambda: bi.Shuffle(3, order=[0, 0, 1]), r"each of 0\.\.\.2 once"),
+    "mixing": (lambda: bi.Orthogonal(3, mix_type="qr"), "'qr'"),
+    "lipschitz 1": (lambda: bi.ResidualFC(3, lipschitz=1.0), "lipschitz must be above 0 and below 1.*1.0"),
+    "lipschitz above 1": (lambda: bi.ResidualConv2d(3, size=4, lipschitz=1.5), "below 1.*1.5"),
+    "a wider output": (lambda: bi.ResidualFC(3, 4), "out_ch must be 1 to 3"),
+    "no size": (lambda: bi.ResidualConv2d(3), "needs the size of the map"),
+    "a size below the kernel": (lambda: bi.ResidualConv1d(3, size=2), "at least 3 a dimension"),
+    "another size": (lambda: PINN([bi.ResidualConv2d(3, size=4)], (3, 4, 5)), r"size is \(4, 4\).*\(4, 5\)"),
+    "an even kernel": (lambda: bi.ResidualConv1d(3, size=8, kernel_size=4), "odd"),
+    "a kernel for vectors": (lambda: bi.ResidualFC(3, kernel_size=5), "kernel_size.*are for convolutions"),
+    "a norm": (lambda: bi.ResidualFC(3, norm="frobenius"), "'frobenius'"),
+    "noise": (lambda: bi.ConcatNoise(2, 1, noise="pink"), "'pink'"),
+    "noise of vectors": (lambda: bi.ConcatNoise(2, 1, noise=Normal(torch.zeros(3), 1)), "single numbers"),
+    "whitening": (lambda: bi.Whitening(2, kind="cholesky"), "'cholesky'"),
+    "momentum": (lambda: bi.BatchNorm(2, momentum=0), "momentum must be in"),
+    "no features": (lambda: bi.Bias(0), "Bias: features must be positive"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_when_it_is_built(name):
+    build, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,336 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from inversion import (
+    Buffer,
+    Inversion,
+    MappingNet,
+    collect,
+    invert,
+    invert_through,
+    perceptual_loss,
+    squared_error,
+    train_mapping,
+)
+from models import SPNN, ConvPINNBlock, PixelUnshuffleBlock
+from utils import InputError
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def network(seed=0):
+    """A small, rough map from R^6 to R^4 whose weights gather no gradients."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 4)).double().requires_grad_(False)
+
+
+def tiny_spnn():
+    torch.manual_seed(0)
+    layers = [
+        (PixelUnshuffleBlock, {"r": 4}),
+        (ConvPINNBlock, {"in_ch": 48, "out_ch": 5, "hidden": 8, "feat_size": 1}),
+    ]
+    model = SPNN(num_classes=5, img_size=4, layer_channels=layers).double().requires_grad_(False)
+    for p in model.parameters():  # the last layers start at zero
+        p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+# --- Plain inversion -------------------------------------------------------------------------------------------------
+
+
+def matrix(rows, columns):
+    """A matrix whose singular values lie between 1 and 2, so that Adam needs few steps."""
+    u, _, v = torch.linalg.svd(normal(rows, columns), full_matrices=False)
+    return u @ torch.diag(torch.linspace(1, 2, min(rows, columns), dtype=torch.float64)) @ v
+
+
+def test_a_linear_map_reaches_the_least_squares_solution():
+    a, y = matrix(9, 5), normal(3, 9, seed=1)  # more equations than unknowns
+    expected = torch.linalg.lstsq(a, y.T).solution.T
+    found = invert(lambda x: x @ a.T, y, torch.zeros(3, 5, dtype=torch.float64), steps=400)
+    torch.testing.assert_close(found.x, expected, rtol=1e-4, atol=1e-5)
+    best = squared_error(expected @ a.T, y)
+    assert (best > 0.01).all()  # not to be reached exactly
+    torch.testing.assert_close(found.loss, best, rtol=1e-8, atol=0)
+
+
+def test_a_wide_linear_map_is_inverted_exactly():
+    a, y = matrix(4, 9), normal(3, 4, seed=1)
+    found = invert(lambda x: x @ a.T, y, torch.zeros(3, 9, dtype=torch.float64), steps=400)
+    assert found.loss.max() < 1e-8
+
+
+@pytest.mark.parametrize("lr", (0.01, 1.0, 30.0))
+def test_the_best_is_kept_and_is_never_worse_than_the_start(lr):
+    f, y, x0 = network(), normal(8, 4, seed=1), normal(8, 6, seed=2)
+    found = invert(f, y, x0, steps=15, lr=lr, keep_trajectory=True)
+    start = squared_error(f(x0), y)
+    assert (found.loss <= start).all()
+    torch.testing.assert_close(found.loss, found.curve.min(0).values)
+    torch.testing.assert_close(squared_error(f(found.x), y), found.loss)
+    torch.testing.assert_close(found.curve[0], start)
+    met = found.trajectory[found.best_step, torch.arange(8)]
+    assert torch.equal(met, found.x)
+    if lr == 30.0:  # steps this long make it worse: what counts is that the last one is not returned
+        assert (found.curve[-1] > found.loss).any()
+    else:
+        assert (found.loss < start).all()
+
+
+def test_its_step_is_adam_of_the_clipped_gradient():
+    f, y, x0 = network(), normal(3, 4, seed=1) * 50, normal(3, 6, seed=2)
+    clip = 0.5
+    found = invert(f, y, x0, steps=3, lr=0.1, clip=clip, keep_trajectory=True)
+    for i in range(3):  # each sample by itself, with the library's own clipping
+        x = nn.Parameter(x0[i : i + 1].clone())
+        adam = torch.optim.Adam([x], lr=0.1)
+        for _ in range(3):
+            adam.zero_grad()
+            squared_error(f(x), y[i : i + 1]).sum().backward()
+            assert nn.utils.clip_grad_norm_([x], clip) > clip
+            adam.step()
+        torch.testing.assert_close(found.trajectory[-1, i], x.detach()[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sample_does_not_depend_on_its_companions():
+    f = tiny_spnn()
+    y, x0 = normal(6, 5, seed=1) * torch.logspace(-2, 3, 6)[:, None], normal(6, 3, 4, 4, seed=2)
+    y[4] = math.nan  # not even one that breaks down matters
+    together = invert(f, y, x0, steps=12, bounds=(-1, 1))
+    for i in (0, 1, 2, 3, 5):
+        alone = invert(f, y[i : i + 1], x0[i : i + 1], steps=12, bounds=(-1, 1))
+        torch.testing.assert_close(together.x[i], alone.x[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(together.curve[:, i], alone.curve[:, 0], rtol=1e-9, atol=1e-9)
+
+
+def test_bounds_hold_from_the_start_on():
+    f, y, x0 = network(), normal(5, 4, seed=1) * 9, normal(5, 6, seed=2) * 3
+    found = invert(f, y, x0, steps=10, bounds=(-0.5, 1), keep_trajectory=True)
+    assert found.trajectory.min() >= -0.5 and found.trajectory.max() <= 1
+    assert (found.trajectory == 1).any()
+    torch.testing.assert_close(found.curve[0], squared_error(f(x0.clamp(-0.5, 1)), y))
+
+
+def test_a_sample_that_is_not_finite_stops_and_is_named():
+    def root(x):
+        return (x - 1).sqrt()  # NaN below 1
+
+    y = torch.tensor([[2.0], [0.0], [1.0]], dtype=torch.float64)
+    x0 = torch.tensor([[4.0], [1.3], [0.5]], dtype=torch.float64)
+    found = invert(root, y, x0, steps=8, lr=0.2)
+    assert found.stopped.tolist() == [-1, 2, 0]
+    assert found.problems() == [
+        f"sample {i}: loss or gradient not finite at step {step}" for i, step in ((1, 2), (2, 0))
+    ]
+    assert found.x.isfinite().all() and found.curve[:, :2].isfinite().all()
+    assert found.best_step[1] == 1 and found.loss[1] < 0.3  # what it had before is kept
+    assert torch.equal(found.x[2], x0[2]) and found.loss[2] == math.inf
+
+
+def test_a_gradient_that_is_not_finite_stops_too():
+    x0 = torch.tensor([[0.0], [1.0]], dtype=torch.float64)  # the slope of the root at 0 is infinite
+    found = invert(lambda x: x.sqrt(), torch.full((2, 1), 2.0, dtype=torch.float64), x0, steps=4)
+    assert found.stopped.tolist() == [0, -1] and found.x.isfinite().all()
+    assert found.loss[0] == 4 and found.loss[1] < 1
+
+
+def test_it_works_inside_inference_mode_and_leaves_the_weights_alone():
+    f = network().requires_grad_(True)
+    with torch.inference_mode():
+        found = invert(f, normal(2, 4, seed=1), normal(2, 6, seed=2), steps=3)
+    assert (found.best_step > 0).all() and all(p.grad is None for p in f.parameters())
+    assert not found.x.requires_grad
+
+
+def test_no_steps_and_no_samples():
+    f, y, x0 = network(), normal(2, 4), normal(2, 6)
+    assert torch.equal(invert(f, y, x0, steps=0).x, x0)
+    empty = invert(f, y[:0], x0[:0], steps=2)
+    assert empty.x.shape == (0, 6) and empty.curve.shape == (3, 0)
+
+
+def test_progress_is_reported():
+    seen = []
+    invert(network(), normal(2, 4), normal(2, 6), steps=3, on_step=seen.append)
+    assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"steps": -1}, "steps -1"),
+        ({"lr": 0.0}, "lr 0.0"),
+        ({"lr": math.nan}, "lr nan"),
+        ({"clip": 0.0}, "clip 0.0"),
+        ({"bounds": (1, 1)}, "no range"),
+        ({"loss": lambda a, b: (a - b).square().mean()}, "one value a sample"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, words):
+    with pytest.raises(ValueError, match=words):
+        invert(network(), normal(2, 4), normal(2, 6), **settings)
+
+
+def test_inputs_that_do_not_fit():
+    with pytest.raises(ValueError, match="2 outputs for 3 starts"):
+        invert(network(), normal(2, 4), normal(3, 6))
+    with pytest.raises(ValueError, match="floating point"):
+        invert(network(), normal(2, 4), torch.zeros(2, 6, dtype=torch.long))
+    mixing = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).double()
+    with pytest.raises(ValueError, match="batch norm 1 is in training mode"):
+        invert(mixing, normal(2, 4), normal(2, 6))
+    invert(mixing.eval(), normal(2, 4), normal(2, 6), steps=1)
+
+
+def test_perceptual_loss_adds_one_value_a_sample():
+    a, b = normal(3, 3, 4, 4), normal(3, 3, 4, 4, seed=1)
+    loss = perceptual_loss(lambda x, y: (x - y).abs().amax((1, 2, 3), keepdim=True), weight=2.0)
+    expected = squared_error(a, b) + 2 * (a - b).abs().flatten(1).max(1).values
+    torch.testing.assert_close(loss(a, b), expected)
+
+
+# --- Landscape learning ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 8, 6), (2, 5, 4)])
+def test_an_untrained_theta_leaves_the_landscape_as_it_is(shape):
+    theta = MappingNet(shape, width=4, scale=0.25).double()
+    x = normal(2, *shape)
+    torch.testing.assert_close(theta(torch.zeros_like(x), x), x)
+    torch.testing.assert_close(theta(x, x), 1.25 * x)
+
+
+def test_inversion_through_an_untrained_theta_is_plain_inversion_of_the_rescaled_input():
+    f, y, x0 = network(), normal(3, 4, seed=1), normal(3, 6, seed=2)
+    theta = MappingNet((6,), scale=0.1).double()
+    through = invert_through(theta, f, y, x0, steps=10, lr=0.3, clip=None)
+    plain = invert(f, y, x0, steps=10, lr=0.03, clip=None)
+    torch.testing.assert_close(through.x, plain.x, rtol=1e-3, atol=1e-5)  # but for Adam's epsilon
+    torch.testing.assert_close(theta(through.z, x0), through.x)
+
+
+def test_gradients_pass_thetas_clamp():
+    theta = MappingNet((4,), bounds=(-1, 1)).double()
+    z = torch.tensor([[-3.0, -0.5, 0.5, 3.0]], dtype=torch.float64, requires_grad=True)
+    x = theta(z, torch.zeros_like(z))
+    torch.testing.assert_close(x.detach(), z.detach().clamp(-1, 1))
+    x.sum().backward()
+    assert (z.grad == 1).all()
+
+
+def test_theta_rebuilds_from_its_config():
+    theta = MappingNet((3, 4, 4), 5, 0.2, (-1, 1))
+    again = MappingNet(**theta.config())
+    again.load_state_dict(theta.state_dict())
+    assert again.config() == theta.config()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (((3, 4),), "vector"),
+        (((0,),), "vector"),
+        (((3,), 0), "width 0"),
+        (((3,), 4, 0.0), "scale 0.0"),
+        (((3,), 4, 1.0, (1, -1)), "bounds"),
+    ],
+)
+def test_a_theta_that_makes_no_sense(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        MappingNet(*arguments)
+    with pytest.raises(ValueError, match=r"expected z of shape \(B, 3\), got \(2, 4\)"):
+        MappingNet((3,))(torch.zeros(2, 4), torch.zeros(2, 3))
+
+
+def test_a_buffer_holds_every_point_with_its_own_output():
+    f, y, x0 = network(), normal(5, 4, seed=1), normal(5, 6, seed=2)
+    theta = MappingNet((6,)).double()
+    buffer = collect(theta, f, y, x0, steps=3)
+    assert buffer.z.shape == (4, 5, 6)
+    losses = {
+        round(squared_error(f(x0[i : i + 1] + buffer.z[t, i : i + 1]), y[i : i + 1]).item(), 9)
+        for t in range(4)
+        for i in range(5)
+    }
+    drawn = list(buffer.batches(10, 2, generator()))  # one pass
+    seen = {round(v, 9) for z, start, goal in drawn for v in squared_error(f(start + z), goal).tolist()}
+    assert seen == losses and len(seen) == 20
+    assert buffer.end < buffer.start == pytest.approx(squared_error(f(x0), y).mean().item())
+
+
+def test_a_buffer_draws_in_passes():
+    buffer = Buffer(torch.arange(6.0).view(3, 2, 1), torch.zeros(2, 1), torch.zeros(2, 1), 0.0, 0.0)
+    points = torch.cat([z for z, _, _ in buffer.batches(4, 3, generator())]).flatten().tolist()
+    assert len(points) == 12 and sorted(points[:6]) == sorted(points[6:]) == [0, 1, 2, 3, 4, 5]
+
+
+def test_broken_trajectories_stay_out_of_a_buffer():
+    theta = MappingNet((1,)).double()
+    x0 = torch.tensor([[0.5], [4.0]], dtype=torch.float64)
+    y = torch.tensor([[7.0], [2.0]], dtype=torch.float64)
+    buffer = collect(theta, lambda x: (x - 1).sqrt(), y, x0, steps=2)
+    assert buffer.y.tolist() == [[2.0]] and buffer.z.isfinite().all()
+    with pytest.raises(InputError, match="no trajectory is finite"):
+        collect(theta, lambda x: x * math.nan, y, x0, steps=2)
+
+
+def drawn(f):
+    """Problems of the toy: starts near the origin, outputs of other points."""
+
+    def draw(count, source):
+        x = torch.randn(count, 6, generator=source, dtype=torch.float64)
+        return f(x), 0.1 * torch.randn(count, 6, generator=source, dtype=torch.float64)
+
+    return draw
+
+
+def test_training_makes_a_few_steps_go_further():
+    f = network()
+    torch.manual_seed(0)
+    theta = MappingNet((6,), width=32, scale=0.1).double()
+    untrained = MappingNet((6,), width=32, scale=0.1).double()
+    history = list(train_mapping(theta, f, drawn(f), buffers=20, samples=32, steps=3, lr=3e-3, batch_size=32, seed=1))
+    y, x0 = drawn(f)(200, generator(99))  # problems that training has not seen
+    before, after = (invert_through(t, f, y, x0, steps=3) for t in (untrained, theta))
+    assert after.loss.mean() < 0.5 * before.loss.mean()
+    assert [row["buffer"] for row in history] == list(range(1, 21))
+    assert history[-1]["end_loss"] < 0.5 * history[0]["end_loss"]
+    assert not any(p.requires_grad for p in theta.parameters())
+
+
+def test_training_repeats_with_its_seed():
+    f = network()
+
+    def weights(seed):
+        torch.manual_seed(0)
+        theta = MappingNet((6,), width=4).double()
+        list(train_mapping(theta, f, drawn(f), buffers=2, samples=4, steps=2, batch_size=4, seed=seed))
+        return torch.cat([p.flatten() for p in theta.parameters()])
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_a_network_that_is_never_finite_ends_the_training():
+    theta = MappingNet((6,), width=4).double()
+
+    def draw(count, source):
+        return torch.zeros(count, 4, dtype=torch.float64), torch.zeros(count, 6, dtype=torch.float64)
+
+    with pytest.raises(InputError, match="no trajectory is finite"):
+        next(train_mapping(theta, lambda x: x[:, :4] * math.nan, draw, buffers=1, samples=2, steps=1))
+
+
+def test_the_result_is_a_plain_record():
+    found = invert(network(), normal(2, 4), normal(2, 6), steps=1)
+    assert isinstance(found, Inversion) and found.trajectory is None and found.z is None and found.problems() == []

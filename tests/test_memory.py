@@ -1,0 +1,73 @@
+"""Recomputed activations: the same numbers from less memory."""
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks.speed import randomise
+from memory import checkpoint_activations
+from models import SPNN, ConvPINNBlock, solved_once
+from train import Settings, concatenated, forward_losses, natural_losses
+
+CHAIN = [
+    ("PixelUnshuffleBlock", {"r": 2}),
+    ("ConvPINNBlock", {"in_ch": 12, "out_ch": 4, "hidden": 16, "feat_size": 8}),
+    ("PixelUnshuffleBlock", {"r": 8}),
+    ("ConvPINNBlock", {"in_ch": 256, "out_ch": 5, "hidden": 16, "feat_size": 1, "mix_type": "householder"}),
+]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return randomise(SPNN(num_classes=5, img_size=16, layer_channels=CHAIN)).double()
+
+
+def gradients(model: SPNN, stage: int) -> tuple[dict, int]:
+    """Gradients by name, and the bytes that were kept for them before the backward pass."""
+    torch.manual_seed(1)
+    x, labels = torch.rand(3, 3, 16, 16).double() * 2 - 1, torch.ones(3, 5).double()
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with solved_once():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            if stage == 1:
+                loss = forward_losses(model, x, labels, Settings())[0]["total"]
+            else:
+                origin = torch.zeros(1, concatenated(model.complete(x).z).shape[1]).double()
+                loss = natural_losses(model, x, origin, Settings())["total"]
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sum(kept.values())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_are_the_same_bit_for_bit_and_less_is_kept(model, stage):
+    recomputing = checkpoint_activations(copy.deepcopy(model))
+    expected, plain_bytes = gradients(model, stage)
+    got, fewer_bytes = gradients(recomputing, stage)
+    assert expected.keys() == got.keys() and len(expected) > 10
+    for name, gradient in expected.items():
+        assert torch.equal(gradient, got[name]), name
+    assert fewer_bytes < plain_bytes / 2
+
+
+def test_weights_keep_their_names_and_a_copy_is_its_own_network(model):
+    names = list(model.state_dict())
+    recomputing = checkpoint_activations(checkpoint_activations(model))  # twice changes nothing
+    assert list(recomputing.state_dict()) == names
+    assert isinstance(recomputing.pinn.blocks[1], ConvPINNBlock)
+    other = copy.deepcopy(recomputing)
+    x = torch.rand(1, 3, 16, 16).double()
+    before = other(x)
+    with torch.no_grad():
+        for parameter in recomputing.parameters():
+            parameter.add_(0.1)
+    assert torch.equal(other(x), before) and not torch.equal(recomputing(x), before)
