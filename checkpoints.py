@@ -119,7 +119,7 @@ def _check_notes(content: Mapping, num_classes: int, source: Path) -> None:
         raise InputError(f"{source}: its 'attributes' must be a list of names")
     if typical is not None:
         try:
-            fits = torch.tensor(typical, dtype=torch.float64).isfinite().all() and len(typical) == num_classes
+            fits = torch.tensor(typical, dtype=torch.float32).isfinite().all() and len(typical) == num_classes
             fits = fits and all(len(pair) == 2 for pair in typical)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             fits = False

@@ -268,7 +268,7 @@ def parse_set(
                 logit = float(value)
             except ValueError:
                 logit = math.nan
-            if not math.isfinite(logit):
+            if not torch.tensor(logit).isfinite():  # in float32: 1e99 is none
                 raise InputError(f"--set {assignment}: {value!r} is neither 0, 1 nor a logit such as +4")
             logits[index] = logit, logit > 0
     return logits

@@ -119,7 +119,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def width_of_size(build: Callable[[int], nn.Module], budget: int) -> int:
-    """The largest width whose trained parameters are within ``budget``."""
+    """The largest width of 4 or more whose trained parameters are within ``budget``; 4 where none are."""
     low, high = 4, 256
     while high - low > 1:
         middle = (low + high) // 2

@@ -407,6 +407,14 @@ def test_a_name_in_a_table_is_a_file_name(tmp_path, name):
         read_logits(tmp_path / "t.csv", ["a"])
 
 
+def test_a_logit_beyond_float32_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("name,a\nx,1e99\n")
+    with pytest.raises(InputError, match="line 2: a value is not finite"):
+        read_logits(tmp_path / "t.csv", ["a"])
+    with pytest.raises(InputError, match="1e99"):
+        reconstruct.parse_set(["a=1e99"], ["a"], None)
+
+
 @pytest.mark.parametrize("text", ["name,a\nx,1,2\n", "a,name\n1\n", "name,a\nx\n"])
 def test_a_table_whose_rows_are_too_long_or_short_is_one_line(tmp_path, text):
     (tmp_path / "t.csv").write_text(text)
