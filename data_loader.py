@@ -96,15 +96,19 @@ def find_images(path: str | Path) -> list[Path]:
     return sorted(found, key=lambda p: [natural_key(part) for part in p.relative_to(path).parts])
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to 8-bit RGB; transparent pixels show white."""
+def _to_rgb(image: Image.Image, png: bool = False) -> Image.Image:
+    """Any Pillow mode to 8-bit RGB; transparent pixels show white.
+
+    Args:
+        png: it comes from one, whose integers have 16 bits, which older versions of Pillow do not say.
+    """
     if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips these at 255 instead of scaling them
         values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all():
             raise ValueError("it holds values that are not finite")
         if image.mode == "F":
             values = values * 255 if values.max() <= 1 else values
-        elif image.mode.startswith("I;16") or values.max() > 255:
+        elif png or image.mode.startswith("I;16") or values.max() > 255:
             values = values / 257  # 65535 / 255
         image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
     elif image.has_transparency_data:
@@ -131,11 +135,12 @@ def _read_rgb(path: Path) -> Image.Image:
     try:
         with _open(path) as image:
             image.load()
+            png = image.format == "PNG"
             try:
                 image = ImageOps.exif_transpose(image)
             except Exception as error:  # damaged EXIF does not make the pixels unusable
                 log.warning("%s: EXIF data ignored: %s", path, error)
-            return _to_rgb(image)
+            return _to_rgb(image, png)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
