@@ -32,7 +32,7 @@ def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
     folders = {}
     for processes in (1, 2):
         folders[processes] = tmp_path / f"of_{processes}"
-        done = start(processes, "train_celeba.py", *spnn_arguments(faces, folders[processes], epoch=2))
+        done = start(processes, "train_celeba.py", *spnn_arguments(faces, folders[processes], epoch=2, r_epoch=2))
         assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("forward", "r_opt"):
         one, two = (rows(folders[processes], stage) for processes in (1, 2))
@@ -43,8 +43,9 @@ def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
                 assert b[key] == pytest.approx(a[key], rel=1e-5), (stage, key)
     for name in ("best_model.pth", "best_model_r_opt_real.pth"):
         one, two = (read_weights(folder / name) for folder in folders.values())
-        apart = max((one[key] - two[key]).abs().max().item() for key in one)
-        assert apart < 1e-4, name
+        one, two = (torch.cat([tensor.flatten() for tensor in weights.values()]) for weights in (one, two))
+        # as a whole: where a gradient is rounding noise, Adam makes a full step of it
+        assert (one - two).norm() < 1e-4 * one.norm(), name
     assert (folders[2] / "log.txt").read_text().count("stage 1: ") == 1  # one of the two reports
 
 
