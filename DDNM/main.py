@@ -10,11 +10,13 @@ same command with --resume draws the others.
 
 import argparse
 import hashlib
+import logging
 import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -41,6 +43,8 @@ from DDNM.guided_diffusion.results import (  # noqa: E402
     write_tables,
 )
 from DDNM.guided_diffusion.schedule import time_travel_steps  # noqa: E402
+from distributed import World  # noqa: E402
+from distributed import world as join_world  # noqa: E402
 from judge import load_judge  # noqa: E402
 from logger import get_logger  # noqa: E402
 from metrics import agreement, prob_error, psnr  # noqa: E402
@@ -54,7 +58,6 @@ from utils import (  # noqa: E402
     number,
     parse_with_config,
     remove_temporaries,
-    resolve_device,
     run_command,
 )
 from weights import KNOWN, KnownWeights, MissingWeights, fetch, locate, missing_message  # noqa: E402
@@ -424,15 +427,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, others = parse(argv)
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    device = resolve_device(args.device)
     source = input_path(args.path_y)
     folder = result_folder(args.image_folder)
-    with locked(folder):
-        check_results(folder, args.resume, args.overwrite, ask=not args.ni)
-        return reconstruct(args, others, device, source, folder)
+    with join_world(args.device) as (world, device), locked(folder) if world.leads else nullcontext():
+        if world.leads:
+            check_results(folder, args.resume, args.overwrite, ask=not args.ni)
+        return reconstruct(args, others, device, source, folder, world)
 
 
-def reconstruct(args: argparse.Namespace, others: dict, device: torch.device, source: Path, folder: Path) -> int:
+def reconstruct(
+    args: argparse.Namespace, others: dict, device: torch.device, source: Path, folder: Path, world: World
+) -> int:
     """Draw what is not finished yet, and write the results of all that is; the exit status."""
     model, notes, prior, judge = load_networks(args, others, device)
     attributes = notes.get("attributes") or (ATTRIBUTES if model.num_classes == len(ATTRIBUTES) else None)
@@ -464,13 +469,17 @@ def reconstruct(args: argparse.Namespace, others: dict, device: torch.device, so
              for name, network in (("spnn", model), ("prior", prior.unet), ("judge", judge))}  # fmt: skip
     progress = Progress(folder, plain(same))
     done: list[Finished | None] = [None] * len(names)
-    if args.resume and progress.path.is_file():
-        done = progress.read(names, targets)
+    if world.leads:
+        if args.resume and progress.path.is_file():
+            done = progress.read(names, targets)
+        else:
+            clear_results(folder)  # nothing can be refused any more
+        for kind in (".", *PICTURES):
+            remove_temporaries(folder / kind)
+        progress.begin(done)
     else:
-        clear_results(folder)  # nothing can be refused any more
-    for kind in (".", *PICTURES):
-        remove_temporaries(folder / kind)
-    progress.begin(done)
+        logging.disable(logging.INFO)
+    done = world.gather(done)[0]  # and not before: the others write into the folder from here on
     log = get_logger("reconstruct", folder)
     for line in skipped:
         log.warning("skipped: %s", line)
@@ -487,7 +496,7 @@ def reconstruct(args: argparse.Namespace, others: dict, device: torch.device, so
     def draw(part: slice, inputs: Sequence[Tensor | None], guided: bool, label: str):
         """Images of a part of the targets, on the CPU, their figures and logits."""
         target = targets[part].to(device)
-        bar = tqdm(total=evaluations, desc=label, unit="step", leave=False, dynamic_ncols=True)
+        bar = tqdm(total=evaluations, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=not world.leads)
         started = time.perf_counter()
         with bar:
             images = sample(
@@ -516,9 +525,7 @@ def reconstruct(args: argparse.Namespace, others: dict, device: torch.device, so
 
     parts = [slice(i, i + args.batch_size) for i in range(0, len(names), args.batch_size)]
     with stop_signals() as stopped:
-        for index, part in enumerate(parts):
-            if all(done[part]):
-                continue
+        for index, part in world.share([(i, part) for i, part in enumerate(parts) if not all(done[part])]):
             if stopped() is not None:
                 break
             # Whole, also where some of it is finished: rounding depends on what an image shares its batch with.
@@ -543,13 +550,17 @@ def reconstruct(args: argparse.Namespace, others: dict, device: torch.device, so
                 done[part.start + i] = entry
                 new.append((entry, targets[part.start + i]))
             progress.append(new)
-        signum = stopped()
+        signum = world.agreed(stopped)()
+    done = [
+        next((entry for entry in drawn if entry is not None), None) for drawn in zip(*world.gather(done), strict=True)
+    ]
     ready = [i for i, entry in enumerate(done) if entry is not None]
     if not ready:
         log.info("stopped before the first batch was finished")
         return 128 + signum
-    settings = {**vars(args), **others, "device": str(device), "guidance_rule": asdict(guidance)}
-    write_results(folder, settings, [done[i] for i in ready], targets[ready], attributes, model.img_size, log)
+    if world.leads:
+        settings = {**vars(args), **others, "device": str(device), "guidance_rule": asdict(guidance)}
+        write_results(folder, settings, [done[i] for i in ready], targets[ready], attributes, model.img_size, log)
     if signum is not None and len(ready) < len(names):
         log.info("stopped: %d of %d images are finished; draw the others with --resume", len(ready), len(names))
         return 128 + signum

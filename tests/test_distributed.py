@@ -10,6 +10,7 @@ import torch
 
 from data_loader import EpochBatches, make_loaders
 from distributed import World, world
+from tests.test_main import assets, figures_of, pictures  # noqa: F401  (a fixture)
 from tests.test_resume import faces, spnn_arguments  # noqa: F401  (a fixture)
 from utils import InputError
 from weights import read_weights
@@ -71,3 +72,35 @@ def test_one_process_is_a_world_of_one(monkeypatch):
         value = {"a": torch.tensor(2.0)}
         assert one.mean(value) is value
         assert one.agreed(len) is len
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from DDNM import main
+from utils import run_command
+main.SAMPLES = Path(sys.argv[2])
+run_command(lambda: main.main(sys.argv[3:]))
+"""
+
+
+def test_two_processes_draw_the_pictures_of_one(assets, tmp_path):  # noqa: F811
+    script = tmp_path / "draw.py"
+    script.write_text(COMMAND)
+    flags = ["--ni", "--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--base_rate"]
+    for processes in (1, 2):
+        arguments = [str(ROOT), str(tmp_path), *flags, "--image_folder", f"of_{processes}"]
+        done = start(processes, str(script), *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = tmp_path / "of_1", tmp_path / "of_2"
+    assert figures_of(one) == figures_of(two) and len(figures_of(two)) == 3
+    expected, got = pictures(one), pictures(two)
+    assert expected.keys() == got.keys() and len(got) == 9
+    assert all((expected[name] == got[name]).all() for name in expected)
+    assert (two / "sheet.png").is_file()
+    # a picture that is lost is drawn again, by whichever process has its batch
+    (two / "reconstruction" / "green.png").unlink()
+    done = start(2, str(script), *arguments, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (pictures(two)["reconstruction/green.png"] == expected["reconstruction/green.png"]).all()

@@ -50,6 +50,8 @@ def inside_a_tar(path):
             archive.add(path.with_name(name), name)
 
 
+CPU = torch.device("cpu")
+
 CODE = {
     "archive": lambda path: torch.save({"model": Malicious()}, path),
     "legacy": lambda path: torch.save({"model": Malicious()}, path, _use_new_zipfile_serialization=False),
@@ -365,10 +367,10 @@ def test_what_is_no_picture_is_named_and_skipped_or_refused(tmp_path, name):
         with pytest.raises(InputError, match=f"{name}: .*({said})") as error:
             load_image(tmp_path / name, 8)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
-        names, images, skipped = reconstruct.read_inputs(tmp_path, 8, strict=False)
-    assert names == ["good"] and len(images) == 1 and [name in line for line in skipped] == [True]
+        names, files, _, skipped = reconstruct.read_targets(tmp_path, [], 8, 1, CPU, strict=False)
+    assert names == ["good"] and len(files) == 1 and [name in line for line in skipped] == [True]
     with pytest.raises(InputError, match=name):
-        reconstruct.read_inputs(tmp_path, 8, strict=True)
+        reconstruct.read_targets(tmp_path, [], 8, 1, CPU, strict=True)
 
 
 def test_a_data_set_leaves_out_what_is_no_picture(tmp_path):
@@ -393,7 +395,7 @@ def test_names_of_pictures_become_names_of_files(tmp_path):
     deep.mkdir(parents=True)
     halves().save(deep / "a.png")
     halves().save(deep / "b.png")
-    found = reconstruct.read_inputs(tmp_path, 8, strict=True)[0]
+    found = reconstruct.read_targets(tmp_path, [], 8, 1, CPU, strict=True)[0]
     assert len(set(found)) == len(names) + 2 and "plain" in found
     for name in found:
         assert len(name.encode()) <= 200 and name.isprintable() and not set(name) & set("/\\")
@@ -435,7 +437,7 @@ def samples(tmp_path, monkeypatch):
 def test_results_stay_in_their_root(samples, tmp_path, name):
     (samples / "link").symlink_to(tmp_path / "mine")
     with pytest.raises(InputError, match="must be inside"):
-        reconstruct.result_folder(name.format(mine=tmp_path / "mine"), overwrite=True, ask=False)
+        reconstruct.result_folder(name.format(mine=tmp_path / "mine"))
 
 
 @pytest.mark.parametrize("kind", reconstruct.PICTURES)
@@ -443,7 +445,7 @@ def test_a_link_inside_a_result_folder_is_not_followed(samples, tmp_path, kind):
     (samples / "out").mkdir()
     (samples / "out" / kind).symlink_to(tmp_path / "mine")
     with pytest.raises(InputError, match=f"{kind} is a link"):
-        reconstruct.result_folder("out", overwrite=True, ask=False)
+        reconstruct.result_folder("out")
     assert (tmp_path / "mine" / "0.png").read_text() == "mine"
 
 
@@ -451,7 +453,7 @@ def test_a_result_that_is_a_link_is_replaced_not_followed(samples, tmp_path):
     (samples / "out" / "input").mkdir(parents=True)
     for name in ("log.txt", "results.csv", "input/a.png"):
         (samples / "out" / name).symlink_to(tmp_path / "mine" / "0.png")
-    reconstruct.clear_results(reconstruct.result_folder("out", overwrite=True, ask=False))
+    reconstruct.clear_results(reconstruct.result_folder("out"))
     assert (tmp_path / "mine" / "0.png").read_text() == "mine"
     assert not [p for p in (samples / "out").rglob("*") if p.is_symlink()]
 

@@ -123,9 +123,8 @@ class Progress:
     def append(self, entries: Sequence[tuple[Finished, Tensor]]) -> None:
         """Add images with their targets, (d,), whose pictures are written."""
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(self._line(entry, target) for entry, target in entries)
-                file.flush()
+            with open(self.path, "ab", buffering=0) as file:  # in one write, so that processes' lines do not mix
+                file.write("".join(self._line(entry, target) for entry, target in entries).encode())
                 os.fsync(file.fileno())
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
