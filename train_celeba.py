@@ -2,6 +2,7 @@
 
     python train_celeba.py --dataset_path /path/to/CelebAMask-HQ --is_forward_train --is_r_opt
     python train_celeba.py --config configs/faces_64.yml --dataset_path /path/to/faces
+    torchrun --nproc_per_node 4 train_celeba.py ...          # the same batches, shared by four processes
 
 Penrose diagnostics run on the test split after each stage. Results go to --checkpoint_dir. A run that was stopped or
 killed goes on where it was with the same command and --resume.
@@ -20,6 +21,7 @@ from diagnostics import diagnose, format_table
 from distributed import World
 from distributed import world as join_world
 from logger import get_logger
+from memory import checkpoint_activations
 from models import MIXINGS, SPNN
 from resume import (
     STATE_NAME,
@@ -47,7 +49,7 @@ from utils import (
 SWITCH = argparse.BooleanOptionalAction  # --no-... takes back what a preset switches on
 # what does not decide the weights: a resumed run may have it otherwise
 FREE = ("config", "dataset_path", "workers", "strict", "no_cache", "checkpoint_dir", "overwrite", "resume",
-        "save_every", "device", "diagnose_samples")  # fmt: skip
+        "save_every", "checkpoint_activations", "device", "diagnose_samples")  # fmt: skip
 DONE = "done"  # in the state file of a run that has come to its end
 
 
@@ -100,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
                      "there is none")  # fmt: skip
     run.add_argument("--save_every", type=number(int, 0), default=500,
                      help="steps between saved states; epoch ends are saved too (default %(default)s)")  # fmt: skip
+    run.add_argument("--checkpoint_activations", action=SWITCH, default=False,
+                     help="keep less for the backward pass and compute it again, block by block")  # fmt: skip
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     run.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0)
     run.add_argument("--diagnose_samples", type=number(int, 1), default=256, help="test images for the Penrose figures")
@@ -271,6 +275,8 @@ def train(
     )
 
     def trainer(model: SPNN, **notes) -> CelebATrainer:
+        if args.checkpoint_activations:
+            checkpoint_activations(model)
         return CelebATrainer(
             model.to(device), loaders.train, loaders.val, settings, folder, device, ATTRIBUTES, dict(notes),
             run, args.save_every, world.agreed(stopped), state, world,

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 
+import train_celeba
 from benchmarks.speed import randomise
 from memory import checkpoint_activations
-from models import SPNN, ConvPINNBlock, solved_once
-from train import Settings, concatenated, forward_losses, natural_losses
+from models import SPNN, ConvPINNBlock, concatenated, solved_once
+from tests.test_resume import assert_same, faces, outcome, spnn_arguments  # noqa: F401  (a fixture)
+from train import Settings, forward_losses, natural_losses
 
 CHAIN = [
     ("PixelUnshuffleBlock", {"r": 2}),
@@ -71,3 +73,13 @@ def test_weights_keep_their_names_and_a_copy_is_its_own_network(model):
         for parameter in recomputing.parameters():
             parameter.add_(0.1)
     assert torch.equal(other(x), before) and not torch.equal(recomputing(x), before)
+
+
+def test_training_with_it_gives_the_same_weights(faces, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("train.plot_curves", lambda *_: None)
+    found = {}
+    for recompute in (False, True):
+        folder = tmp_path / str(recompute)
+        assert train_celeba.main(spnn_arguments(faces, folder, checkpoint_activations=recompute)) == 0
+        found[recompute] = outcome(folder)
+    assert_same(*found.values())
