@@ -422,15 +422,20 @@ class ConvPINNBlock(Surjection):
     def natural_latent(self, y: Tensor) -> Tensor:
         return torch.tanh(self.r(at_least_float32(y)))  # (B, in_ch - out_ch, H, W)
 
-    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _couple(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y, z and log S."""
         u = self.mix(x)  # (B, in_ch, H, W)
         u0, u1 = u[:, : self.out_ch], u[:, self.out_ch :]  # (B, out_ch, H, W), (B, in_ch - out_ch, H, W)
         log_scale = self.log_scale(u1)
         y = u0 * torch.exp(log_scale) + self.shift(u1)  # (B, out_ch, H, W)
+        return y, u1, log_scale
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, u1, log_scale = self._couple(x)
         return y, u1, log_scale.flatten(1).sum(1)  # |det W| = 1
 
     def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        y, u1, _ = self.forward_log_det(x)
+        y, u1, _ = self._couple(x)
         return (y, u1) if return_latent else y
 
     def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:

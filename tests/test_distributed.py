@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_main import assets, figures_of, pictures  # noqa: F401  (a fixture)
+from test_resume import faces, spnn_arguments  # noqa: F401  (a fixture)
 
 from data_loader import EpochBatches, make_loaders
 from distributed import World, world
-from tests.test_main import assets, figures_of, pictures  # noqa: F401  (a fixture)
-from tests.test_resume import faces, spnn_arguments  # noqa: F401  (a fixture)
 from utils import InputError
 from weights import read_weights
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from layout import write_layout
 
 import judge as judge_module
 from data_loader import ATTRIBUTES, CelebAMaskHQ
@@ -11,33 +11,21 @@ from judge import Judge, figures, format_table, load_judge, main, train_judge
 from utils import InputError, run_command
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Pictures this small are slower on many threads, much slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
     """120 pictures of 16 x 16 whose top left and bottom right corners show "Wearing_Hat" and "Wearing_Necktie"."""
-    root = tmp_path_factory.mktemp("faces")
-    (root / "CelebA-HQ-img").mkdir()
     rng = np.random.default_rng(0)
-    lines = ["120", " ".join(ATTRIBUTES)]
-    for i in range(120):
+
+    def face() -> tuple[np.ndarray, np.ndarray]:
         bits = rng.integers(0, 2, 40)
         pixels = rng.integers(0, 60, (16, 16, 3), dtype=np.uint8)
         if bits[ATTRIBUTES.index("Wearing_Hat")]:
             pixels[:6] = 250
         if bits[ATTRIBUTES.index("Wearing_Necktie")]:
             pixels[-6:, 5:11] = 250
-        Image.fromarray(pixels).save(root / "CelebA-HQ-img" / f"{i}.jpg", quality=95)
-        lines.append(f"{i}.jpg " + " ".join("1" if bit else "-1" for bit in bits))
-    (root / "CelebAMask-HQ-attribute-anno.txt").write_text("\n".join(lines))
-    return root
+        return pixels, bits
+
+    return write_layout(tmp_path_factory.mktemp("faces"), [face() for _ in range(120)])
 
 
 def arguments(faces, out, *more: str) -> list[str]:

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from test_resume import assert_same, faces, outcome, spnn_arguments  # noqa: F401  (a fixture)
 
 import train_celeba
 from benchmarks.speed import randomise
 from memory import checkpoint_activations
 from models import SPNN, ConvPINNBlock, concatenated, solved_once
-from tests.test_resume import assert_same, faces, outcome, spnn_arguments  # noqa: F401  (a fixture)
 from train import Settings, forward_losses, natural_losses
 
 CHAIN = [

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from layout import write_layout
 from torch.utils.data import DataLoader, TensorDataset
 
 import resume
 import train
 import train_celeba
 import utils
-from data_loader import ATTRIBUTES
 from DDNM import train_prior
 from resume import Stopped, check_settings, from_batch, load_state, locked, save_state, stop_signals
 from utils import InputError, remove_temporaries, run_command
@@ -49,16 +48,9 @@ TABLES = ("metrics_forward.csv", "metrics_r_opt.csv")
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
     """30 pictures of 32x32 in CelebAMask-HQ's layout: 24 to train on, six batches an epoch."""
-    root = tmp_path_factory.mktemp("faces")
-    (root / "CelebA-HQ-img").mkdir()
     rng = np.random.default_rng(0)
-    lines = ["30", " ".join(ATTRIBUTES)]
-    for i in range(30):
-        picture = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
-        picture.save(root / "CelebA-HQ-img" / f"{i}.jpg")
-        lines.append(f"{i}.jpg " + " ".join("1" if bit else "-1" for bit in rng.integers(0, 2, 40)))
-    (root / "CelebAMask-HQ-attribute-anno.txt").write_text("\n".join(lines) + "\n")
-    return root
+    pictures = [(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8), rng.integers(0, 2, 40)) for _ in range(30)]
+    return write_layout(tmp_path_factory.mktemp("faces"), pictures)
 
 
 def spnn_arguments(faces: Path, folder: Path, **changes) -> list[str]:

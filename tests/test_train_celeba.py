@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from layout import write_layout
 from PIL import Image
 
 import train
@@ -47,18 +48,15 @@ def no_curves(monkeypatch):
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
     """30 pictures of 16x16 in CelebAMask-HQ's layout; the first attribute is a bright upper half."""
-    root = tmp_path_factory.mktemp("faces")
-    (root / "CelebA-HQ-img").mkdir()
     rng = np.random.default_rng(0)
-    lines = ["30", " ".join(ATTRIBUTES)]
-    for i in range(30):
+
+    def face() -> tuple[np.ndarray, np.ndarray]:
         bits = rng.integers(0, 2, 40)
         pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
         pixels[:8] += np.uint8(120) * np.uint8(bits[0])
-        Image.fromarray(pixels).save(root / "CelebA-HQ-img" / f"{i}.jpg", quality=95)
-        lines.append(f"{i}.jpg " + " ".join("1" if bit else "-1" for bit in bits))
-    (root / "CelebAMask-HQ-attribute-anno.txt").write_text("\n".join(lines) + "\n")
-    return root
+        return pixels, bits
+
+    return write_layout(tmp_path_factory.mktemp("faces"), [face() for _ in range(30)])
 
 
 def preset(folder, **changes):
