@@ -31,6 +31,7 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/growth.py --threads 2 --json benchmarks/results/growth_cpu.json
+	$(RUN) benchmarks/peak_memory.py --json benchmarks/results/memory.json
 	$(RUN) benchmarks/speed.py --threads 2 --json benchmarks/results/cpu.json
 
 # --- The demo's networks, from nothing ---

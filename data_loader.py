@@ -497,7 +497,11 @@ class CelebAMaskHQ(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def _batch_uint8(self, indices: Sequence[int]) -> Tensor:
+    def batch_uint8(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) uint8 and labels (B, 40) of ``indices``."""
+        return self._pixels_of(indices), self.labels[list(indices)]
+
+    def _pixels_of(self, indices: Sequence[int]) -> Tensor:
         """(B, 3, S, S) uint8, read at once from the cache where there is one."""
         if self._cache_file is not None:
             try:
@@ -513,13 +517,10 @@ class CelebAMaskHQ(Dataset):
                 raise image
         return torch.from_numpy(np.stack(images))
 
-    def batch(self, indices: Sequence[int], flip: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) in [-1, 1] and labels (B, 40) in {0, 1} of ``indices``, those in ``flip`` mirrored."""
-        images = self._batch_uint8(indices)
-        if flip is not None:
-            mirrored = torch.as_tensor(flip, dtype=torch.bool)
-            images[mirrored] = images[mirrored].flip(-1)
-        return _to_float(images), self.labels[list(indices)]
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) in [-1, 1] and labels (B, 40) in {0, 1} of ``indices``."""
+        images, labels = self.batch_uint8(indices)
+        return _to_float(images), labels
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not -len(self) <= index < len(self):
@@ -569,8 +570,11 @@ class EpochBatches(Sampler[list[tuple[int, bool]]]):
             yield keys[i * self.batch_size : (i + 1) * self.batch_size][rank::size]
 
 
+RawBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S) uint8, which of them to mirror (B,), labels (B, 40)
+
+
 class _Batched(Dataset):
-    """Hands a whole batch of keys from `EpochBatches` to `CelebAMaskHQ.batch`."""
+    """Hands a whole batch of keys from `EpochBatches` to a data set."""
 
     def __init__(self, source: CelebAMaskHQ) -> None:
         self.source = source
@@ -578,17 +582,25 @@ class _Batched(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, Tensor]:
-        images, labels = self.source.batch([key[0]], [key[1]])
-        return images[0], labels[0]
-
-    def __getitems__(self, keys: list[tuple[int, bool]]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, keys: list[tuple[int, bool]]) -> RawBatch:
         indices, flips = zip(*keys, strict=True)
-        return self.source.batch(indices, flips if any(flips) else None)
+        return *self.source.batch_uint8(indices), torch.tensor(flips)
 
 
-def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_is(batch: RawBatch) -> RawBatch:
     return batch
+
+
+class FaceLoader(DataLoader):
+    """A loader whose bytes go to ``device`` and become images there: mirrored where marked, and in [-1, 1]."""
+
+    device = torch.device("cpu")
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in super().__iter__():
+            images, labels, mirrored = (part.to(self.device, non_blocking=True) for part in batch)
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)  # a mask: nothing to wait for
+            yield _to_float(images), labels
 
 
 def make_loader(
@@ -599,32 +611,34 @@ def make_loader(
     shuffle: bool = False,
     flip: bool = False,
     drop_last: bool = False,
-    pin_memory: bool = False,
+    device: torch.device = FaceLoader.device,
     share: tuple[int, int] = (0, 1),
-) -> DataLoader:
-    """A loader of (images (B, 3, S, S) float32 in [-1, 1], labels (B, 40) float32 in {0, 1}) over a data set.
+) -> FaceLoader:
+    """A loader of (images (B, 3, S, S) float32 in [-1, 1], labels (B, 40) float32 in {0, 1}), both on ``device``.
 
     Its ``batch_sampler`` is an `EpochBatches`: set ``loader.batch_sampler.epoch`` to resume at an epoch.
     """
     if batch_size < 1 or workers < 0:
         raise InputError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {workers}")
-    return DataLoader(
+    loader = FaceLoader(
         _Batched(source),
         batch_sampler=EpochBatches(len(source), batch_size, shuffle, flip, drop_last, seed, share),
         num_workers=workers,
         collate_fn=_as_is,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(seed),  # or the loader draws worker seeds from the global one
     )
+    loader.device = device
+    return loader
 
 
 class Loaders(NamedTuple):
     """One loader a split."""
 
-    train: DataLoader
-    val: DataLoader
-    test: DataLoader
+    train: FaceLoader
+    val: FaceLoader
+    test: FaceLoader
 
 
 def make_loaders(
@@ -637,7 +651,7 @@ def make_loaders(
     flip: bool = True,
     strict: bool = False,
     cache: bool = True,
-    pin_memory: bool = False,
+    device: torch.device = FaceLoader.device,
     share: tuple[int, int] = (0, 1),
 ) -> Loaders:
     """Loaders of the three splits: training shuffled and mirrored at random (seeded), the others in number order.
@@ -649,7 +663,7 @@ def make_loaders(
         InputError: as `CelebAMaskHQ`, or a batch size or worker count that makes no sense.
     """
     parts = {split: CelebAMaskHQ(root, split, img_size, strict, cache) for split in ("train", "val", "test")}
-    common = {"batch_size": batch_size, "workers": workers, "seed": seed, "pin_memory": pin_memory}
+    common = {"batch_size": batch_size, "workers": workers, "seed": seed, "device": device}
     drop = len(parts["train"]) > batch_size
     together = min(batch_size, len(parts["train"]))
     if together % share[1]:

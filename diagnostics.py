@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, PixelUnshuffleBlock, concatenated, solved_once
+from performance import PRECISIONS, networks_in
 from utils import LARGEST_SEED, InputError, atomic_write, number, resolve_device, run_command
 
 IDENTITIES = {
@@ -26,6 +27,7 @@ IDENTITIES = {
     "completion": "G^-1 G = 1",
     "natural_latents": "G g' (y) = (y, r)",
 }
+ARITHMETICS = ("float64", *PRECISIONS)  # that the identities can be measured in
 
 
 # --- Penrose identities and naturalness ------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def penrose(
     model: SPNN,
     images: Tensor,
     targets: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    precision: str = "float32",
     seed: int = 0,
     batch_size: int = 32,
 ) -> dict:
@@ -80,7 +82,8 @@ def penrose(
         images: (N, C, H, W) in [-1, 1].
         targets: logits y, (M, d), for the right inverse and g' g g' = g'. None draws N from a normal distribution of
             three times the spread of g(images): far from the data, where a mere fit to the data would fail.
-        dtype: what to compute in; the model itself stays as it is.
+        precision: what to compute in, one of `ARITHMETICS`; the model itself stays as it is. "tf32" and "bf16" are of
+            the networks inside blocks alone.
         seed: of the drawn targets.
         batch_size: images at a time.
 
@@ -97,9 +100,11 @@ def penrose(
 
     Raises:
         ValueError: no images.
+        InputError: a precision that there is not, or not on the model's device.
     """
     if not len(images):
         raise ValueError("penrose: no images to measure")
+    dtype, inside = (torch.float64, "float32") if precision == "float64" else (torch.float32, precision)
     first = next(model.parameters(), images)
     # MPS has no float64
     device = torch.device("cpu") if dtype == torch.float64 and first.device.type == "mps" else first.device
@@ -111,7 +116,7 @@ def penrose(
     errors = {name: _Error() for name in IDENTITIES}
     norms = distances = lost = total = 0.0
     try:
-        with solved_once():
+        with solved_once(), networks_in(inside, device):
             _, z_zero = model(torch.zeros_like(images[:1], dtype=dtype, device=device), return_latents=True)
             z_zero = concatenated(z_zero)  # (1, Z)
             logits = []
@@ -285,7 +290,7 @@ def diagnose(
     seed: int = 0,
     attributes: Sequence[str] | None = None,
     batch_size: int = 32,
-    float64: bool = True,
+    precisions: Sequence[str] = ("float32", "float64"),
 ) -> dict:
     """All diagnostics of a model: accuracy over the whole loader, identities over its first images.
 
@@ -296,10 +301,10 @@ def diagnose(
         seed: of the random targets.
         attributes: names of the logits, for the report.
         batch_size: images at a time in the identities.
-        float64: measure in float64 too, on a copy of the model (twice its memory for as long as it takes).
+        precisions: to measure the identities in. float64 takes a copy of the model, of twice its memory.
 
     Returns:
-        ``{"accuracy": see accuracy, "penrose": {"float32": see penrose, "float64": ...}, "nonfinite": str | None,
+        ``{"accuracy": see accuracy, "penrose": {precision: see penrose}, "nonfinite": str | None,
         "attributes": names | None}``: JSON values only. A figure that is NaN or infinite is None there.
 
     Raises:
@@ -322,13 +327,12 @@ def diagnose(
 
     measured = accuracy(model, keeping(), device)
     images = torch.cat(kept)
-    dtypes = {"float32": torch.float32, **({"float64": torch.float64} if float64 else {})}
     return _plain(
         {
             "accuracy": measured,
             "penrose": {
-                name: penrose(model, images, dtype=dtype, seed=seed, batch_size=batch_size)
-                for name, dtype in dtypes.items()
+                precision: penrose(model, images, precision=precision, seed=seed, batch_size=batch_size)
+                for precision in precisions
             },
             "nonfinite": first_nonfinite(model, images[:batch_size].to(device)),
             "attributes": None if attributes is None else list(attributes),
@@ -350,7 +354,7 @@ def format_table(report: dict) -> str:
             error = report["penrose"][name][key]
             cells.append(f"{figure(error['relative_max'], '.1e')} / {figure(error['relative_rms'], '.1e')}")
         lines.append(f"  {key:<16}{formula:<20}" + "".join(f"{cell:>24}" for cell in cells))
-    natural = report["penrose"][columns[-1]]
+    natural = report["penrose"]["float64" if "float64" in columns else columns[0]]
     lines += [
         f"naturalness: mean |g'(y)|^2 {figure(natural['naturalness_norm'], '.4g')}, "
         f"distance of latents from the zero image's {figure(natural['natural_distance'], '.4g')}, "
@@ -382,6 +386,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--split", choices=["train", "val", "test", "all"], default="test")
     p.add_argument("--batch_size", type=number(int, 1), default=32)
     p.add_argument("--samples", type=number(int, 1), default=64, help="images for the identities (default: 64)")
+    p.add_argument("--precision", choices=ARITHMETICS, nargs="+", default=["float32", "float64"], metavar="NAME",
+                   help=f"of the identities' arithmetic, any of {', '.join(ARITHMETICS)}; tf32 and bf16 inside the "
+                   "networks only (default: float32 float64)")  # fmt: skip
     p.add_argument("--json", metavar="FILE", help="write the report there too")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     p.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0, help="of the random targets (default: 0)")
@@ -417,7 +424,9 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"weights {args.checkpoint}: takes {model.config['img_ch']} channels, photographs have 3")
     data = CelebAMaskHQ(args.dataset_path, args.split, model.img_size)
     loader = _Columns(make_loader(data, args.batch_size), columns)
-    report = diagnose(model.to(device), loader, device, args.samples, args.seed, attributes, args.batch_size)
+    report = diagnose(
+        model.to(device), loader, device, args.samples, args.seed, attributes, args.batch_size, args.precision
+    )
     print(format_table(report))
     if args.json is not None:
         settings = {key: getattr(args, key) for key in ("checkpoint", "dataset_path", "split", "samples", "seed")}

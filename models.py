@@ -248,7 +248,11 @@ class ConvMLP(nn.Module):
         self.net = conv_mlp(layout, in_ch, out_ch, width, scale)
 
     def forward(self, v: Tensor) -> Tensor:
-        return self.net(v.to(self.net[-1].weight.dtype)).to(v.dtype)
+        weight = self.net[-1].weight
+        # in the weights' memory format: a convolution would copy all of its weights to that of v
+        last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        layout = torch.channels_last if last else torch.contiguous_format
+        return self.net(v.to(weight.dtype, memory_format=layout)).to(v.dtype)
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def epoch_keys(loader: DataLoader, epoch: int) -> list:
 
 def only(loader: DataLoader, batches: Sequence, workers: int = 0) -> DataLoader:
     """A loader of these batches (lists of keys) alone, otherwise like ``loader``."""
-    return DataLoader(
+    other = type(loader)(
         loader.dataset,
         batch_sampler=batches,
         num_workers=workers,
@@ -154,6 +154,9 @@ def only(loader: DataLoader, batches: Sequence, workers: int = 0) -> DataLoader:
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator(),  # or it draws the workers' seed from the global one
     )
+    if hasattr(loader, "device"):  # where a `data_loader.FaceLoader` finishes its batches
+        other.device = loader.device
+    return other
 
 
 def from_batch(loader: DataLoader, epoch: int, done: int) -> DataLoader:

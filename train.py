@@ -18,13 +18,13 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -34,6 +34,7 @@ from distributed import World
 from logger import MetricsTable, get_logger, plot_curves
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated, solved_once
+from performance import networks_in
 from resume import (
     STATE_NAME,
     Stopped,
@@ -72,6 +73,7 @@ class Settings:
     lambda_r_img_rec: float = 40.0
     lambda_r_right_inverse: float = 1.0
     grad_clip: float = 1.0
+    precision: str = "float32"  # of the networks inside blocks, see `performance.networks_in`
 
 
 # --- Stage 1's schedule and weights ----------------------------------------------------------------------------------
@@ -188,6 +190,12 @@ def natural_losses(model: SPNN, x: Tensor, origin: Tensor, settings: Settings) -
     return {"total": total, **losses}
 
 
+def adam(parameters: Iterable[nn.Parameter], lr: float, device: torch.device) -> torch.optim.Adam:
+    """The optimiser of both stages."""
+    fused = device.type in ("cpu", "cuda")  # one pass over all weights instead of one an operation
+    return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), fused=fused)
+
+
 # --- The trainer -----------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +284,7 @@ class CelebATrainer:
         """
         model, settings = self.model, self.settings
         total_steps = settings.epochs * len(self.train)
-        optimizer = self._adam(model.parameters(), settings.lr)
+        optimizer = adam(model.parameters(), settings.lr, self.device)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(step, total_steps, settings.warmup_steps, settings.hold_share)
         )
@@ -314,7 +322,7 @@ class CelebATrainer:
             with torch.no_grad():
                 zero = torch.zeros(1, *model.pinn.in_shape, device=self.device)
                 self._origin = concatenated(model.complete(zero).z)
-            optimizer = self._adam([p for p in model.parameters() if p.requires_grad], settings.r_lr)
+            optimizer = adam([p for p in model.parameters() if p.requires_grad], settings.r_lr, self.device)
             self.log.info("stage 2: %d epochs of %d steps on %s", settings.r_epochs, len(self.train), self.device)
 
             def losses_of(x: Tensor, _: Tensor) -> dict[str, Tensor]:
@@ -325,10 +333,6 @@ class CelebATrainer:
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
-
-    def _adam(self, parameters, lr: float) -> torch.optim.Adam:
-        fused = self.device.type in ("cpu", "cuda")  # one pass over all weights instead of one an operation
-        return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), fused=fused)
 
     def _batch(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return tuple(part.to(self.device, non_blocking=True) for part in batch)
@@ -440,7 +444,8 @@ class CelebATrainer:
             x, labels = self._batch(batch)
             stage.optimizer.zero_grad(set_to_none=True)
             with solved_once():  # g and g' share W and its gradient
-                losses = stage.losses_of(x, labels)
+                with networks_in(self.settings.precision, self.device):
+                    losses = stage.losses_of(x, labels)
                 losses["total"].backward()
             try:
                 clip_gradients(self.model, self.settings.grad_clip, losses["total"].detach())
@@ -465,7 +470,14 @@ class CelebATrainer:
 
     @torch.no_grad()
     def validate(self, stage: str) -> dict[str, float]:
-        """Losses on the validation split, averaged by image, with accuracy in stage 1 and the right-inverse error."""
+        """Losses on the validation split, averaged by image, with accuracy in stage 1 and the right-inverse error.
+
+        In float32, whatever the precision of training: the right-inverse error is that of the weights.
+        """
+        with networks_in("float32", self.device):
+            return self._validate(stage)
+
+    def _validate(self, stage: str) -> dict[str, float]:
         model = self.model.eval()
         sums, count, all_logits, all_labels, right_inverse = {}, 0, [], [], 0.0
         for batch in self.val if self.world.size == 1 else only(self.val, self.world.share(epoch_keys(self.val, 0))):

@@ -15,14 +15,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from checkpoints import load_spnn, save_spnn
 from data_loader import ATTRIBUTES, Loaders, download_dataset, make_loaders
 from diagnostics import diagnose, format_table
 from distributed import World
 from distributed import world as join_world
 from logger import get_logger
-from memory import checkpoint_activations
 from models import MIXINGS, SPNN
+from performance import PRECISIONS, checkpoint_activations, compile_networks, inner_networks, networks_in
 from resume import (
     STATE_NAME,
     Stopped,
@@ -49,7 +51,7 @@ from utils import (
 SWITCH = argparse.BooleanOptionalAction  # --no-... takes back what a preset switches on
 # what does not decide the weights: a resumed run may have it otherwise
 FREE = ("config", "dataset_path", "workers", "strict", "no_cache", "checkpoint_dir", "overwrite", "resume",
-        "save_every", "checkpoint_activations", "device", "diagnose_samples")  # fmt: skip
+        "save_every", "checkpoint_activations", "compile", "device", "diagnose_samples")  # fmt: skip
 DONE = "done"  # in the state file of a run that has come to its end
 
 
@@ -104,6 +106,11 @@ def parser() -> argparse.ArgumentParser:
                      help="steps between saved states; epoch ends are saved too (default %(default)s)")  # fmt: skip
     run.add_argument("--checkpoint_activations", action=SWITCH, default=False,
                      help="keep less for the backward pass and compute it again, block by block")  # fmt: skip
+    run.add_argument("--precision", choices=PRECISIONS,
+                     help="of the networks inside blocks; mixing and coupling are float32 (default: tf32 on a GPU that "
+                     "has it, float32 elsewhere)")  # fmt: skip
+    run.add_argument("--compile", action=SWITCH, default=False,
+                     help="translate those networks with torch.compile; takes minutes at first")  # fmt: skip
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     run.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0)
     run.add_argument("--diagnose_samples", type=number(int, 1), default=256, help="test images for the Penrose figures")
@@ -182,8 +189,10 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--resume and --overwrite exclude each other")
     folder = Path(args.checkpoint_dir)
     seed_everything(args.seed)
-    run = {key: value for key, value in vars(args).items() if key not in FREE} | {"layer_channels": layer_channels}
     with join_world(args.device) as (world, device), locked(folder) if world.leads else nullcontext():
+        if args.precision is None:
+            args.precision = "tf32" if device.type == "cuda" else "float32"
+        run = {key: value for key, value in vars(args).items() if key not in FREE} | {"layer_channels": layer_channels}
         state = find_state(folder, args.resume, args.overwrite, plain(run))
         if state is not None and state["stage"] == DONE:
             print(f"{folder}: this run is finished")
@@ -211,7 +220,9 @@ def prepare(
     if not forward and not (folder / FORWARD_CHECKPOINT).is_file():
         raise InputError(f"{folder / FORWARD_CHECKPOINT}: no such file; run stage 1 first (--is_forward_train)")
 
-    # before the data: a chain that does not fit should say so at once
+    # before the data: a chain that does not fit should say so at once, and so should a precision
+    with networks_in(args.precision, device):
+        pass
     model = build_model(args, layer_channels) if forward else load_spnn(folder / FORWARD_CHECKPOINT)[0]
     if args.img_size not in (None, model.img_size):
         file, size = folder / FORWARD_CHECKPOINT, model.img_size
@@ -225,7 +236,7 @@ def prepare(
             args.seed,
             strict=args.strict,
             cache=not args.no_cache,
-            pin_memory=device.type == "cuda",
+            device=device,
             share=(world.rank, world.size),
         )
     for loader in loaders:
@@ -275,10 +286,14 @@ def train(
     )
 
     def trainer(model: SPNN, **notes) -> CelebATrainer:
+        # convolutions of a GPU are made for channels_last; on a CPU the one is as fast as the other
+        model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
         if args.checkpoint_activations:
             checkpoint_activations(model)
+        if args.compile:
+            compile_networks(inner_networks(model), device)
         return CelebATrainer(
-            model.to(device), loaders.train, loaders.val, settings, folder, device, ATTRIBUTES, dict(notes),
+            model, loaders.train, loaders.val, settings, folder, device, ATTRIBUTES, dict(notes),
             run, args.save_every, world.agreed(stopped), state, world,
         )  # fmt: skip
 

@@ -49,6 +49,7 @@ from judge import load_judge  # noqa: E402
 from logger import get_logger  # noqa: E402
 from metrics import agreement, prob_error, psnr  # noqa: E402
 from models import SPNN  # noqa: E402
+from performance import compile_networks, inner_networks  # noqa: E402
 from resume import is_empty, locked, plain, stop_signals  # noqa: E402
 from utils import (  # noqa: E402
     LARGEST_SEED,
@@ -68,7 +69,7 @@ SAMPLES = DDNM / "exp" / "image_samples"
 CONFIG_ONLY = ("prior_model", "prior_image_size")
 # what a resumed run may have otherwise: the weights are compared by what is in them, the inputs by their logits
 FREE = ("config", "path_y", "image_folder", "ni", "overwrite", "resume", "spnn", "prior", "judge", "batch_size",
-        "device", "strict")  # fmt: skip
+        "compile", "device", "strict")  # fmt: skip
 PICTURES = ("input", "reconstruction", "unguided")  # folders of a result folder
 
 
@@ -137,6 +138,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=1234)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     run.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the prior's network")
+    run.add_argument("--compile", action=SWITCH, default=False,
+                     help="translate the networks with torch.compile; takes minutes at first")  # fmt: skip
     run.add_argument("--base_rate", action=argparse.BooleanOptionalAction, default=False,
                      help="also draw each image unguided from the same noise, and report its figures")  # fmt: skip
     run.add_argument("--lpips", action=argparse.BooleanOptionalAction, default=True, help="measure LPIPS")
@@ -333,7 +336,10 @@ def load_networks(
         judge = load_judge(from_ddnm(args.judge)).to(device).eval()
         if judge.img_size != model.img_size:
             raise InputError(f"the judge takes {judge.img_size}x{judge.img_size} images, not {model.img_size}")
-    return model.to(device).eval().requires_grad_(False), notes, prior.to(device), judge
+    model, prior = model.to(device).eval().requires_grad_(False), prior.to(device)
+    if args.compile:
+        compile_networks([prior.unet, *inner_networks(model)], device)
+    return model, notes, prior, judge
 
 
 def fingerprint(network: nn.Module) -> str:

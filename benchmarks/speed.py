@@ -37,7 +37,7 @@ from DDNM.guided_diffusion.diffusion import Guidance, guide, predict_x0, renoise
 from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
 from models import SPNN, BackProjection, concatenated, solved_once  # noqa: E402
-from train import Settings, forward_losses, natural_losses  # noqa: E402
+from train import Settings, adam, forward_losses, natural_losses  # noqa: E402
 from utils import number, resolve_device, run_command, write_json  # noqa: E402
 
 SEED = 0
@@ -158,11 +158,11 @@ def back_projection(args: argparse.Namespace, device: torch.device) -> Iterable[
         "plain": lambda: plain.back_project(model, x, target),
         "ours": lambda: BackProjection(model, x, goal)(1.0),
     }
-    expected, got = ways["plain"](), ways["ours"]()
     note = f"{args.sampling_size}x{args.sampling_size}, batch {len(x)}, float32"
-    yield row(
-        "back_projection", take_turns(ways, device, args.repeats), _distance(expected, got), _size(expected), note
-    )
+    with solved_once():  # around a whole run of the sampler
+        expected, got = ways["plain"](), ways["ours"]()
+        medians = take_turns(ways, device, args.repeats)
+    yield row("back_projection", medians, _distance(expected, got), _size(expected), note)
 
 
 @torch.no_grad()
@@ -184,17 +184,17 @@ def sampling_step(args: argparse.Namespace, device: torch.device) -> Iterable[di
     always = Guidance(nlbp_stop_cond=0.0, max_move=None)  # every image, the whole way: what the plain step does
 
     def ours(prior: Prior) -> Tensor:
-        eps = prior(x, torch.full((batch,), t, device=device))
-        with solved_once():
-            x0 = guide(model, predict_x0(x, eps, abar).clamp(-1, 1), goal, 1.0, always)
+        eps = prior(x, t)
+        x0 = guide(model, predict_x0(x, eps, abar).clamp(-1, 1), goal, 1.0, always)
         return renoise(x0, eps, noise, abar, abar_next, None)
 
     ways: dict[str, Callable[[], Tensor]] = {
         "plain": lambda: plain.sampling_step(unet, model, x, target, noise, t, abar, abar_next)
     }
     ways |= {name: lambda prior=prior: ours(prior) for name, prior in priors.items()}
-    results = {name: compute() for name, compute in ways.items()}
-    medians = take_turns(ways, device, args.repeats)
+    with solved_once():  # around a whole run of the sampler
+        results = {name: compute() for name, compute in ways.items()}
+        medians = take_turns(ways, device, args.repeats)
     for name in priors:
         difference, kind = _distance(results["plain"], results[name]), name.removeprefix("ours")
         note = f"{size}x{size}, batch {batch}, prior included, {'bf16' if kind else 'float32'} prior"
@@ -251,7 +251,7 @@ def _training_row(
     weights = {kind: trained(model) for kind, model in models.items()}
     optimizers = {
         "plain": torch.optim.Adam(weights["plain"], lr=1e-6),
-        "ours": torch.optim.Adam(weights["ours"], lr=1e-6, fused=True),
+        "ours": adam(weights["ours"], 1e-6, device),
     }
 
     def plain_backward() -> Tensor:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import growth, plain, speed
+from benchmarks import growth, peak_memory, plain, speed, throughput
 from models import BUILT_IN, POINTWISE, SPNN, UNET, BlockNets, ConvPINNBlock, PixelUnshuffleBlock, concatenated
 from train import Settings, forward_losses, natural_losses
 
@@ -49,10 +49,14 @@ def test_the_closed_form_is_the_plain_formulation(model):
         assert (moved - x).abs().max() > 1e-2
 
 
-def tiny_run(tmp_path, monkeypatch, *rows: str) -> dict:
-    # the published chain solves 2048 x 2048 systems, fourteen times over: seconds that show nothing more
+@pytest.fixture
+def small_32(monkeypatch):
+    """In place of the published chain for 32x32, which solves 2048 x 2048 systems: seconds that show nothing more."""
     chain = ((4, 48, 2, BlockNets(UNET, UNET, 128)), (8, 128, None, BlockNets(POINTWISE, POINTWISE, 128)))
     monkeypatch.setitem(BUILT_IN, 32, chain)
+
+
+def tiny_run(tmp_path, *rows: str) -> dict:
     file = tmp_path / "result.json"
     sizes = "--sampling_size 32 --training_size 32 --hidden 4 --prior_channels 32 --images 12 --image_side 40"
     run = "--repeats 3 --sampling_batch 2 --training_batch 2 --workers 0 --device cpu --threads 2 --json"
@@ -60,9 +64,9 @@ def tiny_run(tmp_path, monkeypatch, *rows: str) -> dict:
     return json.loads(file.read_text())
 
 
-def test_the_command_reports_both_times_their_ratio_and_the_difference(tmp_path, capsys, monkeypatch):
+def test_the_command_reports_both_times_their_ratio_and_the_difference(tmp_path, capsys, small_32):
     threads = torch.get_num_threads()
-    record = tiny_run(tmp_path, monkeypatch, "back_projection")
+    record = tiny_run(tmp_path, "back_projection")
     (row,) = record["rows"]
     assert row["ratio"] == pytest.approx(row["plain_seconds"] / row["seconds"])
     assert 0 < row["largest_difference"] < 1e-4 * row["largest_value"]
@@ -74,8 +78,8 @@ def test_the_command_reports_both_times_their_ratio_and_the_difference(tmp_path,
         assert part in shown
 
 
-def test_every_row_computes_the_same_as_the_plain_formulation(tmp_path, monkeypatch):
-    rows = {row["row"]: row for row in tiny_run(tmp_path, monkeypatch, *speed.ROWS)["rows"]}
+def test_every_row_computes_the_same_as_the_plain_formulation(tmp_path, small_32):
+    rows = {row["row"]: row for row in tiny_run(tmp_path, *speed.ROWS)["rows"]}
     assert set(rows) == {"back_projection", "sampling_step", "sampling_step, bf16", "stage1", "stage2", "loader"}
     for name, row in rows.items():
         if "bf16" not in name:
@@ -135,3 +139,49 @@ def test_growth_says_how_cost_rises():
     ]
     assert "stage1, 32x32: seconds ~ batch^1.00" in growth.fits(rows, arguments)
     assert "stage1, batch 2: seconds ~ pixels^2.00" in growth.fits(rows, arguments)
+
+
+# --- Peak memory and throughput --------------------------------------------------------------------------------------
+
+
+def test_the_peak_from_shapes_is_the_peak_of_a_real_step(small_32):
+    """The same count over tensors with values: what the operators make does not depend on those."""
+    expected = peak_memory.measure(1, 32, 64, "float32", False, hidden=8)["peak_bytes"]
+    with peak_memory.PeakMemory() as memory:
+        peak_memory.two_steps(1, SPNN(img_size=32, hidden=8).train(), 64, "float32")
+    assert memory.peak == pytest.approx(expected, rel=0.02)
+    assert memory.now < memory.peak
+
+
+def test_the_peak_grows_with_the_batch_and_falls_with_recomputation(small_32):
+    peaks = {
+        (batch, recompute): peak_memory.measure(1, 32, batch, "float32", recompute, hidden=8)["peak_bytes"]
+        for batch in (64, 512)
+        for recompute in (False, True)
+    }
+    assert peaks[512, False] > 4 * peaks[64, False]
+    assert peaks[512, True] < 0.8 * peaks[512, False]
+
+
+def test_peak_memory_is_a_command(small_32, tmp_path, capsys):
+    file = tmp_path / "memory.json"
+    run = f"--img_size 32 --hidden 8 --batch_size 2 --stages 1 2 --precisions bf16 --json {file}"
+    assert peak_memory.main(run.split()) == 0
+    assert [row["stage"] for row in json.loads(file.read_text())["rows"]] == [1, 1, 2, 2]
+    assert "GiB" in capsys.readouterr().out
+
+
+def test_throughput_measures_training_and_sampling(small_32, tmp_path, capsys):
+    file = tmp_path / "throughput.json"
+    sizes = "--img_size 32 --training_batch 2 --batches 1 2 --hidden 4 --prior_channels 32 --precisions float32 bf16"
+    run = f"--steps 10 --timed_steps 2 --repeats 1 --device cpu --json {file}"
+    assert throughput.main([*sizes.split(), *run.split()]) == 0
+    record = json.loads(file.read_text())
+    *training, one, two = record["rows"]
+    assert [row["what"] for row in training] == [f"stage {s}, {p}" for s in (1, 2) for p in ("float32", "bf16")]
+    assert all(row["images_per_second"] > 0 and 0 < row["matrix_rate_share"] < 10 for row in record["rows"][:4])
+    assert (one["batch"], two["batch"]) == (1, 2)
+    for row in (one, two):
+        assert row["seconds_per_image"] > 0 and row["peak_bytes"] > 0
+        assert row["back_projection_share"] == pytest.approx(1 - 1 / row["against_unguided"])
+    assert "images/s" in capsys.readouterr().out

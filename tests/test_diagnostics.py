@@ -32,7 +32,7 @@ def loader(images: torch.Tensor, classes: int = 3, batch: int = 2) -> list:
 
 
 def test_penrose_measures_rounding(model, images):
-    single, double = (penrose(model, images, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    single, double = (penrose(model, images, precision=p) for p in ("float32", "float64"))
     for name in IDENTITIES:
         assert double[name]["relative_max"] < 1e-10 < single[name]["relative_max"] < 1e-3, name
         for figures in (single[name], double[name]):
@@ -43,7 +43,7 @@ def test_penrose_measures_rounding(model, images):
 def test_penrose_leaves_the_model_alone(model, images):
     model.train()
     before = copy.deepcopy(model.state_dict())
-    penrose(model, images, dtype=torch.float64)
+    penrose(model, images, precision="float64")
     assert model.training
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, before[name])
@@ -51,15 +51,15 @@ def test_penrose_leaves_the_model_alone(model, images):
 
 
 def test_penrose_does_not_depend_on_the_batch_size(model, images):
-    one, all_at_once = (penrose(model, images, dtype=torch.float64, batch_size=b) for b in (1, 5))
+    one, all_at_once = (penrose(model, images, precision="float64", batch_size=b) for b in (1, 5))
     for key in ("naturalness_norm", "natural_distance", "lost"):
         assert one[key] == pytest.approx(all_at_once[key], rel=1e-9)
-    again = penrose(model, images, dtype=torch.float64, batch_size=5)
+    again = penrose(model, images, precision="float64", batch_size=5)
     assert again == all_at_once
 
 
 def test_naturalness_is_what_it_says(model, images):
-    figures = penrose(model, images, dtype=torch.float64)
+    figures = penrose(model, images, precision="float64")
     model = model.double()
     with torch.no_grad():
         y = model(images.double())
@@ -85,7 +85,7 @@ def test_a_fresh_network_can_be_measured(images):
 def test_the_report_catches_a_broken_pinv(images):
     model = tiny()
     model.pinn.blocks[1] = ForgetsShift(12, 5, hidden=6)
-    figures = penrose(randomise(model, seeded(0)), images, dtype=torch.float64)
+    figures = penrose(randomise(model, seeded(0)), images, precision="float64")
     for name in IDENTITIES:
         assert figures[name]["relative_rms"] > 1e-3, name
 
@@ -159,7 +159,7 @@ def test_diagnose_is_json_and_a_table(model, images):
     table = format_table(report)
     for text in ("g g' (y) = y", "float64", "Young", "first number that is not finite: none"):
         assert text in table
-    assert "only one class" in format_table(diagnose(model, [(images, torch.ones(5, 3))], float64=False))
+    assert "only one class" in format_table(diagnose(model, [(images, torch.ones(5, 3))], precisions=["float32"]))
     with pytest.raises(ValueError, match="2 attribute names for 3 logits"):
         diagnose(model, loader(images), attributes=["Bald", "Young"])
     with pytest.raises(ValueError, match="samples"):
@@ -183,13 +183,13 @@ class Faces(torch.utils.data.Dataset):
     """Stands for the data set: random images with 40 labels."""
 
     def __init__(self, root, split, img_size):
-        self.images = random((7, 3, img_size, img_size), seed=2, dtype=torch.float32).clamp(-1, 1)
+        self.images = torch.randint(0, 256, (7, 3, img_size, img_size), dtype=torch.uint8, generator=seeded(2))
         self.labels = (torch.rand((7, 40), generator=seeded(3)) > 0.5).float()
 
     def __len__(self):
         return 7
 
-    def batch(self, indices, flip=None):
+    def batch_uint8(self, indices):
         return self.images[list(indices)], self.labels[list(indices)]
 
 
@@ -211,7 +211,7 @@ def test_command(checkpoint, tmp_path, capsys):
     assert report["attributes"] == ["Smiling", "Male", "Eyeglasses"] and report["settings"]["split"] == "test"
     labels = Faces("", "test", 4)
     with torch.no_grad():
-        logits = load_spnn(checkpoint)[0](labels.images)
+        logits = load_spnn(checkpoint)[0](labels.images / 127.5 - 1)
     truth = labels.labels[:, attribute_indices(report["attributes"])]
     hits = (logits > 0) == (truth > 0.5)
     assert report["accuracy"]["by_attribute"] == pytest.approx(hits.double().mean(0).tolist())

@@ -242,8 +242,8 @@ def test_a_resume_loads_no_image_of_the_batches_that_are_done(faces, tmp_path, m
     def make_loaders(*args, **kwargs):
         loaders = honest(*args, **kwargs)
         source = loaders.train.dataset.source
-        batch = source.batch
-        source.batch = lambda indices, flip=None: asked.append(len(indices)) or batch(indices, flip)
+        batch = source.batch_uint8
+        source.batch_uint8 = lambda indices: asked.append(len(indices)) or batch(indices)
         return loaders
 
     monkeypatch.setattr(train_celeba, "make_loaders", make_loaders)

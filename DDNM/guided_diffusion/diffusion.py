@@ -65,13 +65,22 @@ def predict_x0(x: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
 def guide(operator: Operator, x0: Tensor, goal: Completion, strength: float, guidance: Guidance) -> Tensor:
     """Back-project those of the images x0, (B, 3, H, W), whose logits are not near the target yet.
 
+    Without ``max_move`` the choice is a mask, and a GPU's queue is never waited for. With it, the search for a strength
+    asks the device once a halving which images are still to move.
+
     Args:
         goal: ``operator.natural(y)`` for the targets y, (B, d).
         strength: lambda.
     """
     project = BackProjection(operator, x0, goal)
     error = (project.start.y.sigmoid() - goal.y.sigmoid()).abs().mean(dim=1)  # (B,)
-    images = (error > guidance.nlbp_stop_cond).nonzero()[:, 0]  # those still to move
+    far = error > guidance.nlbp_stop_cond  # (B,)
+    if guidance.max_move is None:
+        moved = project(strength)
+        if guidance.clip_x0:
+            moved = moved.clamp(-1, 1)
+        return torch.where(far[:, None, None, None], moved, x0)
+    images = far.nonzero()[:, 0]  # those still to move
     moved = x0.clone()
     for halving in range(HALVINGS + 1):
         if len(images) == 0:
@@ -80,12 +89,8 @@ def guide(operator: Operator, x0: Tensor, goal: Completion, strength: float, gui
         if guidance.clip_x0:
             proposed = proposed.clamp(-1, 1)
         distance = (proposed - x0[images]).square().mean(dim=(1, 2, 3)).sqrt()
-        limit = float("inf") if guidance.max_move is None else guidance.max_move
-        accepted = distance <= limit  # never for NaN
+        accepted = distance <= guidance.max_move  # never for NaN
         moved[images[accepted]] = proposed[accepted]
-        if guidance.max_move is None:  # the plain rule, whatever comes of it
-            moved[images] = proposed
-            break
         images = images[~accepted]
     return moved
 
@@ -112,7 +117,7 @@ def image_generator(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def sample(
-    prior: Callable[[Tensor, Tensor], Tensor],
+    prior: Callable[[Tensor, int], Tensor],
     schedule: Schedule,
     generators: Sequence[torch.Generator],
     shape: tuple[int, int, int],
@@ -137,7 +142,7 @@ def sample(
            a jump back: x_next = sqrt(abar_next) x0' + sqrt(1 - abar_next) noise
 
     Args:
-        prior: ``eps(x_t, t)``, (B, 3, H, W) and (B,) -> (B, 3, H, W).
+        prior: ``eps(x_t, t)``, (B, 3, H, W) and a number -> (B, 3, H, W).
         generators: B noise sources on the CPU, see `image_generator`.
         shape: (3, H, W).
         steps: T_sampling, of ``schedule.num_diffusion_timesteps``.
@@ -150,18 +155,19 @@ def sample(
     """
 
     def noise() -> Tensor:
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+        drawn = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
     x = noise()  # (B, 3, H, W)
     x0 = x
     with solved_once():
         goal = operator.natural(target) if operator is not None else None
         for t, t_next in time_pairs(schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat):
-            abar, abar_next = schedule.abar(t).to(device), schedule.abar(t_next).to(device)
+            abar, abar_next = schedule.abar(t), schedule.abar(t_next)  # on the CPU: numbers, for which no copy waits
             if t_next > t:
                 x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * noise()
                 continue
-            eps = prior(x, torch.full((len(x),), t, device=device))
+            eps = prior(x, t)
             x0 = predict_x0(x, eps, abar)
             if guidance.clip_x0:
                 x0 = x0.clamp(-1, 1)

@@ -100,7 +100,8 @@ class Prior(nn.Module):
         return abar.sqrt() * noise - (1 - abar).sqrt() * x0
 
     def _abar(self, x: Tensor, t: Tensor | int) -> Tensor:
-        return self.schedule.abar(t).to(x).reshape(-1, 1, 1, 1)  # (B or 1, 1, 1, 1)
+        abar = self.schedule.abar(t)
+        return abar.to(x).reshape(-1, 1, 1, 1) if abar.ndim else abar  # (B, 1, 1, 1), or a number
 
     def predict(self, x: Tensor, t: Tensor | int) -> Tensor:
         """What the network itself predicts, eps or v, for ``x`` (B, 3, H, W) at ``t``, a number or (B,) or ().
@@ -115,7 +116,8 @@ class Prior(nn.Module):
             raise ValueError(
                 f"this prior takes images of shape (B, 3, {self.image_size}, {self.image_size}), got {tuple(x.shape)}"
             )
-        t = torch.as_tensor(t, device=x.device)
+        if not isinstance(t, Tensor):
+            t = torch.full((), t, device=x.device)  # made there: a copy would wait for the GPU
         if t.ndim > 1 or t.ndim == 1 and len(t) not in (1, len(x)):
             raise ValueError(f"t must be a number or have shape ({len(x)},), got {tuple(t.shape)}")
         t = t.expand(len(x))  # (B,)

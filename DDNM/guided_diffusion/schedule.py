@@ -49,11 +49,14 @@ class Schedule:
         Raises:
             ValueError: a step outside -1 ... T - 1, or not an integer.
         """
-        if not isinstance(t, Tensor):
-            t = torch.tensor(t)
+        last = self.num_diffusion_timesteps - 1
+        if isinstance(t, int):
+            if not -1 <= t <= last:
+                raise ValueError(f"t must be in -1 ... {last}, got {t}")
+            return self._abar[t + 1]
+        t = torch.as_tensor(t)
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise ValueError(f"t must be an integer, got {t.dtype}")
-        last = self.num_diffusion_timesteps - 1
         if t.numel() > 0 and (t.min() < -1 or t.max() > last):
             raise ValueError(f"t must be in -1 ... {last}, got {t.min().item()} ... {t.max().item()}")
         return self._abar.to(t.device)[t.long() + 1]

@@ -1,4 +1,4 @@
-"""Recomputed activations: the same numbers from less memory."""
+"""Recomputed activations, networks in other precisions, compiled ones: the same weights, cheaper."""
 
 import copy
 
@@ -8,9 +8,11 @@ from test_resume import assert_same, faces, outcome, spnn_arguments  # noqa: F40
 
 import train_celeba
 from benchmarks.speed import randomise
-from memory import checkpoint_activations
 from models import SPNN, ConvPINNBlock, concatenated, solved_once
+from performance import checkpoint_activations, compile_networks, inner_networks, networks_in
 from train import Settings, forward_losses, natural_losses
+from utils import InputError
+from weights import read_weights
 
 CHAIN = [
     ("PixelUnshuffleBlock", {"r": 2}),
@@ -83,3 +85,66 @@ def test_training_with_it_gives_the_same_weights(faces, tmp_path, monkeypatch): 
         assert train_celeba.main(spnn_arguments(faces, folder, checkpoint_activations=recompute)) == 0
         found[recompute] = outcome(folder)
     assert_same(*found.values())
+
+
+# --- Precision and compilation ---------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def test_bf16_is_of_the_networks_alone(model):
+    """The blocks' values stay float32, the completion's round trip as exact; what s, t and r give is coarser."""
+    model, x = model.float(), torch.rand(3, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        expected, _ = model(x, True)
+        with networks_in("bf16", CPU):
+            y, z = model(x, True)
+            again = model.pinv(y, z)
+    assert y.dtype == again.dtype == torch.float32
+    assert 1e-5 < (y - expected).abs().max() < 0.1
+    assert (again - x).abs().max() < 1e-5
+
+
+def test_training_in_bf16_takes_other_steps_than_in_float32(faces, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("train.plot_curves", lambda *_: None)
+    found = {}
+    for precision in ("float32", "bf16"):
+        folder = tmp_path / precision
+        assert train_celeba.main(spnn_arguments(faces, folder, precision=precision)) == 0
+        found[precision] = read_weights(folder / "best_model.pth")
+    changed = [name for name, weight in found["bf16"].items() if not torch.equal(weight, found["float32"][name])]
+    assert changed and all(w.dtype == torch.float32 and w.isfinite().all() for w in found["bf16"].values())
+
+
+def test_what_float32_means_is_set_back(model):
+    convolutions = pytest.importorskip("torch.backends.cudnn").conv
+    before = convolutions.fp32_precision
+    with networks_in("float32", CPU):
+        assert convolutions.fp32_precision == "ieee"
+    assert convolutions.fp32_precision == before
+
+
+@pytest.mark.parametrize(("precision", "message"), [("tf32", "needs an NVIDIA GPU"), ("fp8", "choose one of float32")])
+def test_a_precision_that_is_not_there_is_refused(precision, message):
+    with pytest.raises(InputError, match=message), networks_in(precision, CPU):
+        pass
+
+
+@pytest.mark.slow
+def test_compiled_networks_give_the_same_gradients(model):
+    compiled = copy.deepcopy(model)
+    compile_networks(inner_networks(compiled), CPU)
+    assert list(compiled.state_dict()) == list(model.state_dict())
+    expected, _ = gradients(model, 1)
+    got, _ = gradients(compiled, 1)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_no_compiler_is_said_in_one_line(model, monkeypatch):
+    def fail(_):
+        raise RuntimeError("no C++ compiler\nlong story")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(InputError, match=r"does not work here \(no C\+\+ compiler\); .* leave --compile out"):
+        compile_networks(inner_networks(model), CPU)

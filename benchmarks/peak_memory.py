@@ -1,0 +1,151 @@
+"""Peak memory of a training step, from shapes alone: no GPU and none of that memory is needed.
+
+    python benchmarks/peak_memory.py
+    python benchmarks/peak_memory.py --img_size 256 --batch_size 256 --stages 1 --json benchmarks/results/memory.json
+
+A step (losses, backward, Adam) runs on tensors that have shapes and no values, and every storage is counted from the
+operator that makes it to the moment that nothing refers to it. What a device adds is not in it: the workspaces of
+convolutions, an allocator's gaps, the context (together 1 to 2 GB on a GPU). ``torch.cuda.max_memory_allocated`` is
+what to compare with.
+"""
+
+import argparse
+import sys
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the command runs from any folder
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from models import SPNN, concatenated, solved_once  # noqa: E402
+from performance import checkpoint_activations, networks_in  # noqa: E402
+from train import Settings, adam, forward_losses, natural_losses  # noqa: E402
+from utils import number, run_command, write_json  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make inside the block.
+
+    Attributes:
+        now: bytes alive.
+        peak: the most there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakSet = weakref.WeakSet()
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return result
+
+
+def two_steps(stage: int, model: SPNN, batch: int, precision: str) -> None:
+    """Two steps of a stage, as `train.CelebATrainer` takes them: Adam's state is there in the second."""
+    settings = Settings(precision=precision)
+    if stage == 2:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".r." in name)
+        with torch.no_grad():
+            origin = concatenated(model.complete(torch.zeros(1, *model.pinn.in_shape)).z)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = adam(trained, settings.lr, CPU)
+    for _ in range(2):
+        x, labels = torch.rand(batch, *model.pinn.in_shape), torch.rand(batch, model.num_classes)
+        optimizer.zero_grad(set_to_none=True)
+        with solved_once():
+            with networks_in(precision, CPU):
+                if stage == 1:
+                    losses = forward_losses(model, x, labels, settings)[0]
+                else:
+                    losses = natural_losses(model, x, origin, settings)
+            losses["total"].backward()
+        nn.utils.clip_grad_norm_(trained, settings.grad_clip)
+        optimizer.step()
+
+
+def measure(stage: int, size: int, batch: int, precision: str, recompute: bool, hidden: int = 128) -> dict:
+    """One row of the table."""
+    # W of weights that stand still is kept after a look at their values, of which there are none here
+    standing = solved_once() if stage == 2 else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory, standing:
+        model = SPNN(img_size=size, hidden=hidden).train()
+        if recompute:
+            checkpoint_activations(model)
+        two_steps(stage, model, batch, precision)
+        return {
+            "stage": stage,
+            "img_size": size,
+            "batch_size": batch,
+            "precision": precision,
+            "checkpoint_activations": recompute,
+            "peak_bytes": memory.peak,
+        }
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--stages", type=int, nargs="+", choices=(1, 2), default=[1, 2])
+    p.add_argument("--img_size", type=int, choices=(32, 64, 256), default=256, help="default %(default)s")
+    p.add_argument("--batch_size", type=number(int, 1), nargs="+", default=[64, 256], help="default %(default)s")
+    p.add_argument("--precisions", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"],
+                   help="of the networks inside blocks; tf32 takes what float32 takes")  # fmt: skip
+    p.add_argument("--hidden", type=number(int, 1), default=128, help="width of the networks (default %(default)s)")
+    p.add_argument("--json", metavar="FILE", help="also write the figures here")
+    return p
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows as a Markdown table, with and without recomputation side by side."""
+    lines = ["| stage | size | batch | precision | peak | with --checkpoint_activations |", "|---|---|---|---|---|---|"]
+    for plain, recomputed in zip(rows[::2], rows[1::2], strict=True):
+        r, (a, b) = plain, (f"{row['peak_bytes'] / 2**30:.1f} GiB" for row in (plain, recomputed))
+        lines.append(f"| {r['stage']} | {r['img_size']} | {r['batch_size']} | {r['precision']} | {a} | {b} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    rows = [
+        measure(stage, args.img_size, batch, precision, recompute, args.hidden)
+        for stage in args.stages
+        for batch in args.batch_size
+        for precision in args.precisions
+        for recompute in (False, True)
+    ]
+    print(f"torch {torch.__version__}, from shapes")
+    print(table(rows))
+    if args.json is not None:
+        write_json(args.json, {"torch": torch.__version__, "settings": vars(args), "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

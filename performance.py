@@ -1,0 +1,122 @@
+"""Cheaper ways to train the same network: less memory, coarser networks inside the blocks, compiled ones.
+
+The laws of `models` need float32 in mixing and coupling only, and hold for whatever the networks s, t and r compute.
+So the arithmetic of those is free to choose: `networks_in`, `compile_networks`.
+"""
+
+import functools
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models import SPNN, ConvMLP, ConvPINNBlock, Surjection
+from utils import InputError
+
+PRECISIONS = ("float32", "tf32", "bf16")
+
+
+# --- Precision -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def networks_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Let s, t and r compute in ``precision`` inside the block; mixing and coupling stay float32.
+
+    For one step: weights that change inside would not be converted again. See `models.ConvMLP` for what stays exact.
+
+    Args:
+        precision: "float32" to all 24 bits, where cuDNN would round to 11 of itself; "tf32", that rounding; "bf16",
+            autocast, 8 bits.
+        device: where the model is.
+
+    Raises:
+        InputError: another precision, or TF32 on a device without it.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision tf32 needs an NVIDIA GPU, the device is {device}: choose float32 or bf16")
+    if precision == "bf16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+        return
+    convolutions = getattr(torch.backends.cudnn, "conv", None)  # torch before 2.9 has one switch for all of cuDNN
+    owner, name = (torch.backends.cudnn, "allow_tf32") if convolutions is None else (convolutions, "fp32_precision")
+    wanted = {"allow_tf32": precision == "tf32", "fp32_precision": "tf32" if precision == "tf32" else "ieee"}[name]
+    before = getattr(owner, name)
+    setattr(owner, name, wanted)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+# --- Compilation -----------------------------------------------------------------------------------------------------
+
+
+def compile_networks(networks: Iterable[nn.Module], device: torch.device) -> None:
+    """Have ``torch.compile`` translate ``networks`` at their first use: in place, under the same weights' names.
+
+    Of an SPNN take `inner_networks`: mixing and coupling, which remember and compare, stay as they are.
+
+    Raises:
+        InputError: nothing can be compiled here, for want of a compiler perhaps.
+    """
+    try:
+        torch.compile(lambda x: torch.relu(x) + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # torch's, the compiler's or the operating system's: as many as there are set-ups
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"torch.compile does not work here ({reason}); it needs a C++ compiler, and Triton on a GPU: "
+            f"install them or leave --compile out ({platform.platform(terse=True)})"
+        ) from None
+    for network in networks:
+        network.compile()
+
+
+def inner_networks(model: SPNN) -> list[nn.Module]:
+    """The layers of s, t and r of every block."""
+    return [module.net for module in model.modules() if isinstance(module, ConvMLP)]
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+# What a block's networks keep for their gradients is far more than what goes in and out of the block. Recomputed, only
+# the latter is kept for every block, and the former for one block at a time (Chen et al. 2016, "Training Deep Nets with
+# Sublinear Memory Cost").
+
+
+class Recomputed:
+    """Mixin before a `Surjection`: every method through which gradients flow runs again in the backward pass."""
+
+    def _again(self, method, *arguments):
+        if not torch.is_grad_enabled():
+            return method(*arguments)
+        if isinstance(self, ConvPINNBlock):
+            self.mix.factors()  # W outside of what is recomputed: solved once, as without (see `models.solved_once`)
+        return checkpoint(method, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    def forward(self, x: Tensor, return_latent: bool = False):
+        return self._again(super().forward, x, return_latent)
+
+    def pinv(self, y: Tensor, latent: Tensor | None = None):
+        return self._again(super().pinv, y, latent)
+
+    def natural_latent(self, y: Tensor):
+        return self._again(super().natural_latent, y)
+
+
+@functools.cache
+def _recomputed(kind: type[Surjection]) -> type[Surjection]:
+    return type(kind.__name__, (Recomputed, kind), {})
+
+
+def checkpoint_activations(model: SPNN) -> SPNN:
+    """Make the blocks of ``model`` recompute their activations; same weights, results and gradients. Returns it."""
+    for block in model.pinn.blocks:
+        if not isinstance(block, Recomputed):
+            block.__class__ = _recomputed(type(block))
+    return model
