@@ -10,7 +10,9 @@ import torch
 from test_main import assets, figures_of, pictures  # noqa: F401  (a fixture)
 from test_resume import faces, spnn_arguments  # noqa: F401  (a fixture)
 
+import train_celeba
 from data_loader import EpochBatches, make_loaders
+from DDNM import main
 from distributed import World, world
 from utils import InputError
 from weights import read_weights
@@ -18,10 +20,10 @@ from weights import read_weights
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def start(processes: int, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), script, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def start_two(script: str, *arguments: str) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*torchrun, script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def rows(folder: Path, stage: str) -> list[dict[str, float]]:
@@ -30,11 +32,9 @@ def rows(folder: Path, stage: str) -> list[dict[str, float]]:
 
 
 def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
-    folders = {}
-    for processes in (1, 2):
-        folders[processes] = tmp_path / f"of_{processes}"
-        done = start(processes, "train_celeba.py", *spnn_arguments(faces, folders[processes], epoch=2, r_epoch=2))
-        assert done.returncode == 0, done.stderr[-3000:]
+    folders = {processes: tmp_path / f"of_{processes}" for processes in (1, 2)}
+    assert train_celeba.main(spnn_arguments(faces, folders[1], epoch=2, r_epoch=2)) == 0
+    start_two("train_celeba.py", *spnn_arguments(faces, folders[2], epoch=2, r_epoch=2))
     for stage in ("forward", "r_opt"):
         one, two = (rows(folders[processes], stage) for processes in (1, 2))
         assert len(one) == len(two) == 2
@@ -85,14 +85,14 @@ run_command(lambda: main.main(sys.argv[3:]))
 """
 
 
-def test_two_processes_draw_the_pictures_of_one(assets, tmp_path):  # noqa: F811
+def test_two_processes_draw_the_pictures_of_one(assets, tmp_path, monkeypatch):  # noqa: F811
     script = tmp_path / "draw.py"
     script.write_text(COMMAND)
     flags = ["--ni", "--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--base_rate"]
-    for processes in (1, 2):
-        arguments = [str(ROOT), str(tmp_path), *flags, "--image_folder", f"of_{processes}"]
-        done = start(processes, str(script), *arguments)
-        assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(main, "SAMPLES", tmp_path)
+    assert main.main([*flags, "--image_folder", "of_1"]) == 0
+    arguments = [str(ROOT), str(tmp_path), *flags, "--image_folder", "of_2"]
+    start_two(str(script), *arguments)
     one, two = tmp_path / "of_1", tmp_path / "of_2"
     assert figures_of(one) == figures_of(two) and len(figures_of(two)) == 3
     expected, got = pictures(one), pictures(two)
@@ -101,6 +101,5 @@ def test_two_processes_draw_the_pictures_of_one(assets, tmp_path):  # noqa: F811
     assert (two / "sheet.png").is_file()
     # a picture that is lost is drawn again, by whichever process has its batch
     (two / "reconstruction" / "green.png").unlink()
-    done = start(2, str(script), *arguments, "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
+    start_two(str(script), *arguments, "--resume")
     assert (pictures(two)["reconstruction/green.png"] == expected["reconstruction/green.png"]).all()
