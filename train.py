@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -190,6 +191,30 @@ def natural_losses(model: SPNN, x: Tensor, origin: Tensor, settings: Settings) -
     return {"total": total, **losses}
 
 
+def origin_latents(model: SPNN) -> Tensor:
+    """z(0), the concatenated latents of the zero image, (1, total)."""
+    with torch.no_grad():
+        zero = torch.zeros(1, *model.pinn.in_shape, device=next(model.parameters()).device)
+        return concatenated(model.complete(zero).z)
+
+
+def freeze_g(model: SPNN) -> list[nn.Parameter]:
+    """Leave nothing to train but the r-networks; returns the parameters that stand still from here on."""
+    frozen = [parameter for name, parameter in model.named_parameters() if ".r." not in name]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen
+
+
+def backward(losses_of: Callable[[], dict[str, Tensor]], precision: str, device: torch.device) -> dict[str, Tensor]:
+    """Losses and the gradients of their ``total``; every W is solved once for both."""
+    with solved_once():  # g and g' share W and its gradient
+        with networks_in(precision, device):
+            losses = losses_of()
+        losses["total"].backward()
+    return losses
+
+
 def adam(parameters: Iterable[nn.Parameter], lr: float, device: torch.device) -> torch.optim.Adam:
     """The optimiser of both stages."""
     fused = device.type in ("cpu", "cuda")  # one pass over all weights instead of one an operation
@@ -315,13 +340,9 @@ class CelebATrainer:
             Stopped: a signal came; the state is saved.
         """
         model, settings = self.model, self.settings
-        frozen = [p for name, p in model.named_parameters() if ".r." not in name]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        frozen = freeze_g(model)
         try:
-            with torch.no_grad():
-                zero = torch.zeros(1, *model.pinn.in_shape, device=self.device)
-                self._origin = concatenated(model.complete(zero).z)
+            self._origin = origin_latents(model)
             optimizer = adam([p for p in model.parameters() if p.requires_grad], settings.r_lr, self.device)
             self.log.info("stage 2: %d epochs of %d steps on %s", settings.r_epochs, len(self.train), self.device)
 
@@ -443,10 +464,7 @@ class CelebATrainer:
         for batch in bar:
             x, labels = self._batch(batch)
             stage.optimizer.zero_grad(set_to_none=True)
-            with solved_once():  # g and g' share W and its gradient
-                with networks_in(self.settings.precision, self.device):
-                    losses = stage.losses_of(x, labels)
-                losses["total"].backward()
+            losses = backward(partial(stage.losses_of, x, labels), self.settings.precision, self.device)
             try:
                 clip_gradients(self.model, self.settings.grad_clip, losses["total"].detach())
             except FloatingPointError as error:  # weights are still good here: nothing has been applied

@@ -24,8 +24,8 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmarks.speed import images, network, provenance, randomise, seconds  # noqa: E402
-from models import SPNN, BackProjection, solved_once  # noqa: E402
-from train import Settings, forward_losses  # noqa: E402
+from models import SPNN, BackProjection  # noqa: E402
+from train import Settings, backward, forward_losses  # noqa: E402
 from utils import number, resolve_device, run_command, write_json  # noqa: E402
 
 TASKS = ("back_projection", "stage1")
@@ -80,8 +80,7 @@ def task(name: str, model: SPNN, batch: int, device: torch.device) -> Callable[[
 
         def step() -> None:
             model.zero_grad(set_to_none=True)
-            with solved_once():
-                forward_losses(model, x, labels, Settings())[0]["total"].backward()
+            backward(lambda: forward_losses(model, x, labels, Settings())[0], "float32", device)
 
         return step
     target = torch.randn(batch, model.num_classes).to(device)

@@ -25,9 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from models import SPNN, concatenated, solved_once  # noqa: E402
-from performance import checkpoint_activations, networks_in  # noqa: E402
-from train import Settings, adam, forward_losses, natural_losses  # noqa: E402
+from models import SPNN, solved_once  # noqa: E402
+from performance import checkpoint_activations  # noqa: E402
+from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from utils import number, run_command, write_json  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -69,24 +69,19 @@ class PeakMemory(TorchDispatchMode):
 
 def two_steps(stage: int, model: SPNN, batch: int, precision: str) -> None:
     """Two steps of a stage, as `train.CelebATrainer` takes them: Adam's state is there in the second."""
-    settings = Settings(precision=precision)
+    settings = Settings()
     if stage == 2:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".r." in name)
-        with torch.no_grad():
-            origin = concatenated(model.complete(torch.zeros(1, *model.pinn.in_shape)).z)
+        freeze_g(model)
+        origin = origin_latents(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adam(trained, settings.lr, CPU)
     for _ in range(2):
         x, labels = torch.rand(batch, *model.pinn.in_shape), torch.rand(batch, model.num_classes)
         optimizer.zero_grad(set_to_none=True)
-        with solved_once():
-            with networks_in(precision, CPU):
-                if stage == 1:
-                    losses = forward_losses(model, x, labels, settings)[0]
-                else:
-                    losses = natural_losses(model, x, origin, settings)
-            losses["total"].backward()
+        if stage == 1:
+            backward(lambda x=x, labels=labels: forward_losses(model, x, labels, settings)[0], precision, CPU)
+        else:
+            backward(lambda x=x: natural_losses(model, x, origin, settings), precision, CPU)
         nn.utils.clip_grad_norm_(trained, settings.grad_clip)
         optimizer.step()
 

@@ -36,8 +36,8 @@ from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, CelebAMaskHQ,
 from DDNM.guided_diffusion.diffusion import Guidance, guide, predict_x0, renoise  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
-from models import SPNN, BackProjection, concatenated, solved_once  # noqa: E402
-from train import Settings, adam, forward_losses, natural_losses  # noqa: E402
+from models import SPNN, BackProjection, solved_once  # noqa: E402
+from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from utils import number, resolve_device, run_command, write_json  # noqa: E402
 
 SEED = 0
@@ -209,7 +209,7 @@ def stage1(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
         args,
         device,
         lambda model, x: plain.stage1_loss(model, x, labels, Settings()),
-        lambda model, x: forward_losses(model, x, labels, Settings())[0]["total"],
+        lambda model, x: forward_losses(model, x, labels, Settings())[0],
         lambda model: list(model.parameters()),
     )
 
@@ -219,11 +219,8 @@ def stage2(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
     origins: dict[int, Tensor] = {}
 
     def only_r(model: SPNN) -> list[nn.Parameter]:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".r." in name)
-        with torch.no_grad():
-            zero = torch.zeros(1, *model.pinn.in_shape, device=device)
-            origins[id(model)] = concatenated(model.complete(zero).z)
+        freeze_g(model)
+        origins[id(model)] = origin_latents(model)
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     yield _training_row(
@@ -231,7 +228,7 @@ def stage2(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
         args,
         device,
         lambda model, x: plain.stage2_loss(model, x, Settings()),
-        lambda model, x: natural_losses(model, x, origins[id(model)], Settings())["total"],
+        lambda model, x: natural_losses(model, x, origins[id(model)], Settings()),
         only_r,
     )
 
@@ -241,7 +238,7 @@ def _training_row(
     args: argparse.Namespace,
     device: torch.device,
     plain_loss: Callable[[SPNN, Tensor], Tensor],
-    our_loss: Callable[[SPNN, Tensor], Tensor],
+    our_losses: Callable[[SPNN, Tensor], dict[str, Tensor]],
     trained: Callable[[SPNN], list[nn.Parameter]],
 ) -> dict:
     """Both ways of a training step, each on its own copy of the network; compared at the first one."""
@@ -260,20 +257,17 @@ def _training_row(
         return loss.detach()
 
     def our_backward() -> Tensor:
-        with solved_once():
-            loss = our_loss(models["ours"], x)
-            loss.backward()
-        return loss.detach()
+        return backward(lambda: our_losses(models["ours"], x), "float32", device)["total"].detach()
 
-    backward = {"plain": plain_backward, "ours": our_backward}
+    ways = {"plain": plain_backward, "ours": our_backward}
 
     def step(kind: str) -> None:
         optimizers[kind].zero_grad(set_to_none=True)
-        backward[kind]()
+        ways[kind]()
         nn.utils.clip_grad_norm_(weights[kind], 1.0)
         optimizers[kind].step()
 
-    loss, own = backward["plain"](), backward["ours"]()
+    loss, own = ways["plain"](), ways["ours"]()
     gradients = {
         kind: torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         for kind, parameters in weights.items()

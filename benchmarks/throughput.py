@@ -28,9 +28,8 @@ from benchmarks.growth import peak_bytes  # noqa: E402
 from benchmarks.speed import images, network, provenance, published_unet, seconds  # noqa: E402
 from DDNM.guided_diffusion.diffusion import Guidance, image_generator, sample  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior  # noqa: E402
-from models import concatenated, solved_once  # noqa: E402
-from performance import PRECISIONS, checkpoint_activations, compile_networks, inner_networks, networks_in  # noqa: E402
-from train import Settings, adam, forward_losses, natural_losses  # noqa: E402
+from performance import PRECISIONS, checkpoint_activations, compile_networks, inner_networks  # noqa: E402
+from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from utils import number, resolve_device, run_command, write_json  # noqa: E402
 
 
@@ -78,25 +77,23 @@ def training(args: argparse.Namespace, device: torch.device, rate: float, stage:
     model.to(memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
     x = images(args.training_batch, args.img_size, device)
     labels = (torch.rand(len(x), model.num_classes) < 0.5).float().to(device)
-    if stage == 2:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".r." in name)
-        with torch.no_grad():
-            origin = concatenated(model.complete(torch.zeros_like(x[:1])).z)
+    settings = Settings()
+    if stage == 1:
+
+        def losses_of() -> dict:
+            return forward_losses(model, x, labels, settings)[0]
+
+    else:
+        freeze_g(model)
+        losses_of = partial(natural_losses, model, x, origin_latents(model), settings)
     if args.checkpoint_activations:
         checkpoint_activations(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, settings = adam(trained, 1e-6, device), Settings(precision=precision)
+    optimizer = adam(trained, 1e-6, device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with solved_once():
-            with networks_in(precision, device):
-                if stage == 1:
-                    losses = forward_losses(model, x, labels, settings)[0]
-                else:
-                    losses = natural_losses(model, x, origin, settings)
-            losses["total"].backward()
+        backward(losses_of, precision, device)
         nn.utils.clip_grad_norm_(trained, settings.grad_clip)
         optimizer.step()
 

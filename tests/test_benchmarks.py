@@ -150,7 +150,7 @@ def test_the_peak_from_shapes_is_the_peak_of_a_real_step(small_32):
     with peak_memory.PeakMemory() as memory:
         peak_memory.two_steps(1, SPNN(img_size=32, hidden=8).train(), 64, "float32")
     squares = 64 * 3 * 32 * 32 * 4  # which mse_loss on a CPU keeps behind its one number
-    assert memory.peak - squares + 4 == expected
+    assert memory.peak - squares == pytest.approx(expected, rel=0.01)
     assert memory.now < memory.peak
 
 
