@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
-from utils import InputError, atomic_write, is_temporary
+from utils import InputError, atomic_write, is_temporary, unlinked
 
 STATE_NAME = "train_state.pth"
 LOCK_NAME = ".lock"
@@ -188,7 +188,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         while True:
             folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = unlinked(path, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):

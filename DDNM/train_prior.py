@@ -35,7 +35,7 @@ from resume import STATE_NAME, Stopped, check_settings, is_empty, load_state, lo
 from utils import InputError, number, remove_temporaries, resolve_device, run_command, seed_everything, write_json
 from weights import DTYPES
 
-METRICS_NAME, CURVE_NAME = "metrics.csv", "curves.png"
+METRICS_NAME, CURVE_NAME, SAMPLES_NAME = "metrics.csv", "curves.png", "samples"
 SAMPLE_STEPS = 50  # of the pictures at each save
 IN_MEMORY_BYTES = 4 << 30  # decoded images beyond this are read again for every batch
 # a resumed run must be the run it resumes: these settings decide what a step computes
@@ -221,7 +221,7 @@ class Trainer:
             size = self.args.img_size
             noise = torch.randn(self.args.samples, 3, size, size, generator=fixed).to(self.device)
             pictures = ddim_sample(self.ema, self.schedule, noise, SAMPLE_STEPS)
-            save_image(grid(pictures), out / "samples" / f"step_{self.step:06d}.png")
+            save_image(grid(pictures), out / SAMPLES_NAME / f"step_{self.step:06d}.png")
 
     # Training --------------------------------------------------------------------------------------------------
 
@@ -399,6 +399,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--out {out}: not a folder")
     torch.set_num_threads(args.threads)
     with locked(out):  # a mistake below leaves no folder behind
+        if (out / SAMPLES_NAME).is_symlink():  # pictures written, or deleted, through it would be somebody else's
+            raise InputError(f"{out / SAMPLES_NAME} is a link; results are written inside --out only")
         state = find_state(out, args.resume, args.overwrite)
         images = Images(args.images, args.img_size)
         trainer = Trainer(args, images, device)
@@ -407,7 +409,7 @@ def main(argv: list[str] | None = None) -> int:
         remove_temporaries(out)
         if state is None:  # what an earlier run of this command left, by name: nothing else is touched
             for path in (out / STATE_NAME, out / METRICS_NAME, out / CURVE_NAME, out / "log.txt",
-                         *(out / "samples").glob("step_*.png")):  # fmt: skip
+                         *(out / SAMPLES_NAME).glob("step_*.png")):  # fmt: skip
                 path.unlink(missing_ok=True)
         with stop_signals() as stopped:
             try:
