@@ -24,8 +24,10 @@ from logger import get_logger
 from memory import checkpoint_activations
 from models import MIXINGS, SPNN
 from resume import (
+    ANOTHER_VERSION,
     STATE_NAME,
     Stopped,
+    check_parts,
     check_settings,
     load_state,
     locked,
@@ -34,7 +36,7 @@ from resume import (
     save_state,
     stop_signals,
 )
-from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
+from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, STAGE_PARTS, CelebATrainer, Settings, typical_logits
 from utils import (
     LARGEST_SEED,
     InputError,
@@ -43,6 +45,7 @@ from utils import (
     remove_temporaries,
     run_command,
     seed_everything,
+    shown,
     write_json,
 )
 
@@ -160,11 +163,14 @@ def find_state(folder: Path, resume: bool, overwrite: bool, run: dict) -> dict |
     path = folder / STATE_NAME
     if overwrite or not path.is_file():
         return None
-    state = load_state(path)
+    state = load_state(path, {"stage": str})
+    if state["stage"] not in (*STAGE_PARTS, DONE):
+        raise InputError(f"{path}: stage {shown(state['stage'])} is unknown; {ANOTHER_VERSION}")
     if state["stage"] == DONE and state["settings"] | run != state["settings"]:
         return None  # an earlier run, stage 1 perhaps, is no obstacle to the next
     if resume:
         check_settings(state["settings"], run, folder)
+        check_parts(state, STAGE_PARTS.get(state["stage"], {}), path)
         return state
     if state["stage"] != DONE:
         raise InputError(f"{path}: a run that is not finished; give --resume to continue it or --overwrite")

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the command runs from any folder
@@ -31,7 +32,19 @@ from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_un
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
 from diagnostics import clip_gradients
 from logger import MetricsTable, get_logger, plot_curves
-from resume import STATE_NAME, Stopped, check_settings, is_empty, load_state, locked, plain, save_state, stop_signals
+from resume import (
+    STATE_NAME,
+    Stopped,
+    check_settings,
+    fitting,
+    is_empty,
+    load_state,
+    locked,
+    plain,
+    restore_adam,
+    save_state,
+    stop_signals,
+)
 from utils import InputError, number, remove_temporaries, resolve_device, run_command, seed_everything, write_json
 from weights import DTYPES
 
@@ -43,6 +56,11 @@ TRAJECTORY = (
     "img_size", "channels", "layers", "unshuffle", "attention_size", "norm_groups", "batch_size", "lr", "warmup",
     "decay", "ema_decay", "clip", "prediction", "noise_levels", "flip", "precision", "seed",
 )  # fmt: skip
+# what a training state holds, for `resume.check_parts`
+STATE_PARTS = {
+    "model": dict, "ema": dict, "optimizer": dict, "generator": Tensor, "step": int, "seconds": (int, float),
+    "recent": [(tuple, list)], "rows": [dict],
+}  # fmt: skip
 
 
 class Images:
@@ -176,10 +194,11 @@ class Trainer:
         """Continue from a training state; None begins at step 0. Either way the state is on disk from here on."""
         rows = []
         if state is not None:
-            self.prior.unet.load_state_dict(state["model"])
-            self.ema.unet.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.generator.set_state(state["generator"])
+            for key, take in (("model", self.prior.unet.load_state_dict), ("ema", self.ema.unet.load_state_dict),
+                              ("optimizer", partial(restore_adam, self.optimizer)),
+                              ("generator", self.generator.set_state)):  # fmt: skip
+                with fitting(self.args.out / STATE_NAME, key):
+                    take(state[key])
             self.step, self.seconds, rows = state["step"], state["seconds"], state["rows"]
             self.recent = [tuple(pair) for pair in state["recent"]]
         self.table = MetricsTable(self.args.out / METRICS_NAME, rows)
@@ -384,7 +403,7 @@ def find_state(out: Path, resume: bool, overwrite: bool) -> dict | None:
         InputError: results that would be lost and neither was asked for, or a state that cannot be read.
     """
     if resume and (out / STATE_NAME).is_file():
-        return load_state(out / STATE_NAME)
+        return load_state(out / STATE_NAME, STATE_PARTS)
     if not is_empty(out) and not overwrite:
         raise InputError(f"--out {out}: not empty; give --resume to continue that run or --overwrite to start anew")
     return None
