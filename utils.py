@@ -22,6 +22,15 @@ import yaml
 
 LARGEST_CONFIG = 1 << 16  # bytes; the presets have 1 KB
 LARGEST_SEED = 2**63 - 1  # what PyTorch's generators take
+LARGEST_COUNT = 10**9  # of steps, epochs or images: nothing here gets through more
+LARGEST_SIDE = 4096  # of an image, in pixels
+LARGEST_WIDTH = 1 << 16  # channels of a layer
+LARGEST_BATCH = 100_000
+LARGEST_CREW = 1024  # processes or threads: more would bring down the machine before they helped
+
+
+# what PyTorch's own RuntimeError says; the second is beyond any address
+_NO_MEMORY = re.compile("can't allocate memory|Storage size calculation overflowed")
 
 
 class InputError(ValueError):
@@ -31,11 +40,16 @@ class InputError(ValueError):
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit: 0 on success, 2 on an `InputError`, 130 when interrupted.
 
-    So does a file or folder that the system refuses, which names itself. Any other exception is a bug and keeps its
-    traceback (status 1).
+    So do a file or folder that the system refuses, which names itself, and memory that it refuses. Any other exception
+    is a bug and keeps its traceback (status 1).
     """
     try:
         status = main()
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and not _NO_MEMORY.search(str(error)):
+            raise
+        print("error: not enough memory; make the batch, the images or the network smaller", file=sys.stderr)
+        status = 2
     except OSError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
@@ -190,7 +204,10 @@ def parse_with_config(
 
 
 def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
-    """An argparse type: an ``int`` or ``float`` within [low, high]; NaN and infinity are refused."""
+    """An argparse type: an ``int`` or ``float`` within [low, high]; NaN and infinity are refused.
+
+    A whole number without ``high`` is at most `LARGEST_COUNT`: beyond 64 bits PyTorch only knows tracebacks.
+    """
 
     def parse(text: str):
         try:
@@ -198,11 +215,14 @@ def number(kind: type, low: float | None = None, high: float | None = None) -> C
         except ValueError:
             kind_of = "a whole" if kind is int else "a"
             raise argparse.ArgumentTypeError(f"{shown(text)} is not {kind_of} number") from None
+        said = text if len(text) <= 80 else f"{text[:80]}..."
         if value != value or abs(value) == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+            raise argparse.ArgumentTypeError(f"{said} is not a finite number")
         if low is not None and value < low or high is not None and value > high:
             bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
-            raise argparse.ArgumentTypeError(f"{text} is out of range, must be {bounds}")
+            raise argparse.ArgumentTypeError(f"{said} is out of range, must be {bounds}")
+        if kind is int and high is None and value > LARGEST_COUNT:
+            raise argparse.ArgumentTypeError(f"{said} is out of range, must be at most {LARGEST_COUNT}")
         return value
 
     return parse

@@ -45,7 +45,21 @@ from resume import (
     save_state,
     stop_signals,
 )
-from utils import InputError, number, remove_temporaries, resolve_device, run_command, seed_everything, write_json
+from utils import (
+    LARGEST_BATCH,
+    LARGEST_CREW,
+    LARGEST_SEED,
+    LARGEST_SIDE,
+    LARGEST_WIDTH,
+    InputError,
+    number,
+    remove_temporaries,
+    resolve_device,
+    run_command,
+    seed_everything,
+    shown,
+    write_json,
+)
 from weights import DTYPES
 
 METRICS_NAME, CURVE_NAME, SAMPLES_NAME = "metrics.csv", "curves.png", "samples"
@@ -339,12 +353,9 @@ class Trainer:
 
 def _widths(text: str) -> tuple[int, ...]:
     try:
-        widths = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of widths like 64,128,192") from None
-    if min(widths) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: widths must be positive")
-    return widths
+        return tuple(map(number(int, 1, LARGEST_WIDTH), text.split(",")))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a list of widths like 64,128,192: {error}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -364,17 +375,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="start anew in an OUT that is not empty")
     network = parser.add_argument_group("network")
     add = network.add_argument
-    add("--img_size", type=positive, default=64, help="image size; images are centre-cropped and resized to it")
+    add(
+        "--img_size",
+        type=number(int, 1, LARGEST_SIDE),
+        default=64,
+        help="image size; images are centre-cropped and resized to it",
+    )
     add("--unshuffle", type=positive, default=2, help="pixel-unshuffle factor before the U-Net")
     add("--channels", type=_widths, default="48,96,144", help="width of each level, comma-separated")
-    add("--layers", type=positive, default=1, help="residual blocks a level")
+    add("--layers", type=number(int, 1, 100), default=1, help="residual blocks a level")
     add("--attention_size", type=count, default=8, help="attention where the feature map is this small")
     add("--norm_groups", type=positive, default=16, help="groups of the normalisation")
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--steps", type=positive, default=2500, help="optimiser steps")
     add("--minutes", type=number(float, 0.01), help="end by this many minutes of training, learning rate included")
-    add("--batch_size", type=positive, default=64, help="images a step")
+    add("--batch_size", type=number(int, 1, LARGEST_BATCH), default=64, help="images a step")
     add("--lr", type=number(float, 0), default=4e-4, help="learning rate after warm-up")
     add("--warmup", type=count, default=100, help="steps of linear warm-up")
     add("--decay", choices=("cosine", "linear", "constant"), default="cosine", help="of the learning rate, to the end")
@@ -383,15 +399,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--noise_levels", choices=("lognormal", "uniform"), default="lognormal", help="which steps are trained on")
     add("--clip", type=number(float, 0), default=1.0, help="gradient norm limit")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images at random")
-    add("--seed", type=count, default=0, help="of the weights and every draw")
+    add("--seed", type=number(int, 0, LARGEST_SEED), default=0, help="of the weights and every draw")
     machine = parser.add_argument_group("machine and files")
     add = machine.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--threads", type=positive, default=os.cpu_count() or 1, help="CPU threads, each with a part of the batch")
+    add(
+        "--threads",
+        type=number(int, 1, LARGEST_CREW),
+        default=os.cpu_count() or 1,
+        help="CPU threads, each with a part of the batch",
+    )
     add("--precision", choices=("float32", "bf16"), default="float32", help="of the network's arithmetic")
     add("--save_every", type=positive, default=500, help="steps between saved states")
     add("--log_every", type=positive, default=25, help="steps between rows of metrics.csv")
-    add("--samples", type=count, default=16, help="pictures in the sample grid of each save")
+    add("--samples", type=number(int, 0, 10_000), default=16, help="pictures in the sample grid of each save")
     add("--save_dtype", choices=("float32", "float16"), default="float32", help="of the resulting weight file")
     return parser
 
