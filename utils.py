@@ -34,7 +34,20 @@ _NO_MEMORY = re.compile("can't allocate memory|Storage size calculation overflow
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: commands print it as one line and exit with status 2."""
+    """A mistake in what the user gave: commands print it as one line and exit with status 2.
+
+    It is one line whatever it quotes: a path may hold line breaks.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(" ".join(str(message).splitlines()))
+
+
+class InputErrors(InputError):
+    """Several mistakes, in a message of several lines."""
+
+    def __init__(self, message: str) -> None:
+        ValueError.__init__(self, message)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -53,10 +66,11 @@ def run_command(main: Callable[[], int | None]) -> None:
     except OSError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
+    except InputErrors as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
     except InputError as error:
-        print(
-            f"error: {' '.join(str(error).split())}" if "\n" not in str(error) else f"error: {error}", file=sys.stderr
-        )
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

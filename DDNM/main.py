@@ -54,6 +54,7 @@ from utils import (  # noqa: E402
     LARGEST_BATCH,
     LARGEST_SEED,
     InputError,
+    InputErrors,
     file_name,
     nearest,
     number,
@@ -311,7 +312,7 @@ def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
     if missing:
         problems.insert(0, missing_message(missing))
     if problems:
-        raise InputError("\n".join(problems))
+        raise InputErrors("\n".join(problems))
     return Path(found["spnn"]), found["prior"]
 
 
