@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, PixelUnshuffleBlock, concatenated, solved_once
 from performance import PRECISIONS, networks_in
-from utils import LARGEST_SEED, InputError, atomic_write, number, resolve_device, run_command
+from utils import LARGEST_BATCH, LARGEST_SEED, InputError, atomic_write, number, resolve_device, run_command
 
 IDENTITIES = {
     "right_inverse": "g g' (y) = y",
@@ -384,7 +384,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", required=True, metavar="FILE", help="SPNN weights, .pth or .safetensors")
     p.add_argument("--dataset_path", required=True, metavar="DIR", help="a folder in CelebAMask-HQ's layout")
     p.add_argument("--split", choices=["train", "val", "test", "all"], default="test")
-    p.add_argument("--batch_size", type=number(int, 1), default=32)
+    p.add_argument("--batch_size", type=number(int, 1, LARGEST_BATCH), default=32)
     p.add_argument("--samples", type=number(int, 1), default=64, help="images for the identities (default: 64)")
     p.add_argument("--precision", choices=ARITHMETICS, nargs="+", default=["float32", "float64"], metavar="NAME",
                    help=f"of the identities' arithmetic, any of {', '.join(ARITHMETICS)}; tf32 and bf16 inside the "

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from utils import InputError
+from utils import InputError, unlinked, write_json
 
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 4  # requests to one address without progress
@@ -216,7 +216,7 @@ def _request(address: str, part: Path, notes: Path, hash_known: bool) -> str | N
             raise _Failed(f"{total:,} bytes, more than {LARGEST:,}", final=True)
         etag = answer.headers.get("ETag", "")
         validator = etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified")
-        notes.write_text(json.dumps({"address": address, "validator": validator}), encoding="utf-8")
+        write_json(notes, {"address": address, "validator": validator})
         _receive(answer, part, start, total)
     return redirects.announced
 
@@ -240,7 +240,7 @@ def _read(answer: http.client.HTTPResponse) -> bytes:
 
 def _receive(answer: http.client.HTTPResponse, part: Path, start: int, total: int | None) -> None:
     with (
-        open(part, "ab" if start else "wb") as file,
+        open(part, "ab" if start else "wb", opener=unlinked) as file,
         tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem[1:], disable=None) as bar,
     ):
         at = start

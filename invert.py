@@ -43,7 +43,19 @@ from judge import load_judge
 from logger import MetricsTable, get_logger, plot_curves
 from metrics import agreement
 from models import SPNN
-from utils import InputError, atomic_write, nearest, number, resolve_device, run_command, seed_everything, write_json
+from utils import (
+    LARGEST_BATCH,
+    LARGEST_SEED,
+    LARGEST_WIDTH,
+    InputError,
+    atomic_write,
+    nearest,
+    number,
+    resolve_device,
+    run_command,
+    seed_everything,
+    write_json,
+)
 from weights import load_strictly, read_weights, write_weights
 
 ROOT = Path(__file__).resolve().parent
@@ -681,19 +693,21 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument("--overwrite", action="store_true", help="replace the results in a folder that has some")
         c.add_argument("--x_lr", type=positive, help="step of Adam on x; default: by the network, or theta's")
         c.add_argument("--clip", type=positive, default=10.0, help="largest norm of a sample's gradient")
-        c.add_argument("--batch_size", type=whole, default=16, help="samples at once")
+        c.add_argument("--batch_size", type=number(int, 1, LARGEST_BATCH), default=16, help="samples at once")
         c.add_argument("--lpips", action=SWITCH, default=True, help="LPIPS in the loss where outputs are images")
-        c.add_argument("--seed", type=number(int, 0), default=0, help="of weights and draws")
+        c.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0, help="of weights and draws")
         c.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
         if name == "train":
             c.add_argument("--buffers", type=whole, default=24, help="replay buffers; 500 in the paper")
-            c.add_argument("--samples", type=whole, default=16, help="inversions a buffer")
+            c.add_argument("--samples", type=number(int, 1, LARGEST_BATCH), default=16, help="inversions a buffer")
             c.add_argument("--steps", type=whole, default=20, help="steps of an inversion")
             c.add_argument("--z_lr", type=positive, default=0.1, help="Adam on z")
             c.add_argument("--lr", type=positive, default=1e-4, help="AdamW on theta")
             c.add_argument("--weight_decay", type=number(float, 0), default=0.1, help="AdamW on theta")
             c.add_argument("--updates", type=whole, help="of theta, a buffer; default: one pass over it")
-            c.add_argument("--width", type=whole, default=16, help="channels of theta's first layer")
+            c.add_argument(
+                "--width", type=number(int, 1, LARGEST_WIDTH), default=16, help="channels of theta's first layer"
+            )
         else:
             c.add_argument("--theta", type=Path, help="weights of a trained mapping net; none: no landscape's row")
             c.add_argument(

@@ -23,7 +23,19 @@ from tqdm import tqdm
 from data_loader import ATTRIBUTES, CelebAMaskHQ, download_dataset, make_loader
 from logger import get_logger
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
-from utils import LARGEST_SEED, InputError, atomic_write, number, resolve_device, run_command, seed_everything
+from utils import (
+    LARGEST_BATCH,
+    LARGEST_CREW,
+    LARGEST_SEED,
+    LARGEST_SIDE,
+    LARGEST_WIDTH,
+    InputError,
+    atomic_write,
+    number,
+    resolve_device,
+    run_command,
+    seed_everything,
+)
 from weights import DTYPES, check_fits, load_strictly, read_weights, write_weights
 
 
@@ -257,16 +269,24 @@ def _parser() -> argparse.ArgumentParser:
     whole = number(int, 1)
     parser.add_argument("--dataset_path", help="data set folder; default: download from Kaggle")
     parser.add_argument("--out", type=Path, required=True, help="weights file, .safetensors or .pth")
-    parser.add_argument("--img_size", type=number(int, 8), default=64, help="side of the images (%(default)s)")
+    parser.add_argument(
+        "--img_size", type=number(int, 8, LARGEST_SIDE), default=64, help="side of the images (%(default)s)"
+    )
     parser.add_argument("--epochs", type=whole, default=12, help="passes over the training split (%(default)s)")
-    parser.add_argument("--batch_size", type=whole, default=128, help="images a step (%(default)s)")
+    parser.add_argument(
+        "--batch_size", type=number(int, 1, LARGEST_BATCH), default=128, help="images a step (%(default)s)"
+    )
     parser.add_argument("--lr", type=number(float, 1e-8, 1), default=2e-3, help="peak learning rate (%(default)s)")
-    parser.add_argument("--width", type=whole, default=32, help="channels of the first stage (%(default)s)")
+    parser.add_argument(
+        "--width", type=number(int, 1, LARGEST_WIDTH), default=32, help="channels of the first stage (%(default)s)"
+    )
     parser.add_argument(
         "--seed", type=number(int, 0, LARGEST_SEED), default=0, help="of weights, order and mirroring (%(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
-    parser.add_argument("--workers", type=number(int, 0), default=0, help="loader processes (%(default)s)")
+    parser.add_argument(
+        "--workers", type=number(int, 0, LARGEST_CREW), default=0, help="loader processes (%(default)s)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights (%(default)s)")
     parser.add_argument("--strict", action="store_true", help="refuse unreadable images instead of leaving them out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing weights file")

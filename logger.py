@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import InputError, atomic_write
+from utils import InputError, atomic_write, unlinked
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -28,6 +28,9 @@ class _Console(logging.Handler):
 class _RunFile(logging.FileHandler):
     """The log of the present run; a type of its own, so that a second call finds it."""
 
+    def _open(self):
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=unlinked)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """A full disk costs the line in the file; the console has it. Logging's own way prints a traceback a line."""
         if not isinstance(sys.exc_info()[1], OSError):
@@ -41,7 +44,7 @@ def get_logger(name: str, folder: str | Path | None = None) -> logging.Logger:
     places. Repeated calls add nothing; a new folder takes the place of the one before; ``None`` leaves it as it is.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or its log.txt is a link.
     """
     root = logging.getLogger()
     if not any(isinstance(handler, _Console) for handler in root.handlers):
@@ -104,7 +107,7 @@ class MetricsTable:
             self._rewrite()
             return
         try:
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
+            with open(self.path, "a", newline="", encoding="utf-8", opener=unlinked) as file:
                 csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(self.rows[-1])
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error

@@ -38,7 +38,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER
-from utils import InputError, atomic_write, number, run_command, write_json
+from utils import LARGEST_CREW, LARGEST_SEED, LARGEST_SIDE, InputError, atomic_write, number, run_command, write_json
 
 SMALLEST_SIZE = 16  # pixels
 MARK = "procedural_faces.json"  # says that a folder's pictures were drawn here
@@ -1146,17 +1146,24 @@ def contact_sheet(path: str | Path, size: int = 104, seed: int = 0, columns: int
         sheet.save(file, format="PNG")
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Draw labelled faces in the layout of CelebAMask-HQ.")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
     parser.add_argument("--count", type=number(int, 1), required=True, metavar="N", help="number of faces")
-    size = number(int, SMALLEST_SIZE)
+    size = number(int, SMALLEST_SIZE, LARGEST_SIDE)
     parser.add_argument("--size", type=size, default=64, metavar="S", help="width and height in pixels (64)")
-    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="K", help="same seed, same faces (0)")
-    parser.add_argument("--workers", type=number(int, 1), metavar="W", help="processes (one a core)")
+    parser.add_argument(
+        "--seed", type=number(int, 0, LARGEST_SEED), default=0, metavar="K", help="same seed, same faces (0)"
+    )
+    parser.add_argument("--workers", type=number(int, 1, LARGEST_CREW), metavar="W", help="processes (one a core)")
     parser.add_argument("--overwrite", action="store_true", help="replace the faces in a folder that is not empty")
     parser.add_argument("--sheet", metavar="FILE.png", help="also write a contact sheet of the 40 attributes")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; see ``--help``."""
+    args = _parser().parse_args(argv)
     write_dataset(args.out, args.count, args.size, args.seed, args.workers, args.overwrite)
     if args.sheet is not None:
         contact_sheet(args.sheet)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
-from utils import InputError, atomic_write, is_temporary
+from utils import InputError, atomic_write, is_temporary, unlinked
 
 STATE_NAME = "train_state.pth"
 LOCK_NAME = ".lock"
@@ -81,16 +81,22 @@ def save_state(path: Path, state: Mapping) -> None:
             raise OSError(str(error).splitlines()[0]) from error
 
 
-def load_state(path: Path) -> dict:
+def load_state(path: Path, parts: Mapping | None = None) -> dict:
     """What `save_state` wrote, on the CPU; no code in the file is run.
 
+    Args:
+        parts: what must be in it besides the settings, see `check_parts`.
+
     Raises:
-        InputError: a file that cannot be read, a damaged one, or another kind of file.
+        InputError: a file that cannot be read, a damaged one, another kind of file, or one of another version.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state["settings"], dict):
+            check_parts(state, {} if parts is None else parts, path)
             return state
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError:
@@ -98,6 +104,72 @@ def load_state(path: Path) -> dict:
     except Exception as error:  # a damaged file can raise almost anything
         raise InputError(f"{path}: damaged, or not a training state ({type(error).__name__})") from None
     raise InputError(f"{path}: not a training state")
+
+
+ANOTHER_VERSION = "it may be of another version of this command: start anew with --overwrite, or in another folder"
+
+
+def check_parts(value: object, parts: object, path: Path, name: str = "the state") -> None:
+    """Hold what was read from a state file against what is expected of it.
+
+    Args:
+        value: the state, or a part of it.
+        parts: its type (or types), a mapping of the keys that it must have, or a list of the one kind its items are.
+        path: the state file.
+        name: what ``value`` is called.
+
+    Raises:
+        InputError: names the first key that is missing or holds something else.
+    """
+    inside = isinstance(parts, (Mapping, list))
+    kinds = (dict if isinstance(parts, Mapping) else list) if inside else parts
+    if not isinstance(value, kinds):
+        raise InputError(f"{path}: {name} is of type {type(value).__name__}; {ANOTHER_VERSION}")
+    if isinstance(parts, Mapping):
+        prefix = "" if name == "the state" else f"{name}."
+        for key, part in parts.items():
+            if key not in value:
+                raise InputError(f"{path}: {prefix}{key} is missing; {ANOTHER_VERSION}")
+            check_parts(value[key], part, path, f"{prefix}{key}")
+    elif inside:
+        for index, item in enumerate(value):
+            check_parts(item, parts[0], path, f"{name}[{index}]")
+
+
+@contextmanager
+def fitting(path: Path, name: str) -> Iterator[None]:
+    """Around handing a part of a state to what takes it: a network that has other weights by now, say.
+
+    Raises:
+        InputError: it did not fit.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # each class of PyTorch has its own way to refuse a state
+        lines = [line.strip() for line in str(error).splitlines()]
+        said = " ".join(lines[:2])[:200]
+        raise InputError(f"{path}: {name} does not fit ({type(error).__name__}: {said}); {ANOTHER_VERSION}") from None
+
+
+def restore_adam(optimizer: torch.optim.Adam, state: Mapping) -> None:
+    """``load_state_dict``, which alone takes the moments of other weights, or of another optimiser, for its own.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    keys = [set(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, before in zip(optimizer.param_groups, keys, strict=True):
+        if missing := before - set(group):
+            raise ValueError(f"no {sorted(missing)[0]} in its group")
+        for parameter in group["params"]:
+            moments = optimizer.state.get(parameter, {})
+            if moments and any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError(f"moments of weights of another shape than {tuple(parameter.shape)}")
+            if moments and not isinstance(moments["step"], torch.Tensor):
+                raise ValueError("no step among its moments")
 
 
 def check_settings(saved: Mapping, given: Mapping, folder: Path) -> None:
@@ -191,7 +263,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         while True:
             folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = unlinked(path, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):

@@ -40,9 +40,11 @@ from resume import (
     STATE_NAME,
     Stopped,
     epoch_keys,
+    fitting,
     from_batch,
     only,
     random_state,
+    restore_adam,
     save_state,
     set_random_state,
 )
@@ -129,6 +131,8 @@ class AttributeWeights:
         return {"losses": list(self.losses), "values": self.values}
 
     def load_state_dict(self, state: dict) -> None:
+        if any(each.shape != self.values.shape for each in (state["values"], *state["losses"])):
+            raise ValueError(f"weights or losses of another number of attributes than {len(self.values)}")
         self.losses.clear()
         self.losses.extend(state["losses"])
         self.values = state["values"]
@@ -236,6 +240,21 @@ class Progress:
     rows: list[dict[str, str]] = field(default_factory=list)  # of the metrics table
 
 
+# what the state of each stage holds, for `resume.check_parts`
+_PARTS = {
+    "model": dict,
+    "random": {"cpu": Tensor, "cuda": [Tensor]},
+    "optimizer": dict,
+    "progress": {
+        "epoch": int, "batches": int, "sums": dict, "seconds": (int, float), "best": (int, float), "rows": [dict],
+    },
+}  # fmt: skip
+STAGE_PARTS = {
+    "forward": {**_PARTS, "scheduler": {"last_epoch": int}, "weights": {"losses": [Tensor], "values": Tensor}},
+    "r_opt": _PARTS,
+}
+
+
 @dataclass
 class Stage:
     """One of the two stages: what it minimises and with what."""
@@ -257,10 +276,16 @@ class Stage:
         progress = {f.name: getattr(self.progress, f.name) for f in fields(Progress)}
         return {"progress": progress, **{name: part.state_dict() for name, part in self._parts().items()}}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.progress = Progress(**state["progress"])
+    def load_state_dict(self, state: dict, path: Path) -> None:
+        """Take what the state file ``path`` held. Raises InputError where it does not fit."""
+        with fitting(path, "progress"):
+            self.progress = Progress(**state["progress"])
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            with fitting(path, name):
+                if part is self.optimizer:
+                    restore_adam(part, state[name])
+                else:
+                    part.load_state_dict(state[name])
 
 
 @dataclass
@@ -410,9 +435,12 @@ class CelebATrainer:
         save_state(self.folder / STATE_NAME, {**state, **stage.state_dict()})
 
     def _restore(self, stage: Stage) -> None:
-        self.model.load_state_dict(self.state["model"])
-        stage.load_state_dict(self.state)
-        set_random_state(self.state["random"])
+        path = self.folder / STATE_NAME
+        with fitting(path, "model"):
+            self.model.load_state_dict(self.state["model"])
+        stage.load_state_dict(self.state, path)
+        with fitting(path, "random"):
+            set_random_state(self.state["random"])
         self.state = None  # as large as everything in training
         progress = stage.progress
         self.log.info("%s: resumed at epoch %d, batch %d", stage.name, progress.epoch, progress.batches + 1)

@@ -26,8 +26,10 @@ from logger import get_logger
 from models import MIXINGS, SPNN
 from performance import PRECISIONS, checkpoint_activations, compile_networks, inner_networks, networks_in
 from resume import (
+    ANOTHER_VERSION,
     STATE_NAME,
     Stopped,
+    check_parts,
     check_settings,
     load_state,
     locked,
@@ -36,15 +38,20 @@ from resume import (
     save_state,
     stop_signals,
 )
-from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
+from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, STAGE_PARTS, CelebATrainer, Settings, typical_logits
 from utils import (
+    LARGEST_BATCH,
+    LARGEST_CREW,
     LARGEST_SEED,
+    LARGEST_SIDE,
+    LARGEST_WIDTH,
     InputError,
     number,
     parse_with_config,
     remove_temporaries,
     run_command,
     seed_everything,
+    shown,
     write_json,
 )
 
@@ -66,16 +73,20 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--dataset_path", help="CelebAMask-HQ root (default: download through kagglehub)")
     data.add_argument(
         "--img_size",
-        type=number(int, 1),
+        type=number(int, 1, LARGEST_SIDE),
         help="32, 64 or 256; any with layer_channels (default: 256; stage 2 alone: that of stage 1)",
     )
-    data.add_argument("--batch_size", type=number(int, 1), default=256)
-    data.add_argument("--workers", type=number(int, 0), default=2, help="loader processes (default %(default)s)")
+    data.add_argument("--batch_size", type=number(int, 1, LARGEST_BATCH), default=256)
+    data.add_argument(
+        "--workers", type=number(int, 0, LARGEST_CREW), default=2, help="loader processes (default %(default)s)"
+    )
     data.add_argument("--strict", action=SWITCH, default=False, help="refuse unreadable images, do not skip them")
     data.add_argument("--no_cache", action=SWITCH, default=False, help="keep no resized copy of the images")
     model = p.add_argument_group("model")
     model.add_argument("--mix_type", choices=sorted(MIXINGS), default="cayley")
-    model.add_argument("--hidden", type=number(int, 1), default=128, help="width of a built-in architecture's networks")
+    model.add_argument(
+        "--hidden", type=number(int, 1, LARGEST_WIDTH), default=128, help="width of a built-in architecture's networks"
+    )
     model.add_argument("--scale_bound", type=number(float, 1e-6), default=2.0, help="bound of its log-scales")
     one = p.add_argument_group("stage 1")
     one.add_argument("--is_forward_train", action=SWITCH, default=False, help="run stage 1: train g")
@@ -167,11 +178,14 @@ def find_state(folder: Path, resume: bool, overwrite: bool, run: dict) -> dict |
     path = folder / STATE_NAME
     if overwrite or not path.is_file():
         return None
-    state = load_state(path)
+    state = load_state(path, {"stage": str})
+    if state["stage"] not in (*STAGE_PARTS, DONE):
+        raise InputError(f"{path}: stage {shown(state['stage'])} is unknown; {ANOTHER_VERSION}")
     if state["stage"] == DONE and state["settings"] | run != state["settings"]:
         return None  # an earlier run, stage 1 perhaps, is no obstacle to the next
     if resume:
         check_settings(state["settings"], run, folder)
+        check_parts(state, STAGE_PARTS.get(state["stage"], {}), path)
         return state
     if state["stage"] != DONE:
         raise InputError(f"{path}: a run that is not finished; give --resume to continue it or --overwrite")

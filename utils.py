@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -21,27 +22,55 @@ import yaml
 
 LARGEST_CONFIG = 1 << 16  # bytes; the presets have 1 KB
 LARGEST_SEED = 2**63 - 1  # what PyTorch's generators take
+LARGEST_COUNT = 10**9  # of steps, epochs or images: nothing here gets through more
+LARGEST_SIDE = 4096  # of an image, in pixels
+LARGEST_WIDTH = 1 << 16  # channels of a layer
+LARGEST_BATCH = 100_000
+LARGEST_CREW = 1024  # processes or threads: more would bring down the machine before they helped
+
+
+# what PyTorch's own RuntimeError says; the second is beyond any address
+_NO_MEMORY = re.compile("can't allocate memory|Storage size calculation overflowed")
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: commands print it as one line and exit with status 2."""
+    """A mistake in what the user gave: commands print it as one line and exit with status 2.
+
+    It is one line whatever it quotes: a path may hold line breaks.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(" ".join(str(message).splitlines()))
+
+
+class InputErrors(InputError):
+    """Several mistakes, in a message of several lines."""
+
+    def __init__(self, message: str) -> None:
+        ValueError.__init__(self, message)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit: 0 on success, 2 on an `InputError`, 130 when interrupted.
 
-    So does a file or folder that the system refuses, which names itself. Any other exception is a bug and keeps its
-    traceback (status 1).
+    So do a file or folder that the system refuses, which names itself, and memory that it refuses. Any other exception
+    is a bug and keeps its traceback (status 1).
     """
     try:
         status = main()
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and not _NO_MEMORY.search(str(error)):
+            raise
+        print("error: not enough memory; make the batch, the images or the network smaller", file=sys.stderr)
+        status = 2
     except OSError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
+    except InputErrors as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
     except InputError as error:
-        print(
-            f"error: {' '.join(str(error).split())}" if "\n" not in str(error) else f"error: {error}", file=sys.stderr
-        )
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -189,7 +218,10 @@ def parse_with_config(
 
 
 def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
-    """An argparse type: an ``int`` or ``float`` within [low, high]; NaN and infinity are refused."""
+    """An argparse type: an ``int`` or ``float`` within [low, high]; NaN and infinity are refused.
+
+    A whole number without ``high`` is at most `LARGEST_COUNT`: beyond 64 bits PyTorch only knows tracebacks.
+    """
 
     def parse(text: str):
         try:
@@ -197,11 +229,14 @@ def number(kind: type, low: float | None = None, high: float | None = None) -> C
         except ValueError:
             kind_of = "a whole" if kind is int else "a"
             raise argparse.ArgumentTypeError(f"{shown(text)} is not {kind_of} number") from None
+        said = text if len(text) <= 80 else f"{text[:80]}..."
         if value != value or abs(value) == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+            raise argparse.ArgumentTypeError(f"{said} is not a finite number")
         if low is not None and value < low or high is not None and value > high:
             bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
-            raise argparse.ArgumentTypeError(f"{text} is out of range, must be {bounds}")
+            raise argparse.ArgumentTypeError(f"{said} is out of range, must be {bounds}")
+        if kind is int and high is None and value > LARGEST_COUNT:
+            raise argparse.ArgumentTypeError(f"{said} is out of range, must be at most {LARGEST_COUNT}")
         return value
 
     return parse
@@ -251,6 +286,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def unlinked(path: str | Path, flags: int) -> int:
+    """An ``opener`` for `open` where a file is appended to or kept open: no link at the end of the path is followed.
+
+    `atomic_write` puts a file in the place of a link; here a link would have the writing go to another folder.
+
+    Raises:
+        InputError: ``path`` is a link.
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InputError(f"{path} is a link, and nothing is written through one: delete it first") from None
+        raise
 
 
 def is_temporary(path: Path) -> bool:

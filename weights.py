@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from download import Unavailable, download_file, offline, sha256_of
-from utils import InputError, atomic_write, run_command
+from utils import InputError, InputErrors, atomic_write, run_command
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -331,7 +331,7 @@ def locate(source: str | Path, filename: str) -> Path:
         raise InputError(f"weights {source}: no such local file or folder; {error}") from None
 
 
-class MissingWeights(InputError):
+class MissingWeights(InputErrors):
     """A known file is neither at its manual path nor to be fetched.
 
     Attributes:

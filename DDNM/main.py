@@ -52,8 +52,10 @@ from models import SPNN  # noqa: E402
 from performance import compile_networks, inner_networks  # noqa: E402
 from resume import is_empty, locked, plain, stop_signals  # noqa: E402
 from utils import (  # noqa: E402
+    LARGEST_BATCH,
     LARGEST_SEED,
     InputError,
+    InputErrors,
     file_name,
     nearest,
     number,
@@ -133,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
 
     run = p.add_argument_group("run")
     run.add_argument(
-        "--batch_size", type=number(int, 1, 100_000), default=1, help="images at once (default %(default)s)"
+        "--batch_size", type=number(int, 1, LARGEST_BATCH), default=1, help="images at once (default %(default)s)"
     )
     run.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=1234)
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -313,7 +315,7 @@ def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
     if missing:
         problems.insert(0, missing_message(missing))
     if problems:
-        raise InputError("\n".join(problems))
+        raise InputErrors("\n".join(problems))
     return Path(found["spnn"]), found["prior"]
 
 

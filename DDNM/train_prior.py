@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the command runs from any folder
@@ -31,11 +32,37 @@ from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_un
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
 from diagnostics import clip_gradients
 from logger import MetricsTable, get_logger, plot_curves
-from resume import STATE_NAME, Stopped, check_settings, is_empty, load_state, locked, plain, save_state, stop_signals
-from utils import InputError, number, remove_temporaries, resolve_device, run_command, seed_everything, write_json
+from resume import (
+    STATE_NAME,
+    Stopped,
+    check_settings,
+    fitting,
+    is_empty,
+    load_state,
+    locked,
+    plain,
+    restore_adam,
+    save_state,
+    stop_signals,
+)
+from utils import (
+    LARGEST_BATCH,
+    LARGEST_CREW,
+    LARGEST_SEED,
+    LARGEST_SIDE,
+    LARGEST_WIDTH,
+    InputError,
+    number,
+    remove_temporaries,
+    resolve_device,
+    run_command,
+    seed_everything,
+    shown,
+    write_json,
+)
 from weights import DTYPES
 
-METRICS_NAME, CURVE_NAME = "metrics.csv", "curves.png"
+METRICS_NAME, CURVE_NAME, SAMPLES_NAME = "metrics.csv", "curves.png", "samples"
 SAMPLE_STEPS = 50  # of the pictures at each save
 IN_MEMORY_BYTES = 4 << 30  # decoded images beyond this are read again for every batch
 # a resumed run must be the run it resumes: these settings decide what a step computes
@@ -43,6 +70,11 @@ TRAJECTORY = (
     "img_size", "channels", "layers", "unshuffle", "attention_size", "norm_groups", "batch_size", "lr", "warmup",
     "decay", "ema_decay", "clip", "prediction", "noise_levels", "flip", "precision", "seed",
 )  # fmt: skip
+# what a training state holds, for `resume.check_parts`
+STATE_PARTS = {
+    "model": dict, "ema": dict, "optimizer": dict, "generator": Tensor, "step": int, "seconds": (int, float),
+    "recent": [(tuple, list)], "rows": [dict],
+}  # fmt: skip
 
 
 class Images:
@@ -176,10 +208,11 @@ class Trainer:
         """Continue from a training state; None begins at step 0. Either way the state is on disk from here on."""
         rows = []
         if state is not None:
-            self.prior.unet.load_state_dict(state["model"])
-            self.ema.unet.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.generator.set_state(state["generator"])
+            for key, take in (("model", self.prior.unet.load_state_dict), ("ema", self.ema.unet.load_state_dict),
+                              ("optimizer", partial(restore_adam, self.optimizer)),
+                              ("generator", self.generator.set_state)):  # fmt: skip
+                with fitting(self.args.out / STATE_NAME, key):
+                    take(state[key])
             self.step, self.seconds, rows = state["step"], state["seconds"], state["rows"]
             self.recent = [tuple(pair) for pair in state["recent"]]
         self.table = MetricsTable(self.args.out / METRICS_NAME, rows)
@@ -221,7 +254,7 @@ class Trainer:
             size = self.args.img_size
             noise = torch.randn(self.args.samples, 3, size, size, generator=fixed).to(self.device)
             pictures = ddim_sample(self.ema, self.schedule, noise, SAMPLE_STEPS)
-            save_image(grid(pictures), out / "samples" / f"step_{self.step:06d}.png")
+            save_image(grid(pictures), out / SAMPLES_NAME / f"step_{self.step:06d}.png")
 
     # Training --------------------------------------------------------------------------------------------------
 
@@ -320,12 +353,9 @@ class Trainer:
 
 def _widths(text: str) -> tuple[int, ...]:
     try:
-        widths = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of widths like 64,128,192") from None
-    if min(widths) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: widths must be positive")
-    return widths
+        return tuple(map(number(int, 1, LARGEST_WIDTH), text.split(",")))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a list of widths like 64,128,192: {error}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -345,17 +375,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="start anew in an OUT that is not empty")
     network = parser.add_argument_group("network")
     add = network.add_argument
-    add("--img_size", type=positive, default=64, help="image size; images are centre-cropped and resized to it")
+    add(
+        "--img_size",
+        type=number(int, 1, LARGEST_SIDE),
+        default=64,
+        help="image size; images are centre-cropped and resized to it",
+    )
     add("--unshuffle", type=positive, default=2, help="pixel-unshuffle factor before the U-Net")
     add("--channels", type=_widths, default="48,96,144", help="width of each level, comma-separated")
-    add("--layers", type=positive, default=1, help="residual blocks a level")
+    add("--layers", type=number(int, 1, 100), default=1, help="residual blocks a level")
     add("--attention_size", type=count, default=8, help="attention where the feature map is this small")
     add("--norm_groups", type=positive, default=16, help="groups of the normalisation")
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--steps", type=positive, default=2500, help="optimiser steps")
     add("--minutes", type=number(float, 0.01), help="end by this many minutes of training, learning rate included")
-    add("--batch_size", type=positive, default=64, help="images a step")
+    add("--batch_size", type=number(int, 1, LARGEST_BATCH), default=64, help="images a step")
     add("--lr", type=number(float, 0), default=4e-4, help="learning rate after warm-up")
     add("--warmup", type=count, default=100, help="steps of linear warm-up")
     add("--decay", choices=("cosine", "linear", "constant"), default="cosine", help="of the learning rate, to the end")
@@ -364,15 +399,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--noise_levels", choices=("lognormal", "uniform"), default="lognormal", help="which steps are trained on")
     add("--clip", type=number(float, 0), default=1.0, help="gradient norm limit")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images at random")
-    add("--seed", type=count, default=0, help="of the weights and every draw")
+    add("--seed", type=number(int, 0, LARGEST_SEED), default=0, help="of the weights and every draw")
     machine = parser.add_argument_group("machine and files")
     add = machine.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--threads", type=positive, default=os.cpu_count() or 1, help="CPU threads, each with a part of the batch")
+    add(
+        "--threads",
+        type=number(int, 1, LARGEST_CREW),
+        default=os.cpu_count() or 1,
+        help="CPU threads, each with a part of the batch",
+    )
     add("--precision", choices=("float32", "bf16"), default="float32", help="of the network's arithmetic")
     add("--save_every", type=positive, default=500, help="steps between saved states")
     add("--log_every", type=positive, default=25, help="steps between rows of metrics.csv")
-    add("--samples", type=count, default=16, help="pictures in the sample grid of each save")
+    add("--samples", type=number(int, 0, 10_000), default=16, help="pictures in the sample grid of each save")
     add("--save_dtype", choices=("float32", "float16"), default="float32", help="of the resulting weight file")
     return parser
 
@@ -384,7 +424,7 @@ def find_state(out: Path, resume: bool, overwrite: bool) -> dict | None:
         InputError: results that would be lost and neither was asked for, or a state that cannot be read.
     """
     if resume and (out / STATE_NAME).is_file():
-        return load_state(out / STATE_NAME)
+        return load_state(out / STATE_NAME, STATE_PARTS)
     if not is_empty(out) and not overwrite:
         raise InputError(f"--out {out}: not empty; give --resume to continue that run or --overwrite to start anew")
     return None
@@ -399,6 +439,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--out {out}: not a folder")
     torch.set_num_threads(args.threads)
     with locked(out):  # a mistake below leaves no folder behind
+        if (out / SAMPLES_NAME).is_symlink():  # pictures written, or deleted, through it would be somebody else's
+            raise InputError(f"{out / SAMPLES_NAME} is a link; results are written inside --out only")
         state = find_state(out, args.resume, args.overwrite)
         images = Images(args.images, args.img_size)
         trainer = Trainer(args, images, device)
@@ -407,7 +449,7 @@ def main(argv: list[str] | None = None) -> int:
         remove_temporaries(out)
         if state is None:  # what an earlier run of this command left, by name: nothing else is touched
             for path in (out / STATE_NAME, out / METRICS_NAME, out / CURVE_NAME, out / "log.txt",
-                         *(out / "samples").glob("step_*.png")):  # fmt: skip
+                         *(out / SAMPLES_NAME).glob("step_*.png")):  # fmt: skip
                 path.unlink(missing_ok=True)
         with stop_signals() as stopped:
             try:

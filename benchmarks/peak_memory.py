@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from models import SPNN, solved_once  # noqa: E402
 from performance import checkpoint_activations  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
-from utils import number, run_command, write_json  # noqa: E402
+from utils import LARGEST_WIDTH, number, run_command, write_json  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -112,7 +112,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch_size", type=number(int, 1), nargs="+", default=[64, 256], help="default %(default)s")
     p.add_argument("--precisions", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"],
                    help="of the networks inside blocks; tf32 takes what float32 takes")  # fmt: skip
-    p.add_argument("--hidden", type=number(int, 1), default=128, help="width of the networks (default %(default)s)")
+    p.add_argument(
+        "--hidden", type=number(int, 1, LARGEST_WIDTH), default=128, help="width of the networks (default %(default)s)"
+    )
     p.add_argument("--json", metavar="FILE", help="also write the figures here")
     return p
 

@@ -38,7 +38,7 @@ from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
 from models import SPNN, BackProjection, solved_once  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
-from utils import number, resolve_device, run_command, write_json  # noqa: E402
+from utils import LARGEST_CREW, LARGEST_SIDE, LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
 
 SEED = 0
 STEP = (500, 490)  # t and the next one, of a sampling step
@@ -60,12 +60,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sampling_batch", type=number(int, 1), default=1, help="images (default %(default)s)")
     p.add_argument("--training_batch", type=number(int, 1), default=8, help="images a step (default %(default)s)")
     p.add_argument("--images", type=number(int, 10), default=1000, help="of the loader's row (default %(default)s)")
-    p.add_argument("--image_side", type=number(int, 8), default=1024, help="their size (default %(default)s)")
-    p.add_argument("--workers", type=number(int, 0), default=2, help="loader processes (default %(default)s)")
+    p.add_argument(
+        "--image_side", type=number(int, 8, LARGEST_SIDE), default=1024, help="their size (default %(default)s)"
+    )
+    p.add_argument(
+        "--workers", type=number(int, 0, LARGEST_CREW), default=2, help="loader processes (default %(default)s)"
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    p.add_argument("--threads", type=number(int, 1), help="of PyTorch on the CPU (default: its own choice)")
-    p.add_argument("--hidden", type=number(int, 1), default=128, help="width of the networks (default %(default)s)")
-    p.add_argument("--prior_channels", type=number(int, 32), default=128, help="of the U-Net (default %(default)s)")
+    p.add_argument(
+        "--threads", type=number(int, 1, LARGEST_CREW), help="of PyTorch on the CPU (default: its own choice)"
+    )
+    p.add_argument(
+        "--hidden", type=number(int, 1, LARGEST_WIDTH), default=128, help="width of the networks (default %(default)s)"
+    )
+    p.add_argument(
+        "--prior_channels", type=number(int, 32, LARGEST_WIDTH), default=128, help="of the U-Net (default %(default)s)"
+    )
     p.add_argument("--json", metavar="FILE", help="also write the figures here")
     return p
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bijections import Coupling, PixelUnshuffle, ResidualConv2d
 from models import PINN, SPNN
+from utils import atomic_write, number, run_command
 
 SIZE = 4  # of the maps: digits of 8x8 pixels as 4 channels of 4x4
 DEPTH = 4
@@ -154,13 +155,17 @@ def fit(model: nn.Module, x: Tensor, labels: Tensor, epochs: int) -> None:
     model.eval()
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder of table and picture")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parameters", type=int, default=20000, help="budget of each network")
-    args = parser.parse_args()
+    parser.add_argument("--epochs", type=number(int, 1), default=40)
+    parser.add_argument("--seeds", type=number(int, 1), default=3)
+    parser.add_argument("--parameters", type=number(int, 1), default=20000, help="budget of each network")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     digits = load_digits()
@@ -202,7 +207,8 @@ def main() -> None:
         spread = f"{sum(accuracies) / len(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})"
         rows.append(f"| {name} | {size} | {spread} | {worst} | {sum(seconds) / len(seconds):.1f} |")
         print("\n".join(rows if len(rows) == 3 else rows[-1:]), flush=True)
-    (args.out / "digits_table.md").write_text("\n".join(rows) + "\n")
+    with atomic_write(args.out / "digits_table.md") as temporary:
+        temporary.write_text("\n".join(rows) + "\n")
 
     figure, axes = plt.subplots(len(strips), 9, figsize=(9, 1.15 * len(strips)))
     for row, (name, strip) in zip(axes, strips.items(), strict=True):
@@ -212,9 +218,10 @@ def main() -> None:
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     figure.suptitle("From a 3 to an 8, in each network's code; pixels: their mean, for comparison", fontsize=10)
     figure.tight_layout()
-    figure.savefig(args.out / "interpolation.png", dpi=100)
+    with atomic_write(args.out / "interpolation.png") as temporary:
+        figure.savefig(temporary, dpi=100)
     print(f"Picture: {args.out / 'interpolation.png'}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

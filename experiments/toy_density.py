@@ -25,6 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bijections import ActNorm, Conv1x1, Coupling, Density, PixelUnshuffle, Sigmoid, View
 from models import PINN
+from utils import atomic_write, number, run_command
 
 LEVELS = 17  # grey levels of the digits
 
@@ -83,12 +84,18 @@ def bits(log_prob: Tensor, dims: int) -> float:
     return -log_prob.mean().item() / (dims * math.log(2))
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder of the pictures")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of each flow")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--steps", type=number(int, 1), default=2000, help="training steps of each flow")
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 2), default=0
+    )  # what scikit-learn takes, with the next one
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     names = ["two moons", "two circles", "swiss roll"]
@@ -117,7 +124,8 @@ def main() -> None:
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     figure.tight_layout()
-    figure.savefig(args.out / "toy_density.png", dpi=100)
+    with atomic_write(args.out / "toy_density.png") as temporary:
+        figure.savefig(temporary, dpi=100)
 
     torch.manual_seed(args.seed)
     start = time.perf_counter()
@@ -137,9 +145,10 @@ def main() -> None:
         ax.axis("off")
     figure.suptitle(f"rows 1 to 4: held-out digits; rows 5 to 8: samples ({figure_of_merit:.2f} bits per dimension)")
     figure.tight_layout()
-    figure.savefig(args.out / "digits.png", dpi=100)
+    with atomic_write(args.out / "digits.png") as temporary:
+        figure.savefig(temporary, dpi=100)
     print(f"Pictures: {args.out / 'toy_density.png'}, {args.out / 'digits.png'}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

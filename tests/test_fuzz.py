@@ -10,6 +10,7 @@ import io
 import json
 import signal
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ from checkpoints import load_spnn, save_spnn
 from data_loader import load_image, read_annotations
 from DDNM import main as reconstruct
 from DDNM.guided_diffusion.results import read_logits, write_logits
+from DDNM.train_prior import STATE_PARTS
 from models import SPNN
+from resume import fitting, load_state, restore_adam, save_state
 from utils import InputError
 from weights import read_weights
 
@@ -293,6 +296,43 @@ def test_damaged_weights_are_converted_whole_or_not_at_all(tmp_path, checkpoint,
             read_weights(target)
 
     check()
+
+
+@sizes(30, 300)
+def test_damaged_training_states(tmp_path, examples):
+    model = tiny(hidden=1)
+    optimizer = torch.optim.Adam(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    state = {
+        "model": model.state_dict(),
+        "ema": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": 3,
+        "generator": torch.Generator().get_state(),
+        "seconds": 1.5,
+        "recent": [(0.5, 1.0)],
+        "rows": [{"step": "2"}],
+    }
+    path = tmp_path / "state.pth"
+    save_state(path, {"settings": {"lr": 1e-3}, **state})
+    content, outcomes = path.read_bytes(), set()
+
+    @examples_of(examples)
+    @given(damage())
+    def check(harm):
+        path.write_bytes(harm(content))
+        outcomes.add("refused")
+        with survives():
+            read = load_state(path, STATE_PARTS)
+            for key, take in (("model", model.load_state_dict), ("optimizer", partial(restore_adam, optimizer)),
+                              ("generator", torch.Generator().set_state)):  # fmt: skip
+                with fitting(path, key):
+                    take(read[key])
+            outcomes.add("read")
+
+    check()
+    assert outcomes == {"read", "refused"}, "both should come up"
 
 
 @sizes(30, 300)

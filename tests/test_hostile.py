@@ -22,9 +22,12 @@ from torch import nn
 from checkpoints import load_spnn, save_spnn
 from data_loader import CelebAMaskHQ, find_images, load_image
 from DDNM import main as reconstruct
+from DDNM import train_prior
 from DDNM.guided_diffusion.prior import Prior, load_prior, save_prior, small_unet
-from DDNM.guided_diffusion.results import read_logits
+from DDNM.guided_diffusion.results import Progress, read_logits
 from judge import Judge, load_judge
+from logger import get_logger
+from resume import locked
 from utils import InputError, file_name, read_yaml, run_command
 from weights import read_weights, write_weights
 
@@ -456,6 +459,35 @@ def test_a_result_that_is_a_link_is_replaced_not_followed(samples, tmp_path):
     reconstruct.clear_results(reconstruct.result_folder("out"))
     assert (tmp_path / "mine" / "0.png").read_text() == "mine"
     assert not [p for p in (samples / "out").rglob("*") if p.is_symlink()]
+
+
+def test_a_kept_result_that_is_a_link_is_not_written_through(samples, tmp_path):
+    """Of a folder that is gone on with: the files that grow, and the lock, which is emptied."""
+    (samples / "out").mkdir()
+    mine = tmp_path / "mine" / "0.png"
+    record = Progress(samples / "out", {})
+    record.begin([])
+    record.path.unlink()
+    for path, write in (
+        (samples / "out" / "log.txt", lambda: get_logger("run", samples / "out")),
+        (samples / "out" / ".lock", lambda: locked(samples / "out").__enter__()),
+        (record.path, lambda: record.append([])),
+    ):
+        path.symlink_to(mine)
+        with pytest.raises(InputError, match=f"{path} is a link.*delete it first"):
+            write()
+        assert mine.read_text() == "mine" and path.is_symlink()
+        path.unlink()
+
+
+def test_a_priors_pictures_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "step_000001.png").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "samples").symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match="samples is a link"):
+        train_prior.main(["--images", str(tmp_path), "--out", str(tmp_path / "out"), "--overwrite"])
+    assert (tmp_path / "mine" / "step_000001.png").read_text() == "mine"
 
 
 def test_a_cache_that_is_a_link_is_not_followed(tmp_path, caplog):

@@ -100,6 +100,23 @@ def test_a_line_cut_by_an_interruption_is_left_out(tmp_path):
     assert [row["loss"] for row in table(path)] == ["0.5", "0.25"]
 
 
+def test_a_log_or_table_that_is_a_link_is_not_written_through(tmp_path):
+    outside, folder = tmp_path / "outside.txt", tmp_path / "run"
+    folder.mkdir()
+    outside.write_text("epoch\n")
+    for target in (outside, tmp_path / "nowhere.txt"):
+        (folder / "log.txt").symlink_to(target)
+        with pytest.raises(InputError, match="log.txt is a link.*delete it first"):
+            get_logger("run", folder)
+        (folder / "log.txt").unlink()
+    (folder / "metrics.csv").symlink_to(outside)
+    with pytest.raises(InputError, match="metrics.csv is a link"):
+        MetricsTable(folder / "metrics.csv").append({"epoch": 1})
+    MetricsTable(folder / "metrics.csv", [{"epoch": "7"}]).append({"epoch": 8})  # a file in the link's place
+    assert (folder / "metrics.csv").read_text() == "epoch\n7\n8\n" and not (folder / "metrics.csv").is_symlink()
+    assert outside.read_text() == "epoch\n" and not (tmp_path / "nowhere.txt").exists()
+
+
 def test_a_malformed_table_is_refused(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,loss\n1,2,3\n")

@@ -381,6 +381,101 @@ def test_a_state_file_that_is_none_is_one_line(faces, stopped, kind):
     assert "\n" not in str(error.value)
 
 
+def spnn_state(faces, tmp_path, monkeypatch, stage: str = "forward") -> tuple[Path, list[str]]:
+    """The state file of a run that was stopped after two steps of a stage, and the command line to go on from it."""
+
+    def stop(self):
+        if self._stage is not None and (self._stage.name, self._stage.progress.batches) == (stage, 2):
+            self._save()
+            raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.CelebATrainer, "_stop_if_asked", stop)
+        assert spnn(faces, tmp_path / "run") == 128 + signal.SIGTERM
+    path = tmp_path / "run" / "train_state.pth"
+    assert load_state(path)["stage"] == stage
+    return path, [*spnn_arguments(faces, tmp_path / "run"), "--resume"]
+
+
+def prior_state(faces, tmp_path, monkeypatch) -> tuple[Path, list[str]]:
+    """The same of a prior's run, which stopped between two rows of its table."""
+    honest = train_prior.Trainer.train_step
+
+    def train_step(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_prior.Trainer, "train_step", train_step)
+        assert train_prior.main(prior_arguments(faces, tmp_path / "run")) == 128 + signal.SIGTERM
+    path = tmp_path / "run" / "train_state.pth"
+    assert len(load_state(path)["recent"]) == 1
+    return path, [*prior_arguments(faces, tmp_path / "run"), "--resume"]
+
+
+STATES = {
+    "forward": (train_celeba.main, spnn_state),
+    "r_opt": (train_celeba.main, functools.partial(spnn_state, stage="r_opt")),
+    "prior": (train_prior.main, prior_state),
+}
+
+
+def spoilt(state: dict, inside: str = ""):
+    """Copies of a state with one thing in it missing or of another kind; yields (its name, what was done, copy)."""
+    for key, value in state.items():
+        name = f"{inside}{key}"
+        yield name, "is missing", {k: v for k, v in state.items() if k != key}
+        yield name, "is of type str", state | {key: "text"}
+        if name in ("progress", "scheduler", "weights", "random"):
+            for inner, what, copy in spoilt(value, f"{key}."):
+                if (name, inner) != ("scheduler", "scheduler.last_epoch") and name == "scheduler":
+                    continue  # PyTorch's own, which differ from version to version
+                yield inner, what, state | {key: copy}
+    for key in {"model", "ema"} & state.keys():
+        first = next(iter(state[key]))
+        yield key, "does not fit", state | {key: state[key] | {first: torch.zeros(1, 2, 3)}}
+        yield key, "does not fit", state | {key: {k: v for k, v in state[key].items() if k != first}}
+        yield key, "does not fit", state | {key: state[key] | {"more": torch.zeros(1)}}
+    if "optimizer" in state:
+        adam = state["optimizer"]
+        yield "optimizer", "does not fit", state | {"optimizer": {"state": {}, "param_groups": []}}
+        for moments in ({"momentum": torch.zeros(1)}, adam["state"][0] | {"exp_avg": torch.zeros(7)}, {"step": 3}):
+            changed = adam | {"state": adam["state"] | {0: moments}}
+            yield "optimizer", "does not fit", state | {"optimizer": changed}
+        groups = [{k: v for k, v in adam["param_groups"][0].items() if k != "betas"}]
+        yield "optimizer", "does not fit", state | {"optimizer": adam | {"param_groups": groups}}
+    if "weights" in state:
+        values = {"weights": state["weights"] | {"values": torch.ones(3)}}
+        yield "weights", "does not fit", state | values
+    if "progress" in state:
+        yield "progress", "does not fit", state | {"progress": state["progress"] | {"more": 1}}
+    if "recent" in state:
+        yield "rows[0]", "is of type str", state | {"rows": ["text"]}
+        yield "recent[0]", "is of type float", state | {"recent": [0.5]}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_of_another_version_is_one_line_that_names_the_key(kind, faces, tmp_path, monkeypatch):
+    """Whatever is missing or of another kind, in a file that is whole: it is named, and the file stands."""
+    main, state_of = STATES[kind]
+    path, arguments = state_of(faces, tmp_path, monkeypatch)
+    whole, tried = torch.load(path, weights_only=True), 0
+    for module in (train, train_prior):  # who comes so far has taken the state
+        monkeypatch.setattr(module, "MetricsTable", lambda *_: pytest.fail("taken", pytrace=False))
+    for name, what, state in spoilt({key: value for key, value in whole.items() if key != "settings"}):
+        torch.save({"settings": whole["settings"], **state}, path)
+        before = path.read_bytes()
+        with pytest.raises(InputError) as error:
+            main(arguments)
+        message = str(error.value)
+        assert message.startswith(f"{path}: {name} ") and "start anew with --overwrite" in message, message
+        assert "\n" not in message and len(message) < 700
+        assert what in message or name == "stage", (what, message)
+        assert path.read_bytes() == before
+        tried += 1
+    assert tried > 20
+
+
 # --- A disk that does not take it ------------------------------------------------------------------------------------
 
 

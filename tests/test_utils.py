@@ -8,7 +8,17 @@ import pytest
 import torch
 
 import utils
-from utils import InputError, atomic_write, nearest, number, parse_with_config, read_yaml, resolve_device, run_command
+from utils import (
+    InputError,
+    InputErrors,
+    atomic_write,
+    nearest,
+    number,
+    parse_with_config,
+    read_yaml,
+    resolve_device,
+    run_command,
+)
 
 # --- run_command -----------------------------------------------------------------------------------------------------
 
@@ -38,8 +48,16 @@ def test_a_mistake_of_the_user_is_one_line_and_status_2(capsys):
 
 
 def test_a_message_of_several_lines_keeps_them(capsys):
-    assert status_of(failing(InputError("two missing:\n  one\n  other"))) == 2
+    assert status_of(failing(InputErrors("two missing:\n  one\n  other"))) == 2
     assert capsys.readouterr().err == "error: two missing:\n  one\n  other\n"
+
+
+@pytest.mark.parametrize("breaks", ["\n", "\r\n", "\x85", "\u2028", "\n\n\v"])
+def test_a_line_break_in_a_name_makes_no_second_line(breaks, capsys):
+    error = InputError(f"--config faces{breaks}.yml: no such file")
+    assert len(str(error).splitlines()) == 1
+    assert status_of(failing(error)) == 2
+    assert capsys.readouterr().err == "error: --config faces .yml: no such file\n"
 
 
 def test_an_interruption_is_status_130(capsys):

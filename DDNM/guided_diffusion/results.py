@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_loader import to_uint8
 from resume import check_settings
-from utils import InputError, atomic_write, file_name, nearest, shown, write_json
+from utils import InputError, atomic_write, file_name, nearest, shown, unlinked, write_json
 
 SHEET_ROWS = 10  # rows a page of the sheet: a stranger reads one page
 SHEET_LIMIT = 100  # rows of all pages: nobody reads a thousand, and their pictures are held at once
@@ -123,7 +123,8 @@ class Progress:
     def append(self, entries: Sequence[tuple[Finished, Tensor]]) -> None:
         """Add images with their targets, (d,), whose pictures are written."""
         try:
-            with open(self.path, "ab", buffering=0) as file:  # in one write, so that processes' lines do not mix
+            with open(self.path, "ab", buffering=0, opener=unlinked) as file:
+                # in one write, so that processes' lines do not mix
                 file.write("".join(self._line(entry, target) for entry, target in entries).encode())
                 os.fsync(file.fileno())
         except OSError as error:
