@@ -62,7 +62,7 @@ class Bijection(Surjection):
 
 
 class Inverted(Bijection):
-    """``block`` from its outputs to its inputs; see `Bijection.inverted`."""
+    """``block`` from its outputs to its inputs; see `Bijection.inverted`, and `inverted` for it by name."""
 
     def __init__(self, block: Bijection):
         super().__init__()
@@ -1146,7 +1146,7 @@ class ConcatNoise(Concat):
 
 
 class Extract(Surjection):
-    """A `Concat` backwards, (B, C + extra, *) -> (B, C, *), the last channels its latent."""
+    """A `Concat` backwards, (B, C + extra, *) -> (B, C, *), the last channels its latent; by name see `inverted`."""
 
     def __init__(self, concat: Concat):
         super().__init__()
@@ -1289,6 +1289,24 @@ def as_transform(block: Surjection | PINN, in_shape: Sequence[int]) -> BlockTran
     return BlockTransform(block, in_shape)
 
 
+def inverted(block: str, **arguments) -> Surjection:
+    """A block by its name, its directions swapped: ``("Inverted", {"block": "Sigmoid"})`` in ``layer_channels``.
+
+    Args:
+        block: "ConcatNoise", say, whose inverse extracts.
+        arguments: those of the block.
+
+    Raises:
+        ValueError: no such block, or none that has an inverse.
+    """
+    kind = BLOCKS.get(block) if isinstance(block, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, Bijection)):
+        known = sorted(name for name, kind in BLOCKS.items() if isinstance(kind, type) and issubclass(kind, Bijection))
+        raise ValueError(f"Inverted: block must be one of {known}, got {block!r}")
+    return kind(**arguments).inverted()
+
+
+BLOCKS["Inverted"] = inverted
 BLOCKS.update(
     (kind.__name__, kind)
     for kind in (

@@ -1,6 +1,7 @@
 """The bijections beyond the laws that test_laws.py holds them to: known values, refusals, estimates and densities."""
 
 import copy
+import json
 import math
 import subprocess
 import sys
@@ -9,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from test_laws import randomise, seeded
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, SigmoidTransform, TransformedDistribution
 from torch.nn.utils import parametrize
 
 import bijections as bi
-from models import PINN, SPNN, ConvPINNBlock, PixelUnshuffleBlock
+from models import BLOCKS, PINN, SPNN, ConvPINNBlock, PixelUnshuffleBlock
 
 ROOT = Path(__file__).parents[1]
 
@@ -718,7 +720,34 @@ def test_names_are_known_without_importing_the_module():
     assert "['Conv1x1', {'channels': 12}], ['ELU', {'alpha': 0.5}]" in shown.stdout
 
 
+def test_every_layer_has_a_name_and_so_has_its_inverse():
+    """What `test_laws.py` holds to the laws can stand in a YAML file."""
+    base = {bi.Bijection, bi.PerFeature, bi.Affine, bi.Activation, bi.OverChannels, bi.Residual, bi.Inverted}
+    layers = {kind for kind in vars(bi).values() if isinstance(kind, type) and issubclass(kind, bi.Bijection)} - base
+    assert len(layers) == 25 and layers == {kind for kind in BLOCKS.values() if kind in layers}
+
+    chain = yaml.safe_load(
+        """
+        - [Inverted, {block: Tanh}]
+        - [Inverted, {block: PixelShuffle, r: 2}]
+        - [Inverted, {block: ConcatNoise, channels: 8, extra: 4, noise: laplace}]
+        - [Inverted, {block: Coupling, channels: 8, hidden: 4}]
+        """
+    )
+    model = SPNN(num_classes=8, img_size=2, layer_channels=chain)
+    again = SPNN(**json.loads(json.dumps(model.config)))
+    again.load_state_dict(model.state_dict())
+    x = randn(2, 3, 2, 2).tanh().float()
+    y, z = model(x, return_latents=True)
+    assert [None if part is None else part.shape[1] for part in z] == [None, None, 4, None]
+    torch.testing.assert_close(again.pinv(y, latents=z), x)
+    torch.testing.assert_close(model(again.pinv(y)), y)
+
+
 REFUSED = {
+    "an inverse of no block": (lambda: bi.inverted("Cube"), "Inverted: block must be one of .*'Tanh'.*, got 'Cube'"),
+    "an inverse of a surjection": (lambda: bi.inverted("ConvPINNBlock", in_ch=3, out_ch=2), "got 'ConvPINNBlock'"),
+    "an inverse that loses": (lambda: bi.inverted("ResidualFC", in_ch=3, out_ch=2), "discards a latent"),
     "channels": (lambda: PINN([bi.Bias(3), bi.Conv1x1(4)], (3, 2, 2)), r"block 1: Conv1x1\(4\): channels is 4, but 3"),
     "features": (lambda: PINN([bi.Bias((3, 2))], (3, 4)), r"block 0: Bias\(3x2\).*\(3, 4\) arrives"),
     "a view": (lambda: PINN([bi.View((4,), (2, 2))], (5,)), r"View.*expected \(4,\), got \(5,\)"),
