@@ -165,7 +165,7 @@ def planes(args: argparse.Namespace) -> None:
         for ax in axes[1::2, column]:
             ax.imshow(p, extent=[-reach, reach] * 2, origin="lower", cmap="magma", vmax=p.flatten().quantile(0.995))
         levels = torch.distributions.Normal(0.0, 1.0).icdf(torch.arange(1, 16) / 16)
-        axes[3, column].contour(axis, axis, g, levels, colors="white", linewidths=0.4, alpha=0.7)
+        axes[3, column].contour(axis, axis, g, levels, colors="white", linestyles="solid", linewidths=0.4)
         axes[3, column].plot(*line.T, color="cyan", linewidth=1)
         axes[0, column].set_title(f"{name}\n{found:.2f} bits per dimension\n(least possible: {least:.2f})", fontsize=9)
         for ax in axes[:, column]:
@@ -195,9 +195,10 @@ def digits(args: argparse.Namespace) -> None:
     found, alone = digits_bits(density, test, draws=10), pixel_bits(train, test)
     print(f"| digits | {found:.3f} | - | - | {seconds:.0f} |")
     print(f"(digits, every pixel by its own histogram: {alone:.3f})")
+    samples = (density.sample(40) * LEVELS).floor()  # whole grey levels again
     figure, axes = plt.subplots(8, 10, figsize=(6, 5.2))
-    for ax, image in zip(axes.flat, torch.cat([test[:40] / (LEVELS - 1), density.sample(40)]), strict=True):
-        ax.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
+    for ax, image in zip(axes.flat, torch.cat([test[:40], samples]), strict=True):
+        ax.imshow(image[0], cmap="gray_r", vmin=0, vmax=LEVELS - 1)
         ax.axis("off")
     figure.suptitle(f"held-out digits above, samples below ({found:.2f} bits per dimension)", fontsize=10)
     figure.tight_layout()

@@ -24,7 +24,7 @@ def test_a_snippet_runs(snippet, capsys):
 def test_every_flag_named_exists():
     helps = ""
     commands = ["DDNM/main.py", "train_celeba.py", "DDNM/train_prior.py", "diagnostics.py", "procedural_faces.py"]
-    for command in [*commands, "invert.py train", "invert.py eval"]:
+    for command in [*commands, "invert.py train", "invert.py eval", "experiments/digits.py"]:
         shown = subprocess.run([sys.executable, *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
         assert shown.returncode == 0, shown.stderr
         helps += shown.stdout
