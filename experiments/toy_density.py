@@ -165,7 +165,7 @@ def planes(args: argparse.Namespace) -> None:
         for ax in axes[1::2, column]:
             ax.imshow(p, extent=[-reach, reach] * 2, origin="lower", cmap="magma", vmax=p.flatten().quantile(0.995))
         levels = torch.distributions.Normal(0.0, 1.0).icdf(torch.arange(1, 16) / 16)
-        axes[3, column].contour(axis, axis, g, levels, colors="white", linestyles="solid", linewidths=0.4)
+        axes[3, column].contour(axis, axis, g, levels, colors="white", linewidths=0.4, alpha=0.7)
         axes[3, column].plot(*line.T, color="cyan", linewidth=1)
         axes[0, column].set_title(f"{name}\n{found:.2f} bits per dimension\n(least possible: {least:.2f})", fontsize=9)
         for ax in axes[:, column]:
