@@ -62,7 +62,7 @@ class Bijection(Surjection):
 
 
 class Inverted(Bijection):
-    """``block`` from its outputs to its inputs; see `Bijection.inverted`."""
+    """``block`` from its outputs to its inputs; see `Bijection.inverted`, and `inverted` for it by name."""
 
     def __init__(self, block: Bijection):
         super().__init__()
@@ -791,6 +791,115 @@ class Coupling(OverChannels):
         return self._whole(stays, (moved - shift) * torch.exp(-log_scale), mask)
 
 
+def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: bool = False) -> tuple[Tensor, Tensor]:
+    """A monotone spline of each entry of x on [-bound, bound], the identity outside, and its log-derivative.
+
+    Between two knots it is a quotient of quadratics, in which the spline's slope and its inverse are closed forms
+    (Gregory and Delbourgo 1982; Durkan et al., arXiv 1906.04032, eq. 4 to 8 of section 3.1 and appendix A.1).
+
+    Args:
+        parameters: (*x.shape, 3 bins - 1): widths and heights of the bins before a softmax, and the slopes of the inner
+            knots before a softplus. Zeros are the identity.
+        backwards: give the inverse at x, and its log-derivative.
+    """
+    bins = (parameters.shape[-1] + 1) // 3
+    least = 1e-3  # of a bin's share and of a slope, which keeps both directions well conditioned
+
+    def knots(free: Tensor) -> Tensor:
+        shares = least + (1 - least * bins) * free.softmax(-1)
+        return bound * (2 * F.pad(shares.cumsum(-1)[..., :-1], (1, 0)) - 1)  # without the last, which is bound
+
+    widths, heights, slopes = parameters.split([bins, bins, bins - 1], dim=-1)
+    starts, levels = knots(widths), knots(heights)
+    slopes = least + F.softplus(slopes + math.log(math.expm1(1 - least)))
+    slopes = F.pad(slopes, (1, 1), value=1.0)
+
+    inside = x.clamp(-bound, bound)[..., None]
+    index = torch.searchsorted((levels if backwards else starts)[..., 1:].contiguous(), inside.detach().contiguous())
+    ends = torch.full_like(starts[..., :1], bound)
+
+    def at(values: Tensor, offset: int = 0) -> Tensor:
+        return values.gather(-1, index + offset).squeeze(-1)
+
+    left, low = at(starts), at(levels)
+    width, height = at(torch.cat([starts, ends], -1), 1) - left, at(torch.cat([levels, ends], -1), 1) - low
+    first, last, mean = at(slopes), at(slopes, 1), height / width
+    bend = first + last - 2 * mean
+    inside = inside.squeeze(-1)
+    if backwards:
+        up = inside - low
+        b = height * first - up * bend
+        c = -mean * up
+        root = (b**2 - 4 * (height * (mean - first) + up * bend) * c).clamp_min(0).sqrt()
+        part = 2 * c / (-b - root)  # of the bin's width; this form of the root has no cancellation
+        y = left + part * width
+    else:
+        part = (inside - left) / width
+        y = low + height * (mean * part**2 + first * part * (1 - part)) / (mean + bend * part * (1 - part))
+    rest = part * (1 - part)
+    slope = mean**2 * (last * part**2 + 2 * mean * rest + first * (1 - part) ** 2) / (mean + bend * rest) ** 2
+    log_slope = -slope.log() if backwards else slope.log()
+    outside = x.abs() >= bound
+    return torch.where(outside, x, y), torch.where(outside, 0.0, log_slope)
+
+
+class SplineCoupling(OverChannels):
+    """`Coupling` whose moving part goes through a monotone spline, which bends and splits as no affine map can.
+
+    ``y = spline(x; net(v))``, entry by entry, v the channels that stay; see `rational_quadratic` for the spline.
+
+    Args:
+        channels, kept, flip, hidden, dims: as for `Coupling`.
+        bins: of the spline.
+        bound: the spline is the identity beyond it, so data should be within, after an `ActNorm` for instance.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kept: int | None = None,
+        flip: bool = False,
+        hidden: int = 64,
+        dims: int = 2,
+        bins: int = 8,
+        bound: float = 4.0,
+    ):
+        super().__init__(channels)
+        self.kept = channels // 2 if kept is None else kept
+        if not 0 < self.kept < channels:
+            raise ValueError(f"{self.name}: kept must be above 0 and below {channels}, got {self.kept}")
+        if dims not in range(4) or hidden < 1 or not 0 < bound < math.inf:
+            raise ValueError(
+                f"{self.name}: dims must be 0 to 3, hidden and bound positive, got {dims}, {hidden} and {bound}"
+            )
+        if not 2 <= bins <= 256:
+            raise ValueError(f"{self.name}: bins must be 2 to 256, got {bins}")
+        self.flip, self.dims, self.bins, self.bound = flip, dims, bins, bound
+        self.net = coupling_net(self.kept, (channels - self.kept) * (3 * bins - 1), hidden, dims)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        super().output_shape(shape)
+        if len(shape) != self.dims + 1:
+            raise ValueError(f"{self.name}: dims is {self.dims}, but {tuple(shape)} arrives")
+        return tuple(shape)
+
+    def _moved(self, x: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
+        """The output for x, or the input for an output x, and the log-derivative of every entry that moved."""
+        self.output_shape(x.shape[1:])
+        cut = self.channels - self.kept if self.flip else self.kept
+        moves, stays = (x[:, :cut], x[:, cut:]) if self.flip else (x[:, cut:], x[:, :cut])
+        parameters = self.net(stays).unflatten(1, (moves.shape[1], -1)).movedim(2, -1)  # (B, moving, *, 3 bins - 1)
+        moved, log_slope = rational_quadratic(moves, parameters, self.bound, backwards)
+        return torch.cat([moved, stays] if self.flip else [stays, moved], dim=1), log_slope
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        y, log_slope = self._moved(x, backwards=False)
+        return y, None, per_image(log_slope)
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        return self._moved(y, backwards=True)[0]
+
+
 # --- Residual blocks -------------------------------------------------------------------------------------------------
 
 
@@ -1146,7 +1255,7 @@ class ConcatNoise(Concat):
 
 
 class Extract(Surjection):
-    """A `Concat` backwards, (B, C + extra, *) -> (B, C, *), the last channels its latent."""
+    """A `Concat` backwards, (B, C + extra, *) -> (B, C, *), the last channels its latent; by name see `inverted`."""
 
     def __init__(self, concat: Concat):
         super().__init__()
@@ -1289,11 +1398,29 @@ def as_transform(block: Surjection | PINN, in_shape: Sequence[int]) -> BlockTran
     return BlockTransform(block, in_shape)
 
 
+def inverted(block: str, **arguments) -> Surjection:
+    """A block by its name, its directions swapped: ``("Inverted", {"block": "Sigmoid"})`` in ``layer_channels``.
+
+    Args:
+        block: "ConcatNoise", say, whose inverse extracts.
+        arguments: those of the block.
+
+    Raises:
+        ValueError: no such block, or none that has an inverse.
+    """
+    kind = BLOCKS.get(block) if isinstance(block, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, Bijection)):
+        known = sorted(name for name, kind in BLOCKS.items() if isinstance(kind, type) and issubclass(kind, Bijection))
+        raise ValueError(f"Inverted: block must be one of {known}, got {block!r}")
+    return kind(**arguments).inverted()
+
+
+BLOCKS["Inverted"] = inverted
 BLOCKS.update(
     (kind.__name__, kind)
     for kind in (
         *(Sigmoid, Tanh, LeakyReLU, PReLU, ELU, SELU, BairdActivation, Bias, Diagonal, Orthogonal, SVDLinear),
-        *(Shuffle, PixelShuffle, PixelUnshuffle, View, Coupling, ActNorm, BatchNorm, Conv1x1),
+        *(Shuffle, PixelShuffle, PixelUnshuffle, View, Coupling, SplineCoupling, ActNorm, BatchNorm, Conv1x1),
         *(ResidualFC, ResidualConv1d, ResidualConv2d, Concat, ConcatNoise, Whitening),
     )
 )

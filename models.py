@@ -12,7 +12,7 @@ Letters: B batch, C channels, H and W size, d classes; x an image, y logits, z a
 import importlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -596,7 +596,10 @@ class BackProjection:
 
 # --- Architectures ---------------------------------------------------------------------------------------------------
 
-BLOCKS: dict[str, type[Surjection]] = {"PixelUnshuffleBlock": PixelUnshuffleBlock, "ConvPINNBlock": ConvPINNBlock}
+BLOCKS: dict[str, Callable[..., Surjection]] = {
+    "PixelUnshuffleBlock": PixelUnshuffleBlock,
+    "ConvPINNBlock": ConvPINNBlock,
+}
 
 _SHUFFLED_32 = "PS(4) 1>32 32>128 128>256/2 256>512 512>512/2 512>out"
 _SHUFFLED_2048 = "PS(8) 16>128 128>256 256>512/2 512>512 512>1024/2 1024>out/2"

