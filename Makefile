@@ -56,6 +56,6 @@ judge: data/faces_10k/CelebAMask-HQ-attribute-anno.txt
 
 prior: faces
 	$(RUN) DDNM/train_prior.py --images $(FACES)/CelebA-HQ-img --out check_points/prior_64 --img_size 64 --overwrite \
-		--steps 9400 --batch_size 16 --lr 7e-4 --save_every 400 --save_dtype float16 --seed 0
+		--steps 15000 --batch_size 16 --lr 7e-4 --save_every 400 --save_dtype float16 --seed 0
 	mkdir -p $(LOGS)/prior
 	cp check_points/prior_64/*config.json check_points/prior_64/diffusion_pytorch_model.safetensors $(LOGS)/prior/

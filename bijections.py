@@ -888,7 +888,8 @@ class SplineCoupling(OverChannels):
         self.output_shape(x.shape[1:])
         cut = self.channels - self.kept if self.flip else self.kept
         moves, stays = (x[:, :cut], x[:, cut:]) if self.flip else (x[:, cut:], x[:, :cut])
-        parameters = self.net(stays).unflatten(1, (moves.shape[1], -1)).movedim(2, -1)  # (B, moving, *, 3 bins - 1)
+        parameters = self.net(stays).to(x.dtype).unflatten(1, (moves.shape[1], -1))
+        parameters = parameters.movedim(2, -1)  # (B, moving, *, 3 bins - 1)
         moved, log_slope = rational_quadratic(moves, parameters, self.bound, backwards)
         return torch.cat([moved, stays] if self.flip else [stays, moved], dim=1), log_slope
 

@@ -150,7 +150,7 @@ def _read_rgb(path: Path) -> Image.Image:
 
 def _to_float(images: Tensor) -> Tensor:
     """uint8 in [0, 255] to float32 in [-1, 1]: the one place where this is decided."""
-    return images.float().div_(127.5).sub_(1)
+    return (images / 127.5).sub_(1)
 
 
 def _to_chw(image: Image.Image) -> np.ndarray:
@@ -570,7 +570,7 @@ class EpochBatches(Sampler[list[tuple[int, bool]]]):
             yield keys[i * self.batch_size : (i + 1) * self.batch_size][rank::size]
 
 
-RawBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S) uint8, which of them to mirror (B,), labels (B, 40)
+RawBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S) uint8, labels (B, 40), which to mirror (B,) bool
 
 
 class _Batched(Dataset):
@@ -598,9 +598,11 @@ class FaceLoader(DataLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in super().__iter__():
+            some = batch[2].any()  # asked here: on the device it would have to be waited for
             images, labels, mirrored = (part.to(self.device, non_blocking=True) for part in batch)
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)  # a mask: nothing to wait for
-            yield _to_float(images), labels
+            if some:
+                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            yield _to_float(images), labels  # (B, 3, S, S) in [-1, 1], (B, 40) in {0, 1}
 
 
 def make_loader(

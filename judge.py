@@ -136,7 +136,7 @@ def predict(judge: nn.Module, loader: DataLoader, device: torch.device) -> tuple
     logits, labels = [], []
     for images, truth in loader:
         logits.append(judge(images.to(device)).float().cpu())
-        labels.append(truth)
+        labels.append(truth.cpu())
     return torch.cat(logits), torch.cat(labels)
 
 

@@ -28,17 +28,23 @@ Shape = tuple[int, int, int]  # (C, H, W)
 
 
 @contextmanager
+def tf32(backend, allowed: bool) -> Iterator[None]:
+    """Allow or forbid a backend of torch to round the factors of float32 products to TF32, 11 bits."""
+    newer = hasattr(backend, "fp32_precision")  # torch refuses to read the older switch once the newer one was set
+    name, value = ("fp32_precision", "tf32" if allowed else "ieee") if newer else ("allow_tf32", allowed)
+    before = getattr(backend, name)
+    setattr(backend, name, value)
+    try:
+        yield
+    finally:
+        setattr(backend, name, before)
+
+
+@contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Run matrix products in true float32: no autocast, no TF32. Rounding W to ten bits breaks ``W^T W = I``."""
-    matmul = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, exact)
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        setattr(matmul, name, before)
+    with tf32(torch.backends.cuda.matmul, False), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -250,9 +256,9 @@ class ConvMLP(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         weight = self.net[-1].weight
         # in the weights' memory format: a convolution would copy all of its weights to that of v
-        last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-        layout = torch.channels_last if last else torch.contiguous_format
-        return self.net(v.to(weight.dtype, memory_format=layout)).to(v.dtype)
+        channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return self.net(v.to(weight.dtype, memory_format=memory_format)).to(v.dtype)
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Cheaper ways to train the same network: less memory, coarser networks inside the blocks, compiled ones.
 
-The laws of `models` need float32 in mixing and coupling only, and hold for whatever the networks s, t and r compute.
-So the arithmetic of those is free to choose: `networks_in`, `compile_networks`.
+The round trip of `models` needs float32 in mixing and coupling only, and holds for whatever the networks s, t and r
+compute. So the arithmetic of those is free to choose: `networks_in`, `compile_networks`.
 """
 
 import functools
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models import SPNN, ConvMLP, ConvPINNBlock, Surjection
+from models import SPNN, ConvMLP, ConvPINNBlock, Surjection, tf32
 from utils import InputError
 
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -22,11 +22,25 @@ PRECISIONS = ("float32", "tf32", "bf16")
 # --- Precision -------------------------------------------------------------------------------------------------------
 
 
+def has_tf32(device: torch.device) -> bool:
+    """Whether the device multiplies in TF32: NVIDIA's, from Ampere on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextmanager
+def convolutions_in(precision: str) -> Iterator[None]:
+    """Let cuDNN round convolutions to TF32 inside the block where ``precision`` is "tf32", and not where it is not."""
+    with tf32(getattr(torch.backends.cudnn, "conv", torch.backends.cudnn), precision == "tf32"):
+        yield
+
+
 @contextmanager
 def networks_in(precision: str, device: torch.device) -> Iterator[None]:
     """Let s, t and r compute in ``precision`` inside the block; mixing and coupling stay float32.
 
-    For one step: weights that change inside would not be converted again. See `models.ConvMLP` for what stays exact.
+    For a forward pass, and for one step: weights that change inside would not be converted again. The backward pass
+    belongs outside, but within `convolutions_in`. See `models.ConvMLP` for what stays exact. A residual block is no
+    more exact than its network: its inverse iterates it.
 
     Args:
         precision: "float32" to all 24 bits, where cuDNN would round to 11 of itself; "tf32", that rounding; "bf16",
@@ -38,21 +52,11 @@ def networks_in(precision: str, device: torch.device) -> Iterator[None]:
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
-    if precision == "tf32" and device.type != "cuda":
-        raise InputError(f"precision tf32 needs an NVIDIA GPU, the device is {device}: choose float32 or bf16")
-    if precision == "bf16":
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
-        return
-    convolutions = getattr(torch.backends.cudnn, "conv", None)  # torch before 2.9 has one switch for all of cuDNN
-    owner, name = (torch.backends.cudnn, "allow_tf32") if convolutions is None else (convolutions, "fp32_precision")
-    wanted = {"allow_tf32": precision == "tf32", "fp32_precision": "tf32" if precision == "tf32" else "ieee"}[name]
-    before = getattr(owner, name)
-    setattr(owner, name, wanted)
-    try:
+    if precision == "tf32" and not has_tf32(device):
+        raise InputError(f"precision tf32 needs an NVIDIA GPU that has it, the device is {device}: choose another")
+    bf16 = precision == "bf16"
+    with convolutions_in(precision), torch.autocast(device.type, torch.bfloat16 if bf16 else None, enabled=bf16):
         yield
-    finally:
-        setattr(owner, name, before)
 
 
 # --- Compilation -----------------------------------------------------------------------------------------------------
@@ -74,6 +78,10 @@ def compile_networks(networks: Iterable[nn.Module], device: torch.device) -> Non
             f"torch.compile does not work here ({reason}); it needs a C++ compiler, and Triton on a GPU: "
             f"install them or leave --compile out ({platform.platform(terse=True)})"
         ) from None
+    # modules share an entry point, and torch counts their shapes against one limit, 8: the ninth would stay as it is
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, max(getattr(config, limit), 256))
     for network in networks:
         network.compile()
 

@@ -35,7 +35,7 @@ from distributed import World
 from logger import MetricsTable, get_logger, plot_curves
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated, solved_once
-from performance import networks_in
+from performance import convolutions_in, networks_in
 from resume import (
     STATE_NAME,
     Stopped,
@@ -212,10 +212,29 @@ def freeze_g(model: SPNN) -> list[nn.Parameter]:
 
 def backward(losses_of: Callable[[], dict[str, Tensor]], precision: str, device: torch.device) -> dict[str, Tensor]:
     """Losses and the gradients of their ``total``; every W is solved once for both."""
-    with solved_once():  # g and g' share W and its gradient
+    with solved_once(), convolutions_in(precision):  # g and g' share W and its gradient
         with networks_in(precision, device):
             losses = losses_of()
         losses["total"].backward()
+    return losses
+
+
+def step(
+    model: SPNN,
+    optimizer: torch.optim.Optimizer,
+    losses_of: Callable[[], dict[str, Tensor]],
+    settings: Settings,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """A step of training; returns its losses.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite, named; nothing has been applied.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    losses = backward(losses_of, settings.precision, device)
+    clip_gradients(model, settings.grad_clip, losses["total"].detach())
+    optimizer.step()
     return losses
 
 
@@ -345,7 +364,7 @@ class CelebATrainer:
             step = scheduler.last_epoch  # steps done
             if settings.reweight_every and step % settings.reweight_every == 0:
                 look = step // settings.reweight_every
-                with torch.no_grad():
+                with torch.no_grad(), networks_in("float32", self.device):
                     batch = next(iter(only(self.val, [val_batches[look % len(val_batches)]])))
                     val_x, val_labels = self._batch(batch)
                     weights.update(bce_by_attribute(model(val_x), val_labels))
@@ -491,14 +510,13 @@ class CelebATrainer:
         before = time.perf_counter()
         for batch in bar:
             x, labels = self._batch(batch)
-            stage.optimizer.zero_grad(set_to_none=True)
-            losses = backward(partial(stage.losses_of, x, labels), self.settings.precision, self.device)
             try:
-                clip_gradients(self.model, self.settings.grad_clip, losses["total"].detach())
+                losses = step(
+                    self.model, stage.optimizer, partial(stage.losses_of, x, labels), self.settings, self.device
+                )
             except FloatingPointError as error:  # weights are still good here: nothing has been applied
                 where = f"{label}, batch {progress.batches + 1} ({self._names(progress, x)})"
                 self._fail(where, x, labels, str(error))
-            stage.optimizer.step()
             if stage.scheduler is not None:
                 stage.scheduler.step()
             losses = self.world.mean({name: value.detach() for name, value in losses.items()})
@@ -564,7 +582,7 @@ def typical_logits(model: SPNN, loader: DataLoader, device: torch.device) -> lis
     A class without an image takes the other's, with its sign turned.
     """
     model.eval()
-    pairs = [(model(x.to(device)).cpu(), labels) for x, labels in loader]
+    pairs = [(model(x.to(device)).cpu(), labels.cpu()) for x, labels in loader]
     logits, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
     typical = []
     for values, present in zip(logits.T, labels.T > 0.5, strict=True):

@@ -24,7 +24,7 @@ from distributed import World
 from distributed import world as join_world
 from logger import get_logger
 from models import MIXINGS, SPNN
-from performance import PRECISIONS, checkpoint_activations, compile_networks, inner_networks, networks_in
+from performance import PRECISIONS, checkpoint_activations, compile_networks, has_tf32, inner_networks, networks_in
 from resume import (
     ANOTHER_VERSION,
     STATE_NAME,
@@ -58,7 +58,7 @@ from utils import (
 SWITCH = argparse.BooleanOptionalAction  # --no-... takes back what a preset switches on
 # what does not decide the weights: a resumed run may have it otherwise
 FREE = ("config", "dataset_path", "workers", "strict", "no_cache", "checkpoint_dir", "overwrite", "resume",
-        "save_every", "checkpoint_activations", "compile", "device", "diagnose_samples")  # fmt: skip
+        "save_every", "checkpoint_activations", "precision", "compile", "device", "diagnose_samples")  # fmt: skip
 DONE = "done"  # in the state file of a run that has come to its end
 
 
@@ -192,6 +192,14 @@ def find_state(folder: Path, resume: bool, overwrite: bool, run: dict) -> dict |
     return None
 
 
+def usual_precision(state: dict | None, device: torch.device) -> str:
+    """What --precision is where it is not given: the resumed run's, if the device has it, else TF32 or float32."""
+    earlier = None if state is None else state["settings"].get("precision")
+    if earlier in ("float32", "bf16"):
+        return earlier
+    return "tf32" if has_tf32(device) else "float32"
+
+
 def starts_with_forward(args: argparse.Namespace, state: dict | None) -> bool:
     """Whether stage 1 is the next to run."""
     return args.is_forward_train and (state is None or state["stage"] == "forward")
@@ -204,10 +212,10 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(args.checkpoint_dir)
     seed_everything(args.seed)
     with join_world(args.device) as (world, device), locked(folder) if world.leads else nullcontext():
-        if args.precision is None:
-            args.precision = "tf32" if device.type == "cuda" else "float32"
         run = {key: value for key, value in vars(args).items() if key not in FREE} | {"layer_channels": layer_channels}
         state = find_state(folder, args.resume, args.overwrite, plain(run))
+        if args.precision is None:
+            args.precision = usual_precision(state, device)
         if state is not None and state["stage"] == DONE:
             print(f"{folder}: this run is finished")
             return 0
@@ -215,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         run |= {f"images in its {split} split": len(loader.dataset) for split, loader in loaders._asdict().items()}
         if state is not None:
             check_settings(state["settings"], run, folder)
+        run["precision"] = args.precision  # for the next --resume; it may be another, as the device may
         with stop_signals() as stopped:
             try:
                 train(args, layer_channels, device, folder, model, loaders, plain(run), state, stopped, world)

@@ -38,6 +38,7 @@ from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
 from models import SPNN, BackProjection, solved_once  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
+from train import step as take_step  # noqa: E402
 from utils import LARGEST_CREW, LARGEST_SIDE, LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
 
 SEED = 0
@@ -272,8 +273,11 @@ def _training_row(
     ways = {"plain": plain_backward, "ours": our_backward}
 
     def step(kind: str) -> None:
+        if kind == "ours":
+            take_step(models[kind], optimizers[kind], lambda: our_losses(models[kind], x), Settings(), device)
+            return
         optimizers[kind].zero_grad(set_to_none=True)
-        ways[kind]()
+        plain_backward()
         nn.utils.clip_grad_norm_(weights[kind], 1.0)
         optimizers[kind].step()
 

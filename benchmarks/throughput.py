@@ -4,10 +4,10 @@
     python benchmarks/throughput.py --img_size 64 --training_batch 8 --batches 1 --steps 2 --repeats 1
 
 Training steps are those of `train.CelebATrainer` (losses, backward, clipping, Adam) on a batch that is on the device
-already. A sampling step is the prior, the clean image, the back-projection under the published rule, and the next noisy
-image; an image takes ``--steps`` of them. Weights are random: none of it depends on their values. The share of the
-matrix rate counts the multiply-adds of convolutions and matrix products (two operations each) against a product of two
-large bf16 matrices, timed in the same run.
+already. A sampling step is the prior, the clean image, the back-projection of every image without a move limit, and the
+next noisy image; an image takes ``--steps`` of them. Weights are random: none of it depends on their values. The share
+of the matrix rate counts the multiply-adds of convolutions and matrix products (two operations each) against a product
+of two large bf16 matrices, timed in the same run.
 """
 
 import argparse
@@ -21,15 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the command runs from any folder
 
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from benchmarks.growth import peak_bytes  # noqa: E402
 from benchmarks.speed import images, network, provenance, published_unet, seconds  # noqa: E402
 from DDNM.guided_diffusion.diffusion import Guidance, image_generator, sample  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior  # noqa: E402
 from performance import PRECISIONS, checkpoint_activations, compile_networks, inner_networks  # noqa: E402
-from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
+from train import Settings, adam, forward_losses, freeze_g, natural_losses, origin_latents, step  # noqa: E402
 from utils import LARGEST_CREW, LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
 
 
@@ -41,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batches", type=number(int, 1), nargs="+", default=[1, 16, 64], help="images drawn at once")
     p.add_argument("--steps", type=number(int, 1, 1000), default=100, help="of the sampler (default %(default)s)")
     p.add_argument(
-        "--timed_steps", type=number(int, 1, 1000), default=5, help="that are run of them (default %(default)s)"
+        "--timed_steps", type=number(int, 1, 1000), default=5, help="that are timed of them (default %(default)s)"
     )
     p.add_argument("--repeats", type=number(int, 1), default=5, help="timed runs of each (default %(default)s)")
     p.add_argument(
@@ -85,7 +83,7 @@ def training(args: argparse.Namespace, device: torch.device, rate: float, stage:
     model.to(memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
     x = images(args.training_batch, args.img_size, device)
     labels = (torch.rand(len(x), model.num_classes) < 0.5).float().to(device)
-    settings = Settings()
+    settings = Settings(precision=precision)
     if stage == 1:
 
         def losses_of() -> dict:
@@ -98,18 +96,12 @@ def training(args: argparse.Namespace, device: torch.device, rate: float, stage:
         checkpoint_activations(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adam(trained, 1e-6, device)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        backward(losses_of, precision, device)
-        nn.utils.clip_grad_norm_(trained, settings.grad_clip)
-        optimizer.step()
-
-    count = operations(step)  # before the compiler, whose kernels it cannot count
+    run = partial(step, model, optimizer, losses_of, settings, device)
+    count = operations(run)  # before the compiler, whose kernels it cannot count
     if args.compile:
         compile_networks(inner_networks(model), device)
     reset_peak(device)
-    median = median_seconds(step, device, args.repeats)
+    median = median_seconds(run, device, args.repeats)
     return {
         "what": f"stage {stage}, {precision}",
         "batch": len(x),
@@ -125,6 +117,11 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def peak_bytes(device: torch.device) -> int | None:
+    """Since `reset_peak`; None where nobody counts (benchmarks/growth.py does, by a process a row)."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 @torch.no_grad()
 def sampling(args: argparse.Namespace, device: torch.device, rate: float, batch: int) -> dict:
     """Seconds an image, guided and not, and what is the back-projection's."""
@@ -135,19 +132,21 @@ def sampling(args: argparse.Namespace, device: torch.device, rate: float, batch:
     generators = [image_generator(0, str(i)) for i in range(batch)]
     always = Guidance(nlbp_stop_cond=0.0, max_move=None)
 
-    def draw(**guided) -> None:
-        # of a schedule of --timed_steps steps: a step costs the same wherever in the schedule it is
-        sample(
-            prior, prior.schedule, generators, model.pinn.in_shape, device, args.timed_steps, guidance=always, **guided
-        )
+    def draw(steps: int, **guided) -> None:
+        sample(prior, prior.schedule, generators, model.pinn.in_shape, device, steps, guidance=always, **guided)
+
+    def a_step(cost: Callable[[Callable[[], object]], float], **guided) -> float:
+        """What one more step costs, whatever is paid once a run; a step costs the same wherever it is."""
+        short, long = (cost(partial(draw, n, **guided)) for n in (args.timed_steps, 2 * args.timed_steps))
+        return (long - short) / args.timed_steps
 
     guided = {"operator": model, "target": target}
-    count = operations(lambda: draw(**guided))
+    count = a_step(operations, **guided)
     if args.compile:
         compile_networks([unet, *inner_networks(model)], device)
     reset_peak(device)
-    medians = [median_seconds(lambda kind=kind: draw(**kind), device, args.repeats) for kind in ({}, guided)]
-    plain, with_nlbp = (median / args.timed_steps for median in medians)
+    timed = partial(median_seconds, device=device, repeats=args.repeats)
+    plain, with_nlbp = a_step(timed), a_step(timed, **guided)
     return {
         "what": "sampling, bf16 prior",
         "batch": batch,
@@ -155,7 +154,7 @@ def sampling(args: argparse.Namespace, device: torch.device, rate: float, batch:
         "against_unguided": with_nlbp / plain,
         "back_projection_share": 1 - plain / with_nlbp,
         "peak_bytes": peak_bytes(device),
-        "matrix_rate_share": count / args.timed_steps / with_nlbp / rate,
+        "matrix_rate_share": count / with_nlbp / rate,
     }
 
 
@@ -169,7 +168,7 @@ def table(rows: Sequence[dict]) -> str:
             speed = f"{r['seconds_per_image']:.3g} s/image"
             ratio = f"{r['against_unguided']:.2f}x, NLBP {r['back_projection_share']:.0%}"
         cells = (r["what"], r["batch"], speed, f"{r['matrix_rate_share']:.0%}", ratio,
-                 f"{r['peak_bytes'] / 2**30:.1f} GiB")  # fmt: skip
+                 "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f} GiB")  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

@@ -183,6 +183,6 @@ def test_throughput_measures_training_and_sampling(small_32, tmp_path, capsys):
     assert all(row["images_per_second"] > 0 and 0 < row["matrix_rate_share"] < 10 for row in record["rows"][:4])
     assert (one["batch"], two["batch"]) == (1, 2)
     for row in (one, two):
-        assert row["seconds_per_image"] > 0 and row["peak_bytes"] > 0
+        assert row["batch"] * row["seconds_per_image"] > 0 and row["peak_bytes"] is None
         assert row["back_projection_share"] == pytest.approx(1 - 1 / row["against_unguided"])
     assert "images/s" in capsys.readouterr().out

@@ -6,10 +6,11 @@ import pytest
 import torch
 from test_resume import assert_same, faces, outcome, spnn_arguments  # noqa: F401  (a fixture)
 
+import train
 import train_celeba
 from benchmarks.speed import randomise
 from models import SPNN, ConvPINNBlock, concatenated, solved_once
-from performance import checkpoint_activations, compile_networks, inner_networks, networks_in
+from performance import checkpoint_activations, compile_networks, convolutions_in, inner_networks, networks_in
 from train import Settings, forward_losses, natural_losses
 from utils import InputError
 from weights import read_weights
@@ -116,12 +117,39 @@ def test_training_in_bf16_takes_other_steps_than_in_float32(faces, tmp_path, mon
     assert changed and all(w.dtype == torch.float32 and w.isfinite().all() for w in found["bf16"].values())
 
 
-def test_what_float32_means_is_set_back(model):
-    convolutions = pytest.importorskip("torch.backends.cudnn").conv
-    before = convolutions.fp32_precision
+def test_what_float32_means_is_set_back():
+    cudnn = torch.backends.cudnn
+
+    def switch():
+        return cudnn.conv.fp32_precision if hasattr(cudnn, "conv") else cudnn.allow_tf32
+
+    before = switch()
     with networks_in("float32", CPU):
-        assert convolutions.fp32_precision == "ieee"
-    assert convolutions.fp32_precision == before
+        assert switch() in ("ieee", False)
+    with convolutions_in("tf32"):
+        assert switch() in ("tf32", True)
+    assert switch() == before
+
+
+def test_no_gradient_is_lost_in_bf16_where_the_weights_of_attributes_are_renewed(faces, tmp_path, monkeypatch):  # noqa: F811
+    """What autocast converts without a gradient it would hand out again where one is needed."""
+    missing, clip = [], train.clip_gradients
+
+    def looked_at(model, *rest):
+        missing.append([name for name, p in model.named_parameters() if p.requires_grad and p.grad is None])
+        return clip(model, *rest)
+
+    monkeypatch.setattr("train.plot_curves", lambda *_: None)
+    monkeypatch.setattr(train, "clip_gradients", looked_at)
+    assert train_celeba.main(spnn_arguments(faces, tmp_path / "run", precision="bf16")) == 0
+    assert len(missing) > 10 and not any(missing)
+
+
+def test_a_resumed_run_keeps_its_precision_where_the_device_has_it():
+    usual = train_celeba.usual_precision
+    assert usual(None, CPU) == usual({"settings": {}}, CPU) == "float32"
+    assert usual({"settings": {"precision": "bf16"}}, CPU) == "bf16"
+    assert usual({"settings": {"precision": "tf32"}}, CPU) == "float32"
 
 
 @pytest.mark.parametrize(("precision", "message"), [("tf32", "needs an NVIDIA GPU"), ("fp8", "choose one of float32")])

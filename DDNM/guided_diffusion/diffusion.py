@@ -18,6 +18,7 @@ from torch import Tensor
 
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
 from models import BackProjection, Completion, solved_once
+from performance import networks_in
 
 
 class Operator(Protocol):
@@ -71,6 +72,9 @@ def guide(operator: Operator, x0: Tensor, goal: Completion, strength: float, gui
     Args:
         goal: ``operator.natural(y)`` for the targets y, (B, d).
         strength: lambda.
+
+    Returns:
+        x0', (B, 3, H, W).
     """
     project = BackProjection(operator, x0, goal)
     error = (project.start.y.sigmoid() - goal.y.sigmoid()).abs().mean(dim=1)  # (B,)
@@ -173,7 +177,8 @@ def sample(
                 x0 = x0.clamp(-1, 1)
             if goal is not None and t >= guidance.last_bp_step:
                 strength = guidance.lambda1 if t < guidance.min_bp_step else guidance.lambda2
-                x0 = guide(operator, x0, goal, strength, guidance)
+                with networks_in("float32", device):  # that the logits are reached to rounding
+                    x0 = guide(operator, x0, goal, strength, guidance)
             x = renoise(x0, eps, noise(), abar, abar_next, eta)
             if on_step is not None:
                 on_step(t, x0)

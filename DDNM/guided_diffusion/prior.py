@@ -116,8 +116,8 @@ class Prior(nn.Module):
             raise ValueError(
                 f"this prior takes images of shape (B, 3, {self.image_size}, {self.image_size}), got {tuple(x.shape)}"
             )
-        if not isinstance(t, Tensor):
-            t = torch.full((), t, device=x.device)  # made there: a copy would wait for the GPU
+        # a number is filled in there: a copy would wait for the GPU
+        t = t.to(x.device) if isinstance(t, Tensor) else torch.full((), t, device=x.device)
         if t.ndim > 1 or t.ndim == 1 and len(t) not in (1, len(x)):
             raise ValueError(f"t must be a number or have shape ({len(x)},), got {tuple(t.shape)}")
         t = t.expand(len(x))  # (B,)

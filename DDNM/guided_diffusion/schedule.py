@@ -50,7 +50,7 @@ class Schedule:
             ValueError: a step outside -1 ... T - 1, or not an integer.
         """
         last = self.num_diffusion_timesteps - 1
-        if isinstance(t, int):
+        if isinstance(t, int) and not isinstance(t, bool):
             if not -1 <= t <= last:
                 raise ValueError(f"t must be in -1 ... {last}, got {t}")
             return self._abar[t + 1]
