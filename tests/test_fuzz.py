@@ -29,7 +29,7 @@ from DDNM.guided_diffusion.results import read_logits, write_logits
 from DDNM.train_prior import STATE_PARTS
 from models import SPNN
 from resume import fitting, load_state, restore_adam, save_state
-from utils import InputError
+from utils import InputError, InputErrors
 from weights import read_weights
 
 
@@ -438,7 +438,7 @@ def test_damaged_command_lines(command, examples):
 
 
 def test_this_file_notices_a_traceback_a_hang_and_a_long_message():
-    for problem in (KeyError("x"), RecursionError(), InputError("two\nlines"), InputError(""), SystemExit(1)):
+    for problem in (KeyError("x"), RecursionError(), InputErrors("two\nlines"), InputError(""), SystemExit(1)):
         with pytest.raises((type(problem), AssertionError)):
             with survives():
                 raise problem
