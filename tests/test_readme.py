@@ -22,7 +22,7 @@ def test_a_snippet_runs(snippet, capsys):
 
 def test_every_flag_named_exists(capsys):
     modules = "DDNM.main train_celeba DDNM.train_prior diagnostics procedural_faces judge".split()
-    modules += ["benchmarks.speed", "benchmarks.throughput", "benchmarks.peak_memory"]
+    modules += ["benchmarks.growth", "benchmarks.speed", "benchmarks.throughput", "benchmarks.peak_memory"]
     for module, *command in [*zip(modules), ("invert", "train"), ("invert", "eval")]:
         with pytest.raises(SystemExit) as left:
             importlib.import_module(module).main([*command, "--help"])
