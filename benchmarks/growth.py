@@ -23,10 +23,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from benchmarks.speed import images, network, provenance, randomise, seconds  # noqa: E402
+from benchmarks.speed import add_common_flags, images, network, provenance, randomise, seconds  # noqa: E402
 from models import SPNN, BackProjection  # noqa: E402
 from train import Settings, backward, forward_losses  # noqa: E402
-from utils import LARGEST_CREW, LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
+from utils import number, resolve_device, run_command, write_json  # noqa: E402
 
 TASKS = ("back_projection", "stage1")
 KINDS = {  # parts of operator names, looked for in this order
@@ -42,16 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--depths", type=number(int, 1, 43), nargs="*", default=[1, 4, 16], help="blocks added at 64x64, batch 4"
     )
-    p.add_argument(
-        "--hidden", type=number(int, 1, LARGEST_WIDTH), default=128, help="width of the networks (default %(default)s)"
-    )
-    p.add_argument("--repeats", type=number(int, 1), default=3, help="timed runs of each (default %(default)s)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    p.add_argument(
-        "--threads", type=number(int, 1, LARGEST_CREW), help="of PyTorch on the CPU (default: its own choice)"
-    )
-    p.add_argument("--json", metavar="FILE", help="also write the figures here")
-    return p
+    return add_common_flags(p, repeats=3)
 
 
 def deep_network(depth: int, hidden: int) -> SPNN:

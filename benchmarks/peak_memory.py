@@ -5,8 +5,7 @@
 
 A step (losses, backward, Adam) runs on tensors that have shapes and no values, and every storage is counted from the
 operator that makes it to the moment that nothing refers to it. What a device adds is not in it: the workspaces of
-convolutions, an allocator's gaps, the context (together 1 to 2 GB on a GPU). ``torch.cuda.max_memory_allocated`` is
-what to compare with.
+convolutions, an allocator's gaps, the context. ``torch.cuda.max_memory_allocated`` is what to compare with.
 """
 
 import argparse

@@ -55,7 +55,6 @@ GOALS = {  # ratio and agreement asked for on 2 CPU cores
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    p.add_argument("--repeats", type=number(int, 1), default=5, help="timed runs of each (default %(default)s)")
     p.add_argument("--sampling_size", type=int, choices=(32, 64, 256), default=256, help="default %(default)s")
     p.add_argument("--training_size", type=int, choices=(32, 64, 256), default=64, help="default %(default)s")
     p.add_argument("--sampling_batch", type=number(int, 1), default=1, help="images (default %(default)s)")
@@ -67,15 +66,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--workers", type=number(int, 0, LARGEST_CREW), default=2, help="loader processes (default %(default)s)"
     )
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     p.add_argument(
-        "--threads", type=number(int, 1, LARGEST_CREW), help="of PyTorch on the CPU (default: its own choice)"
+        "--prior_channels", type=number(int, 32, LARGEST_WIDTH), default=128, help="of the U-Net (default %(default)s)"
     )
+    return add_common_flags(p, repeats=5)
+
+
+def add_common_flags(p: argparse.ArgumentParser, repeats: int) -> argparse.ArgumentParser:
+    """Those of every benchmark that takes time; returns ``p``."""
+    p.add_argument("--repeats", type=number(int, 1), default=repeats, help="timed runs of each (default %(default)s)")
     p.add_argument(
         "--hidden", type=number(int, 1, LARGEST_WIDTH), default=128, help="width of the networks (default %(default)s)"
     )
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     p.add_argument(
-        "--prior_channels", type=number(int, 32, LARGEST_WIDTH), default=128, help="of the U-Net (default %(default)s)"
+        "--threads", type=number(int, 1, LARGEST_CREW), help="of PyTorch on the CPU (default: its own choice)"
     )
     p.add_argument("--json", metavar="FILE", help="also write the figures here")
     return p

