@@ -4,10 +4,8 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Networks this small are slower on several threads, very much so beside other test processes."""
-    threads = torch.get_num_threads()
+    """Networks this small are slower on several threads, very much so beside other test processes. For the session: a
+    fixture of a module would run before one of a test, and another number of threads sums in another order."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
