@@ -556,6 +556,11 @@ class EpochBatches(Sampler[list[tuple[int, bool]]]):
     def __len__(self) -> int:
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
+    @property
+    def versions(self) -> list[tuple[int, bool]]:
+        """Every key that a pass may hand out: each stands for one picture."""
+        return [(index, mirrored) for mirrored in (False, True)[: 1 + self.flip] for index in range(self.n)]
+
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         # A generator function: a pass counts from its first batch on. (A loader with persistent workers asks for its
         # first iterator twice and drops one.)

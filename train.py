@@ -18,7 +18,7 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -174,15 +174,14 @@ def forward_losses(
     return {"total": total, **losses}, y
 
 
-def natural_losses(model: SPNN, x: Tensor, origin: Tensor, settings: Settings) -> dict[str, Tensor]:
+def natural_losses(model: SPNN, x: Tensor, y: Tensor, origin: Tensor, settings: Settings) -> dict[str, Tensor]:
     """The terms of stage 2 and their weighted sum, ``total``.
 
     Args:
         x: (B, C, H, W).
-        origin: z(0), the concatenated latents of the zero image, (1, total): constant, as g is frozen.
+        y: g(x), (B, d): constant, as g is frozen.
+        origin: z(0), the concatenated latents of the zero image, (1, total): constant as well.
     """
-    with torch.no_grad():
-        y = model(x)  # (B, d)
     natural, latents = model.pinv(y, return_latents=True)  # the r-outputs on the way down are z(g'(y))
     losses = {
         "r_norm": (concatenated(latents) - origin).square().mean(),
@@ -200,6 +199,23 @@ def origin_latents(model: SPNN) -> Tensor:
     with torch.no_grad():
         zero = torch.zeros(1, *model.pinn.in_shape, device=next(model.parameters()).device)
         return concatenated(model.complete(zero).z)
+
+
+class KnownLogits:
+    """g(x) of every training image, while g stands still: a stage computes it once where every step would.
+
+    Args:
+        keys: what the images are known by.
+        values: (len(keys), d), on the device of the training.
+    """
+
+    def __init__(self, keys: Iterable[Hashable], values: Tensor):
+        self.rows = {key: row for row, key in enumerate(keys)}
+        self.values = values
+
+    def __call__(self, keys: Iterable[Hashable]) -> Tensor:
+        """Of a batch of images: (B, d)."""
+        return self.values[[self.rows[key] for key in keys]]
 
 
 def freeze_g(model: SPNN) -> list[nn.Parameter]:
@@ -276,7 +292,11 @@ STAGE_PARTS = {
 
 @dataclass
 class Stage:
-    """One of the two stages: what it minimises and with what."""
+    """One of the two stages: what it minimises and with what.
+
+    Attributes:
+        losses_of: of a batch and its labels, or, where ``g_is_frozen``, its logits.
+    """
 
     name: str
     epochs: int
@@ -285,6 +305,8 @@ class Stage:
     checkpoint: Path
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     weights: AttributeWeights | None = None
+    g_is_frozen: bool = False
+    logits: KnownLogits | None = None
     progress: Progress = field(default_factory=Progress)
 
     def _parts(self) -> dict:
@@ -390,17 +412,46 @@ class CelebATrainer:
             optimizer = adam([p for p in model.parameters() if p.requires_grad], settings.r_lr, self.device)
             self.log.info("stage 2: %d epochs of %d steps on %s", settings.r_epochs, len(self.train), self.device)
 
-            def losses_of(x: Tensor, _: Tensor) -> dict[str, Tensor]:
-                return natural_losses(model, x, self._origin, settings)
+            def losses_of(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+                return natural_losses(model, x, y, self._origin, settings)
 
             parallel = self.world.parallel(model, losses_of)
-            return self._run(Stage("r_opt", settings.r_epochs, optimizer, parallel, self.folder / R_OPT_CHECKPOINT))
+            checkpoint = self.folder / R_OPT_CHECKPOINT
+            return self._run(Stage("r_opt", settings.r_epochs, optimizer, parallel, checkpoint, g_is_frozen=True))
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
 
     def _batch(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return tuple(part.to(self.device, non_blocking=True) for part in batch)
+
+    @torch.no_grad()
+    def _g(self, x: Tensor) -> Tensor:
+        """g(x), (B, d), in the precision of training."""
+        with networks_in(self.settings.precision, self.device):
+            return self.model(x)
+
+    def _known_logits(self, epochs: int) -> KnownLogits | None:
+        """What saves ``epochs`` the passes of g; None where it would not, or where a key may stand for many images."""
+        sampler = self.train.batch_sampler
+        keys = getattr(sampler, "versions", None)
+        if keys is None or len(keys) >= epochs * len(self.train.dataset):
+            return None
+        batches = [keys[i : i + sampler.batch_size] for i in range(0, len(keys), sampler.batch_size)]
+        share = self.world.share(batches)
+        bar = tqdm(
+            only(self.train, share, self.train.num_workers), "g of the training images", len(share), unit="batch",
+            leave=False, dynamic_ncols=True, disable=not self.world.leads,
+        )  # fmt: skip
+        logits = []
+        with solved_once():
+            for batch in bar:
+                if self.world.size == 1:  # as in validation
+                    self._stop_if_asked()
+                logits.append(self._g(self._batch(batch)[0]).cpu())
+        parts = self.world.gather((share, logits))
+        order = [key for batches, _ in parts for batch in batches for key in batch]
+        return KnownLogits(order, torch.cat([y for _, logits in parts for y in logits]).to(self.device))
 
     def _run(self, stage: Stage) -> Path:
         """The loop of both stages: epochs, validation, the best model."""
@@ -410,6 +461,8 @@ class CelebATrainer:
         else:
             self._save()  # a run killed from here on is resumed, not begun again
         name, epochs = stage.name, stage.epochs
+        if stage.g_is_frozen:
+            stage.logits = self._known_logits(epochs)  # of all epochs: resumed, the same logits to the last bit
         if self.world.leads:
             table = MetricsTable(self.folder / f"metrics_{name}.csv", stage.progress.rows)
         while (epoch := stage.progress.epoch) <= epochs:
@@ -501,6 +554,8 @@ class CelebATrainer:
         self.model.train()
         progress, count = stage.progress, len(self.train)
         label = f"{stage.name} {progress.epoch}/{stage.epochs}"
+        # before the batches: to ask a sampler for an epoch's keys counts as a pass
+        keys = iter(epoch_keys(self.train, progress.epoch - 1)[progress.batches :] if stage.logits is not None else ())
         batches = from_batch(self.train, progress.epoch - 1, progress.batches) if progress.batches < count else ()
         bar = tqdm(
             batches, label, count, initial=progress.batches, unit="batch", leave=False, dynamic_ncols=True,
@@ -509,14 +564,16 @@ class CelebATrainer:
         self._stop_if_asked()
         before = time.perf_counter()
         for batch in bar:
-            x, labels = self._batch(batch)
+            x, target = self._batch(batch)
+            if stage.g_is_frozen:
+                target = stage.logits(next(keys)) if stage.logits is not None else self._g(x)
             try:
                 losses = step(
-                    self.model, stage.optimizer, partial(stage.losses_of, x, labels), self.settings, self.device
+                    self.model, stage.optimizer, partial(stage.losses_of, x, target), self.settings, self.device
                 )
             except FloatingPointError as error:  # weights are still good here: nothing has been applied
                 where = f"{label}, batch {progress.batches + 1} ({self._names(progress, x)})"
-                self._fail(where, x, labels, str(error))
+                self._fail(where, x, target, str(error))
             if stage.scheduler is not None:
                 stage.scheduler.step()
             losses = self.world.mean({name: value.detach() for name, value in losses.items()})
@@ -553,7 +610,7 @@ class CelebATrainer:
                 all_logits.append(y.cpu())
                 all_labels.append(labels.cpu())
             else:
-                losses = natural_losses(model, x, self._origin, self.settings)
+                losses = natural_losses(model, x, model(x), self._origin, self.settings)
             if self._stage is not None and not torch.isfinite(losses["total"]):
                 where = f"{stage} {self._stage.progress.epoch}/{self._stage.epochs}, validation"
                 self._fail(f"{where}, images {count} to {count + len(x) - 1}", x, labels)

@@ -24,7 +24,15 @@ from distributed import World
 from distributed import world as join_world
 from logger import get_logger
 from models import MIXINGS, SPNN
-from performance import PRECISIONS, checkpoint_activations, compile_networks, has_tf32, inner_networks, networks_in
+from performance import (
+    PRECISIONS,
+    checkpoint_activations,
+    compile_networks,
+    has_tf32,
+    inner_networks,
+    networks_in,
+    to_device,
+)
 from resume import (
     ANOTHER_VERSION,
     STATE_NAME,
@@ -309,8 +317,7 @@ def train(
     )
 
     def trainer(model: SPNN, **notes) -> CelebATrainer:
-        # convolutions of a GPU are made for channels_last; on a CPU the one is as fast as the other
-        model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+        to_device(model, device)
         if args.checkpoint_activations:
             checkpoint_activations(model)
         if args.compile:

@@ -80,7 +80,9 @@ def two_steps(stage: int, model: SPNN, batch: int, precision: str) -> None:
         if stage == 1:
             backward(lambda x=x, labels=labels: forward_losses(model, x, labels, settings)[0], precision, CPU)
         else:
-            backward(lambda x=x: natural_losses(model, x, origin, settings), precision, CPU)
+            with torch.no_grad():
+                y = model(x)
+            backward(lambda x=x, y=y: natural_losses(model, x, y, origin, settings), precision, CPU)
         nn.utils.clip_grad_norm_(trained, settings.grad_clip)
         optimizer.step()
 

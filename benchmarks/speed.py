@@ -37,6 +37,7 @@ from DDNM.guided_diffusion.diffusion import Guidance, guide, predict_x0, renoise
 from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
 from models import SPNN, BackProjection, solved_once  # noqa: E402
+from performance import to_device  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from train import step as take_step  # noqa: E402
 from utils import LARGEST_CREW, LARGEST_SIDE, LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
@@ -231,12 +232,13 @@ def stage1(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
 
 
 def stage2(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
-    """Losses, backward, clipping and Adam on the r-networks; the origin's latents are known from a run's start."""
-    origins: dict[int, Tensor] = {}
+    """Losses, backward, clipping and Adam on the r-networks; what g gives is known from a run's start."""
+    known: dict[SPNN, tuple[Tensor, Tensor]] = {}
 
+    @torch.no_grad()
     def only_r(model: SPNN) -> list[nn.Parameter]:
         freeze_g(model)
-        origins[id(model)] = origin_latents(model)
+        known[model] = model(images(args.training_batch, args.training_size, device)), origin_latents(model)
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     yield _training_row(
@@ -244,7 +246,7 @@ def stage2(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
         args,
         device,
         lambda model, x: plain.stage2_loss(model, x, Settings()),
-        lambda model, x: natural_losses(model, x, origins[id(model)], Settings()),
+        lambda model, x: natural_losses(model, x, *known[model], Settings()),
         only_r,
     )
 
@@ -260,7 +262,7 @@ def _training_row(
     """Both ways of a training step, each on its own copy of the network; compared at the first one."""
     x = images(args.training_batch, args.training_size, device)
     start = network(args.training_size, args.hidden, device).train()
-    models = {"plain": start, "ours": copy.deepcopy(start)}
+    models = {"plain": start, "ours": to_device(copy.deepcopy(start), device)}
     weights = {kind: trained(model) for kind, model in models.items()}
     optimizers = {
         "plain": torch.optim.Adam(weights["plain"], lr=1e-6),

@@ -1,16 +1,25 @@
-"""Recomputed activations, networks in other precisions, compiled ones: the same weights, cheaper."""
+"""What makes training cheaper leaves it the same: recomputed activations, known logits, other forms of networks."""
 
 import copy
 
 import pytest
 import torch
 from test_resume import assert_same, faces, outcome, spnn_arguments  # noqa: F401  (a fixture)
+from torch import nn
 
 import train
 import train_celeba
 from benchmarks.speed import randomise
 from models import SPNN, ConvPINNBlock, concatenated, solved_once
-from performance import checkpoint_activations, compile_networks, convolutions_in, inner_networks, networks_in
+from performance import (
+    Im2colConv2d,
+    checkpoint_activations,
+    compile_networks,
+    convolutions_in,
+    inner_networks,
+    networks_in,
+    to_device,
+)
 from train import Settings, forward_losses, natural_losses
 from utils import InputError
 from weights import read_weights
@@ -48,7 +57,7 @@ def gradients(model: SPNN, stage: int) -> tuple[dict, int]:
                 loss = forward_losses(model, x, labels, Settings())[0]["total"]
             else:
                 origin = torch.zeros(1, concatenated(model.complete(x).z).shape[1]).double()
-                loss = natural_losses(model, x, origin, Settings())["total"]
+                loss = natural_losses(model, x, model(x).detach(), origin, Settings())["total"]
         loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sum(kept.values())
 
@@ -176,3 +185,63 @@ def test_no_compiler_is_said_in_one_line(model, monkeypatch):
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(InputError, match=r"does not work here \(no C\+\+ compiler\); .* leave --compile out"):
         compile_networks(inner_networks(model), CPU)
+
+
+# --- Convolutions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 9])  # maps of 1x1, 2x2 and, too large for the product, 3x3 and 5x5
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_strided_convolution_as_a_product_is_the_same(size, trains, monkeypatch):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 7, 3, stride=2, padding=1, dtype=torch.float64).requires_grad_(trains)
+    product = copy.deepcopy(plain)
+    product.__class__ = Im2colConv2d
+    results, gradients = [], []
+    for layer in (plain, product):
+        x = torch.rand(3, 6, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        y = layer(x.requires_grad_())
+        y.square().sum().backward()
+        results.append(y)
+        gradients.append([x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    assert results[1].is_contiguous()  # or the next convolution copies its weights to another memory format
+    torch.testing.assert_close(results[1], results[0], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-13, atol=1e-13)
+    assert len(gradients[1]) == (3 if trains else 1)
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: 1 / 0)
+    if size < 5:
+        product(x)
+    else:
+        with pytest.raises(ZeroDivisionError):
+            product(x)
+
+
+def test_a_network_that_is_moved_to_train_keeps_its_weights_names_and_results():
+    torch.manual_seed(0)
+    model = randomise(SPNN(img_size=32, hidden=8)).double()
+    moved = to_device(copy.deepcopy(model), torch.device("cpu"))
+    assert any(isinstance(module, Im2colConv2d) for module in moved.modules())
+    assert list(moved.state_dict()) == list(model.state_dict())
+    x = torch.rand(2, 3, 32, 32).double() * 2 - 1
+    y = model(x)
+    torch.testing.assert_close(moved(x), y, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(moved.pinv(y), model.pinv(y), rtol=1e-10, atol=1e-10)
+
+
+# --- Logits that stand still -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs, passes", [(2, 2 * 6), (3, 2 * 24 // 4)])  # 24 images, 6 batches of 4, and mirrored
+def test_stage_2_asks_g_for_every_picture_once(faces, tmp_path, monkeypatch, epochs, passes):  # noqa: F811
+    asked, compared, honest, g = [], [], train.natural_losses, train.CelebATrainer._g
+
+    def natural_losses(model, x, y, *rest):
+        compared.append(len(x))
+        torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+        return honest(model, x, y, *rest)
+
+    monkeypatch.setattr(train, "natural_losses", natural_losses)
+    monkeypatch.setattr(train.CelebATrainer, "_g", lambda self, x: asked.append(len(x)) or g(self, x))
+    arguments = spnn_arguments(faces, tmp_path / "run", epoch=1, r_epoch=epochs)
+    assert train_celeba.main(arguments) == 0
+    assert asked == [4] * passes and len(compared) >= 6 * epochs
