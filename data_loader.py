@@ -194,6 +194,15 @@ def save_image(image: Tensor, path: str | Path) -> None:
         picture.save(temporary, format="PNG")
 
 
+def grid(images: Tensor, columns: int = 8) -> Tensor:
+    """Images (B, 3, H, W) side by side as one: (3, rows * H, columns * W); empty places are white."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    blank = images.new_ones(rows * columns - len(images), *images.shape[1:])
+    filled = torch.cat([images, blank]).unflatten(0, (rows, columns))  # (rows, columns, 3, H, W)
+    return filled.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Annotations and folders
 # ---------------------------------------------------------------------------------------------------------------------
@@ -557,7 +566,7 @@ class EpochBatches(Sampler[list[tuple[int, bool]]]):
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
     @property
-    def versions(self) -> list[tuple[int, bool]]:
+    def all_keys(self) -> list[tuple[int, bool]]:
         """Every key that a pass may hand out: each stands for one picture."""
         return [(index, mirrored) for mirrored in (False, True)[: 1 + self.flip] for index in range(self.n)]
 

@@ -1,13 +1,14 @@
 """Cheaper ways to train the same network: less memory, coarser networks inside the blocks, faster or compiled ones.
 
 The round trip of `models` needs float32 in mixing and coupling only, and holds for whatever the networks s, t and r
-compute. So the arithmetic of those is free to choose: `networks_in`, `compile_networks`.
+compute. So the arithmetic of those is free to choose: `networks_in`, `compile_networks`, `prepare_for_training`.
 """
 
 import functools
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -66,17 +67,18 @@ def networks_in(precision: str, device: torch.device) -> Iterator[None]:
 class Im2colConv2d(nn.Conv2d):
     """A convolution, written as one matrix product where its result is a map of at most 2x2.
 
-    There its weights are far larger than its maps, and oneDNN reorders all of them in every pass; a strided backward
-    pass costs several times the product besides (Chellapilla et al. 2006, "High Performance Convolutional Neural
+    There its weights are far larger than its maps, and oneDNN reorders all of them in every pass. With a stride, its
+    backward pass costs several times the product; without, no more than it, so those convolutions stay as they are (one
+    without groups or dilation, its padding zeros; Chellapilla et al. 2006, "High Performance Convolutional Neural
     Networks for Document Processing", for the product).
     """
 
-    largest = 4  # pixels
+    largest_map = 4  # pixels
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, strict=True)
         h, w = ((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in sizes)
-        if h * w > self.largest:
+        if h * w > self.largest_map:
             return super().forward(x)
         columns = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, in k k, h w)
         rows = columns.transpose(1, 2).flatten(0, 1)  # (B h w, in k k)
@@ -85,17 +87,17 @@ class Im2colConv2d(nn.Conv2d):
         return y.unflatten(2, (h, w)).contiguous()  # (B, out, h, w)
 
 
-def to_device(model: SPNN, device: torch.device) -> SPNN:
-    """Move ``model`` to train on ``device``, its convolutions in the form that is fast there; returns it.
+def prepare_for_training(model: SPNN, device: torch.device) -> SPNN:
+    """Move ``model`` to ``device`` and bring its networks' convolutions into the form that is fast there; returns it.
 
     On a GPU that is the memory format channels_last; on a CPU, where one format is as fast as the other, it is
     `Im2colConv2d`. Names of weights are the same, and results to rounding.
     """
     model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
     if device.type == "cpu":
-        for module in model.modules():
-            if type(module) is nn.Conv2d and module.stride != (1, 1):
-                module.__class__ = Im2colConv2d
+        for layer in chain.from_iterable(inner_networks(model)):
+            if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1):
+                layer.__class__ = Im2colConv2d
     return model
 
 

@@ -205,17 +205,30 @@ class KnownLogits:
     """g(x) of every training image, while g stands still: a stage computes it once where every step would.
 
     Args:
-        keys: what the images are known by.
-        values: (len(keys), d), on the device of the training.
+        keys: what the loader's batch sampler knows the images by; none where nothing is to be known.
     """
 
-    def __init__(self, keys: Iterable[Hashable], values: Tensor):
+    def __init__(self, keys: Iterable[Hashable]):
         self.rows = {key: row for row, key in enumerate(keys)}
-        self.values = values
+        self.values: Tensor | None = None  # (len(keys), d), on the device; None until they are computed
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __call__(self, keys: Iterable[Hashable]) -> Tensor:
         """Of a batch of images: (B, d)."""
-        return self.values[[self.rows[key] for key in keys]]
+        rows = torch.tensor([self.rows[key] for key in keys])
+        if self.values.is_cuda:
+            rows = rows.pin_memory()  # or the copy waits for the device
+        return self.values[rows.to(self.values.device, non_blocking=True)]
+
+    def state_dict(self) -> dict:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["values"] is not None and len(state["values"]) != len(self.rows):
+            raise ValueError(f"logits of {len(state['values'])} images, not of {len(self.rows)}")
+        self.values = state["values"]
 
 
 def freeze_g(model: SPNN) -> list[nn.Parameter]:
@@ -286,7 +299,7 @@ _PARTS = {
 }  # fmt: skip
 STAGE_PARTS = {
     "forward": {**_PARTS, "scheduler": {"last_epoch": int}, "weights": {"losses": [Tensor], "values": Tensor}},
-    "r_opt": _PARTS,
+    "r_opt": {**_PARTS, "logits": {"values": (Tensor, type(None))}},
 }
 
 
@@ -295,7 +308,7 @@ class Stage:
     """One of the two stages: what it minimises and with what.
 
     Attributes:
-        losses_of: of a batch and its labels, or, where ``g_is_frozen``, its logits.
+        losses_of: of a batch and its labels, or, where there are ``logits``, those.
     """
 
     name: str
@@ -305,13 +318,12 @@ class Stage:
     checkpoint: Path
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     weights: AttributeWeights | None = None
-    g_is_frozen: bool = False
     logits: KnownLogits | None = None
     progress: Progress = field(default_factory=Progress)
 
     def _parts(self) -> dict:
-        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "weights": self.weights}
-        return {name: part for name, part in parts.items() if part is not None}
+        names = ("optimizer", "scheduler", "weights", "logits")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     def state_dict(self) -> dict:
         progress = {f.name: getattr(self.progress, f.name) for f in fields(Progress)}
@@ -412,12 +424,18 @@ class CelebATrainer:
             optimizer = adam([p for p in model.parameters() if p.requires_grad], settings.r_lr, self.device)
             self.log.info("stage 2: %d epochs of %d steps on %s", settings.r_epochs, len(self.train), self.device)
 
-            def losses_of(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            # each picture has a key, where the sampler can tell them all; with fewer epochs g is asked less without
+            keys = getattr(self.train.batch_sampler, "all_keys", None)
+            pays = keys is not None and len(keys) < settings.r_epochs * len(self.train.dataset)
+            logits = KnownLogits(keys if pays else ())
+
+            def losses_of(x: Tensor, target: Tensor) -> dict[str, Tensor]:
+                with torch.no_grad():
+                    y = target if len(logits) > 0 else model(x)  # (B, d)
                 return natural_losses(model, x, y, self._origin, settings)
 
-            parallel = self.world.parallel(model, losses_of)
-            checkpoint = self.folder / R_OPT_CHECKPOINT
-            return self._run(Stage("r_opt", settings.r_epochs, optimizer, parallel, checkpoint, g_is_frozen=True))
+            parallel, checkpoint = self.world.parallel(model, losses_of), self.folder / R_OPT_CHECKPOINT
+            return self._run(Stage("r_opt", settings.r_epochs, optimizer, parallel, checkpoint, logits=logits))
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -426,32 +444,23 @@ class CelebATrainer:
         return tuple(part.to(self.device, non_blocking=True) for part in batch)
 
     @torch.no_grad()
-    def _g(self, x: Tensor) -> Tensor:
-        """g(x), (B, d), in the precision of training."""
-        with networks_in(self.settings.precision, self.device):
-            return self.model(x)
-
-    def _known_logits(self, epochs: int) -> KnownLogits | None:
-        """What saves ``epochs`` the passes of g; None where it would not, or where a key may stand for many images."""
-        sampler = self.train.batch_sampler
-        keys = getattr(sampler, "versions", None)
-        if keys is None or len(keys) >= epochs * len(self.train.dataset):
-            return None
-        batches = [keys[i : i + sampler.batch_size] for i in range(0, len(keys), sampler.batch_size)]
-        share = self.world.share(batches)
-        bar = tqdm(
-            only(self.train, share, self.train.num_workers), "g of the training images", len(share), unit="batch",
-            leave=False, dynamic_ncols=True, disable=not self.world.leads,
-        )  # fmt: skip
-        logits = []
-        with solved_once():
+    def _compute(self, known: KnownLogits) -> None:
+        """Ask g for the logits of every image, in the precision of training; each process has its share of them."""
+        keys, size = list(known.rows), self.train.batch_sampler.batch_size
+        batches = [keys[i : i + size] for i in range(0, len(keys), size)]
+        loader = only(self.train, self.world.share(batches), self.train.num_workers)
+        label = "g of the training images"
+        bar = tqdm(loader, label, unit="batch", leave=False, dynamic_ncols=True, disable=not self.world.leads)
+        logits: list[Tensor] = []
+        with solved_once(), networks_in(self.settings.precision, self.device):
             for batch in bar:
-                if self.world.size == 1:  # as in validation
+                if len(logits) < len(batches) // self.world.size:  # a round in which every process has a batch
                     self._stop_if_asked()
-                logits.append(self._g(self._batch(batch)[0]).cpu())
-        parts = self.world.gather((share, logits))
-        order = [key for batches, _ in parts for batch in batches for key in batch]
-        return KnownLogits(order, torch.cat([y for _, logits in parts for y in logits]).to(self.device))
+                logits.append(self.model(self._batch(batch)[0]))  # (B, d)
+        known.values = torch.empty(len(keys), self.model.num_classes, device=self.device)
+        for rank, part in enumerate(self.world.gather([y.cpu() for y in logits])):
+            for rows, y in zip(batches[rank :: self.world.size], part, strict=True):
+                known.values[[known.rows[key] for key in rows]] = y.to(self.device)
 
     def _run(self, stage: Stage) -> Path:
         """The loop of both stages: epochs, validation, the best model."""
@@ -461,8 +470,11 @@ class CelebATrainer:
         else:
             self._save()  # a run killed from here on is resumed, not begun again
         name, epochs = stage.name, stage.epochs
-        if stage.g_is_frozen:
-            stage.logits = self._known_logits(epochs)  # of all epochs: resumed, the same logits to the last bit
+        if stage.logits is not None:
+            if stage.logits.values is None:
+                self._compute(stage.logits)
+                self._save()
+            stage.logits.values = stage.logits.values.to(self.device)
         if self.world.leads:
             table = MetricsTable(self.folder / f"metrics_{name}.csv", stage.progress.rows)
         while (epoch := stage.progress.epoch) <= epochs:
@@ -555,7 +567,8 @@ class CelebATrainer:
         progress, count = stage.progress, len(self.train)
         label = f"{stage.name} {progress.epoch}/{stage.epochs}"
         # before the batches: to ask a sampler for an epoch's keys counts as a pass
-        keys = iter(epoch_keys(self.train, progress.epoch - 1)[progress.batches :] if stage.logits is not None else ())
+        known = stage.logits is not None and len(stage.logits) > 0
+        keys = iter(epoch_keys(self.train, progress.epoch - 1)[progress.batches :] if known else ())
         batches = from_batch(self.train, progress.epoch - 1, progress.batches) if progress.batches < count else ()
         bar = tqdm(
             batches, label, count, initial=progress.batches, unit="batch", leave=False, dynamic_ncols=True,
@@ -565,15 +578,16 @@ class CelebATrainer:
         before = time.perf_counter()
         for batch in bar:
             x, target = self._batch(batch)
-            if stage.g_is_frozen:
-                target = stage.logits(next(keys)) if stage.logits is not None else self._g(x)
+            labels = target
+            if known:
+                target = stage.logits(next(keys))
             try:
                 losses = step(
                     self.model, stage.optimizer, partial(stage.losses_of, x, target), self.settings, self.device
                 )
             except FloatingPointError as error:  # weights are still good here: nothing has been applied
                 where = f"{label}, batch {progress.batches + 1} ({self._names(progress, x)})"
-                self._fail(where, x, target, str(error))
+                self._fail(where, x, labels, str(error))
             if stage.scheduler is not None:
                 stage.scheduler.step()
             losses = self.world.mean({name: value.detach() for name, value in losses.items()})
@@ -610,14 +624,14 @@ class CelebATrainer:
                 all_logits.append(y.cpu())
                 all_labels.append(labels.cpu())
             else:
-                losses = natural_losses(model, x, model(x), self._origin, self.settings)
+                y = model(x)
+                losses = natural_losses(model, x, y, self._origin, self.settings)
             if self._stage is not None and not torch.isfinite(losses["total"]):
                 where = f"{stage} {self._stage.progress.epoch}/{self._stage.epochs}, validation"
                 self._fail(f"{where}, images {count} to {count + len(x) - 1}", x, labels)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(x)
             if count == 0:  # zero but for rounding: one batch tells
-                y = model(x)
                 right_inverse = right_inverse_error(model, model.pinv(y), y).item()
             count += len(x)
         parts = self.world.gather((sums, count, all_logits, all_labels, right_inverse))

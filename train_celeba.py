@@ -9,6 +9,7 @@ killed goes on where it was with the same command and --resume.
 """
 
 import argparse
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import load_spnn, save_spnn
-from data_loader import ATTRIBUTES, Loaders, download_dataset, make_loaders
+from data_loader import ATTRIBUTES, Loaders, download_dataset, grid, make_loaders, save_image
 from diagnostics import diagnose, format_table
 from distributed import World
 from distributed import world as join_world
@@ -31,7 +32,7 @@ from performance import (
     has_tf32,
     inner_networks,
     networks_in,
-    to_device,
+    prepare_for_training,
 )
 from resume import (
     ANOTHER_VERSION,
@@ -171,7 +172,15 @@ def until(stopped: Callable[[], int | None], batches: Iterable) -> Iterator:
 
 
 def report(model: SPNN, batches: Iterable, args: argparse.Namespace, device, folder: Path, stage: str) -> None:
-    """Diagnostics after a stage: on screen, in the log, and as diagnostics_<stage>.json."""
+    """Diagnostics after a stage: on screen, in the log, and as diagnostics_<stage>.json. And natural_<stage>.png, the
+    first faces of ``batches`` above what g' makes of their logits.
+    """
+    batches = iter(batches)
+    first = next(batches)
+    x = first[0][:8].to(device)
+    with torch.no_grad():
+        save_image(grid(torch.cat([x, model.pinv(model(x))]), columns=len(x)), folder / f"natural_{stage}.png")
+    batches = itertools.chain([first], batches)
     measured = diagnose(model, batches, device, args.diagnose_samples, args.seed, attributes=ATTRIBUTES)
     get_logger("train_celeba", folder).info("test split after stage %s\n%s", stage, format_table(measured))
     write_json(folder / f"diagnostics_{stage}.json", measured)
@@ -317,7 +326,7 @@ def train(
     )
 
     def trainer(model: SPNN, **notes) -> CelebATrainer:
-        to_device(model, device)
+        prepare_for_training(model, device)
         if args.checkpoint_activations:
             checkpoint_activations(model)
         if args.compile:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_loader import find_images, load_image, save_image, to_uint8
+from data_loader import find_images, grid, load_image, save_image, to_uint8
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
 from diagnostics import clip_gradients
@@ -161,15 +161,6 @@ def ddim_sample(prior: Prior, schedule: Schedule, noise: Tensor, steps: int) -> 
         eps = (x - abar**0.5 * x0) / (1 - abar) ** 0.5  # the noise that belongs to the clamped x0
         x = abar_next**0.5 * x0 + (1 - abar_next) ** 0.5 * eps
     return x
-
-
-def grid(images: Tensor, columns: int = 8) -> Tensor:
-    """Images (B, 3, H, W) side by side as one: (3, rows * H, columns * W); empty places are white."""
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    blank = images.new_ones(rows * columns - len(images), *images.shape[1:])
-    filled = torch.cat([images, blank]).unflatten(0, (rows, columns))  # (rows, columns, 3, H, W)
-    return filled.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
 class Trainer:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from models import SPNN, solved_once  # noqa: E402
-from performance import checkpoint_activations  # noqa: E402
+from performance import checkpoint_activations, networks_in  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from utils import LARGEST_WIDTH, number, run_command, write_json  # noqa: E402
 
@@ -80,7 +80,7 @@ def two_steps(stage: int, model: SPNN, batch: int, precision: str) -> None:
         if stage == 1:
             backward(lambda x=x, labels=labels: forward_losses(model, x, labels, settings)[0], precision, CPU)
         else:
-            with torch.no_grad():
+            with torch.no_grad(), networks_in(precision, CPU):
                 y = model(x)
             backward(lambda x=x, y=y: natural_losses(model, x, y, origin, settings), precision, CPU)
         nn.utils.clip_grad_norm_(trained, settings.grad_clip)

@@ -37,7 +37,7 @@ from DDNM.guided_diffusion.diffusion import Guidance, guide, predict_x0, renoise
 from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
 from models import SPNN, BackProjection, solved_once  # noqa: E402
-from performance import to_device  # noqa: E402
+from performance import prepare_for_training  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from train import step as take_step  # noqa: E402
 from utils import LARGEST_CREW, LARGEST_SIDE, LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
@@ -262,7 +262,7 @@ def _training_row(
     """Both ways of a training step, each on its own copy of the network; compared at the first one."""
     x = images(args.training_batch, args.training_size, device)
     start = network(args.training_size, args.hidden, device).train()
-    models = {"plain": start, "ours": to_device(copy.deepcopy(start), device)}
+    models = {"plain": start, "ours": prepare_for_training(copy.deepcopy(start), device)}
     weights = {kind: trained(model) for kind, model in models.items()}
     optimizers = {
         "plain": torch.optim.Adam(weights["plain"], lr=1e-6),

@@ -26,7 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from benchmarks.speed import add_common_flags, images, network, provenance, published_unet, seconds  # noqa: E402
 from DDNM.guided_diffusion.diffusion import Guidance, image_generator, sample  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior  # noqa: E402
-from performance import PRECISIONS, checkpoint_activations, compile_networks, inner_networks, to_device  # noqa: E402
+from performance import (  # noqa: E402
+    PRECISIONS,
+    checkpoint_activations,
+    compile_networks,
+    inner_networks,
+    networks_in,
+    prepare_for_training,
+)
 from train import Settings, adam, forward_losses, freeze_g, natural_losses, origin_latents, step  # noqa: E402
 from utils import LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
 
@@ -70,7 +77,7 @@ def operations(run: Callable[[], object]) -> int:
 
 def training(args: argparse.Namespace, device: torch.device, rate: float, stage: int, precision: str) -> dict:
     """Images a second in a stage."""
-    model = to_device(network(args.img_size, args.hidden, device).train(), device)
+    model = prepare_for_training(network(args.img_size, args.hidden, device).train(), device)
     x = images(args.training_batch, args.img_size, device)
     labels = (torch.rand(len(x), model.num_classes) < 0.5).float().to(device)
     settings = Settings(precision=precision)
@@ -81,7 +88,9 @@ def training(args: argparse.Namespace, device: torch.device, rate: float, stage:
 
     else:
         freeze_g(model)
-        losses_of = partial(natural_losses, model, x, model(x).detach(), origin_latents(model), settings)
+        with torch.no_grad(), networks_in(precision, device):
+            y = model(x)
+        losses_of = partial(natural_losses, model, x, y, origin_latents(model), settings)
     if args.checkpoint_activations:
         checkpoint_activations(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -86,6 +86,8 @@ def test_both_stages_leave_everything_that_is_promised(finished):
         assert {f"metrics_{stage}.csv", f"curves_{stage}.png", f"diagnostics_{stage}.json"} <= names
         with Image.open(finished / f"curves_{stage}.png") as picture:
             assert min(picture.size) > 100
+        with Image.open(finished / f"natural_{stage}.png") as picture:  # the test split's 3 images, and under them g'
+            assert picture.size == (3 * 16, 2 * 16)
         report = json.loads((finished / f"diagnostics_{stage}.json").read_text())
         assert report
     assert not [name for name in names if name.startswith(".")]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_loader import grid
 from DDNM import train_prior
 from DDNM.guided_diffusion.prior import Prior, load_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
@@ -243,6 +244,6 @@ def test_ddim_with_the_true_noise_predictor_finds_the_image():
 
 def test_a_grid_puts_images_side_by_side():
     pictures = torch.stack([torch.full((3, 2, 2), float(i)) for i in range(3)])
-    sheet = train_prior.grid(pictures, columns=2)
+    sheet = grid(pictures, columns=2)
     assert sheet.shape == (3, 4, 4)
     assert sheet[0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 1, 1], [2, 2, 1, 1]]
