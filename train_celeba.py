@@ -9,7 +9,6 @@ killed goes on where it was with the same command and --resume.
 """
 
 import argparse
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import load_spnn, save_spnn
-from data_loader import ATTRIBUTES, Loaders, download_dataset, grid, make_loaders, save_image
+from data_loader import ATTRIBUTES, FaceLoader, Loaders, download_dataset, grid, make_loaders, save_image
 from diagnostics import diagnose, format_table
 from distributed import World
 from distributed import world as join_world
@@ -171,19 +170,19 @@ def until(stopped: Callable[[], int | None], batches: Iterable) -> Iterator:
         yield batch
 
 
-def report(model: SPNN, batches: Iterable, args: argparse.Namespace, device, folder: Path, stage: str) -> None:
+def report(
+    model: SPNN, loader: FaceLoader, stopped: Callable[[], int | None], args: argparse.Namespace, device, folder: Path,
+    stage: str,
+) -> None:  # fmt: skip
     """Diagnostics after a stage: on screen, in the log, and as diagnostics_<stage>.json. And natural_<stage>.png, the
-    first faces of ``batches`` above what g' makes of their logits.
+    loader's first faces above what g' makes of their logits.
     """
-    batches = iter(batches)
-    first = next(batches)
-    x = first[0][:8].to(device)
-    with torch.no_grad():
-        save_image(grid(torch.cat([x, model.pinv(model(x))]), columns=len(x)), folder / f"natural_{stage}.png")
-    batches = itertools.chain([first], batches)
-    measured = diagnose(model, batches, device, args.diagnose_samples, args.seed, attributes=ATTRIBUTES)
+    measured = diagnose(model, until(stopped, loader), device, args.diagnose_samples, args.seed, attributes=ATTRIBUTES)
     get_logger("train_celeba", folder).info("test split after stage %s\n%s", stage, format_table(measured))
     write_json(folder / f"diagnostics_{stage}.json", measured)
+    x = next(iter(loader))[0][:8].to(device)
+    with torch.no_grad():
+        save_image(grid(torch.cat([x, model.pinv(model(x))]), columns=len(x)), folder / f"natural_{stage}.png")
 
 
 def find_state(folder: Path, resume: bool, overwrite: bool, run: dict) -> dict | None:
@@ -345,14 +344,14 @@ def train(
             notes.pop("model")
             typical = typical_logits(model, until(stopped, loaders.val), device)
             save_spnn(best, model, {**notes, "typical_logits": typical})
-            report(model, until(stopped, loaders.test), args, device, folder, "forward")
+            report(model, loaders.test, stopped, args, device, folder, "forward")
         world.wait()
     if args.is_r_opt:
         model, notes = load_spnn(folder / FORWARD_CHECKPOINT)
         best = trainer(model, typical_logits=notes.get("typical_logits")).optimise_r()
         if world.leads:
             model, _ = load_spnn(best)
-            report(model.to(device), until(stopped, loaders.test), args, device, folder, "r_opt")
+            report(model.to(device), loaders.test, stopped, args, device, folder, "r_opt")
         world.wait()
     if world.leads:
         save_state(folder / STATE_NAME, {"settings": run, "stage": DONE})  # what training held is not needed any more
