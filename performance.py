@@ -67,10 +67,11 @@ def networks_in(precision: str, device: torch.device) -> Iterator[None]:
 class Im2colConv2d(nn.Conv2d):
     """A convolution, written as one matrix product where its result is a map of at most 2x2.
 
-    There its weights are far larger than its maps, and oneDNN reorders all of them in every pass. With a stride, its
-    backward pass costs several times the product; without, no more than it, so those convolutions stay as they are (one
-    without groups or dilation, its padding zeros; Chellapilla et al. 2006, "High Performance Convolutional Neural
-    Networks for Document Processing", for the product).
+    There its weights are far larger than its maps, and oneDNN reorders all of them in every pass; where it has a
+    stride, its backward pass takes several times as long as the product's. It must have no groups and no dilation, and
+    zeros for padding.
+
+    Source: Chellapilla et al. 2006, "High Performance Convolutional Neural Networks for Document Processing".
     """
 
     largest_map = 4  # pixels
@@ -96,7 +97,7 @@ def prepare_for_training(model: SPNN, device: torch.device) -> SPNN:
     model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
     if device.type == "cpu":
         for layer in chain.from_iterable(inner_networks(model)):
-            if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1):
+            if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1):  # as `models.conv_mlp` makes them
                 layer.__class__ = Im2colConv2d
     return model
 

@@ -206,14 +206,13 @@ class KnownLogits:
 
     Args:
         keys: what the loader's batch sampler knows the images by; none where nothing is to be known.
+        num_classes: d.
     """
 
-    def __init__(self, keys: Iterable[Hashable]):
+    def __init__(self, keys: Iterable[Hashable], num_classes: int):
         self.rows = {key: row for row, key in enumerate(keys)}
+        self.shape = (len(self.rows), num_classes)
         self.values: Tensor | None = None  # (len(keys), d), on the device; None until they are computed
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __call__(self, keys: Iterable[Hashable]) -> Tensor:
         """Of a batch of images: (B, d)."""
@@ -226,9 +225,10 @@ class KnownLogits:
         return {"values": self.values}
 
     def load_state_dict(self, state: dict) -> None:
-        if state["values"] is not None and len(state["values"]) != len(self.rows):
-            raise ValueError(f"logits of {len(state['values'])} images, not of {len(self.rows)}")
-        self.values = state["values"]
+        values = state["values"]
+        if values is not None and (values.shape != self.shape or not values.is_floating_point()):
+            raise ValueError(f"numbers of type {values.dtype} and shape {tuple(values.shape)}, not {self.shape}")
+        self.values = values
 
 
 def freeze_g(model: SPNN) -> list[nn.Parameter]:
@@ -308,7 +308,7 @@ class Stage:
     """One of the two stages: what it minimises and with what.
 
     Attributes:
-        losses_of: of a batch and its labels, or, where there are ``logits``, those.
+        losses_of: of a batch and its labels, or, where ``knows_logits``, those.
     """
 
     name: str
@@ -320,6 +320,11 @@ class Stage:
     weights: AttributeWeights | None = None
     logits: KnownLogits | None = None
     progress: Progress = field(default_factory=Progress)
+
+    @property
+    def knows_logits(self) -> bool:
+        """Whether g(x) of every training image is computed once, before the first step."""
+        return self.logits is not None and len(self.logits.rows) > 0
 
     def _parts(self) -> dict:
         names = ("optimizer", "scheduler", "weights", "logits")
@@ -427,11 +432,11 @@ class CelebATrainer:
             # each picture has a key, where the sampler can tell them all; with fewer epochs g is asked less without
             keys = getattr(self.train.batch_sampler, "all_keys", None)
             pays = keys is not None and len(keys) < settings.r_epochs * len(self.train.dataset)
-            logits = KnownLogits(keys if pays else ())
+            logits = KnownLogits(keys if pays else (), model.num_classes)
 
             def losses_of(x: Tensor, target: Tensor) -> dict[str, Tensor]:
                 with torch.no_grad():
-                    y = target if len(logits) > 0 else model(x)  # (B, d)
+                    y = target if pays else model(x)  # (B, d)
                 return natural_losses(model, x, y, self._origin, settings)
 
             parallel, checkpoint = self.world.parallel(model, losses_of), self.folder / R_OPT_CHECKPOINT
@@ -470,7 +475,7 @@ class CelebATrainer:
         else:
             self._save()  # a run killed from here on is resumed, not begun again
         name, epochs = stage.name, stage.epochs
-        if stage.logits is not None:
+        if stage.knows_logits:
             if stage.logits.values is None:
                 self._compute(stage.logits)
                 self._save()
@@ -567,8 +572,7 @@ class CelebATrainer:
         progress, count = stage.progress, len(self.train)
         label = f"{stage.name} {progress.epoch}/{stage.epochs}"
         # before the batches: to ask a sampler for an epoch's keys counts as a pass
-        known = stage.logits is not None and len(stage.logits) > 0
-        keys = iter(epoch_keys(self.train, progress.epoch - 1)[progress.batches :] if known else ())
+        keys = iter(epoch_keys(self.train, progress.epoch - 1)[progress.batches :] if stage.knows_logits else ())
         batches = from_batch(self.train, progress.epoch - 1, progress.batches) if progress.batches < count else ()
         bar = tqdm(
             batches, label, count, initial=progress.batches, unit="batch", leave=False, dynamic_ncols=True,
@@ -579,7 +583,7 @@ class CelebATrainer:
         for batch in bar:
             x, target = self._batch(batch)
             labels = target
-            if known:
+            if stage.knows_logits:
                 target = stage.logits(next(keys))
             try:
                 losses = step(

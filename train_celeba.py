@@ -67,6 +67,7 @@ SWITCH = argparse.BooleanOptionalAction  # --no-... takes back what a preset swi
 # what does not decide the weights: a resumed run may have it otherwise
 FREE = ("config", "dataset_path", "workers", "strict", "no_cache", "checkpoint_dir", "overwrite", "resume",
         "save_every", "checkpoint_activations", "precision", "compile", "device", "diagnose_samples")  # fmt: skip
+DIAGNOSTICS, NATURAL = "diagnostics_{}.json", "natural_{}.png"  # by stage
 DONE = "done"  # in the state file of a run that has come to its end
 
 
@@ -179,10 +180,10 @@ def report(
     """
     measured = diagnose(model, until(stopped, loader), device, args.diagnose_samples, args.seed, attributes=ATTRIBUTES)
     get_logger("train_celeba", folder).info("test split after stage %s\n%s", stage, format_table(measured))
-    write_json(folder / f"diagnostics_{stage}.json", measured)
+    write_json(folder / DIAGNOSTICS.format(stage), measured)
     x = next(iter(loader))[0][:8].to(device)
     with torch.no_grad():
-        save_image(grid(torch.cat([x, model.pinv(model(x))]), columns=len(x)), folder / f"natural_{stage}.png")
+        save_image(grid(torch.cat([x, model.pinv(model(x))]), columns=len(x)), folder / NATURAL.format(stage))
 
 
 def find_state(folder: Path, resume: bool, overwrite: bool, run: dict) -> dict | None:
@@ -307,7 +308,8 @@ def train(
         if state is None:
             (folder / STATE_NAME).unlink(missing_ok=True)
             if forward:  # what an earlier run left must not stand beside this one's files
-                for name in (FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json"):
+                reports = [name.format(stage) for name in (DIAGNOSTICS, NATURAL) for stage in STAGE_PARTS]
+                for name in (FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json", *reports):
                     (folder / name).unlink(missing_ok=True)
         write_json(folder / "settings.json", {**vars(args), "layer_channels": layer_channels})
     else:

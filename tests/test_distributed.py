@@ -33,8 +33,8 @@ def rows(folder: Path, stage: str) -> list[dict[str, float]]:
 
 def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
     folders = {processes: tmp_path / f"of_{processes}" for processes in (1, 2)}
-    assert train_celeba.main(spnn_arguments(faces, folders[1], epoch=2)) == 0
-    start_two("train_celeba.py", *spnn_arguments(faces, folders[2], epoch=2))
+    assert train_celeba.main(spnn_arguments(faces, folders[1], epoch=2, r_epoch=3)) == 0
+    start_two("train_celeba.py", *spnn_arguments(faces, folders[2], epoch=2, r_epoch=3))
     for stage in ("forward", "r_opt"):
         one, two = (rows(folders[processes], stage) for processes in (1, 2))
         assert len(one) == len(two) == {"forward": 2, "r_opt": 3}[stage]

@@ -234,7 +234,7 @@ def test_a_network_that_is_moved_to_train_keeps_its_weights_names_and_results():
 # --- Logits that stand still -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("epochs, asked", [(2, [0]), (3, [48])])  # 24 images and their mirror images
+@pytest.mark.parametrize("epochs, asked", [(2, []), (3, [48])])  # 24 images and their mirror images
 def test_stage_2_asks_g_for_every_picture_once_where_that_pays(faces, tmp_path, monkeypatch, epochs, asked):  # noqa: F811
     computed, compared, honest, compute = [], [], train.natural_losses, train.CelebATrainer._compute
 

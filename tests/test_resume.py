@@ -40,7 +40,7 @@ CHAIN = [
     ["ConvPINNBlock", {"in_ch": 48, "out_ch": 40, "hidden": 8, "feat_size": 1}],
 ]
 SETTINGS = {
-    "layer_channels": CHAIN, "img_size": SIZE, "is_forward_train": True, "is_r_opt": True, "epoch": 2, "r_epoch": 3,
+    "layer_channels": CHAIN, "img_size": SIZE, "is_forward_train": True, "is_r_opt": True, "epoch": 2, "r_epoch": 1,
     "batch_size": 4, "workers": 0, "warmup_steps": 2, "reweight_every": 2, "lr": 1e-3, "r_lr": 1e-3, "device": "cpu",
     "diagnose_samples": 2, "save_every": 2,
 }  # fmt: skip
@@ -109,10 +109,10 @@ def undisturbed(faces, tmp_path_factory):
     """What each command gives when nothing happens to it."""
 
     @functools.cache
-    def run(kind: str) -> dict:
+    def run(kind: str, **changes) -> dict:
         folder = tmp_path_factory.mktemp("undisturbed") / "run"
         main, arguments = COMMANDS[kind]
-        assert main(arguments(faces, folder)) == 0
+        assert main(arguments(faces, folder, **changes)) == 0
         return outcome(folder)
 
     return run
@@ -198,19 +198,22 @@ def spnn(faces, folder, *flags, **changes) -> int:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    "place, calls",
+    "place, calls, r_epoch",
     [
-        ("train.forward_losses", 1),
-        ("train.forward_losses", 9),  # the second epoch's second batch, validation's calls among them
-        ("train.right_inverse_error", 2),  # the second validation
-        ("train_celeba.typical_logits", 1),
-        ("train_celeba.diagnose", 1),
-        ("train.CelebATrainer._batch", 25),  # the fifth batch whose logits are to be known in stage 2
-        ("train.natural_losses", 3),
-        ("train_celeba.diagnose", 2),
+        ("train.forward_losses", 1, 1),
+        ("train.forward_losses", 9, 1),  # the second epoch's second batch, validation's calls among them
+        ("train.right_inverse_error", 2, 1),  # the second validation
+        ("train_celeba.typical_logits", 1, 1),
+        ("train_celeba.diagnose", 1, 1),
+        ("train.natural_losses", 3, 1),
+        ("train.CelebATrainer._batch", 25, 3),  # the fifth batch whose logits are to be known in stage 2
+        ("train.natural_losses", 9, 3),  # where they are
+        ("train_celeba.diagnose", 2, 1),
     ],
 )
-def test_a_run_that_is_stopped_saves_and_goes_on(faces, undisturbed, tmp_path, monkeypatch, signum, place, calls):
+def test_a_run_that_is_stopped_saves_and_goes_on(
+    faces, undisturbed, tmp_path, monkeypatch, signum, place, calls, r_epoch
+):
     if signum == signal.SIGINT and place != "train.natural_losses":
         pytest.skip("one place is enough to tell the signals apart")
     owner, _, name = place.rpartition(".")
@@ -226,11 +229,14 @@ def test_a_run_that_is_stopped_saves_and_goes_on(faces, undisturbed, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, call)
-        assert spnn(faces, tmp_path / "run") == 128 + signum
+        assert spnn(faces, tmp_path / "run", r_epoch=r_epoch) == 128 + signum
     assert count >= calls
+    if r_epoch > 1:
+        state = load_state(tmp_path / "run" / "train_state.pth")
+        assert (state["logits"]["values"] is None) == name.startswith("_batch")
     torch.manual_seed(123)  # a resume must not lean on what the generators happen to be
-    assert spnn(faces, tmp_path / "run", "--resume") == 0
-    assert_same(outcome(tmp_path / "run"), undisturbed("spnn"))
+    assert spnn(faces, tmp_path / "run", "--resume", r_epoch=r_epoch) == 0
+    assert_same(outcome(tmp_path / "run"), undisturbed("spnn", r_epoch=r_epoch))
     diagnostics = {path.name for path in (tmp_path / "run").glob("diagnostics_*.json")}
     assert diagnostics == {"diagnostics_forward.json", "diagnostics_r_opt.json"}
 

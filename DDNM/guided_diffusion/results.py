@@ -294,7 +294,7 @@ def write_sheet(
     grid_width = round(_COLUMNS * side / _ROWS * 0.75)
     columns = [gap, gap * 2 + side, gap * 3 + side + grid_width, gap * 4 + 2 * side + grid_width]
     width = columns[3] + grid_width + gap
-    headings = ["input", f"its {len(attributes)} attributes, all that is used", "reconstruction", "its attributes"]
+    headings = ["input", f"its {len(attributes)} logits, all that is used", "reconstruction", "its attributes"]
     key = _key(attributes, width)
     pages = []
     for start in range(0, len(names), SHEET_ROWS):
