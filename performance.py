@@ -1,7 +1,7 @@
-"""Cheaper ways to train the same network: less memory, coarser networks inside the blocks, faster or compiled ones.
+"""Cheaper ways to train and use the same network: less memory, coarser, faster or compiled networks inside its blocks.
 
 The round trip of `models` needs float32 in mixing and coupling only, and holds for whatever the networks s, t and r
-compute. So the arithmetic of those is free to choose: `networks_in`, `compile_networks`, `prepare_for_training`.
+compute. So the arithmetic of those is free to choose: `networks_in`, `compile_networks`, `prepare_networks`.
 """
 
 import functools
@@ -88,17 +88,37 @@ class Im2colConv2d(nn.Conv2d):
         return y.unflatten(2, (h, w)).contiguous()  # (B, out, h, w)
 
 
-def prepare_for_training(model: SPNN, device: torch.device) -> SPNN:
+class Col2imConvTranspose2d(nn.ConvTranspose2d):
+    """A transposed convolution, written as one matrix product where its input is a map of at most 2x2.
+
+    For the reason, the source and the conditions of `Im2colConv2d`; it must have a bias and no output padding either.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2:]
+        if h * w > Im2colConv2d.largest_map:
+            return super().forward(x)
+        rows = x.flatten(2).transpose(1, 2).flatten(0, 1)  # (B h w, in)
+        columns = (rows @ self.weight.flatten(1)).unflatten(0, (len(x), h * w)).transpose(1, 2)  # (B, out k k, h w)
+        sizes = zip((h, w), self.kernel_size, self.stride, self.padding, strict=True)
+        size = tuple((n - 1) * stride - 2 * padding + kernel for n, kernel, stride, padding in sizes)
+        y = F.fold(columns, size, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, out, h', w')
+        return y + self.bias.to(y.dtype)[:, None, None]
+
+
+def prepare_networks(model: SPNN, device: torch.device) -> SPNN:
     """Move ``model`` to ``device`` and bring its networks' convolutions into the form that is fast there; returns it.
 
     On a GPU that is the memory format channels_last; on a CPU, where one format is as fast as the other, it is
-    `Im2colConv2d`. Names of weights are the same, and results to rounding.
+    `Im2colConv2d` and `Col2imConvTranspose2d`. Names of weights are the same, and results to rounding.
     """
     model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
     if device.type == "cpu":
-        for layer in chain.from_iterable(inner_networks(model)):
-            if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1):  # as `models.conv_mlp` makes them
+        for layer in chain.from_iterable(inner_networks(model)):  # as `models.conv_mlp` makes them
+            if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1):
                 layer.__class__ = Im2colConv2d
+            elif isinstance(layer, nn.ConvTranspose2d):
+                layer.__class__ = Col2imConvTranspose2d
     return model
 
 

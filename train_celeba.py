@@ -31,7 +31,7 @@ from performance import (
     has_tf32,
     inner_networks,
     networks_in,
-    prepare_for_training,
+    prepare_networks,
 )
 from resume import (
     ANOTHER_VERSION,
@@ -327,7 +327,7 @@ def train(
     )
 
     def trainer(model: SPNN, **notes) -> CelebATrainer:
-        prepare_for_training(model, device)
+        prepare_networks(model, device)
         if args.checkpoint_activations:
             checkpoint_activations(model)
         if args.compile:

@@ -43,13 +43,14 @@ from DDNM.guided_diffusion.results import (  # noqa: E402
     write_tables,
 )
 from DDNM.guided_diffusion.schedule import time_travel_steps  # noqa: E402
+from DDNM.guided_diffusion.winograd import compile_convolutions  # noqa: E402
 from distributed import World  # noqa: E402
 from distributed import world as join_world  # noqa: E402
 from judge import load_judge  # noqa: E402
 from logger import get_logger  # noqa: E402
 from metrics import agreement, prob_error, psnr  # noqa: E402
 from models import SPNN  # noqa: E402
-from performance import compile_networks, inner_networks  # noqa: E402
+from performance import compile_networks, inner_networks, prepare_networks  # noqa: E402
 from resume import is_empty, locked, plain, stop_signals  # noqa: E402
 from utils import (  # noqa: E402
     LARGEST_BATCH,
@@ -141,7 +142,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     run.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the prior's network")
     run.add_argument("--compile", action=SWITCH, default=False,
-                     help="translate the networks with torch.compile; takes minutes at first")  # fmt: skip
+                     help="translate the networks with torch.compile, which takes minutes at first; on a CPU, "
+                          "in float32, with a C++ compiler, which takes seconds")  # fmt: skip
     run.add_argument("--base_rate", action=argparse.BooleanOptionalAction, default=False,
                      help="also draw each image unguided from the same noise, and report its figures")  # fmt: skip
     run.add_argument("--lpips", action=argparse.BooleanOptionalAction, default=True, help="measure LPIPS")
@@ -338,8 +340,11 @@ def load_networks(
         judge = load_judge(from_ddnm(args.judge)).to(device).eval()
         if judge.img_size != model.img_size:
             raise InputError(f"the judge takes {judge.img_size}x{judge.img_size} images, not {model.img_size}")
-    model, prior = model.to(device).eval().requires_grad_(False), prior.to(device)
-    if args.compile:
+    model, prior = prepare_networks(model, device).eval().requires_grad_(False), prior.to(device)
+    if args.compile and device.type == "cpu" and autocast is None:
+        for network in (prior, model):
+            compile_convolutions(network)  # torch.compile makes them slower there
+    elif args.compile:
         compile_networks([prior.unet, *inner_networks(model)], device)
     return model, notes, prior, judge
 

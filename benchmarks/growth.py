@@ -25,7 +25,7 @@ from torch import nn  # noqa: E402
 
 from benchmarks.speed import add_common_flags, images, network, provenance, randomise, seconds  # noqa: E402
 from models import SPNN, BackProjection  # noqa: E402
-from performance import prepare_for_training  # noqa: E402
+from performance import prepare_networks  # noqa: E402
 from train import Settings, backward, forward_losses  # noqa: E402
 from utils import number, resolve_device, run_command, write_json  # noqa: E402
 
@@ -102,7 +102,7 @@ def measure(name: str, size: int, batch: int, depth: int | None, args: argparse.
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = network(size, args.hidden, device) if depth is None else deep_network(depth, args.hidden // 2)
-    model = prepare_for_training(model, device) if name == "stage1" else model.to(device)
+    model = prepare_networks(model, device)
     before = peak_bytes(device)
     run = task(name, model, batch, device)
     run()

@@ -36,11 +36,21 @@ from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, CelebAMaskHQ,
 from DDNM.guided_diffusion.diffusion import Guidance, guide, predict_x0, renoise  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
+from DDNM.guided_diffusion.winograd import compile_convolutions, kernels  # noqa: E402
 from models import SPNN, BackProjection, solved_once  # noqa: E402
-from performance import prepare_for_training  # noqa: E402
+from performance import prepare_networks  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from train import step as take_step  # noqa: E402
-from utils import LARGEST_CREW, LARGEST_SIDE, LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
+from utils import (  # noqa: E402
+    LARGEST_CREW,
+    LARGEST_SIDE,
+    LARGEST_WIDTH,
+    InputError,
+    number,
+    resolve_device,
+    run_command,
+    write_json,
+)
 
 SEED = 0
 STEP = (500, 490)  # t and the next one, of a sampling step
@@ -168,12 +178,13 @@ def published_unet(size: int, channels: int) -> nn.Module:
 def back_projection(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
     """As the sampler does it: the target's latents, and W of unchanged weights, are known from a run's first step."""
     model = network(args.sampling_size, args.hidden, device)
+    prepared = prepare_networks(copy.deepcopy(model), device)
     x = images(args.sampling_batch, args.sampling_size, device)
     target = torch.randn(len(x), model.num_classes).to(device)
-    goal = model.natural(target)
+    goal = prepared.natural(target)
     ways = {
         "plain": lambda: plain.back_project(model, x, target),
-        "ours": lambda: BackProjection(model, x, goal)(1.0),
+        "ours": lambda: BackProjection(prepared, x, goal)(1.0),
     }
     note = f"{args.sampling_size}x{args.sampling_size}, batch {len(x)}, float32"
     with solved_once():  # around a whole run of the sampler
@@ -184,37 +195,46 @@ def back_projection(args: argparse.Namespace, device: torch.device) -> Iterable[
 
 @torch.no_grad()
 def sampling_step(args: argparse.Namespace, device: torch.device) -> Iterable[dict]:
-    """U-Net, clean image, back-projection at full strength, next noisy image."""
+    """U-Net, clean image, back-projection at full strength, next noisy image: as DDNM/main.py does it."""
     size, batch = args.sampling_size, args.sampling_batch
     model, schedule = network(size, args.hidden, device), Schedule()
+    prepared = prepare_networks(copy.deepcopy(model), device)
     unet = published_unet(size, args.prior_channels).to(device)
-    priors = {
-        "ours": Prior(copy.deepcopy(unet), channels_last=True),
-        "ours, bf16": Prior(copy.deepcopy(unet), torch.bfloat16, channels_last=True),
+    pairs = {
+        "ours": (Prior(copy.deepcopy(unet), channels_last=True), prepared),
+        "ours, bf16": (Prior(copy.deepcopy(unet), torch.bfloat16, channels_last=True), prepared),
     }
+    if device.type == "cpu":
+        try:
+            kernels()
+            pairs["ours, compiled"] = copy.deepcopy(pairs["ours"])
+            for part in pairs["ours, compiled"]:
+                compile_convolutions(part)
+        except InputError as error:
+            print(f"no row for --compile: {error}", file=sys.stderr)
     clean, noise = images(batch, size, device), torch.randn(batch, 3, size, size).to(device)
     t, t_next = STEP
     x = schedule.add_noise(clean, noise, t)
     target = torch.randn(batch, model.num_classes).to(device)
-    goal = model.natural(target)
+    goal = prepared.natural(target)
     abar, abar_next = schedule.abar(t).to(device), schedule.abar(t_next).to(device)
     always = Guidance(nlbp_stop_cond=0.0, max_move=None)  # every image, the whole way: what the plain step does
 
-    def ours(prior: Prior) -> Tensor:
+    def ours(prior: Prior, operator: SPNN) -> Tensor:
         eps = prior(x, t)
-        x0 = guide(model, predict_x0(x, eps, abar).clamp(-1, 1), goal, 1.0, always)
+        x0 = guide(operator, predict_x0(x, eps, abar).clamp(-1, 1), goal, 1.0, always)
         return renoise(x0, eps, noise, abar, abar_next, None)
 
     ways: dict[str, Callable[[], Tensor]] = {
         "plain": lambda: plain.sampling_step(unet, model, x, target, noise, t, abar, abar_next)
     }
-    ways |= {name: lambda prior=prior: ours(prior) for name, prior in priors.items()}
+    ways |= {name: lambda pair=pair: ours(*pair) for name, pair in pairs.items()}
     with solved_once():  # around a whole run of the sampler
         results = {name: compute() for name, compute in ways.items()}
         medians = take_turns(ways, device, args.repeats)
-    for name in priors:
+    for name in pairs:
         difference, kind = _distance(results["plain"], results[name]), name.removeprefix("ours")
-        note = f"{size}x{size}, batch {batch}, prior included, {'bf16' if kind else 'float32'} prior"
+        note = f"{size}x{size}, batch {batch}, prior included, {'bf16' if 'bf16' in kind else 'float32'} prior"
         yield row("sampling_step", medians, difference, _size(results["plain"]), note, kind)
 
 
@@ -262,7 +282,7 @@ def _training_row(
     """Both ways of a training step, each on its own copy of the network; compared at the first one."""
     x = images(args.training_batch, args.training_size, device)
     start = network(args.training_size, args.hidden, device).train()
-    models = {"plain": start, "ours": prepare_for_training(copy.deepcopy(start), device)}
+    models = {"plain": start, "ours": prepare_networks(copy.deepcopy(start), device)}
     weights = {kind: trained(model) for kind, model in models.items()}
     optimizers = {
         "plain": torch.optim.Adam(weights["plain"], lr=1e-6),

@@ -32,7 +32,7 @@ from performance import (  # noqa: E402
     compile_networks,
     inner_networks,
     networks_in,
-    prepare_for_training,
+    prepare_networks,
 )
 from train import Settings, adam, forward_losses, freeze_g, natural_losses, origin_latents, step  # noqa: E402
 from utils import LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
@@ -77,7 +77,7 @@ def operations(run: Callable[[], object]) -> int:
 
 def training(args: argparse.Namespace, device: torch.device, rate: float, stage: int, precision: str) -> dict:
     """Images a second in a stage."""
-    model = prepare_for_training(network(args.img_size, args.hidden, device).train(), device)
+    model = prepare_networks(network(args.img_size, args.hidden, device).train(), device)
     x = images(args.training_batch, args.img_size, device)
     labels = (torch.rand(len(x), model.num_classes) < 0.5).float().to(device)
     settings = Settings(precision=precision)
@@ -124,7 +124,7 @@ def peak_bytes(device: torch.device) -> int | None:
 @torch.no_grad()
 def sampling(args: argparse.Namespace, device: torch.device, rate: float, batch: int) -> dict:
     """Seconds an image, guided and not, and what is the back-projection's."""
-    model = network(args.img_size, args.hidden, device)
+    model = prepare_networks(network(args.img_size, args.hidden, device), device)
     unet = published_unet(args.img_size, args.prior_channels).to(device)
     prior = Prior(unet, torch.bfloat16, channels_last=True)
     target = torch.randn(batch, model.num_classes).to(device)

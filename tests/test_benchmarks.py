@@ -1,6 +1,9 @@
 """The benchmarks: both formulations compute the same thing, and the command says what it measured."""
 
 import json
+import os
+import shlex
+import shutil
 
 import pytest
 import torch
@@ -8,6 +11,9 @@ import torch
 from benchmarks import growth, peak_memory, plain, speed, throughput
 from models import BUILT_IN, POINTWISE, SPNN, UNET, BlockNets, ConvPINNBlock, PixelUnshuffleBlock, concatenated
 from train import Settings, forward_losses, natural_losses
+from utils import InputError
+
+COMPILER = shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0])
 
 
 def tiny_spnn() -> SPNN:
@@ -80,11 +86,24 @@ def test_the_command_reports_both_times_their_ratio_and_the_difference(tmp_path,
 
 def test_every_row_computes_the_same_as_the_plain_formulation(tmp_path, small_32):
     rows = {row["row"]: row for row in tiny_run(tmp_path, *speed.ROWS)["rows"]}
-    assert set(rows) == {"back_projection", "sampling_step", "sampling_step, bf16", "stage1", "stage2", "loader"}
+    samplers = {"sampling_step", "sampling_step, bf16"} | ({"sampling_step, compiled"} if COMPILER else set())
+    assert set(rows) == {"back_projection", *samplers, "stage1", "stage2", "loader"}
     for name, row in rows.items():
         if "bf16" not in name:
             assert row["largest_difference"] <= row["within"]
     assert 0 < rows["sampling_step, bf16"]["largest_difference"] < 0.2
+
+
+def test_without_a_compiler_its_row_is_left_out(tmp_path, small_32, monkeypatch, capsys):
+    def fail():
+        raise InputError("no C++ compiler")
+
+    monkeypatch.setattr(speed, "kernels", fail)
+    assert [row["row"] for row in tiny_run(tmp_path, "sampling_step")["rows"]] == [
+        "sampling_step",
+        "sampling_step, bf16",
+    ]
+    assert "no row for --compile: no C++ compiler" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", [1, 2])

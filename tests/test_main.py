@@ -515,6 +515,17 @@ def test_settings_reach_the_sampler(run, monkeypatch):
     assert record_of(folder)["images"][0]["steps"] == 6  # 3 2 1 0 . . 1 0 -1: the jump costs two more
 
 
+@pytest.mark.parametrize("precision, chosen", [("float32", ["kernel"] * 2), ("bf16", ["torch.compile"])])
+def test_compile_takes_what_pays_on_a_cpu(run, monkeypatch, precision, chosen):
+    asked = []
+    monkeypatch.setattr(reconstruct, "compile_convolutions", lambda _: asked.append("kernel"))
+    monkeypatch.setattr(reconstruct, "compile_networks", lambda networks, device: asked.append("torch.compile"))
+    run("plain")
+    assert asked == []
+    run("out", None, "--compile", "--precision", precision)
+    assert asked == chosen
+
+
 def test_the_defaults_are_the_documented_ones():
     args = reconstruct.parser().parse_args(["--config", "x", "--path_y", "y"])
     documented = {

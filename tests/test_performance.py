@@ -12,13 +12,14 @@ import train_celeba
 from benchmarks.speed import randomise
 from models import SPNN, ConvPINNBlock, concatenated, solved_once
 from performance import (
+    Col2imConvTranspose2d,
     Im2colConv2d,
     checkpoint_activations,
     compile_networks,
     convolutions_in,
     inner_networks,
     networks_in,
-    prepare_for_training,
+    prepare_networks,
 )
 from train import Settings, forward_losses, natural_losses
 from utils import InputError
@@ -38,7 +39,7 @@ CHAIN = [
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return prepare_for_training(randomise(SPNN(num_classes=5, img_size=16, layer_channels=CHAIN)), CPU).double()
+    return prepare_networks(randomise(SPNN(num_classes=5, img_size=16, layer_channels=CHAIN)), CPU).double()
 
 
 def gradients(model: SPNN, stage: int) -> tuple[dict, int]:
@@ -219,13 +220,38 @@ def test_a_strided_convolution_as_a_product_is_the_same(size, trains, monkeypatc
             product(x)
 
 
-def test_a_network_that_is_moved_to_train_keeps_its_weights_names_and_results():
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_transposed_convolution_as_a_product_is_the_same(size, monkeypatch):
     torch.manual_seed(0)
-    model = randomise(SPNN(img_size=32, hidden=8)).double()
-    moved = prepare_for_training(copy.deepcopy(model), CPU)
-    assert any(isinstance(module, Im2colConv2d) for module in moved.modules())
+    plain = nn.ConvTranspose2d(6, 7, 4, stride=2, padding=1, dtype=torch.float64)
+    product = copy.deepcopy(plain)
+    product.__class__ = Col2imConvTranspose2d
+    results, gradients = [], []
+    for layer in (plain, product):
+        x = torch.rand(3, 6, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        y = layer(x.requires_grad_())
+        y.square().sum().backward()
+        results.append(y)
+        gradients.append([x.grad, *(p.grad for p in layer.parameters())])
+    assert results[1].is_contiguous()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-13, atol=1e-13)
+    monkeypatch.setattr(nn.ConvTranspose2d, "forward", lambda self, x: 1 / 0)
+    if size < 3:
+        product(x)
+    else:
+        with pytest.raises(ZeroDivisionError):
+            product(x)
+
+
+def test_a_network_that_is_moved_keeps_its_weights_names_and_results():
+    torch.manual_seed(0)
+    model = randomise(SPNN(num_classes=5, img_size=16, layer_channels=CHAIN)).double()
+    moved = prepare_networks(copy.deepcopy(model), CPU)
+    for form in (Im2colConv2d, Col2imConvTranspose2d):
+        assert any(isinstance(module, form) for module in moved.modules())
     assert list(moved.state_dict()) == list(model.state_dict())
-    x = torch.rand(2, 3, 32, 32).double() * 2 - 1
+    x = torch.rand(2, 3, 16, 16).double() * 2 - 1
     y = model(x)
     torch.testing.assert_close(moved(x), y, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(moved.pinv(y), model.pinv(y), rtol=1e-10, atol=1e-10)

@@ -1,0 +1,319 @@
+"""Residual blocks by the kernel of winograd.cpp: the same numbers, and plain ones wherever it does not serve."""
+
+import copy
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d import UNet2DModel
+from torch import nn
+
+from DDNM.guided_diffusion import winograd
+from DDNM.guided_diffusion.winograd import (
+    FusedResnetBlock2D,
+    WinogradConv2d,
+    compile_convolutions,
+    kernels,
+    norm_affine,
+    transform_weight,
+)
+from utils import InputError
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]) is None, reason="no C++ compiler"
+)
+ROUNDING = 3e-6  # of F(4x4, 3x3) in float32 with up to 128 channels: root mean square, relative; directly it is 7e-7
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+# --- The kernel ------------------------------------------------------------------------------------------------------
+
+SHAPES = [  # B, C, O, H, W
+    (1, 16, 32, 4, 4),
+    (1, 32, 64, 1, 1),
+    (2, 48, 32, 5, 7),
+    (3, 32, 96, 18, 30),
+    (2, 48, 144, 8, 8),
+    (1, 16, 16, 9, 6),
+    (1, 128, 128, 33, 64),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activated", [True, False])
+def test_the_kernel_is_the_convolution(shape, activated):
+    b, c, o, h, w = shape
+    torch.manual_seed(0)
+    x, skip, bias = torch.randn(b, h, w, c), torch.randn(b, h, w, o), torch.randn(b, o)
+    weight, affine = torch.randn(o, c, 3, 3), torch.randn(b, 2, c)
+    images = x.double().permute(0, 3, 1, 2)
+    if activated:
+        scale, shift = affine.double()[..., None, None].unbind(1)
+        images = F.silu(images * scale + shift)
+    expected = F.conv2d(images, weight.double(), padding=1) + bias.double()[..., None, None]
+    expected = expected.permute(0, 2, 3, 1)
+    u = transform_weight(weight)
+    got = kernels().convolve(x, affine if activated else None, u, bias, None)
+    assert relative_error(got, expected) < ROUNDING
+    got = kernels().convolve(x, affine if activated else None, u, bias, skip)
+    assert relative_error(got, expected + skip) < ROUNDING
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_the_result_does_not_depend_on_the_threads(threads):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 20, 20, 32), torch.randn(160, 32, 3, 3), torch.zeros(2, 160)
+    u = transform_weight(weight)
+    alone, before = kernels().convolve(x, None, u, bias, None), torch.get_num_threads()
+    torch.set_num_threads(threads)  # tasks of all panels, of 2 or 3, of 1 or 2
+    try:
+        assert torch.equal(kernels().convolve(x, None, u, bias, None), alone)
+    finally:
+        torch.set_num_threads(before)
+    expected = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), padding=1)
+    assert relative_error(alone.permute(0, 3, 1, 2), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("lo, hi", [(-200, -20), (-20, 20), (20, 200), (-1e30, -1e29), (1e29, 1e30)])
+def test_silu_from_end_to_end_of_the_range(lo, hi):
+    x = torch.zeros(1, 4, 400, 16)  # a value in each tile, as rounding is relative to a tile's largest
+    x[0, 1, 1::4] = torch.linspace(lo, hi, 1600).reshape(100, 16)
+    weight = torch.zeros(32, 16, 3, 3)
+    weight[range(16), range(16), 1, 1] = 1  # the identity
+    affine = torch.stack([torch.ones(1, 16), torch.zeros(1, 16)], 1)
+    got = kernels().convolve(x, affine, transform_weight(weight), torch.zeros(1, 32), None)[0, 1, 1::4, :16]
+    torch.testing.assert_close(got.double(), F.silu(x[0, 1, 1::4].double()), rtol=3e-6, atol=1e-7)
+
+
+def test_what_is_not_finite_stays_so():
+    x = torch.zeros(1, 4, 4, 16)
+    x[0, 1, 1, 3] = torch.nan
+    weight, affine = torch.ones(32, 16, 3, 3), torch.ones(1, 2, 16)
+    assert kernels().convolve(x, affine, transform_weight(weight), torch.zeros(1, 32), None)[0, 1, 1].isnan().all()
+
+
+@pytest.mark.parametrize("groups, offset", [(4, 0.0), (32, 0.0), (1, 1000.0), (8, 1000.0)])
+def test_the_affine_map_is_the_normalisation(groups, offset):
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(groups, 32, eps=1e-6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(3, 21, 13, 32) * torch.rand(32).add(0.5) + torch.randn(32) + offset
+    scale, shift = norm_affine(norm, x).double().unbind(1)  # (B, C) each
+    got = x.double() * scale[:, None, None] + shift[:, None, None]
+    expected = copy.deepcopy(norm).double()(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    assert relative_error(got, expected) < 3e-7 * (
+        1 + offset
+    )  # scale and shift are float32, the latter as large as the offset
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.zeros(1, 4, 4, 20)},
+        {"x": torch.zeros(0, 4, 4, 32)},
+        {"x": torch.zeros(1, 4, 4, 32).double()},
+        {"x": torch.zeros(1, 4, 32, 4).transpose(2, 3)},
+        {"bias": torch.zeros(2, 32)},
+        {"bias": torch.zeros(1, 0)},
+        {"u": torch.zeros(36, 1, 32, 8)},
+        {"skip": torch.zeros(1, 4, 4, 16)},
+    ],
+)
+def test_a_tensor_of_another_form_is_refused(change):
+    given = {"x": torch.zeros(1, 4, 4, 32), "affine": None, "u": transform_weight(torch.zeros(32, 32, 3, 3)),
+             "bias": torch.zeros(1, 32), "skip": None}  # fmt: skip
+    kernels().convolve(*given.values())
+    with pytest.raises(RuntimeError, match="convolve: "):
+        kernels().convolve(*(given | change).values())
+
+
+# --- Networks --------------------------------------------------------------------------------------------------------
+
+
+def unet(**changes) -> UNet2DModel:
+    torch.manual_seed(0)
+    form = {
+        "sample_size": 32, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    network = UNet2DModel(**form | changes).eval().requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            nn.init.normal_(module.weight, 1, 0.3)
+            nn.init.normal_(module.bias, 0, 0.3)
+    return network
+
+
+def kinds(network: nn.Module) -> dict[str, int]:
+    layers = [type(m).__name__ for m in network.modules() if isinstance(m, (ResnetBlock2D, WinogradConv2d))]
+    return {kind: layers.count(kind) for kind in sorted(set(layers))}
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_compiled_network_computes_the_same(channels_last, batch):
+    plain = unet().to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    compiled = copy.deepcopy(plain)
+    compile_convolutions(compiled)
+    assert kinds(compiled) == {"FusedResnetBlock2D": 8, "WinogradConv2d": 17}
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    x, t = torch.randn(batch, 3, 32, 32), torch.arange(batch) * 100
+    expected = copy.deepcopy(plain).double()(x.double(), t).sample
+    got = compiled(x, t).sample
+    assert relative_error(got, expected) < 1e-5 and not torch.equal(got, plain(x, t).sample)
+
+
+def test_the_kernel_is_what_computes(monkeypatch):
+    compiled = unet()
+    compile_convolutions(compiled)
+    monkeypatch.setattr(ResnetBlock2D, "forward", lambda *_, **__: 1 / 0)
+    compiled(torch.randn(1, 3, 32, 32), 5)
+    with pytest.raises(ZeroDivisionError):  # maps of 8x8 and 4x4: fewer tiles than pay
+        compiled(torch.randn(1, 3, 8, 8), 5)
+
+
+def test_weights_that_change_are_transformed_again():
+    plain = unet()
+    compiled = copy.deepcopy(plain)
+    compile_convolutions(compiled)
+    x = torch.randn(1, 3, 32, 32)
+    compiled(x, 5)
+    for network in (plain, compiled):
+        network.down_blocks[0].resnets[0].conv1.weight.mul_(-2)
+        network.mid_block.resnets[0].conv2.weight = nn.Parameter(torch.ones(64, 64, 3, 3), requires_grad=False)
+    assert relative_error(compiled(x, 5).sample, plain(x, 5).sample.double()) < 1e-5
+    plain, compiled = plain.half().float(), compiled.half().float()
+    assert relative_error(compiled(x, 5).sample, plain(x, 5).sample.double()) < 1e-5
+
+
+def test_a_copy_is_its_own_network_and_leaves_the_transformed_weights():
+    layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
+    compile_convolutions(nn.Sequential(layer))
+    x = torch.randn(1, 32, 16, 16)
+    y = layer(x)
+    twin = copy.deepcopy(layer)
+    assert "_transformed" in layer.__dict__ and "_transformed" not in twin.__dict__
+    assert torch.equal(twin(x), y)
+    twin.weight.zero_()
+    assert torch.equal(layer(x), y) and not torch.equal(twin(x), y)
+
+
+def test_a_convolution_of_its_own_is_computed_by_the_kernel(monkeypatch):
+    layer = nn.Conv2d(32, 48, 3, padding=1).requires_grad_(False)
+    x = torch.randn(2, 32, 16, 16)
+    expected = copy.deepcopy(layer).double()(x.double())
+    compile_convolutions(nn.Sequential(layer))
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda *_: 1 / 0)
+    assert relative_error(layer(x), expected) < ROUNDING
+
+
+def test_gradients_autocast_and_other_types_are_computed_as_before():
+    plain = unet()
+    compiled = copy.deepcopy(plain)
+    compile_convolutions(compiled)
+    gradients = []
+    for network in (plain, compiled):
+        x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        network(x, 5).sample.square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    x = x.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain(x, 5).sample, compiled(x, 5).sample)
+    assert torch.equal(plain.double()(x.double(), 5).sample, compiled.double()(x.double(), 5).sample)
+
+
+@pytest.mark.parametrize("of", ["weights", "x", "temb"])
+def test_every_gradient_that_is_asked_for_is_there(of):
+    block = ResnetBlock2D(in_channels=32, temb_channels=8, groups=8).requires_grad_(of == "weights")
+    compiled = copy.deepcopy(block)
+    compile_convolutions(compiled)
+    gradients = []
+    for b in (block, compiled):
+        torch.manual_seed(1)
+        inputs = {"x": torch.randn(1, 32, 16, 16), "temb": torch.randn(1, 8)}
+        asked = b.conv1.weight if of == "weights" else inputs[of].requires_grad_()
+        b(inputs["x"], inputs["temb"]).square().sum().backward()
+        gradients.append(asked.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)  # of up to 100; what precedes temb is the kernel's
+
+
+@pytest.mark.parametrize(
+    "form", [{"up": True}, {"down": True}, {"time_embedding_norm": "scale_shift"}, {"output_scale_factor": 2.0},
+             {"non_linearity": "relu"}, {"skip_time_act": True}, {"temb_channels": None}, {"out_channels": 64},
+             {"in_channels": 36, "out_channels": 44, "groups": 4}],
+)  # fmt: skip
+def test_a_block_of_any_form_computes_the_same(form):
+    torch.manual_seed(0)
+    block = ResnetBlock2D(**{"in_channels": 32, "temb_channels": 8, "groups": 8, **form}).eval().requires_grad_(False)
+    compiled = copy.deepcopy(block)
+    compile_convolutions(compiled)
+    assert isinstance(compiled, FusedResnetBlock2D) == (form.keys() <= {"temb_channels", "out_channels"})
+    x = torch.randn(2, form.get("in_channels", 32), 16, 16)
+    temb = None if "temb_channels" in form else torch.randn(2, 8)
+    assert relative_error(compiled(x, temb), block(x, temb).double()) < ROUNDING
+
+
+def test_a_network_in_training_drops_out():
+    block = ResnetBlock2D(in_channels=32, temb_channels=8, groups=8, dropout=0.5).requires_grad_(False)
+    plain = copy.deepcopy(block).eval()
+    compile_convolutions(block)
+    x, temb = torch.randn(1, 32, 16, 16), torch.randn(1, 8)
+    assert not torch.equal(block(x, temb), block(x, temb))
+    assert relative_error(block.eval()(x, temb), plain(x, temb).double()) < ROUNDING
+
+
+# --- Compiling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernels.cache_clear()
+    yield tmp_path / "spnn"
+    kernels.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_a_compiler_that_fails_is_one_line(nothing_compiled, monkeypatch, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(
+        InputError, match=r"^winograd.cpp cannot be compiled here \(.+\); it needs GCC: .* --compile out"
+    ):
+        kernels()
+    assert not nothing_compiled.exists()
+
+
+def test_the_compilers_own_words_are_passed_on(nothing_compiled, monkeypatch, tmp_path):
+    source = tmp_path / "winograd.cpp"
+    source.write_text("int broken(")
+    monkeypatch.setattr(winograd, "SOURCE", source)
+    with pytest.raises(InputError, match=r"winograd\.cpp:1:\d+: error"):
+        kernels()
+
+
+def test_a_library_that_is_damaged_is_one_line(nothing_compiled, monkeypatch):
+    monkeypatch.setattr(winograd, "_compile", lambda command, library: library.write_bytes(b"no library"))
+    nothing_compiled.mkdir()
+    with pytest.raises(InputError, match=r"winograd-\w+\.so cannot be loaded .* delete it, or leave --compile out"):
+        kernels()
+
+
+def test_a_second_process_finds_the_library_compiled():
+    kernels()
+    code = "from DDNM.guided_diffusion.winograd import kernels; print(kernels().lanes())"
+    root = Path(winograd.__file__).parents[2]
+    code = f"from DDNM.guided_diffusion import winograd; winograd._compile = None; {code}"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert shown.stdout.strip() == str(kernels().lanes()), shown.stderr
