@@ -285,6 +285,20 @@ def nothing_compiled(tmp_path, monkeypatch):
     kernels.cache_clear()
 
 
+def test_a_setting_that_cannot_be_read_is_one_line(nothing_compiled, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ 'and no end")
+    with pytest.raises(InputError, match="winograd.cpp: No closing quotation: .* leave --compile out"):
+        kernels()
+
+
+def test_an_image_without_a_batch_is_computed_as_before():
+    layer = nn.Conv2d(32, 48, 3, padding=1).requires_grad_(False)
+    x = torch.randn(32, 40, 40)
+    expected = layer(x)
+    compile_convolutions(nn.Sequential(layer))
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_a_compiler_that_fails_is_one_line(nothing_compiled, monkeypatch, compiler):
     monkeypatch.setenv("CXX", compiler)

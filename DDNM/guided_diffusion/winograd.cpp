@@ -43,7 +43,7 @@ INLINE Vec load(const float* p) {
 
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// x / (1 + exp(-x)), to a few units in the last place
+// x / (1 + exp(-x)), to a few units in the last place above -5 and to 1e-7 below, for |x| < 1e30
 INLINE Vec silu(Vec x) {
   Vec t = x * -1.44269504f;  // exp(-x) = 2^t = 2^n 2^f
   t = t < -126.f ? Vec{} - 126.f : t;
@@ -234,7 +234,7 @@ at::Tensor convolve(const at::Tensor& x, const std::optional<at::Tensor>& affine
 }
 
 // Sums of x - x[:, 0] and of its square over the pixels of x (B, N, C), a part of them each: (B, parts, 2, C).
-// About a pixel of its own, a channel's variance does not cancel.
+// About a pixel of its own, a channel's variance does not cancel, unless that pixel is far from all others.
 at::Tensor channel_sums(const at::Tensor& x) {
   TORCH_CHECK(x.dim() == 3 && x.is_cpu() && x.scalar_type() == at::kFloat && x.is_contiguous() &&
                   x.size(2) % LANES == 0,

@@ -48,19 +48,25 @@ def kernels() -> torch._ops._OpNamespace:
         InputError: it cannot be compiled here, not be kept or not be loaded.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    try:
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except (RuntimeError, ValueError) as error:  # no home, or a quote that does not end
+        raise InputError(f"{SOURCE.name}: {error}: set CXX and XDG_CACHE_HOME, or leave --compile out") from None
     flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *ARCH_FLAGS.get(capability, [])]
     made_of = [SOURCE.read_text(encoding="utf-8"), *compiler, *flags, torch.__version__, platform.machine()]
     digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
-    library = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spnn" / f"winograd-{digest}.so"
+    library = cache / "spnn" / f"winograd-{digest}.so"
     if not library.exists():
         log.warning("compiling %s, once; the library stays in %s", SOURCE.name, library.parent)
         _compile([*compiler, *flags], library)
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        raise InputError(f"{library} cannot be loaded ({error}): delete it, or leave --compile out") from None
+        raise InputError(
+            f"{library} cannot be loaded ({error.__cause__ or error}): delete it, or leave --compile out"
+        ) from None
     return torch.ops.spnn_winograd
 
 
@@ -127,6 +133,8 @@ def _use_kernel(layer: nn.Module, x: Tensor, temb: Tensor | None = None) -> bool
         return False
     tensors = [*inputs, *layer.parameters()]
     if any(t.dtype != torch.float32 for t in tensors) or any(t.is_inference() for t in layer.parameters()):
+        return False
+    if x.ndim != 4:
         return False
     tiles = len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
     return tiles >= FEWEST_TILES and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
@@ -206,8 +214,9 @@ def compile_convolutions(network: nn.Module) -> None:
 
     Residual blocks become one `FusedResnetBlock2D` each and other 3x3 convolutions a `WinogradConv2d`, where channels
     are multiples of 16 (of 8 without AVX-512). Their transformed weights, four times as large, lie in memory beside
-    them from their first use on. Where a gradient is asked for, on another device or in another type, they compute as
-    before. Hooks on layers inside a residual block are not called.
+    them from their first use on, and results, up to 1 GiB of those no longer used, until the process ends. Where a
+    gradient is to be propagated back, on another device or in another type, they compute as before. Hooks on layers
+    inside a residual block are not called.
 
     Raises:
         InputError: as `kernels`.
