@@ -194,13 +194,22 @@ def test_no_compiler_is_said_in_one_line(model, monkeypatch):
 # --- Convolutions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 5, 9])  # maps of 1x1, 2x2 and, too large for the product, 3x3 and 5x5
+STRIDED = (nn.Conv2d, Im2colConv2d, 3)  # the layer, its form as a product, and its kernel's size
+TRANSPOSED = (nn.ConvTranspose2d, Col2imConvTranspose2d, 4)
+
+
+@pytest.mark.parametrize(
+    "layers, size, is_product",  # of the input; a product where the smaller map is 1x1 or 2x2
+    [(STRIDED, 2, True), (STRIDED, 3, True), (STRIDED, 4, True), (STRIDED, 5, False), (STRIDED, 9, False),
+     (TRANSPOSED, 1, True), (TRANSPOSED, 2, True), (TRANSPOSED, 3, False)],
+)  # fmt: skip
 @pytest.mark.parametrize("trains", [True, False])
-def test_a_strided_convolution_as_a_product_is_the_same(size, trains, monkeypatch):
+def test_a_convolution_as_a_product_is_the_same(layers, size, is_product, trains, monkeypatch):
     torch.manual_seed(0)
-    plain = nn.Conv2d(6, 7, 3, stride=2, padding=1, dtype=torch.float64).requires_grad_(trains)
+    kind, form, kernel = layers
+    plain = kind(6, 7, kernel, stride=2, padding=1, dtype=torch.float64).requires_grad_(trains)
     product = copy.deepcopy(plain)
-    product.__class__ = Im2colConv2d
+    product.__class__ = form
     results, gradients = [], []
     for layer in (plain, product):
         x = torch.rand(3, 6, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -212,32 +221,8 @@ def test_a_strided_convolution_as_a_product_is_the_same(size, trains, monkeypatc
     torch.testing.assert_close(results[1], results[0], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-13, atol=1e-13)
     assert len(gradients[1]) == (3 if trains else 1)
-    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: 1 / 0)
-    if size < 5:
-        product(x)
-    else:
-        with pytest.raises(ZeroDivisionError):
-            product(x)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_transposed_convolution_as_a_product_is_the_same(size, monkeypatch):
-    torch.manual_seed(0)
-    plain = nn.ConvTranspose2d(6, 7, 4, stride=2, padding=1, dtype=torch.float64)
-    product = copy.deepcopy(plain)
-    product.__class__ = Col2imConvTranspose2d
-    results, gradients = [], []
-    for layer in (plain, product):
-        x = torch.rand(3, 6, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        y = layer(x.requires_grad_())
-        y.square().sum().backward()
-        results.append(y)
-        gradients.append([x.grad, *(p.grad for p in layer.parameters())])
-    assert results[1].is_contiguous()
-    torch.testing.assert_close(results[1], results[0], rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-13, atol=1e-13)
-    monkeypatch.setattr(nn.ConvTranspose2d, "forward", lambda self, x: 1 / 0)
-    if size < 3:
+    monkeypatch.setattr(kind, "forward", lambda self, x: 1 / 0)
+    if is_product:
         product(x)
     else:
         with pytest.raises(ZeroDivisionError):
