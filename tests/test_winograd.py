@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from DDNM.guided_diffusion import winograd
 from DDNM.guided_diffusion.winograd import (
     FusedResnetBlock2D,
-    WinogradConv2d,
     compile_convolutions,
     kernels,
     norm_affine,
@@ -29,6 +30,7 @@ from utils import InputError
 pytestmark = pytest.mark.skipif(
     shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]) is None, reason="no C++ compiler"
 )
+SUMMED = 5e-6  # of a mean of values around 1, some hundred of which are summed in float32
 ROUNDING = 3e-6  # of F(4x4, 3x3) in float32 with up to 128 channels: root mean square, relative; directly it is 7e-7
 
 
@@ -62,11 +64,58 @@ def test_the_kernel_is_the_convolution(shape, activated):
         images = F.silu(images * scale + shift)
     expected = F.conv2d(images, weight.double(), padding=1) + bias.double()[..., None, None]
     expected = expected.permute(0, 2, 3, 1)
-    u = transform_weight(weight)
-    got = kernels().convolve(x, affine if activated else None, u, bias, None)
-    assert relative_error(got, expected) < ROUNDING
-    got = kernels().convolve(x, affine if activated else None, u, bias, skip)
-    assert relative_error(got, expected + skip) < ROUNDING
+    u, scale_and_shift = transform_weight(weight), affine if activated else None
+    for added, total in ((None, expected), (skip, expected + skip)):
+        y, moments = kernels().convolve([x], scale_and_shift, u, bias, added)
+        assert relative_error(y, total) < ROUNDING
+        assert_moments_are_of(y, moments)
+
+
+def assert_moments_are_of(y, moments):
+    mean, square = y.double().mean((1, 2)), y.double().square().mean((1, 2))  # (B, C) each
+    largest = y.abs().max().item()
+    torch.testing.assert_close(moments, torch.stack([mean, square], 1), rtol=1e-5, atol=SUMMED * largest)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activated", [True, False])
+def test_parts_stand_for_their_concatenation(shape, activated):
+    b, c, o, h, w = shape
+    torch.manual_seed(0)
+    parts = [torch.randn(b, h, w, channels) for channels in (c, 16, 2 * c)]
+    channels = sum(part.shape[3] for part in parts)
+    affine = torch.randn(b, 2, channels) if activated else None
+    u, bias = transform_weight(torch.randn(o, channels, 3, 3)), torch.randn(b, o)
+    whole = kernels().convolve([torch.cat(parts, 3)], affine, u, bias, None)
+    for got, expected in zip(kernels().convolve(parts, affine, u, bias, None), whole, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activated", [True, False])
+def test_a_map_is_enlarged_as_by_nearest_neighbours(shape, activated):
+    b, c, o, h, w = shape
+    torch.manual_seed(0)
+    x, affine = torch.randn(b, h, w, c), torch.randn(b, 2, c) if activated else None
+    u, bias = transform_weight(torch.randn(o, c, 3, 3)), torch.randn(b, o)
+    large = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    for got, expected in zip(
+        kernels().convolve([x], affine, u, bias, None, 2),
+        kernels().convolve([large], affine, u, bias, None),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 16), (2, 3, 5, 48), (3, 40, 40, 16), (1, 12, 11, 128)], ids=str)
+def test_moments_are_means_and_means_of_squares(shape, offset):
+    torch.manual_seed(0)
+    x = torch.randn(shape) + offset
+    mean, square = kernels().moments(x).unbind(1)
+    pixels = x.double().flatten(1, 2)
+    torch.testing.assert_close(mean, pixels.mean(1), rtol=0, atol=SUMMED)
+    torch.testing.assert_close(square - mean**2, pixels.var(1, correction=0), rtol=0, atol=4 * SUMMED)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
@@ -74,12 +123,13 @@ def test_the_result_does_not_depend_on_the_threads(threads):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 20, 20, 32), torch.randn(160, 32, 3, 3), torch.zeros(2, 160)
     u = transform_weight(weight)
-    alone, before = kernels().convolve(x, None, u, bias, None), torch.get_num_threads()
+    (alone, moments), before = kernels().convolve([x], None, u, bias, None), torch.get_num_threads()
     torch.set_num_threads(threads)  # tasks of all panels, of 2 or 3, of 1 or 2
     try:
-        assert torch.equal(kernels().convolve(x, None, u, bias, None), alone)
+        again, its_moments = kernels().convolve([x], None, u, bias, None)
     finally:
         torch.set_num_threads(before)
+    assert torch.equal(again, alone) and torch.equal(its_moments, moments)
     expected = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double(), padding=1)
     assert relative_error(alone.permute(0, 3, 1, 2), expected) < ROUNDING
 
@@ -91,7 +141,8 @@ def test_silu_from_end_to_end_of_the_range(lo, hi):
     weight = torch.zeros(32, 16, 3, 3)
     weight[range(16), range(16), 1, 1] = 1  # the identity
     affine = torch.stack([torch.ones(1, 16), torch.zeros(1, 16)], 1)
-    got = kernels().convolve(x, affine, transform_weight(weight), torch.zeros(1, 32), None)[0, 1, 1::4, :16]
+    y, _ = kernels().convolve([x], affine, transform_weight(weight), torch.zeros(1, 32), None)
+    got = y[0, 1, 1::4, :16]
     torch.testing.assert_close(got.double(), F.silu(x[0, 1, 1::4].double()), rtol=3e-6, atol=1e-7)
 
 
@@ -99,7 +150,8 @@ def test_what_is_not_finite_stays_so():
     x = torch.zeros(1, 4, 4, 16)
     x[0, 1, 1, 3] = torch.nan
     weight, affine = torch.ones(32, 16, 3, 3), torch.ones(1, 2, 16)
-    assert kernels().convolve(x, affine, transform_weight(weight), torch.zeros(1, 32), None)[0, 1, 1].isnan().all()
+    y, moments = kernels().convolve([x], affine, transform_weight(weight), torch.zeros(1, 32), None)
+    assert y[0, 1, 1].isnan().all() and moments.isnan().all()
 
 
 @pytest.mark.parametrize("groups, offset", [(4, 0.0), (32, 0.0), (1, 1000.0), (8, 1000.0)])
@@ -109,7 +161,8 @@ def test_the_affine_map_is_the_normalisation(groups, offset):
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     x = torch.randn(3, 21, 13, 32) * torch.rand(32).add(0.5) + torch.randn(32) + offset
-    scale, shift = norm_affine(norm, x).double().unbind(1)  # (B, C) each
+    parts = [kernels().moments(part.contiguous()) for part in x.split([16, 16], 3)]
+    scale, shift = norm_affine(norm, parts).double().unbind(1)  # (B, C) each
     got = x.double() * scale[:, None, None] + shift[:, None, None]
     expected = copy.deepcopy(norm).double()(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     assert relative_error(got, expected) < 3e-7 * (
@@ -120,10 +173,15 @@ def test_the_affine_map_is_the_normalisation(groups, offset):
 @pytest.mark.parametrize(
     "change",
     [
-        {"x": torch.zeros(1, 4, 4, 20)},
-        {"x": torch.zeros(0, 4, 4, 32)},
-        {"x": torch.zeros(1, 4, 4, 32).double()},
-        {"x": torch.zeros(1, 4, 32, 4).transpose(2, 3)},
+        {"x": []},
+        {"x": [torch.zeros(1, 4, 4, 20)]},
+        {"x": [torch.zeros(1, 4, 4, 16), torch.zeros(1, 4, 5, 16)]},
+        {"x": [torch.zeros(1, 4, 4, 32), torch.zeros(1, 4, 4, 16)]},
+        {"x": [torch.zeros(0, 4, 4, 32)]},
+        {"x": [torch.zeros(1, 4, 4, 32).double()]},
+        {"x": [torch.zeros(1, 4, 32, 4).transpose(2, 3)]},
+        {"scale_factor": 3},
+        {"affine": torch.zeros(1, 2, 16)},
         {"bias": torch.zeros(2, 32)},
         {"bias": torch.zeros(1, 0)},
         {"u": torch.zeros(36, 1, 32, 8)},
@@ -131,11 +189,23 @@ def test_the_affine_map_is_the_normalisation(groups, offset):
     ],
 )
 def test_a_tensor_of_another_form_is_refused(change):
-    given = {"x": torch.zeros(1, 4, 4, 32), "affine": None, "u": transform_weight(torch.zeros(32, 32, 3, 3)),
-             "bias": torch.zeros(1, 32), "skip": None}  # fmt: skip
+    given = {"x": [torch.zeros(1, 4, 4, 32)], "affine": None, "u": transform_weight(torch.zeros(32, 32, 3, 3)),
+             "bias": torch.zeros(1, 32), "skip": None, "scale_factor": 1}  # fmt: skip
     kernels().convolve(*given.values())
     with pytest.raises(RuntimeError, match="convolve: "):
         kernels().convolve(*(given | change).values())
+
+
+@pytest.mark.parametrize("x", [torch.zeros(1, 4, 4, 20), torch.zeros(4, 4, 32), torch.zeros(1, 0, 4, 32)])
+def test_moments_of_another_form_are_refused(x):
+    with pytest.raises(RuntimeError, match="moments: expected"):
+        kernels().moments(x)
+
+
+@pytest.mark.parametrize("moments, channels", [(torch.zeros(1, 2, 32), 32), (torch.zeros(1, 2, 32).double(), 48)])
+def test_an_affine_map_of_another_form_is_refused(moments, channels):
+    with pytest.raises(RuntimeError, match="affine: expected"):
+        norm_affine(nn.GroupNorm(8, channels), [moments])
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -156,7 +226,7 @@ def unet(**changes) -> UNet2DModel:
 
 
 def kinds(network: nn.Module) -> dict[str, int]:
-    layers = [type(m).__name__ for m in network.modules() if isinstance(m, (ResnetBlock2D, WinogradConv2d))]
+    layers = [type(m).__name__ for m in network.modules() if type(m).__module__ == winograd.__name__]
     return {kind: layers.count(kind) for kind in sorted(set(layers))}
 
 
@@ -166,7 +236,10 @@ def test_a_compiled_network_computes_the_same(channels_last, batch):
     plain = unet().to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     compiled = copy.deepcopy(plain)
     compile_convolutions(compiled)
-    assert kinds(compiled) == {"FusedResnetBlock2D": 8, "WinogradConv2d": 17}
+    assert kinds(compiled) == {
+        "DeferredGroupNorm": 1, "DeferredSiLU": 1, "FusedAttnUpBlock2D": 1, "FusedResnetBlock2D": 8,
+        "FusedUpBlock2D": 1, "FusedUpsample2D": 1, "WinogradConv2d": 18,
+    }  # fmt: skip
     assert list(compiled.state_dict()) == list(plain.state_dict())
     x, t = torch.randn(batch, 3, 32, 32), torch.arange(batch) * 100
     expected = copy.deepcopy(plain).double()(x.double(), t).sample
@@ -174,13 +247,72 @@ def test_a_compiled_network_computes_the_same(channels_last, batch):
     assert relative_error(got, expected) < 1e-5 and not torch.equal(got, plain(x, t).sample)
 
 
-def test_the_kernel_is_what_computes(monkeypatch):
-    compiled = unet()
+PLAIN = [ResnetBlock2D, Upsample2D, UpBlock2D, AttnUpBlock2D]
+
+
+@pytest.mark.parametrize("plain", PLAIN, ids=[c.__name__ for c in PLAIN])
+def test_the_kernel_is_what_computes(monkeypatch, plain):
+    compiled = unet(sample_size=64)
     compile_convolutions(compiled)
-    monkeypatch.setattr(ResnetBlock2D, "forward", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(plain, "forward", lambda *_, **__: 1 / 0)
+    compiled(torch.randn(1, 3, 64, 64), 5)
+    if plain in (ResnetBlock2D, Upsample2D):  # maps of 8x8 and 4x4: fewer tiles than pay
+        with pytest.raises(ZeroDivisionError):
+            compiled(torch.randn(1, 3, 8, 8), 5)
+
+
+def test_the_last_normalisation_is_computed_in_the_last_convolution(monkeypatch):
+    compiled = unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False)
+    compile_convolutions(compiled)
+    monkeypatch.setattr(nn.GroupNorm, "forward", lambda *_: 1 / 0)
     compiled(torch.randn(1, 3, 32, 32), 5)
-    with pytest.raises(ZeroDivisionError):  # maps of 8x8 and 4x4: fewer tiles than pay
+    with pytest.raises(ZeroDivisionError):
         compiled(torch.randn(1, 3, 8, 8), 5)
+
+
+def test_what_has_been_written_to_is_normalised_by_its_new_moments():
+    torch.manual_seed(0)
+    block = ResnetBlock2D(in_channels=32, temb_channels=None, groups=8).eval().requires_grad_(False)
+    plain = copy.deepcopy(block)
+    compile_convolutions(block)
+    x = block(torch.randn(1, 32, 16, 16), None)
+    for change in (lambda: x, lambda: x.mul_(3).add_(1), lambda: x.permute(0, 2, 3, 1)[:, :8].zero_()):
+        change()
+        assert relative_error(block(x, None), plain(x, None).double()) < ROUNDING
+    with torch.inference_mode():
+        x = block(torch.randn(1, 32, 16, 16), None)
+        x.mul_(3)
+        assert relative_error(block(x, None), plain(x, None).double()) < ROUNDING
+
+
+@pytest.mark.parametrize("channels", [(32, 32), (24, 40), (16, 48)])
+def test_a_block_takes_the_parts_of_a_concatenation(channels):
+    torch.manual_seed(0)
+    block = ResnetBlock2D(in_channels=64, out_channels=32, temb_channels=8, groups=8).eval().requires_grad_(False)
+    compiled = copy.deepcopy(block)
+    compile_convolutions(compiled)
+    for side in (16, 4):  # by the kernel, and as before
+        parts, temb = [torch.randn(2, c, side, side) for c in channels], torch.randn(2, 8)
+        assert relative_error(compiled(parts, temb), block(torch.cat(parts, 1), temb).double()) < ROUNDING
+
+
+@pytest.mark.parametrize("way", ["FreeU", "checkpoints"])
+def test_an_up_block_that_does_more_is_computed_as_before(way):
+    plain = unet(up_block_types=("UpBlock2D",) * 2)
+    compiled = copy.deepcopy(plain)
+    compile_convolutions(compiled)
+    x, results = torch.randn(1, 3, 32, 32), []
+    for network in (plain, compiled):
+        for block in network.up_blocks:
+            if way == "FreeU":
+                block.s1, block.s2, block.b1, block.b2, block.resolution_idx = 0.5, 0.5, 1.5, 1.5, 0
+            else:
+                network.enable_gradient_checkpointing()
+        results.append(network(x, 5).sample)
+    assert relative_error(results[1], results[0].double()) < 1e-5
+    if way == "FreeU":
+        unchanged = unet(up_block_types=("UpBlock2D",) * 2)(x, 5).sample
+        assert relative_error(results[1], unchanged.double()) > 1e-3
 
 
 def test_weights_that_change_are_transformed_again():
@@ -209,8 +341,9 @@ def test_a_copy_is_its_own_network_and_leaves_the_transformed_weights():
     assert torch.equal(layer(x), y) and not torch.equal(twin(x), y)
 
 
-def test_a_convolution_of_its_own_is_computed_by_the_kernel(monkeypatch):
-    layer = nn.Conv2d(32, 48, 3, padding=1).requires_grad_(False)
+@pytest.mark.parametrize("out", [48, 40, 3])
+def test_a_convolution_of_its_own_is_computed_by_the_kernel(monkeypatch, out):
+    layer = nn.Conv2d(32, out, 3, padding=1).requires_grad_(False)
     x = torch.randn(2, 32, 16, 16)
     expected = copy.deepcopy(layer).double()(x.double())
     compile_convolutions(nn.Sequential(layer))

@@ -1,6 +1,8 @@
 // y = conv3x3(silu(scale x + shift)) + bias + skip with stride 1 and zero padding, on a CPU, by Winograd's F(4x4, 3x3):
 // a tile of 4x4 results takes 36 multiplications for each pair of channels, not 144 (Lavin and Gray 2016, "Fast
-// Algorithms for Convolutional Neural Networks", section 4). Tensors are float32, contiguous, channels last.
+// Algorithms for Convolutional Neural Networks", section 4). x may be enlarged to twice its size first, and be several
+// tensors that stand for their concatenation: neither is written to memory. Tensors are float32, contiguous, channels
+// last.
 //
 // A task takes some tiles through all three steps: transform the inputs (V = B^T d B), multiply by the transformed
 // weights (M = V U), transform the results (A^T M A). V and M stay in the core's cache, so that memory sees little more
@@ -11,12 +13,21 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <tuple>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
+#include <vector>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -43,6 +54,28 @@ INLINE Vec load(const float* p) {
 
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
+// ``stream`` stores past the caches, whose lines need not be read first then; ``streamed`` ends a thread's streaming.
+// ``reciprocal`` is 1 / x to a unit in the last place where that is normal and 0 beyond: an estimate and a step of
+// Newton's, in a third of a division's time.
+#if defined(__AVX512F__)
+INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, (__m512)v); }
+INLINE Vec estimate(Vec x) { return (Vec)_mm512_maskz_rcp14_ps(-1, (__m512)x); }
+#elif defined(__AVX2__)
+INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, (__m256)v); }
+INLINE Vec estimate(Vec x) { return (Vec)_mm256_rcp_ps((__m256)x); }
+#endif
+#ifdef __AVX2__
+INLINE void streamed() { _mm_sfence(); }
+INLINE Vec reciprocal(Vec x) {
+  const Vec r = estimate(x);
+  return r * (2.f - x * r);
+}
+#else
+INLINE void stream(float* p, Vec v) { store(p, v); }
+INLINE void streamed() {}
+INLINE Vec reciprocal(Vec x) { return 1.f / x; }
+#endif
+
 // x / (1 + exp(-x)), to a few units in the last place above -5 and to 1e-7 below, for |x| < 1e30
 INLINE Vec silu(Vec x) {
   Vec t = x * -1.44269504f;  // exp(-x) = 2^t = 2^n 2^f
@@ -54,7 +87,7 @@ INLINE Vec silu(Vec x) {
   const IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
   Vec scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return x / (1.f + power * scale);
+  return x * reciprocal(1.f + power * scale);
 }
 
 // B^T d, of six vectors that lie ``s`` apart
@@ -138,12 +171,47 @@ Pool& pool() {
   return *pool;
 }
 
-// x (B, H, W, C); affine (B, 2, C), scale and shift, or none: no SiLU either; u (36, O / PANEL, C, PANEL), the last
-// panel filled up with zeros; bias (B, O); skip (B, H, W, O) or none; C and O are multiples of LANES. y (B, H, W, O).
-at::Tensor convolve(const at::Tensor& x, const std::optional<at::Tensor>& affine, const at::Tensor& u,
-                    const at::Tensor& bias, const std::optional<at::Tensor>& skip) {
-  TORCH_CHECK(x.dim() == 4 && bias.dim() == 2, "convolve: expected x (B, H, W, C) and bias (B, O)");
-  const int64_t B = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), O = bias.size(1);
+// Sums of channels' values over some pixels, about the first of them: there a variance does not cancel, unless that
+// pixel is far from all others.
+struct Sums {
+  Vec origin, sum = {}, square = {};
+  float count = 0;
+
+  INLINE void write(float* to, int64_t O) const {  // to (SUMS, O)
+    store(to, origin);
+    store(to + O, sum);
+    store(to + 2 * O, square);
+    store(to + 3 * O, Vec{} + count);
+  }
+};
+constexpr int64_t SUMS = 4;
+
+// What `Sums` wrote to ``from`` .. ``to``, (SUMS, O) each, together: means and means of squares, moments (2, O).
+void reduce(const float* from, const float* to, int64_t O, double* moments) {
+  for (int64_t o = 0; o < O; o++) {
+    double sum = 0, square = 0, count = 0;
+    for (const float* p = from + o; p < to; p += SUMS * O) {
+      const double origin = p[0], s = p[O], n = p[3 * O];
+      sum += s + n * origin;
+      square += p[2 * O] + origin * (2 * s + n * origin);
+      count += n;
+    }
+    moments[o] = sum / count;
+    moments[O + o] = square / count;
+  }
+}
+
+// x (B, H / scale_factor, W / scale_factor, C_p), the parts of C channels; scale_factor 1, or 2, which makes 2x2 of a
+// pixel; affine (B, 2, C), scale and shift, or none: no SiLU either; u (36, O / PANEL, C, PANEL), the last panel filled
+// up with zeros; bias (B, O); skip (B, H, W, O) or none; C_p and O are multiples of LANES.
+// Returns y (B, H, W, O) and its moments, (B, 2, O) in float64.
+std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optional<at::Tensor>& affine,
+                                            const at::Tensor& u, const at::Tensor& bias,
+                                            const std::optional<at::Tensor>& skip, int64_t scale_factor) {
+  TORCH_CHECK(!x.empty() && x[0].dim() == 4 && bias.dim() == 2 && (scale_factor == 1 || scale_factor == 2),
+              "convolve: expected tensors x (B, H, W, C), bias (B, O) and a scale_factor of 1 or 2");
+  const int64_t B = x[0].size(0), h = x[0].size(1), w = x[0].size(2), O = bias.size(1);
+  const int64_t H = scale_factor * h, W = scale_factor * w, halvings = scale_factor - 1;
   const int64_t panels = (O + PANEL - 1) / PANEL;
   auto fits = [&](const at::Tensor& t, at::IntArrayRef shape) {
     TORCH_CHECK(t.is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous() && t.sizes() == shape,
@@ -151,9 +219,20 @@ at::Tensor convolve(const at::Tensor& x, const std::optional<at::Tensor>& affine
                 " ", t.sizes());
     return t.const_data_ptr<float>();
   };
-  TORCH_CHECK(x.numel() > 0 && O > 0 && C % LANES == 0 && O % LANES == 0,
-              "convolve: expected multiples of ", LANES, " channels, got x ", x.sizes(), " and ", O, " results");
-  const float *xp = fits(x, {B, H, W, C}), *up = fits(u, {IN * IN, panels, C, PANEL}), *bp = fits(bias, {B, O});
+  struct Part {
+    const float* data;
+    int64_t channels;
+  };
+  std::vector<Part> parts;
+  int64_t C = 0;
+  for (const at::Tensor& t : x) {
+    parts.push_back({fits(t, {B, h, w, t.size(-1)}), t.size(-1)});
+    TORCH_CHECK(t.numel() > 0 && t.size(-1) % LANES == 0, "convolve: expected multiples of ", LANES,
+                " channels, got x ", t.sizes());
+    C += t.size(-1);
+  }
+  TORCH_CHECK(O > 0 && O % LANES == 0, "convolve: expected multiples of ", LANES, " channels, got ", O, " results");
+  const float *up = fits(u, {IN * IN, panels, C, PANEL}), *bp = fits(bias, {B, O});
   const float* ap = affine ? fits(*affine, {B, 2, C}) : nullptr;
   const float* sp = skip ? fits(*skip, {B, H, W, O}) : nullptr;
   auto y = pool().empty({B, H, W, O});
@@ -161,113 +240,198 @@ at::Tensor convolve(const at::Tensor& x, const std::optional<at::Tensor>& affine
 
   const int64_t down = (H + OUT - 1) / OUT, across = (W + OUT - 1) / OUT, all = B * down * across;
   const int64_t blocks = (all + TILES - 1) / TILES;
+  const auto sums = pool().empty({blocks + B - 1, SUMS, O});  // of the part of image b in block k at k + b
+  float* partial = sums.data_ptr<float>();
   // where blocks of tiles are too few to keep every thread busy, a task takes some of the panels only
-  const int64_t parts = std::clamp<int64_t>(4 * at::get_num_threads() / blocks, 1, panels);
+  const int64_t shares = std::clamp<int64_t>(4 * at::get_num_threads() / blocks, 1, panels);
   const int64_t v_step = IN * IN * C + LANES, m_step = IN * IN * PANEL + LANES;  // no power of two: cache sets
 
-  at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
-    const auto scratch = at::empty({TILES * (v_step + m_step)}, at::kFloat);
-    float *v = scratch.data_ptr<float>(), *m = v + TILES * v_step;
+  at::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = pool().empty({TILES * (v_step + m_step) + IN * (IN - OUT) * C});
+    float *v = scratch.data_ptr<float>(), *m = v + TILES * v_step, *seam = m + TILES * m_step;
     for (int64_t task = begin; task < end; task++) {
-      const int64_t first = task / parts * TILES, tiles = std::min(TILES, all - first), part = task % parts;
+      const int64_t first = task / shares * TILES, tiles = std::min(TILES, all - first), share = task % shares;
 
-      if (task == begin || part == 0)
+      if (task == begin || share == 0)
         for (int64_t i = 0; i < tiles; i++) {
           const int64_t tile = first + i, b = tile / (down * across);
           const int64_t top = tile / across % down * OUT - 1, left = tile % across * OUT - 1;
-          const float* corner = xp + ((b * H + top) * W + left) * C;
-          const auto inside = [&](int64_t r, int64_t q) {
-            return top + r >= 0 && top + r < H && left + q >= 0 && left + q < W;
-          };
-          const bool whole = inside(0, 0) && inside(IN - 1, IN - 1);
-          for (int64_t c = 0; c < C; c += LANES) {
-            if (whole)  // what the next tile adds
-              for (int64_t r = 0; r < IN; r++)
-                for (int64_t q = IN - OUT; q < IN; q++) __builtin_prefetch(corner + (r * W + q + OUT) * C + c);
-            Vec d[IN * IN];
-            for (int64_t r = 0; r < IN; r++)
-              for (int64_t q = 0; q < IN; q++)
-                d[r * IN + q] = whole || inside(r, q) ? load(corner + (r * W + q) * C + c) : Vec{};
-            if (ap != nullptr) {
-              const Vec scale = load(ap + 2 * b * C + c), shift = load(ap + (2 * b + 1) * C + c);
-              for (int64_t r = 0; r < IN; r++)
-                for (int64_t q = 0; q < IN; q++)  // padding is zero after the activation, not before
-                  if (whole || inside(r, q)) d[r * IN + q] = silu(d[r * IN + q] * scale + shift);
+          int64_t pixels[IN * IN];  // that the tile reads; -1 where there is none
+          for (int64_t r = 0; r < IN; r++)
+            for (int64_t q = 0; q < IN; q++) {
+              const bool inside = top + r >= 0 && top + r < H && left + q >= 0 && left + q < W;
+              const int64_t row = (top + r) >> halvings, column = (left + q) >> halvings;
+              pixels[r * IN + q] = inside ? (b * h + row) * w + column : -1;
             }
+          const bool whole = *std::min_element(pixels, pixels + IN * IN) >= 0;
+          const bool follows = whole && i > 0 && left > 0;  // the tile before: its last columns are the first ones here
+          int64_t base = 0;  // the part's first channel
+          for (const Part& part : parts) {
+            const auto transform = [&](auto whole, auto known) {  // ``known`` columns lie in the seam
+              for (int64_t c = 0; c < part.channels; c += LANES) {
+                Vec d[IN * IN];
+                float* shared = seam + IN * (IN - OUT) * (base + c);
 #pragma GCC unroll 6
-            for (int64_t r = 0; r < IN; r++) transform_inputs(d + r * IN, 1);
+                for (int64_t r = 0; r < IN; r++) {
+                  for (int64_t q = 0; q < known; q++) d[r * IN + q] = load(shared + (r * (IN - OUT) + q) * LANES);
 #pragma GCC unroll 6
-            for (int64_t q = 0; q < IN; q++) transform_inputs(d + q, IN);
-            for (int64_t k = 0; k < IN * IN; k++) store(v + i * v_step + k * C + c, d[k]);
+                  for (int64_t q = known; q < IN; q++) {
+                    const float* at = part.data + pixels[r * IN + q] * part.channels + c;
+                    d[r * IN + q] = whole || pixels[r * IN + q] >= 0 ? load(at) : Vec{};
+                    if (whole) __builtin_prefetch(at + OUT / scale_factor * part.channels);  // what the next tile adds
+                  }
+                }
+                if (ap != nullptr) {
+                  const float* affine = ap + 2 * b * C + base + c;
+                  const Vec scale = load(affine), shift = load(affine + C);
+                  for (int64_t r = 0; r < IN; r++)
+                    for (int64_t q = known; q < IN; q++)  // padding is zero after the activation, not before
+                      if (whole || pixels[r * IN + q] >= 0) d[r * IN + q] = silu(d[r * IN + q] * scale + shift);
+                }
+#pragma GCC unroll 6
+                for (int64_t r = 0; r < IN; r++)
+                  for (int64_t q = OUT; q < IN; q++)
+                    store(shared + (r * (IN - OUT) + q - OUT) * LANES, d[r * IN + q]);
+#pragma GCC unroll 6
+                for (int64_t r = 0; r < IN; r++) transform_inputs(d + r * IN, 1);
+#pragma GCC unroll 6
+                for (int64_t q = 0; q < IN; q++) transform_inputs(d + q, IN);
+                for (int64_t k = 0; k < IN * IN; k++) store(v + i * v_step + k * C + base + c, d[k]);
+              }
+            };
+            constexpr std::integral_constant<int64_t, 0> none;
+            constexpr std::integral_constant<int64_t, IN - OUT> two;
+            if (follows) transform(std::true_type{}, two);
+            else if (whole) transform(std::true_type{}, none);
+            else transform(std::false_type{}, none);
+            base += part.channels;
           }
         }
 
-      for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; panel++) {
+      for (int64_t panel = share * panels / shares; panel < (share + 1) * panels / shares; panel++) {
         for (int64_t k = 0; k < IN * IN; k++)
           for (int64_t i = 0; i < tiles; i += ROWS)  // past the last tile: computed, not used
             multiply(v + i * v_step + k * C, up + (k * panels + panel) * C * PANEL, m + i * m_step + k * PANEL, C,
                      v_step, m_step);
+        std::array<Sums, PANEL / LANES> sums;
         for (int64_t i = 0; i < tiles; i++) {
           const int64_t tile = first + i, b = tile / (down * across);
           const int64_t top = tile / across % down * OUT, left = tile % across * OUT;
-          for (int64_t half = 0; half < std::min(PANEL, O - panel * PANEL); half += LANES) {
+          const bool opens = i == 0 || tile % (down * across) == 0;  // an image, of those in this block
+          const bool closes = i == tiles - 1 || (tile + 1) % (down * across) == 0;
+          for (int64_t half = 0; half < PANEL / LANES; half++) {
+            const int64_t o = panel * PANEL + half * LANES;
+            if (o >= O) break;
             Vec d[IN * IN];
-            for (int64_t k = 0; k < IN * IN; k++) d[k] = load(m + i * m_step + k * PANEL + half);
+            for (int64_t k = 0; k < IN * IN; k++) d[k] = load(m + i * m_step + k * PANEL + half * LANES);
 #pragma GCC unroll 6
             for (int64_t r = 0; r < IN; r++) transform_results(d + r * IN, 1);
 #pragma GCC unroll 4
             for (int64_t q = 0; q < OUT; q++) transform_results(d + q, IN);
-            const int64_t o = panel * PANEL + half;
             const Vec constant = load(bp + b * O + o);
-            for (int64_t r = 0; r < std::min(OUT, H - top); r++)
-              for (int64_t q = 0; q < std::min(OUT, W - left); q++) {
+            const int64_t rows = std::min(OUT, H - top), columns = std::min(OUT, W - left);
+            Vec sum = {}, square = {};
+            for (int64_t r = 0; r < rows; r++)
+              for (int64_t q = 0; q < columns; q++) {
                 const int64_t at = ((b * H + top + r) * W + left + q) * O + o;
-                const Vec result = d[r * IN + q] + constant;
-                store(yp + at, sp != nullptr ? result + load(sp + at) : result);
+                Vec result = d[r * IN + q] + constant;
+                if (sp != nullptr) {
+                  __builtin_prefetch(sp + at + OUT * O);  // what the next tile adds
+                  result += load(sp + at);
+                }
+                stream(yp + at, result);
+                if (opens && r == 0 && q == 0) sums[half] = {result};
+                const Vec apart = result - sums[half].origin;
+                sum += apart;
+                square += apart * apart;
               }
+            sums[half].sum += sum;
+            sums[half].square += square;
+            sums[half].count += rows * columns;
+            if (closes) sums[half].write(partial + (first / TILES + b) * SUMS * O + o, O);
           }
         }
       }
     }
+    streamed();
   });
-  return y;
+  auto moments = at::empty({B, 2, O}, at::kDouble);
+  for (int64_t b = 0; b < B; b++) {
+    const int64_t from = b * down * across / TILES + b, to = ((b + 1) * down * across - 1) / TILES + b + 1;
+    reduce(partial + from * SUMS * O, partial + to * SUMS * O, O, moments.data_ptr<double>() + 2 * b * O);
+  }
+  return {y, moments};
 }
 
-// Sums of x - x[:, 0] and of its square over the pixels of x (B, N, C), a part of them each: (B, parts, 2, C).
-// About a pixel of its own, a channel's variance does not cancel, unless that pixel is far from all others.
-at::Tensor channel_sums(const at::Tensor& x) {
-  TORCH_CHECK(x.dim() == 3 && x.is_cpu() && x.scalar_type() == at::kFloat && x.is_contiguous() &&
-                  x.size(2) % LANES == 0,
-              "channel_sums: expected a contiguous float32 tensor (B, N, C), C a multiple of ", LANES, ", on the CPU");
-  const int64_t B = x.size(0), N = x.size(1), C = x.size(2), parts = (N + CHUNK - 1) / CHUNK;
-  auto sums = at::empty({B, parts, 2, C}, x.options());
+// Of x (B, H, W, C), C a multiple of LANES: means and means of squares over the pixels, (B, 2, C) in float64.
+at::Tensor moments(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && x.is_cpu() && x.scalar_type() == at::kFloat && x.is_contiguous() &&
+                  x.size(3) % LANES == 0,
+              "moments: expected a contiguous float32 tensor (B, H, W, C), C a multiple of ", LANES, ", on the CPU");
+  const int64_t B = x.size(0), N = x.size(1) * x.size(2), C = x.size(3), chunks = (N + CHUNK - 1) / CHUNK;
+  const auto scratch = pool().empty({B * chunks, SUMS, C});
   const float* xp = x.const_data_ptr<float>();
-  float* sp = sums.data_ptr<float>();
-  at::parallel_for(0, B * parts, 1, [&](int64_t begin, int64_t end) {
+  float* partial = scratch.data_ptr<float>();
+  at::parallel_for(0, B * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) {
-      const float* image = xp + task / parts * N * C;
-      const int64_t first = task % parts * CHUNK, last = std::min(first + CHUNK, N);
+      const float* image = xp + task / chunks * N * C;
+      const int64_t first = task % chunks * CHUNK, last = std::min(first + CHUNK, N);
       for (int64_t c = 0; c < C; c += LANES) {
-        const Vec origin = load(image + c);
-        Vec sum = {}, square = {};
+        Sums sums{load(image + first * C + c)};
         for (int64_t n = first; n < last; n++) {
-          const Vec d = load(image + n * C + c) - origin;
-          sum += d;
-          square += d * d;
+          const Vec apart = load(image + n * C + c) - sums.origin;
+          sums.sum += apart;
+          sums.square += apart * apart;
         }
-        store(sp + 2 * task * C + c, sum);
-        store(sp + (2 * task + 1) * C + c, square);
+        sums.count = last - first;
+        sums.write(partial + task * SUMS * C + c, C);
       }
     }
   });
-  return sums;
+  auto moments = at::empty({B, 2, C}, x.options().dtype(at::kDouble));
+  for (int64_t b = 0; b < B; b++)
+    reduce(partial + b * chunks * SUMS * C, partial + (b + 1) * chunks * SUMS * C, C,
+           moments.data_ptr<double>() + 2 * b * C);
+  return moments;
+}
+
+// Scale and shift, (B, 2, C), of the group normalisation of a concatenation with these moments, (B, 2, C_p) each:
+// scale = weight / sqrt(var + eps), shift = bias - mean scale (Wu and He 2018, "Group Normalization", equation 1).
+at::Tensor affine(at::TensorList moments, const at::Tensor& weight, const at::Tensor& bias, int64_t groups,
+                  double eps) {
+  const at::Tensor all = moments.size() == 1 ? moments[0] : at::cat(moments, 2);
+  const int64_t B = all.size(0), C = all.size(2), D = C / groups;
+  TORCH_CHECK(all.scalar_type() == at::kDouble && all.is_contiguous() && C % groups == 0 && weight.is_contiguous() &&
+                  bias.is_contiguous() && weight.numel() == C && bias.numel() == C,
+              "affine: expected moments (B, 2, C) in float64, weight (C,) and bias (C,), C a multiple of ", groups);
+  auto result = at::empty({B, 2, C}, at::kFloat);
+  const float *wp = weight.const_data_ptr<float>(), *bp = bias.const_data_ptr<float>();
+  for (int64_t b = 0; b < B; b++) {
+    const double* means = all.const_data_ptr<double>() + 2 * b * C;
+    float* scale = result.data_ptr<float>() + 2 * b * C;
+    for (int64_t g = 0; g < groups; g++) {
+      double mean = 0, square = 0;
+      for (int64_t c = g * D; c < (g + 1) * D; c++) {
+        mean += means[c] / D;
+        square += means[C + c] / D;
+      }
+      const double inverse = 1 / std::sqrt(std::max(square - mean * mean, 0.) + eps);
+      for (int64_t c = g * D; c < (g + 1) * D; c++) {
+        scale[c] = wp[c] * inverse;
+        scale[C + c] = bp[c] - mean * wp[c] * inverse;
+      }
+    }
+  }
+  return result;
 }
 
 }  // namespace
 
 TORCH_LIBRARY(spnn_winograd, library) {
-  library.def("convolve(Tensor x, Tensor? affine, Tensor u, Tensor bias, Tensor? skip) -> Tensor", &convolve);
-  library.def("channel_sums(Tensor x) -> Tensor", &channel_sums);
+  library.def("convolve(Tensor[] x, Tensor? affine, Tensor u, Tensor bias, Tensor? skip, int scale_factor=1)"
+              " -> (Tensor, Tensor)", &convolve);
+  library.def("moments(Tensor x) -> Tensor", &moments);
+  library.def("affine(Tensor[] moments, Tensor weight, Tensor bias, int groups, float eps) -> Tensor", &affine);
   library.def("empty(int[] shape) -> Tensor", [](at::IntArrayRef shape) { return pool().empty(shape); });
   library.def("lanes() -> int", []() { return LANES; });
 }

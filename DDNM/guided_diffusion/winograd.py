@@ -1,9 +1,10 @@
 """3x3 convolutions and a U-Net's residual blocks on a CPU, in less than half the time and the same to rounding.
 
 Normalisation, SiLU, 3x3 convolution, bias and skip connection are one kernel, winograd.cpp, which GCC compiles at its
-first use. `DDNM/main.py --compile` asks for it.
+first use. `DDNM/main.py --compile` asks for it. What is only read once is not written to memory: neither a
+normalisation's result nor an enlarged map nor a concatenation, for which its parts stand, of C_p channels each.
 
-B batch, C and O channels in and out, H, W map, N = H W, G groups.
+B batch, C and O channels in and out, H, W map.
 
 Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4.
 """
@@ -18,11 +19,15 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from utils import InputError, atomic_write
@@ -40,7 +45,7 @@ WEIGHT_TRANSFORM = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 
 
 @functools.cache
 def kernels() -> torch._ops._OpNamespace:
-    """``convolve``, ``channel_sums``, ``empty`` and ``lanes`` of winograd.cpp, compiled once for this kind of machine.
+    """``convolve``, ``moments``, ``affine``, ``empty`` and ``lanes`` of winograd.cpp, compiled once for this machine.
 
     The library stays in ``~/.cache/spnn`` (or ``$XDG_CACHE_HOME/spnn``); ``$CXX`` names the compiler.
 
@@ -102,23 +107,6 @@ def transform_weight(weight: Tensor) -> Tensor:
     return u.unflatten(2, (-1, panel)).transpose(1, 2).contiguous()
 
 
-def norm_affine(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """The scale and the shift that ``norm`` amounts to for x (B, H, W, C), from sums in float64: (B, 2, C).
-
-    scale = weight / sqrt(var + eps), shift = bias - mean scale (Wu and He 2018, "Group Normalization", equation 1).
-    """
-    x = x.flatten(1, 2)  # (B, N, C)
-    mean, square = (kernels().channel_sums(x).sum(1, dtype=torch.float64) / x.shape[1]).unbind(1)  # (B, C) each
-    origin = x[:, 0].double()  # what both are about
-    mean, square = mean + origin, square + 2 * mean * origin + origin.square()
-    mean, square = (m.unflatten(1, (norm.num_groups, -1)) for m in (mean, square))  # (B, G, C / G) each
-    mean, square = mean.mean(2, keepdim=True), square.mean(2, keepdim=True)  # (B, G, 1) each
-    variance = (square - mean.square()).clamp_min(0)  # (B, G, 1)
-    scale = norm.weight.unflatten(0, (norm.num_groups, -1)) * (variance + norm.eps).rsqrt()  # (B, G, C / G)
-    shift = norm.bias.unflatten(0, (norm.num_groups, -1)) - mean * scale
-    return torch.stack([scale.flatten(1), shift.flatten(1)], 1).float()
-
-
 # --- Layers ----------------------------------------------------------------------------------------------------------
 
 
@@ -126,9 +114,28 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
 
 
-def _use_kernel(layer: nn.Module, x: Tensor, temb: Tensor | None = None) -> bool:
+def _nchw(y: Tensor, moments: Tensor) -> Tensor:
+    """y (B, H, W, O) as (B, O, H, W), with its moments for a normalisation that may follow."""
+    y = y.permute(0, 3, 1, 2)  # (B, O, H, W)
+    if not y.is_inference():  # there nothing would tell that somebody has written to it
+        y.moments = y._version, moments
+    return y
+
+
+def _moments(x: Tensor) -> Tensor:
+    """Means of x (B, C, H, W) and of its square over the pixels, float64: (B, 2, C)."""
+    version, moments = getattr(x, "moments", (None, None))
+    return moments if version is not None and version == x._version else kernels().moments(_nhwc(x))
+
+
+def norm_affine(norm: nn.GroupNorm, moments: Sequence[Tensor]) -> Tensor:
+    """The scale and the shift that ``norm`` amounts to for a map with these moments, (B, 2, C_p) each: (B, 2, C)."""
+    return kernels().affine(moments, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+def _use_kernel(layer: nn.Module, x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernel computes ``layer`` for x (B, C, H, W), in less time and with nobody asking for a gradient."""
-    inputs = [x] if temb is None else [x, temb]
+    inputs = [x, *(other for other in others if other is not None)]
     if torch.is_autocast_enabled("cpu") or any(t.device.type != "cpu" for t in inputs):
         return False
     tensors = [*inputs, *layer.parameters()]
@@ -138,6 +145,14 @@ def _use_kernel(layer: nn.Module, x: Tensor, temb: Tensor | None = None) -> bool
         return False
     tiles = len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
     return tiles >= FEWEST_TILES and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """``silu(norm(x))`` of x (B, C, H, W), yet to be computed: by the `WinogradConv2d` that gets it."""
+
+    x: Tensor
+    norm: nn.GroupNorm
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -157,82 +172,186 @@ class WinogradConv2d(nn.Conv2d):
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_transformed"}
 
-    def convolve(self, x: Tensor, norm: nn.GroupNorm | None, bias: Tensor, skip: Tensor | None) -> Tensor:
-        """``self(silu(norm(x))) + skip`` with ``bias`` (1 or B, O) for its own: (B, H, W, C) -> (B, H, W, O)."""
-        affine = None if norm is None else norm_affine(norm, x)
-        return kernels().convolve(x, affine, self.transformed_weight(), bias.expand(len(x), -1).contiguous(), skip)
+    def convolve(
+        self,
+        x: Sequence[Tensor],
+        affine: Tensor | None = None,
+        bias: Tensor | None = None,
+        skip: Tensor | None = None,
+        scale_factor: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """``self(silu(scale x + shift)) + skip``, (B, H, W, O), and its moments, (B, 2, O).
 
-    def forward(self, x: Tensor) -> Tensor:
+        Args:
+            x: the parts, (B, H / scale_factor, W / scale_factor, C_p) each.
+            affine: scale and shift, (B, 2, C); without it there is no SiLU either.
+            bias: (O,) or (B, O), in the place of the layer's own.
+            skip: (B, H, W, O).
+            scale_factor: 1, or 2 to enlarge x first, every pixel to 2x2.
+        """
+        bias = (self.bias if bias is None else bias).expand(len(x[0]), -1)  # (B, O)
+        bias = F.pad(bias, (0, -self.out_channels % kernels().lanes())).contiguous()
+        y, moments = kernels().convolve(x, affine, self.transformed_weight(), bias, skip, scale_factor)
+        return y[..., : self.out_channels], moments[..., : self.out_channels]
+
+    def forward(self, x: Tensor | Deferred) -> Tensor:
+        if isinstance(x, Deferred):
+            affine = norm_affine(x.norm, [_moments(x.x)])  # (B, 2, C)
+            return _nchw(*self.convolve([_nhwc(x.x)], affine))  # (B, O, H, W)
         if not _use_kernel(self, x):
             return super().forward(x)
-        return self.convolve(_nhwc(x), None, self.bias[None], None).permute(0, 3, 1, 2)  # (B, O, H, W)
+        return _nchw(*self.convolve([_nhwc(x)]))  # (B, O, H, W)
 
 
-def _pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution of x (B, H, W, C), into memory of the kernel's pool: (B, H, W, O)."""
-    y = kernels().empty([*x.shape[:3], layer.out_channels])
-    torch.addmm(layer.bias, x.flatten(0, 2), layer.weight[:, :, 0, 0].T, out=y.flatten(0, 2))
+class DeferredGroupNorm(nn.GroupNorm):
+    """A normalisation that leaves its work to the convolution after the next SiLU, where the kernel computes that."""
+
+    def defer_to(self, convolution: WinogradConv2d) -> None:
+        self.convolution = (convolution,)  # in a tuple: not a layer of this one
+
+    def forward(self, x: Tensor) -> Tensor | Deferred:
+        return Deferred(x, self) if _use_kernel(self.convolution[0], x, *self.parameters()) else super().forward(x)
+
+
+class DeferredSiLU(nn.SiLU):
+    """A SiLU that passes on what is yet to be computed."""
+
+    def forward(self, x: Tensor | Deferred) -> Tensor | Deferred:
+        return x if isinstance(x, Deferred) else super().forward(x)
+
+
+def _pointwise(weight: Tensor, x: Sequence[Tensor]) -> Tensor:
+    """1x1 convolution of parts (B, H, W, C_p) by weight (O, C, 1, 1), into memory of the pool: (B, H, W, O)."""
+    y = kernels().empty([*x[0].shape[:3], len(weight)])
+    rows, weights = y.flatten(0, 2), weight[:, :, 0, 0].T.split([part.shape[3] for part in x])  # (B H W, O), (C_p, O)
+    for i, (part, w) in enumerate(zip(x, weights, strict=True)):
+        torch.addmm(rows, part.flatten(0, 2), w, beta=int(i > 0), out=rows)
     return y
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    """A residual block as two calls of the kernel where that pays: (B, C, H, W) -> (B, O, H, W)."""
+    """A residual block as two calls of the kernel where that pays: (B, C, H, W), or its parts -> (B, O, H, W)."""
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs) -> Tensor:
-        x = input_tensor  # (B, C, H, W)
-        if not _use_kernel(self, x, temb) or (self.training and self.dropout.p > 0):
-            return super().forward(x, temb, *args, **kwargs)
+    def forward(self, input_tensor: Tensor | Sequence[Tensor], temb: Tensor | None = None, *args, **kwargs) -> Tensor:
+        x = [input_tensor] if isinstance(input_tensor, Tensor) else list(input_tensor)  # (B, C_p, H, W) each
+        use_kernel = _use_kernel(self, *x, temb) and not (self.training and self.dropout.p > 0)
+        if not use_kernel or any(part.shape[1] % kernels().lanes() for part in x):
+            x = [torch.cat(x, 1)] if len(x) > 1 else x  # (B, C, H, W)
+        if not use_kernel:
+            return super().forward(*x, temb, *args, **kwargs)
         bias = self.conv1.bias[None]  # (1, O)
         if self.time_emb_proj is not None:
             bias = bias + self.time_emb_proj(F.silu(temb))  # (B, O)
-        rows = _nhwc(x)  # (B, H, W, C)
-        h = self.conv1.convolve(rows, self.norm1, bias, None)  # (B, H, W, O)
-        skip = rows if self.conv_shortcut is None else _pointwise(self.conv_shortcut, rows)  # (B, H, W, O)
-        h = self.conv2.convolve(h, self.norm2, self.conv2.bias[None], skip)  # (B, H, W, O)
-        return h.permute(0, 3, 1, 2)  # (B, O, H, W)
+        rows = [_nhwc(part) for part in x]  # (B, H, W, C_p) each
+        affine = norm_affine(self.norm1, [_moments(part) for part in x])  # (B, 2, C)
+        h, moments = self.conv1.convolve(rows, affine, bias)  # (B, H, W, O), (B, 2, O)
+        skip, bias = rows[0], self.conv2.bias  # (B, H, W, O), (O,)
+        if self.conv_shortcut is not None:
+            skip, bias = _pointwise(self.conv_shortcut.weight, rows), bias + self.conv_shortcut.bias
+        y = self.conv2.convolve([h], norm_affine(self.norm2, [moments]), bias, skip)  # (B, H, W, O), (B, 2, O)
+        return _nchw(*y)  # (B, O, H, W)
+
+
+class FusedUpsample2D(Upsample2D):
+    """Nearest-neighbour enlargement and convolution as one call of the kernel: (B, C, H, W) -> (B, O, 2 H, 2 W)."""
+
+    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args, **kwargs) -> Tensor:
+        if output_size is not None or not _use_kernel(self, hidden_states):
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        return _nchw(*self.conv.convolve([_nhwc(hidden_states)], scale_factor=2))
+
+
+class _FusedUpBlock:
+    """A block of the U-Net's second half, without the concatenations before its residual blocks."""
+
+    def forward(self, hidden_states: Tensor, res_hidden_states_tuple: tuple[Tensor, ...], *args, **kwargs) -> Tensor:
+        special = self.gradient_checkpointing or getattr(self, "s1", None) is not None  # s1: FreeU
+        if special or len(args) != 1 or kwargs:  # args: (temb,)
+            return super().forward(hidden_states, res_hidden_states_tuple, *args, **kwargs)
+        h, skips = hidden_states, res_hidden_states_tuple[::-1]  # (B, C_p, H, W) each
+        attentions = getattr(self, "attentions", [nn.Identity()] * len(self.resnets))
+        for block, attention, skip in zip(self.resnets, attentions, skips, strict=True):
+            h = attention(block([h, skip], *args))  # (B, O, H, W)
+        for upsampler in self.upsamplers or ():
+            h = upsampler(h)  # (B, O, 2 H, 2 W)
+        return h
+
+
+class FusedUpBlock2D(_FusedUpBlock, UpBlock2D):
+    __doc__ = _FusedUpBlock.__doc__
+
+
+class FusedAttnUpBlock2D(_FusedUpBlock, AttnUpBlock2D):
+    __doc__ = _FusedUpBlock.__doc__
+
+
+# --- What of a network the kernel computes ---------------------------------------------------------------------------
 
 
 def _fits(layer: nn.Module) -> bool:
-    """Whether the kernel computes this convolution."""
     if type(layer) is not nn.Conv2d or layer.bias is None:
         return False
     form = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
-    lanes = kernels().lanes()
-    return (
-        form == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
-        and layer.in_channels % lanes == 0
-        and layer.out_channels % lanes == 0
-    )
+    return form == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and layer.in_channels % kernels().lanes() == 0
+
+
+def _gives_whole_vectors(layer: nn.Module) -> bool:
+    return isinstance(layer, WinogradConv2d) and layer.out_channels % kernels().lanes() == 0
 
 
 def _is_pointwise(layer: nn.Conv2d) -> bool:
     return layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1 and layer.bias is not None
 
 
+def _fused_resnet_block(block: ResnetBlock2D) -> bool:
+    return (
+        _gives_whole_vectors(block.conv1)
+        and _gives_whole_vectors(block.conv2)
+        and isinstance(block.nonlinearity, nn.SiLU)
+        and block.time_embedding_norm == "default"
+        and block.output_scale_factor == 1
+        and (block.conv_shortcut is None or _is_pointwise(block.conv_shortcut))
+        and not (block.up or block.down or block.skip_time_act)
+    )
+
+
+def _fused_upsample(layer: Upsample2D) -> bool:
+    return layer.name == "conv" and layer.interpolate and layer.norm is None and _gives_whole_vectors(layer.conv)
+
+
+def _fused_up_block(block: UpBlock2D | AttnUpBlock2D) -> bool:
+    return all(type(m) is FusedResnetBlock2D for m in block.resnets) and all(
+        isinstance(m, Upsample2D) for m in block.upsamplers or ()
+    )
+
+
+FUSED = [  # in this order: a block's layers before the block
+    (nn.Conv2d, WinogradConv2d, _fits),
+    (ResnetBlock2D, FusedResnetBlock2D, _fused_resnet_block),
+    (Upsample2D, FusedUpsample2D, _fused_upsample),
+    (UpBlock2D, FusedUpBlock2D, _fused_up_block),
+    (AttnUpBlock2D, FusedAttnUpBlock2D, _fused_up_block),
+]
+
+
 def compile_convolutions(network: nn.Module) -> None:
     """Have the kernel compute what it can of ``network``, in place, under the same weights' names: for inference.
 
-    Residual blocks become one `FusedResnetBlock2D` each and other 3x3 convolutions a `WinogradConv2d`, where channels
-    are multiples of 16 (of 8 without AVX-512). Their transformed weights, four times as large, lie in memory beside
-    them from their first use on, and results, up to 1 GiB of those no longer used, until the process ends. Where a
-    gradient is to be propagated back, on another device or in another type, they compute as before. Hooks on layers
-    inside a residual block are not called.
+    3x3 convolutions become `WinogradConv2d`, where input channels are multiples of 16 (of 8 without AVX-512); a U-Net's
+    residual blocks, upsampling layers, up blocks and its last normalisation become what spares writing to memory. Their
+    transformed weights, four times as large, lie in memory beside them from their first use on, and results, up to
+    1 GiB of those no longer used, until the process ends. Where a gradient is to be propagated back, on another device
+    or in another type, they compute as before. Hooks on layers inside these are not called.
 
     Raises:
         InputError: as `kernels`.
     """
-    for layer in network.modules():
-        if _fits(layer):
-            layer.__class__ = WinogradConv2d
-    for block in network.modules():
-        if (
-            type(block) is ResnetBlock2D
-            and isinstance(block.conv1, WinogradConv2d)
-            and isinstance(block.conv2, WinogradConv2d)
-            and isinstance(block.nonlinearity, nn.SiLU)
-            and block.time_embedding_norm == "default"
-            and block.output_scale_factor == 1
-            and (block.conv_shortcut is None or _is_pointwise(block.conv_shortcut))
-            and not (block.up or block.down or block.skip_time_act)
-        ):
-            block.__class__ = FusedResnetBlock2D
+    for plain, fused, serves in FUSED:
+        for layer in network.modules():
+            if type(layer) is plain and serves(layer):
+                layer.__class__ = fused
+    for unet in network.modules():
+        if isinstance(unet, UNet2DModel) and isinstance(unet.conv_out, WinogradConv2d):
+            if type(unet.conv_norm_out) is nn.GroupNorm and type(unet.conv_act) is nn.SiLU:
+                unet.conv_norm_out.__class__, unet.conv_act.__class__ = DeferredGroupNorm, DeferredSiLU
+                unet.conv_norm_out.defer_to(unet.conv_out)
