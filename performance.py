@@ -77,9 +77,9 @@ class Im2colConv2d(nn.Conv2d):
     largest_map = 4  # pixels
 
     def forward(self, x: Tensor) -> Tensor:
-        sizes = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, strict=True)
+        sizes = zip(x.shape[-2:], self.kernel_size, self.stride, self.padding, strict=True)
         h, w = ((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in sizes)
-        if h * w > self.largest_map:
+        if x.ndim != 4 or h * w > self.largest_map:
             return super().forward(x)
         columns = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, in k k, h w)
         rows = columns.transpose(1, 2).flatten(0, 1)  # (B h w, in k k)
@@ -95,13 +95,15 @@ class Col2imConvTranspose2d(nn.ConvTranspose2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[2:]
-        if h * w > Im2colConv2d.largest_map:
+        if x.ndim != 4 or x.shape[2] * x.shape[3] > Im2colConv2d.largest_map:
             return super().forward(x)
-        rows = x.flatten(2).transpose(1, 2).flatten(0, 1)  # (B h w, in)
-        columns = (rows @ self.weight.flatten(1)).unflatten(0, (len(x), h * w)).transpose(1, 2)  # (B, out k k, h w)
-        sizes = zip((h, w), self.kernel_size, self.stride, self.padding, strict=True)
+        return self.fold(x.permute(0, 2, 3, 1) @ self.weight.flatten(1))  # (B, out, h', w')
+
+    def fold(self, columns: Tensor) -> Tensor:
+        """What every pixel adds to the result, (B, h, w, out k k), where it belongs, and the bias: (B, out, h', w')."""
+        sizes = zip(columns.shape[1:3], self.kernel_size, self.stride, self.padding, strict=True)
         size = tuple((n - 1) * stride - 2 * padding + kernel for n, kernel, stride, padding in sizes)
+        columns = columns.flatten(1, 2).transpose(1, 2)  # (B, out k k, h w)
         y = F.fold(columns, size, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, out, h', w')
         return y + self.bias.to(y.dtype)[:, None, None]
 

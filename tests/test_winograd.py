@@ -19,17 +19,20 @@ from torch import nn
 
 from DDNM.guided_diffusion import winograd
 from DDNM.guided_diffusion.winograd import (
+    FEWEST_PIXELS,
     FusedResnetBlock2D,
     compile_convolutions,
     kernels,
     norm_affine,
-    transform_weight,
+    pack_weight,
 )
+from performance import Col2imConvTranspose2d, Im2colConv2d
 from utils import InputError
 
 pytestmark = pytest.mark.skipif(
     shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]) is None, reason="no C++ compiler"
 )
+DIRECT_ROUNDING = 1e-6
 SUMMED = 5e-6  # of a mean of values around 1, some hundred of which are summed in float32
 ROUNDING = 3e-6  # of F(4x4, 3x3) in float32 with up to 128 channels: root mean square, relative; directly it is 7e-7
 
@@ -51,23 +54,28 @@ SHAPES = [  # B, C, O, H, W
 ]
 
 
+WAYS = {"Winograd": (3, 1), "3x3": (3, 1), "3x3, stride 2": (3, 2), "1x1": (1, 1), "1x1, stride 2": (1, 2)}
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("activated", [True, False])
-def test_the_kernel_is_the_convolution(shape, activated):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_kernel_is_the_convolution(shape, activated, way):
     b, c, o, h, w = shape
+    kernel, stride = WAYS[way]
     torch.manual_seed(0)
-    x, skip, bias = torch.randn(b, h, w, c), torch.randn(b, h, w, o), torch.randn(b, o)
-    weight, affine = torch.randn(o, c, 3, 3), torch.randn(b, 2, c)
+    x, bias, affine = torch.randn(b, h, w, c), torch.randn(b, o), torch.randn(b, 2, c)
+    weight, skip = torch.randn(o, c, kernel, kernel), torch.randn(b, (h - 1) // stride + 1, (w - 1) // stride + 1, o)
     images = x.double().permute(0, 3, 1, 2)
     if activated:
         scale, shift = affine.double()[..., None, None].unbind(1)
         images = F.silu(images * scale + shift)
-    expected = F.conv2d(images, weight.double(), padding=1) + bias.double()[..., None, None]
+    expected = F.conv2d(images, weight.double(), stride=stride, padding=kernel // 2) + bias.double()[..., None, None]
     expected = expected.permute(0, 2, 3, 1)
-    u, scale_and_shift = transform_weight(weight), affine if activated else None
+    u, scale_and_shift = pack_weight(weight, way == "Winograd"), affine if activated else None
     for added, total in ((None, expected), (skip, expected + skip)):
-        y, moments = kernels().convolve([x], scale_and_shift, u, bias, added)
-        assert relative_error(y, total) < ROUNDING
+        y, moments = kernels().convolve([x], scale_and_shift, u, bias, added, 1, stride)
+        assert relative_error(y, total) < (ROUNDING if way == "Winograd" else DIRECT_ROUNDING)
         assert_moments_are_of(y, moments)
 
 
@@ -78,26 +86,26 @@ def assert_moments_are_of(y, moments):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activated", [True, False])
-def test_parts_stand_for_their_concatenation(shape, activated):
+@pytest.mark.parametrize("activated, winograd", [(True, True), (False, True), (True, False)])
+def test_parts_stand_for_their_concatenation(shape, activated, winograd):
     b, c, o, h, w = shape
     torch.manual_seed(0)
     parts = [torch.randn(b, h, w, channels) for channels in (c, 16, 2 * c)]
     channels = sum(part.shape[3] for part in parts)
     affine = torch.randn(b, 2, channels) if activated else None
-    u, bias = transform_weight(torch.randn(o, channels, 3, 3)), torch.randn(b, o)
+    u, bias = pack_weight(torch.randn(o, channels, 3, 3), winograd), torch.randn(b, o)
     whole = kernels().convolve([torch.cat(parts, 3)], affine, u, bias, None)
     for got, expected in zip(kernels().convolve(parts, affine, u, bias, None), whole, strict=True):
         assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activated", [True, False])
-def test_a_map_is_enlarged_as_by_nearest_neighbours(shape, activated):
+@pytest.mark.parametrize("activated, winograd", [(True, True), (False, True), (True, False)])
+def test_a_map_is_enlarged_as_by_nearest_neighbours(shape, activated, winograd):
     b, c, o, h, w = shape
     torch.manual_seed(0)
     x, affine = torch.randn(b, h, w, c), torch.randn(b, 2, c) if activated else None
-    u, bias = transform_weight(torch.randn(o, c, 3, 3)), torch.randn(b, o)
+    u, bias = pack_weight(torch.randn(o, c, 3, 3), winograd), torch.randn(b, o)
     large = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
     for got, expected in zip(
         kernels().convolve([x], affine, u, bias, None, 2),
@@ -122,7 +130,7 @@ def test_moments_are_means_and_means_of_squares(shape, offset):
 def test_the_result_does_not_depend_on_the_threads(threads):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 20, 20, 32), torch.randn(160, 32, 3, 3), torch.zeros(2, 160)
-    u = transform_weight(weight)
+    u = pack_weight(weight, True)
     (alone, moments), before = kernels().convolve([x], None, u, bias, None), torch.get_num_threads()
     torch.set_num_threads(threads)  # tasks of all panels, of 2 or 3, of 1 or 2
     try:
@@ -141,7 +149,7 @@ def test_silu_from_end_to_end_of_the_range(lo, hi):
     weight = torch.zeros(32, 16, 3, 3)
     weight[range(16), range(16), 1, 1] = 1  # the identity
     affine = torch.stack([torch.ones(1, 16), torch.zeros(1, 16)], 1)
-    y, _ = kernels().convolve([x], affine, transform_weight(weight), torch.zeros(1, 32), None)
+    y, _ = kernels().convolve([x], affine, pack_weight(weight, True), torch.zeros(1, 32), None)
     got = y[0, 1, 1::4, :16]
     torch.testing.assert_close(got.double(), F.silu(x[0, 1, 1::4].double()), rtol=3e-6, atol=1e-7)
 
@@ -150,7 +158,7 @@ def test_what_is_not_finite_stays_so():
     x = torch.zeros(1, 4, 4, 16)
     x[0, 1, 1, 3] = torch.nan
     weight, affine = torch.ones(32, 16, 3, 3), torch.ones(1, 2, 16)
-    y, moments = kernels().convolve([x], affine, transform_weight(weight), torch.zeros(1, 32), None)
+    y, moments = kernels().convolve([x], affine, pack_weight(weight, True), torch.zeros(1, 32), None)
     assert y[0, 1, 1].isnan().all() and moments.isnan().all()
 
 
@@ -181,6 +189,8 @@ def test_the_affine_map_is_the_normalisation(groups, offset):
         {"x": [torch.zeros(1, 4, 4, 32).double()]},
         {"x": [torch.zeros(1, 4, 32, 4).transpose(2, 3)]},
         {"scale_factor": 3},
+        {"stride": 2},
+        {"u": torch.zeros(1, 1, 64, 32)},
         {"affine": torch.zeros(1, 2, 16)},
         {"bias": torch.zeros(2, 32)},
         {"bias": torch.zeros(1, 0)},
@@ -189,8 +199,8 @@ def test_the_affine_map_is_the_normalisation(groups, offset):
     ],
 )
 def test_a_tensor_of_another_form_is_refused(change):
-    given = {"x": [torch.zeros(1, 4, 4, 32)], "affine": None, "u": transform_weight(torch.zeros(32, 32, 3, 3)),
-             "bias": torch.zeros(1, 32), "skip": None, "scale_factor": 1}  # fmt: skip
+    given = {"x": [torch.zeros(1, 4, 4, 32)], "affine": None, "u": pack_weight(torch.zeros(32, 32, 3, 3), True),
+             "bias": torch.zeros(1, 32), "skip": None, "scale_factor": 1, "stride": 1}  # fmt: skip
     kernels().convolve(*given.values())
     with pytest.raises(RuntimeError, match="convolve: "):
         kernels().convolve(*(given | change).values())
@@ -238,7 +248,7 @@ def test_a_compiled_network_computes_the_same(channels_last, batch):
     compile_convolutions(compiled)
     assert kinds(compiled) == {
         "DeferredGroupNorm": 1, "DeferredSiLU": 1, "FusedAttnUpBlock2D": 1, "FusedResnetBlock2D": 8,
-        "FusedUpBlock2D": 1, "FusedUpsample2D": 1, "WinogradConv2d": 18,
+        "FusedUpBlock2D": 1, "FusedUpsample2D": 1, "CompiledConv2d": 24,
     }  # fmt: skip
     assert list(compiled.state_dict()) == list(plain.state_dict())
     x, t = torch.randn(batch, 3, 32, 32), torch.arange(batch) * 100
@@ -252,13 +262,14 @@ PLAIN = [ResnetBlock2D, Upsample2D, UpBlock2D, AttnUpBlock2D]
 
 @pytest.mark.parametrize("plain", PLAIN, ids=[c.__name__ for c in PLAIN])
 def test_the_kernel_is_what_computes(monkeypatch, plain):
-    compiled = unet(sample_size=64)
+    compiled = unet()
     compile_convolutions(compiled)
     monkeypatch.setattr(plain, "forward", lambda *_, **__: 1 / 0)
-    compiled(torch.randn(1, 3, 64, 64), 5)
-    if plain in (ResnetBlock2D, Upsample2D):  # maps of 8x8 and 4x4: fewer tiles than pay
-        with pytest.raises(ZeroDivisionError):
-            compiled(torch.randn(1, 3, 8, 8), 5)
+    for side in (32, 8):
+        compiled(torch.randn(1, 3, side, side), 5)
+    if plain in (ResnetBlock2D, Upsample2D):
+        with pytest.raises(ZeroDivisionError), torch.autocast("cpu", torch.bfloat16):
+            compiled(torch.randn(1, 3, 32, 32), 5)
 
 
 def test_the_last_normalisation_is_computed_in_the_last_convolution(monkeypatch):
@@ -266,8 +277,32 @@ def test_the_last_normalisation_is_computed_in_the_last_convolution(monkeypatch)
     compile_convolutions(compiled)
     monkeypatch.setattr(nn.GroupNorm, "forward", lambda *_: 1 / 0)
     compiled(torch.randn(1, 3, 32, 32), 5)
-    with pytest.raises(ZeroDivisionError):
-        compiled(torch.randn(1, 3, 8, 8), 5)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_layers_of_an_spnn_compute_the_same(side, batch, monkeypatch):
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(32, 48, 3, padding=1), nn.Conv2d(32, 48, 3, 2, 1), nn.Conv2d(32, 48, 1),
+        nn.ConvTranspose2d(32, 48, 4, 2, 1),
+    ]  # fmt: skip
+    layers[1].__class__, layers[3].__class__ = Im2colConv2d, Col2imConvTranspose2d  # as `prepare_networks` makes them
+    layers = nn.ModuleList(layers).requires_grad_(False)
+    x = torch.randn(batch, 32, side, side)
+    expected = [layer(x.double()) for layer in copy.deepcopy(layers).double()]
+    compile_convolutions(layers)
+    for layer, total in zip(layers, expected, strict=True):
+        assert relative_error(layer(x), total) < ROUNDING
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *_: 1 / 0)  # of `Col2imConvTranspose2d`
+    for plain in (nn.Conv2d, nn.ConvTranspose2d):
+        monkeypatch.setattr(plain, "forward", lambda *_: 1 / 0)
+    few = batch * side * side < FEWEST_PIXELS
+    for layer in layers if few else layers[:1]:
+        layer(x)
+    for layer in [] if few else layers[2:]:
+        with pytest.raises(ZeroDivisionError):
+            layer(x)
 
 
 def test_what_has_been_written_to_is_normalised_by_its_new_moments():
@@ -335,7 +370,7 @@ def test_a_copy_is_its_own_network_and_leaves_the_transformed_weights():
     x = torch.randn(1, 32, 16, 16)
     y = layer(x)
     twin = copy.deepcopy(layer)
-    assert "_transformed" in layer.__dict__ and "_transformed" not in twin.__dict__
+    assert "_packed" in layer.__dict__ and "_packed" not in twin.__dict__
     assert torch.equal(twin(x), y)
     twin.weight.zero_()
     assert torch.equal(layer(x), y) and not torch.equal(twin(x), y)

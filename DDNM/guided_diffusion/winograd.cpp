@@ -1,12 +1,12 @@
-// y = conv3x3(silu(scale x + shift)) + bias + skip with stride 1 and zero padding, on a CPU, by Winograd's F(4x4, 3x3):
-// a tile of 4x4 results takes 36 multiplications for each pair of channels, not 144 (Lavin and Gray 2016, "Fast
-// Algorithms for Convolutional Neural Networks", section 4). x may be enlarged to twice its size first, and be several
-// tensors that stand for their concatenation: neither is written to memory. Tensors are float32, contiguous, channels
-// last.
+// y = conv(silu(scale x + shift)) + bias + skip, 3x3 or 1x1, padded with zeros, on a CPU. x may be enlarged to twice
+// its size first, and be several tensors that stand for their concatenation: neither is written to memory. Tensors are
+// float32, contiguous, channels last.
 //
-// A task takes some tiles through all three steps: transform the inputs (V = B^T d B), multiply by the transformed
-// weights (M = V U), transform the results (A^T M A). V and M stay in the core's cache, so that memory sees little more
-// than x and y once and U once a task.
+// With stride 1, 3x3 goes by Winograd's F(4x4, 3x3): a tile of 4x4 results takes 36 multiplications for each pair of
+// channels, not 144 (Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4). A task takes
+// some tiles through all three steps: transform the inputs (V = B^T d B), multiply by the transformed weights
+// (M = V U), transform the results (A^T M A). V and M stay in the core's cache, so that memory sees little more than x
+// and y once and U once a task.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -37,10 +37,20 @@ constexpr int64_t LANES = 16, ROWS = 12;  // ROWS x 2 vectors of results fill th
 constexpr int64_t LANES = 8, ROWS = 6;
 #endif
 constexpr int64_t PANEL = 2 * LANES;      // output channels that are computed together
-constexpr int64_t OUT = 4, IN = OUT + 2;  // a tile's results and inputs, a side
-constexpr int64_t TILES = 24;             // of a task: more share a read of U, fewer leave V in the cache
 constexpr int64_t CHUNK = 128;            // pixels that are summed in float32
-static_assert(TILES % ROWS == 0);
+
+// How a tile of OUT x OUT results comes from IN x IN inputs. A task takes TILES of them: more share a read of the
+// weights, fewer leave V in the core's cache.
+struct Winograd {
+  static constexpr int64_t OUT = 4, IN = 6, TILES = 24;
+};
+// A row of V, the pixel's K x K neighbours, times the weights as they are: for maps so small that reading the weights,
+// of which Winograd's way has four times as many, is what takes the time.
+template <int64_t K>
+struct Direct {
+  static constexpr int64_t OUT = 1, IN = K, TILES = 72;
+};
+static_assert(Winograd::TILES % ROWS == 0 && Direct<1>::TILES % ROWS == 0);
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
@@ -201,17 +211,22 @@ void reduce(const float* from, const float* to, int64_t O, double* moments) {
   }
 }
 
-// x (B, H / scale_factor, W / scale_factor, C_p), the parts of C channels; scale_factor 1, or 2, which makes 2x2 of a
-// pixel; affine (B, 2, C), scale and shift, or none: no SiLU either; u (36, O / PANEL, C, PANEL), the last panel filled
-// up with zeros; bias (B, O); skip (B, H, W, O) or none; C_p and O are multiples of LANES.
-// Returns y (B, H, W, O) and its moments, (B, 2, O) in float64.
-std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optional<at::Tensor>& affine,
-                                            const at::Tensor& u, const at::Tensor& bias,
-                                            const std::optional<at::Tensor>& skip, int64_t scale_factor) {
-  TORCH_CHECK(!x.empty() && x[0].dim() == 4 && bias.dim() == 2 && (scale_factor == 1 || scale_factor == 2),
-              "convolve: expected tensors x (B, H, W, C), bias (B, O) and a scale_factor of 1 or 2");
+// x (B, h, w, C_p), the parts of C channels; scale_factor 1, or 2, which makes 2x2 of a pixel; stride 1 or 2;
+// affine (B, 2, C), scale and shift, or none: no SiLU either; u (36, O / PANEL, C, PANEL) for Winograd and
+// (1, O / PANEL, K K C, PANEL) for Direct<K>, the last panel filled up with zeros; bias (B, O); skip (B, H, W, O) or
+// none; C_p and O are multiples of LANES. Returns y (B, H, W, O) and its moments, (B, 2, O) in float64.
+template <typename Method>
+std::tuple<at::Tensor, at::Tensor> convolve_by(at::TensorList x, const std::optional<at::Tensor>& affine,
+                                               const at::Tensor& u, const at::Tensor& bias,
+                                               const std::optional<at::Tensor>& skip, int64_t scale_factor,
+                                               int64_t stride) {
+  constexpr int64_t OUT = Method::OUT, IN = Method::IN, TILES = Method::TILES;
+  constexpr bool is_winograd = OUT > 1;
+  constexpr int64_t padding = (IN - OUT) / 2;
   const int64_t B = x[0].size(0), h = x[0].size(1), w = x[0].size(2), O = bias.size(1);
-  const int64_t H = scale_factor * h, W = scale_factor * w, halvings = scale_factor - 1;
+  // of the enlarged map, and of y
+  const int64_t large_h = scale_factor * h, large_w = scale_factor * w, halvings = scale_factor - 1;
+  const int64_t H = (large_h - 1) / stride + 1, W = (large_w - 1) / stride + 1;
   const int64_t panels = (O + PANEL - 1) / PANEL;
   auto fits = [&](const at::Tensor& t, at::IntArrayRef shape) {
     TORCH_CHECK(t.is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous() && t.sizes() == shape,
@@ -232,7 +247,8 @@ std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optiona
     C += t.size(-1);
   }
   TORCH_CHECK(O > 0 && O % LANES == 0, "convolve: expected multiples of ", LANES, " channels, got ", O, " results");
-  const float *up = fits(u, {IN * IN, panels, C, PANEL}), *bp = fits(bias, {B, O});
+  const int64_t points = is_winograd ? IN * IN : 1, depth = IN * IN * C / points;
+  const float *up = fits(u, {points, panels, depth, PANEL}), *bp = fits(bias, {B, O});
   const float* ap = affine ? fits(*affine, {B, 2, C}) : nullptr;
   const float* sp = skip ? fits(*skip, {B, H, W, O}) : nullptr;
   auto y = pool().empty({B, H, W, O});
@@ -244,7 +260,7 @@ std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optiona
   float* partial = sums.data_ptr<float>();
   // where blocks of tiles are too few to keep every thread busy, a task takes some of the panels only
   const int64_t shares = std::clamp<int64_t>(4 * at::get_num_threads() / blocks, 1, panels);
-  const int64_t v_step = IN * IN * C + LANES, m_step = IN * IN * PANEL + LANES;  // no power of two: cache sets
+  const int64_t v_step = IN * IN * C + LANES, m_step = points * PANEL + LANES;  // no power of two: cache sets
 
   at::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
     const auto scratch = pool().empty({TILES * (v_step + m_step) + IN * (IN - OUT) * C});
@@ -255,16 +271,18 @@ std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optiona
       if (task == begin || share == 0)
         for (int64_t i = 0; i < tiles; i++) {
           const int64_t tile = first + i, b = tile / (down * across);
-          const int64_t top = tile / across % down * OUT - 1, left = tile % across * OUT - 1;
+          const int64_t top = tile / across % down * OUT * stride - padding;
+          const int64_t left = tile % across * OUT * stride - padding;
           int64_t pixels[IN * IN];  // that the tile reads; -1 where there is none
           for (int64_t r = 0; r < IN; r++)
             for (int64_t q = 0; q < IN; q++) {
-              const bool inside = top + r >= 0 && top + r < H && left + q >= 0 && left + q < W;
+              const bool inside = top + r >= 0 && top + r < large_h && left + q >= 0 && left + q < large_w;
               const int64_t row = (top + r) >> halvings, column = (left + q) >> halvings;
               pixels[r * IN + q] = inside ? (b * h + row) * w + column : -1;
             }
           const bool whole = *std::min_element(pixels, pixels + IN * IN) >= 0;
-          const bool follows = whole && i > 0 && left > 0;  // the tile before: its last columns are the first ones here
+          // the tile before's last columns are this one's first ones
+          const bool follows = is_winograd && whole && i > 0 && left > 0;
           int64_t base = 0;  // the part's first channel
           for (const Part& part : parts) {
             const auto transform = [&](auto whole, auto known) {  // ``known`` columns lie in the seam
@@ -278,7 +296,8 @@ std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optiona
                   for (int64_t q = known; q < IN; q++) {
                     const float* at = part.data + pixels[r * IN + q] * part.channels + c;
                     d[r * IN + q] = whole || pixels[r * IN + q] >= 0 ? load(at) : Vec{};
-                    if (whole) __builtin_prefetch(at + OUT / scale_factor * part.channels);  // what the next tile adds
+                    if (whole && is_winograd)  // what the next tile adds
+                      __builtin_prefetch(at + OUT / scale_factor * part.channels);
                   }
                 }
                 if (ap != nullptr) {
@@ -288,14 +307,16 @@ std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optiona
                     for (int64_t q = known; q < IN; q++)  // padding is zero after the activation, not before
                       if (whole || pixels[r * IN + q] >= 0) d[r * IN + q] = silu(d[r * IN + q] * scale + shift);
                 }
+                if constexpr (is_winograd) {
 #pragma GCC unroll 6
-                for (int64_t r = 0; r < IN; r++)
-                  for (int64_t q = OUT; q < IN; q++)
-                    store(shared + (r * (IN - OUT) + q - OUT) * LANES, d[r * IN + q]);
+                  for (int64_t r = 0; r < IN; r++)
+                    for (int64_t q = OUT; q < IN; q++)
+                      store(shared + (r * (IN - OUT) + q - OUT) * LANES, d[r * IN + q]);
 #pragma GCC unroll 6
-                for (int64_t r = 0; r < IN; r++) transform_inputs(d + r * IN, 1);
+                  for (int64_t r = 0; r < IN; r++) transform_inputs(d + r * IN, 1);
 #pragma GCC unroll 6
-                for (int64_t q = 0; q < IN; q++) transform_inputs(d + q, IN);
+                  for (int64_t q = 0; q < IN; q++) transform_inputs(d + q, IN);
+                }
                 for (int64_t k = 0; k < IN * IN; k++) store(v + i * v_step + k * C + base + c, d[k]);
               }
             };
@@ -309,10 +330,10 @@ std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optiona
         }
 
       for (int64_t panel = share * panels / shares; panel < (share + 1) * panels / shares; panel++) {
-        for (int64_t k = 0; k < IN * IN; k++)
+        for (int64_t k = 0; k < points; k++)
           for (int64_t i = 0; i < tiles; i += ROWS)  // past the last tile: computed, not used
-            multiply(v + i * v_step + k * C, up + (k * panels + panel) * C * PANEL, m + i * m_step + k * PANEL, C,
-                     v_step, m_step);
+            multiply(v + i * v_step + k * C, up + (k * panels + panel) * depth * PANEL, m + i * m_step + k * PANEL,
+                     depth, v_step, m_step);
         std::array<Sums, PANEL / LANES> sums;
         for (int64_t i = 0; i < tiles; i++) {
           const int64_t tile = first + i, b = tile / (down * across);
@@ -323,11 +344,13 @@ std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optiona
             const int64_t o = panel * PANEL + half * LANES;
             if (o >= O) break;
             Vec d[IN * IN];
-            for (int64_t k = 0; k < IN * IN; k++) d[k] = load(m + i * m_step + k * PANEL + half * LANES);
+            for (int64_t k = 0; k < points; k++) d[k] = load(m + i * m_step + k * PANEL + half * LANES);
+            if constexpr (is_winograd) {
 #pragma GCC unroll 6
-            for (int64_t r = 0; r < IN; r++) transform_results(d + r * IN, 1);
+              for (int64_t r = 0; r < IN; r++) transform_results(d + r * IN, 1);
 #pragma GCC unroll 4
-            for (int64_t q = 0; q < OUT; q++) transform_results(d + q, IN);
+              for (int64_t q = 0; q < OUT; q++) transform_results(d + q, IN);
+            }
             const Vec constant = load(bp + b * O + o);
             const int64_t rows = std::min(OUT, H - top), columns = std::min(OUT, W - left);
             Vec sum = {}, square = {};
@@ -361,6 +384,22 @@ std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optiona
     reduce(partial + from * SUMS * O, partial + to * SUMS * O, O, moments.data_ptr<double>() + 2 * b * O);
   }
   return {y, moments};
+}
+
+std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optional<at::Tensor>& affine,
+                                            const at::Tensor& u, const at::Tensor& bias,
+                                            const std::optional<at::Tensor>& skip, int64_t scale_factor,
+                                            int64_t stride) {
+  TORCH_CHECK(!x.empty() && x[0].dim() == 4 && u.dim() == 4 && bias.dim() == 2,
+              "convolve: expected tensors x (B, h, w, C), u (points, panels, depth, ", PANEL, ") and bias (B, O)");
+  TORCH_CHECK((scale_factor == 1 || scale_factor == 2) && (stride == 1 || stride == 2),
+              "convolve: expected a scale_factor and a stride of 1 or 2");
+  TORCH_CHECK(stride == 1 || u.size(0) == 1, "convolve: Winograd's way has a stride of 1");
+  int64_t C = 0;
+  for (const at::Tensor& part : x) C += part.size(-1);
+  const auto compute = u.size(0) > 1 ? convolve_by<Winograd>
+                                     : u.size(2) > C ? convolve_by<Direct<3>> : convolve_by<Direct<1>>;
+  return compute(x, affine, u, bias, skip, scale_factor, stride);
 }
 
 // Of x (B, H, W, C), C a multiple of LANES: means and means of squares over the pixels, (B, 2, C) in float64.
@@ -428,7 +467,8 @@ at::Tensor affine(at::TensorList moments, const at::Tensor& weight, const at::Te
 }  // namespace
 
 TORCH_LIBRARY(spnn_winograd, library) {
-  library.def("convolve(Tensor[] x, Tensor? affine, Tensor u, Tensor bias, Tensor? skip, int scale_factor=1)"
+  library.def("convolve(Tensor[] x, Tensor? affine, Tensor u, Tensor bias, Tensor? skip, int scale_factor=1,"
+              " int stride=1)"
               " -> (Tensor, Tensor)", &convolve);
   library.def("moments(Tensor x) -> Tensor", &moments);
   library.def("affine(Tensor[] moments, Tensor weight, Tensor bias, int groups, float eps) -> Tensor", &affine);

@@ -12,6 +12,7 @@ Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks"
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shlex
@@ -30,12 +31,15 @@ from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from performance import Col2imConvTranspose2d, Im2colConv2d
 from utils import InputError, atomic_write
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("winograd.cpp")
 ARCH_FLAGS = {"AVX512": ["-march=skylake-avx512"], "AVX2": ["-march=haswell"]}  # by the name that PyTorch has for it
-FEWEST_TILES = 12  # of 4x4 results: with fewer, reading the weights takes all the time, and they are four times as many
+FEWEST_PIXELS = (
+    192  # of results: with fewer, reading the weights takes all the time, and Winograd's are four times as many
+)
 WEIGHT_TRANSFORM = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
                     (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))  # fmt: skip
 
@@ -94,16 +98,23 @@ def _compile(command: Sequence[str], library: Path) -> None:
             shutil.copyfile(made, temporary)
 
 
-def transform_weight(weight: Tensor) -> Tensor:
-    """``G w G^T`` for w (O, C, 3, 3) as the kernel reads it: (36, O / panel, C, panel), zeros in the last panel.
+def pack_weight(weight: Tensor, winograd: bool) -> Tensor:
+    """The weights w (O, C, K, K) as the kernel reads them, zeros in the last panel.
+
+    Args:
+        weight: K is 3 or 1.
+        winograd: 3x3 ones as ``G w G^T``, (36, O / panel, C, panel); else as they are, (1, O / panel, K K C, panel).
 
     Raises:
         InputError: as `kernels`.
     """
-    g = torch.tensor(WEIGHT_TRANSFORM, dtype=torch.float64)
-    u = torch.einsum("ai,ocij,bj->abco", g, weight.detach().double(), g).float().flatten(0, 1)  # (36, C, O)
+    if winograd:
+        g = torch.tensor(WEIGHT_TRANSFORM, dtype=torch.float64)
+        u = torch.einsum("ai,ocij,bj->abco", g, weight.detach().double(), g).float().flatten(0, 1)  # (36, C, O)
+    else:
+        u = weight.detach().permute(2, 3, 1, 0).flatten(0, 2)[None]  # (1, K K C, O)
     panel = 2 * kernels().lanes()
-    u = F.pad(u, (0, -len(weight) % panel))  # (36, C, a multiple of panel)
+    u = F.pad(u, (0, -len(weight) % panel))  # (points, depth, a multiple of panel)
     return u.unflatten(2, (-1, panel)).transpose(1, 2).contiguous()
 
 
@@ -134,43 +145,49 @@ def norm_affine(norm: nn.GroupNorm, moments: Sequence[Tensor]) -> Tensor:
 
 
 def _use_kernel(layer: nn.Module, x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernel computes ``layer`` for x (B, C, H, W), in less time and with nobody asking for a gradient."""
+    """Whether the kernel may compute ``layer`` for x (B, C, H, W): of its type, and nobody asks for a gradient."""
     inputs = [x, *(other for other in others if other is not None)]
     if torch.is_autocast_enabled("cpu") or any(t.device.type != "cpu" for t in inputs):
         return False
     tensors = [*inputs, *layer.parameters()]
     if any(t.dtype != torch.float32 for t in tensors) or any(t.is_inference() for t in layer.parameters()):
         return False
-    if x.ndim != 4:
-        return False
-    tiles = len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
-    return tiles >= FEWEST_TILES and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return x.ndim == 4 and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """``silu(norm(x))`` of x (B, C, H, W), yet to be computed: by the `WinogradConv2d` that gets it."""
+    """``silu(norm(x))`` of x (B, C, H, W), yet to be computed: by the `CompiledConv2d` that gets it."""
 
     x: Tensor
     norm: nn.GroupNorm
 
 
-class WinogradConv2d(nn.Conv2d):
-    """A 3x3 convolution, stride 1, padding 1, with a bias, by the kernel where that pays: (B, C, H, W) ->
-    (B, O, H, W)."""
+class _PackedWeight:
+    """Keeps a layer's weights as the kernel reads them, while nothing has been written to them (``.data`` aside)."""
 
-    def transformed_weight(self) -> Tensor:
-        """`transform_weight` of the weights, kept while nothing has been written to them (``.data`` aside)."""
+    def packed(self, winograd: bool) -> Tensor:
+        """`pack_weight` of the weights."""
         version = self.weight.data_ptr(), self.weight._version
-        kept, kept_version, u = self.__dict__.get("_transformed", (None, None, None))
-        if kept is None or kept_version != version:
-            u = transform_weight(self.weight)
+        known = self.__dict__.setdefault("_packed", {})
+        if winograd not in known or known[winograd][1] != version:
             # with an alias of the weights, whose address no others can have meanwhile
-            self.__dict__["_transformed"] = self.weight.detach(), version, u
-        return u
+            known[winograd] = self.weight.detach(), version, pack_weight(self.matrices(), winograd)
+        return known[winograd][2]
+
+    def matrices(self) -> Tensor:
+        """The weights as those of a convolution: (O, C, K, K)."""
+        return self.weight
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_transformed"}
+        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
+
+
+class CompiledConv2d(_PackedWeight, Im2colConv2d):
+    """A convolution with a bias, by the kernel where that pays: (B, C, h, w) -> (B, O, H, W).
+
+    3x3, stride 1 or 2, padding 1; or 1x1, stride 1.
+    """
 
     def convolve(
         self,
@@ -183,30 +200,53 @@ class WinogradConv2d(nn.Conv2d):
         """``self(silu(scale x + shift)) + skip``, (B, H, W, O), and its moments, (B, 2, O).
 
         Args:
-            x: the parts, (B, H / scale_factor, W / scale_factor, C_p) each.
+            x: the parts, (B, h, w, C_p) each.
             affine: scale and shift, (B, 2, C); without it there is no SiLU either.
             bias: (O,) or (B, O), in the place of the layer's own.
             skip: (B, H, W, O).
             scale_factor: 1, or 2 to enlarge x first, every pixel to 2x2.
         """
-        bias = (self.bias if bias is None else bias).expand(len(x[0]), -1)  # (B, O)
+        batch, h, w = len(x[0]), x[0].shape[1] * scale_factor, x[0].shape[2] * scale_factor
+        pixels, tiles = batch * h * w, batch * -(-h // 4) * -(-w // 4)
+        winograd = self._is_3x3_stride_1() and pixels >= FEWEST_PIXELS and pixels > 4 * tiles
+        bias = (self.bias if bias is None else bias).expand(batch, -1)  # (B, O)
         bias = F.pad(bias, (0, -self.out_channels % kernels().lanes())).contiguous()
-        y, moments = kernels().convolve(x, affine, self.transformed_weight(), bias, skip, scale_factor)
+        y, moments = kernels().convolve(
+            x, affine, self.packed(winograd), bias, skip, scale_factor, self.stride[0]
+        )  # (B, H, W, O), (B, 2, O), both with O filled up to a multiple of the lanes
         return y[..., : self.out_channels], moments[..., : self.out_channels]
+
+    def _is_3x3_stride_1(self) -> bool:
+        return self.kernel_size == (3, 3) and self.stride == (1, 1)
 
     def forward(self, x: Tensor | Deferred) -> Tensor:
         if isinstance(x, Deferred):
             affine = norm_affine(x.norm, [_moments(x.x)])  # (B, 2, C)
             return _nchw(*self.convolve([_nhwc(x.x)], affine))  # (B, O, H, W)
-        if not _use_kernel(self, x):
+        pixels = math.prod(x.shape) // x.shape[1] // math.prod(self.stride) if x.ndim == 4 else 0
+        if not _use_kernel(self, x) or not (self._is_3x3_stride_1() or pixels < FEWEST_PIXELS):
             return super().forward(x)
         return _nchw(*self.convolve([_nhwc(x)]))  # (B, O, H, W)
+
+
+class CompiledConvTranspose2d(_PackedWeight, Col2imConvTranspose2d):
+    """A transposed convolution whose product the kernel computes for small maps: (B, C, h, w) -> (B, O, H, W)."""
+
+    def matrices(self) -> Tensor:
+        return self.weight.flatten(1).T[..., None, None]  # (O K K, C, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _use_kernel(self, x) or len(x) * x.shape[2] * x.shape[3] >= FEWEST_PIXELS:
+            return super().forward(x)
+        none = x.new_zeros(len(x), self.weight[0].numel())  # (B, O K K)
+        columns, _ = kernels().convolve([_nhwc(x)], None, self.packed(False), none, None)  # (B, h, w, O K K)
+        return self.fold(columns)  # (B, O, H, W)
 
 
 class DeferredGroupNorm(nn.GroupNorm):
     """A normalisation that leaves its work to the convolution after the next SiLU, where the kernel computes that."""
 
-    def defer_to(self, convolution: WinogradConv2d) -> None:
+    def defer_to(self, convolution: CompiledConv2d) -> None:
         self.convolution = (convolution,)  # in a tuple: not a layer of this one
 
     def forward(self, x: Tensor) -> Tensor | Deferred:
@@ -288,15 +328,22 @@ class FusedAttnUpBlock2D(_FusedUpBlock, AttnUpBlock2D):
 # --- What of a network the kernel computes ---------------------------------------------------------------------------
 
 
-def _fits(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Conv2d or layer.bias is None:
+def _fits(layer: nn.Conv2d) -> bool:
+    if layer.bias is None or layer.in_channels % kernels().lanes():
         return False
-    form = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
-    return form == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and layer.in_channels % kernels().lanes() == 0
+    form = (layer.kernel_size, layer.stride, layer.padding)
+    known = [((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1)), ((1, 1), (1, 1), (0, 0))]
+    return form in known and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
+
+
+def _transposed_fits(layer: nn.ConvTranspose2d) -> bool:
+    return layer.in_channels % kernels().lanes() == layer.weight[0].numel() % kernels().lanes() == 0
 
 
 def _gives_whole_vectors(layer: nn.Module) -> bool:
-    return isinstance(layer, WinogradConv2d) and layer.out_channels % kernels().lanes() == 0
+    return (
+        isinstance(layer, CompiledConv2d) and layer._is_3x3_stride_1() and layer.out_channels % kernels().lanes() == 0
+    )
 
 
 def _is_pointwise(layer: nn.Conv2d) -> bool:
@@ -326,7 +373,9 @@ def _fused_up_block(block: UpBlock2D | AttnUpBlock2D) -> bool:
 
 
 FUSED = [  # in this order: a block's layers before the block
-    (nn.Conv2d, WinogradConv2d, _fits),
+    (nn.Conv2d, CompiledConv2d, _fits),
+    (Im2colConv2d, CompiledConv2d, _fits),
+    (Col2imConvTranspose2d, CompiledConvTranspose2d, _transposed_fits),
     (ResnetBlock2D, FusedResnetBlock2D, _fused_resnet_block),
     (Upsample2D, FusedUpsample2D, _fused_upsample),
     (UpBlock2D, FusedUpBlock2D, _fused_up_block),
@@ -337,7 +386,7 @@ FUSED = [  # in this order: a block's layers before the block
 def compile_convolutions(network: nn.Module) -> None:
     """Have the kernel compute what it can of ``network``, in place, under the same weights' names: for inference.
 
-    3x3 convolutions become `WinogradConv2d`, where input channels are multiples of 16 (of 8 without AVX-512); a U-Net's
+    3x3 convolutions become `CompiledConv2d`, where input channels are multiples of 16 (of 8 without AVX-512); a U-Net's
     residual blocks, upsampling layers, up blocks and its last normalisation become what spares writing to memory. Their
     transformed weights, four times as large, lie in memory beside them from their first use on, and results, up to
     1 GiB of those no longer used, until the process ends. Where a gradient is to be propagated back, on another device
@@ -351,7 +400,7 @@ def compile_convolutions(network: nn.Module) -> None:
             if type(layer) is plain and serves(layer):
                 layer.__class__ = fused
     for unet in network.modules():
-        if isinstance(unet, UNet2DModel) and isinstance(unet.conv_out, WinogradConv2d):
+        if isinstance(unet, UNet2DModel) and type(unet.conv_out) is CompiledConv2d and unet.conv_out._is_3x3_stride_1():
             if type(unet.conv_norm_out) is nn.GroupNorm and type(unet.conv_act) is nn.SiLU:
                 unet.conv_norm_out.__class__, unet.conv_act.__class__ = DeferredGroupNorm, DeferredSiLU
                 unet.conv_norm_out.defer_to(unet.conv_out)
