@@ -37,7 +37,7 @@ constexpr int64_t LANES = 16, ROWS = 12;  // ROWS x 2 vectors of results fill th
 constexpr int64_t LANES = 8, ROWS = 6;
 #endif
 constexpr int64_t PANEL = 2 * LANES;      // output channels that are computed together
-constexpr int64_t CHUNK = 128;            // pixels that are summed in float32
+constexpr int64_t CHUNK = 128;            // pixels that `moments` sums in float32
 
 // How a tile of OUT x OUT results comes from IN x IN inputs. A task takes TILES of them: more share a read of the
 // weights, fewer leave V in the core's cache.
@@ -50,7 +50,7 @@ template <int64_t K>
 struct Direct {
   static constexpr int64_t OUT = 1, IN = K, TILES = 72;
 };
-static_assert(Winograd::TILES % ROWS == 0 && Direct<1>::TILES % ROWS == 0);
+static_assert(Winograd::TILES % ROWS == 0 && Direct<3>::TILES % ROWS == 0);
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
@@ -141,7 +141,8 @@ INLINE void multiply(const float* v, const float* u, float* m, int64_t C, int64_
   }
 }
 
-// Memory for results, taken back when they are freed: from the system, every page of a large block is cleared first.
+// Memory for results and scratch, taken back when they are freed: from the system, every page of a large block is cleared
+// first.
 class Pool {
  public:
   at::Tensor empty(at::IntArrayRef shape) {
@@ -294,10 +295,10 @@ std::tuple<at::Tensor, at::Tensor> convolve_by(at::TensorList x, const std::opti
                   for (int64_t q = 0; q < known; q++) d[r * IN + q] = load(shared + (r * (IN - OUT) + q) * LANES);
 #pragma GCC unroll 6
                   for (int64_t q = known; q < IN; q++) {
-                    const float* at = part.data + pixels[r * IN + q] * part.channels + c;
-                    d[r * IN + q] = whole || pixels[r * IN + q] >= 0 ? load(at) : Vec{};
+                    const int64_t pixel = pixels[r * IN + q];
+                    d[r * IN + q] = whole || pixel >= 0 ? load(part.data + pixel * part.channels + c) : Vec{};
                     if (whole && is_winograd)  // what the next tile adds
-                      __builtin_prefetch(at + OUT / scale_factor * part.channels);
+                      __builtin_prefetch(part.data + (pixel + OUT / scale_factor) * part.channels + c);
                   }
                 }
                 if (ap != nullptr) {
@@ -394,7 +395,8 @@ std::tuple<at::Tensor, at::Tensor> convolve(at::TensorList x, const std::optiona
               "convolve: expected tensors x (B, h, w, C), u (points, panels, depth, ", PANEL, ") and bias (B, O)");
   TORCH_CHECK((scale_factor == 1 || scale_factor == 2) && (stride == 1 || stride == 2),
               "convolve: expected a scale_factor and a stride of 1 or 2");
-  TORCH_CHECK(stride == 1 || u.size(0) == 1, "convolve: Winograd's way has a stride of 1");
+  TORCH_CHECK(stride == 1 || (u.size(0) == 1 && scale_factor == 1),
+              "convolve: neither Winograd's way nor an enlarged map goes with a stride of 2");
   int64_t C = 0;
   for (const at::Tensor& part : x) C += part.size(-1);
   const auto compute = u.size(0) > 1 ? convolve_by<Winograd>
@@ -439,10 +441,13 @@ at::Tensor moments(const at::Tensor& x) {
 at::Tensor affine(at::TensorList moments, const at::Tensor& weight, const at::Tensor& bias, int64_t groups,
                   double eps) {
   const at::Tensor all = moments.size() == 1 ? moments[0] : at::cat(moments, 2);
-  const int64_t B = all.size(0), C = all.size(2), D = C / groups;
-  TORCH_CHECK(all.scalar_type() == at::kDouble && all.is_contiguous() && C % groups == 0 && weight.is_contiguous() &&
-                  bias.is_contiguous() && weight.numel() == C && bias.numel() == C,
+  const auto fits = [&](const at::Tensor& t) {
+    return t.is_contiguous() && t.scalar_type() == at::kFloat && t.numel() == all.size(2);
+  };
+  TORCH_CHECK(all.dim() == 3 && all.size(1) == 2 && all.scalar_type() == at::kDouble && all.is_contiguous() &&
+                  groups > 0 && all.size(2) % groups == 0 && fits(weight) && fits(bias),
               "affine: expected moments (B, 2, C) in float64, weight (C,) and bias (C,), C a multiple of ", groups);
+  const int64_t B = all.size(0), C = all.size(2), D = C / groups;
   auto result = at::empty({B, 2, C}, at::kFloat);
   const float *wp = weight.const_data_ptr<float>(), *bp = bias.const_data_ptr<float>();
   for (int64_t b = 0; b < B; b++) {

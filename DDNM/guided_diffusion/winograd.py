@@ -1,4 +1,4 @@
-"""3x3 convolutions and a U-Net's residual blocks on a CPU, in less than half the time and the same to rounding.
+"""Convolutions and a U-Net's residual blocks on a CPU, in less than half the time and the same to rounding.
 
 Normalisation, SiLU, 3x3 convolution, bias and skip connection are one kernel, winograd.cpp, which GCC compiles at its
 first use. `DDNM/main.py --compile` asks for it. What is only read once is not written to memory: neither a
@@ -30,6 +30,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from performance import Col2imConvTranspose2d, Im2colConv2d
 from utils import InputError, atomic_write
@@ -37,9 +38,7 @@ from utils import InputError, atomic_write
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("winograd.cpp")
 ARCH_FLAGS = {"AVX512": ["-march=skylake-avx512"], "AVX2": ["-march=haswell"]}  # by the name that PyTorch has for it
-FEWEST_PIXELS = (
-    192  # of results: with fewer, reading the weights takes all the time, and Winograd's are four times as many
-)
+FEW_PIXELS = 192  # with fewer, reading weights is what takes the time, and Winograd's are four times as many
 WEIGHT_TRANSFORM = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
                     (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))  # fmt: skip
 
@@ -126,7 +125,10 @@ def _nhwc(x: Tensor) -> Tensor:
 
 
 def _nchw(y: Tensor, moments: Tensor) -> Tensor:
-    """y (B, H, W, O) as (B, O, H, W), with its moments for a normalisation that may follow."""
+    """y (B, H, W, O) as (B, O, H, W), with its moments for a normalisation that may follow.
+
+    They serve while nothing has been written to it (``.data`` and NumPy aside).
+    """
     y = y.permute(0, 3, 1, 2)  # (B, O, H, W)
     if not y.is_inference():  # there nothing would tell that somebody has written to it
         y.moments = y._version, moments
@@ -140,19 +142,30 @@ def _moments(x: Tensor) -> Tensor:
 
 
 def norm_affine(norm: nn.GroupNorm, moments: Sequence[Tensor]) -> Tensor:
-    """The scale and the shift that ``norm`` amounts to for a map with these moments, (B, 2, C_p) each: (B, 2, C)."""
+    """The scale and the shift that ``norm`` amounts to for a map with these moments, (B, 2, C_p) each: (B, 2, C).
+
+    Raises:
+        RuntimeError: moments of another shape or type than `kernels`' or of other channels than ``norm``'s.
+    """
     return kernels().affine(moments, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
 def _use_kernel(layer: nn.Module, x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernel may compute ``layer`` for x (B, C, H, W): of its type, and nobody asks for a gradient."""
+    """Whether the kernel may compute ``layer`` for x (B, C, H, W): of its type, and nobody asks for a derivative."""
     inputs = [x, *(other for other in others if other is not None)]
     if torch.is_autocast_enabled("cpu") or any(t.device.type != "cpu" for t in inputs):
         return False
     tensors = [*inputs, *layer.parameters()]
     if any(t.dtype != torch.float32 for t in tensors) or any(t.is_inference() for t in layer.parameters()):
         return False
-    return x.ndim == 4 and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    if x.ndim != 4 or x.numel() == 0 or any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def _few(x: Tensor, stride: int = 1) -> bool:
+    """Whether one in ``stride`` pixels of x (B, C, H, W) are so few that reading weights is what takes the time."""
+    return len(x) * x.shape[2] * x.shape[3] < FEW_PIXELS * stride
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,7 @@ class _PackedWeight:
     """Keeps a layer's weights as the kernel reads them, while nothing has been written to them (``.data`` aside)."""
 
     def packed(self, winograd: bool) -> Tensor:
-        """`pack_weight` of the weights."""
+        """`pack_weight` of the weights: (points, O / panel, depth, panel)."""
         version = self.weight.data_ptr(), self.weight._version
         known = self.__dict__.setdefault("_packed", {})
         if winograd not in known or known[winograd][1] != version:
@@ -186,7 +199,7 @@ class _PackedWeight:
 class CompiledConv2d(_PackedWeight, Im2colConv2d):
     """A convolution with a bias, by the kernel where that pays: (B, C, h, w) -> (B, O, H, W).
 
-    3x3, stride 1 or 2, padding 1; or 1x1, stride 1.
+    It is 3x3 with stride 1 or 2 and padding 1, or 1x1 with stride 1.
     """
 
     def convolve(
@@ -203,28 +216,32 @@ class CompiledConv2d(_PackedWeight, Im2colConv2d):
             x: the parts, (B, h, w, C_p) each.
             affine: scale and shift, (B, 2, C); without it there is no SiLU either.
             bias: (O,) or (B, O), in the place of the layer's own.
-            skip: (B, H, W, O).
+            skip: (B, H, W, O), O a multiple of the lanes.
             scale_factor: 1, or 2 to enlarge x first, every pixel to 2x2.
+
+        Raises:
+            InputError: as `kernels`.
+            RuntimeError: a tensor of another shape, or channels that are no multiples of the lanes.
         """
+        if sum(part.shape[3] for part in x) != self.in_channels:  # the kernel reads K off the weights' depth
+            raise RuntimeError(f"expected {self.in_channels} channels, got {[tuple(part.shape) for part in x]}")
         batch, h, w = len(x[0]), x[0].shape[1] * scale_factor, x[0].shape[2] * scale_factor
-        pixels, tiles = batch * h * w, batch * -(-h // 4) * -(-w // 4)
-        winograd = self._is_3x3_stride_1() and pixels >= FEWEST_PIXELS and pixels > 4 * tiles
+        many = batch * h * w >= FEW_PIXELS and h * w > 4 * -(-h // 4) * -(-w // 4)  # more than 4 pixels a tile of 4x4
+        u = self.packed(self.is_winograd() and many)
         bias = (self.bias if bias is None else bias).expand(batch, -1)  # (B, O)
-        bias = F.pad(bias, (0, -self.out_channels % kernels().lanes())).contiguous()
-        y, moments = kernels().convolve(
-            x, affine, self.packed(winograd), bias, skip, scale_factor, self.stride[0]
-        )  # (B, H, W, O), (B, 2, O), both with O filled up to a multiple of the lanes
+        bias = F.pad(bias, (0, -self.out_channels % kernels().lanes())).contiguous()  # (B, a multiple of the lanes)
+        y, moments = kernels().convolve(x, affine, u, bias, skip, scale_factor, self.stride[0])
         return y[..., : self.out_channels], moments[..., : self.out_channels]
 
-    def _is_3x3_stride_1(self) -> bool:
+    def is_winograd(self) -> bool:
+        """Whether Winograd's way can compute it: 3x3 with stride 1."""
         return self.kernel_size == (3, 3) and self.stride == (1, 1)
 
     def forward(self, x: Tensor | Deferred) -> Tensor:
         if isinstance(x, Deferred):
             affine = norm_affine(x.norm, [_moments(x.x)])  # (B, 2, C)
             return _nchw(*self.convolve([_nhwc(x.x)], affine))  # (B, O, H, W)
-        pixels = math.prod(x.shape) // x.shape[1] // math.prod(self.stride) if x.ndim == 4 else 0
-        if not _use_kernel(self, x) or not (self._is_3x3_stride_1() or pixels < FEWEST_PIXELS):
+        if not _use_kernel(self, x) or not (self.is_winograd() or _few(x, math.prod(self.stride))):
             return super().forward(x)
         return _nchw(*self.convolve([_nhwc(x)]))  # (B, O, H, W)
 
@@ -236,7 +253,7 @@ class CompiledConvTranspose2d(_PackedWeight, Col2imConvTranspose2d):
         return self.weight.flatten(1).T[..., None, None]  # (O K K, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _use_kernel(self, x) or len(x) * x.shape[2] * x.shape[3] >= FEWEST_PIXELS:
+        if not _use_kernel(self, x) or not _few(x) or x.shape[1] != self.in_channels:
             return super().forward(x)
         none = x.new_zeros(len(x), self.weight[0].numel())  # (B, O K K)
         columns, _ = kernels().convolve([_nhwc(x)], None, self.packed(False), none, None)  # (B, h, w, O K K)
@@ -244,7 +261,10 @@ class CompiledConvTranspose2d(_PackedWeight, Col2imConvTranspose2d):
 
 
 class DeferredGroupNorm(nn.GroupNorm):
-    """A normalisation that leaves its work to the convolution after the next SiLU, where the kernel computes that."""
+    """A normalisation that leaves its work to the convolution after the next SiLU, where the kernel computes that.
+
+    (B, C, H, W) -> what that takes in the place of a tensor of this shape. It is not to be exchanged alone.
+    """
 
     def defer_to(self, convolution: CompiledConv2d) -> None:
         self.convolution = (convolution,)  # in a tuple: not a layer of this one
@@ -270,12 +290,12 @@ def _pointwise(weight: Tensor, x: Sequence[Tensor]) -> Tensor:
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    """A residual block as two calls of the kernel where that pays: (B, C, H, W), or its parts -> (B, O, H, W)."""
+    """A residual block as two calls of the kernel: (B, C, H, W), or its parts -> (B, O, H, W)."""
 
     def forward(self, input_tensor: Tensor | Sequence[Tensor], temb: Tensor | None = None, *args, **kwargs) -> Tensor:
         x = [input_tensor] if isinstance(input_tensor, Tensor) else list(input_tensor)  # (B, C_p, H, W) each
         use_kernel = _use_kernel(self, *x, temb) and not (self.training and self.dropout.p > 0)
-        if not use_kernel or any(part.shape[1] % kernels().lanes() for part in x):
+        if not use_kernel or self.conv_shortcut is None or any(part.shape[1] % kernels().lanes() for part in x):
             x = [torch.cat(x, 1)] if len(x) > 1 else x  # (B, C, H, W)
         if not use_kernel:
             return super().forward(*x, temb, *args, **kwargs)
@@ -305,8 +325,8 @@ class _FusedUpBlock:
     """A block of the U-Net's second half, without the concatenations before its residual blocks."""
 
     def forward(self, hidden_states: Tensor, res_hidden_states_tuple: tuple[Tensor, ...], *args, **kwargs) -> Tensor:
-        special = self.gradient_checkpointing or getattr(self, "s1", None) is not None  # s1: FreeU
-        if special or len(args) != 1 or kwargs:  # args: (temb,)
+        checkpoints, freeu = getattr(self, "gradient_checkpointing", False), getattr(self, "s1", None)
+        if checkpoints or freeu is not None or len(args) != 1 or kwargs:  # args: (temb,)
             return super().forward(hidden_states, res_hidden_states_tuple, *args, **kwargs)
         h, skips = hidden_states, res_hidden_states_tuple[::-1]  # (B, C_p, H, W) each
         attentions = getattr(self, "attentions", [nn.Identity()] * len(self.resnets))
@@ -341,9 +361,7 @@ def _transposed_fits(layer: nn.ConvTranspose2d) -> bool:
 
 
 def _gives_whole_vectors(layer: nn.Module) -> bool:
-    return (
-        isinstance(layer, CompiledConv2d) and layer._is_3x3_stride_1() and layer.out_channels % kernels().lanes() == 0
-    )
+    return isinstance(layer, CompiledConv2d) and layer.is_winograd() and layer.out_channels % kernels().lanes() == 0
 
 
 def _is_pointwise(layer: nn.Conv2d) -> bool:
@@ -386,11 +404,12 @@ FUSED = [  # in this order: a block's layers before the block
 def compile_convolutions(network: nn.Module) -> None:
     """Have the kernel compute what it can of ``network``, in place, under the same weights' names: for inference.
 
-    3x3 convolutions become `CompiledConv2d`, where input channels are multiples of 16 (of 8 without AVX-512); a U-Net's
-    residual blocks, upsampling layers, up blocks and its last normalisation become what spares writing to memory. Their
-    transformed weights, four times as large, lie in memory beside them from their first use on, and results, up to
-    1 GiB of those no longer used, until the process ends. Where a gradient is to be propagated back, on another device
-    or in another type, they compute as before. Hooks on layers inside these are not called.
+    Convolutions whose input channels are multiples of 16 (of 8 without AVX-512) become `CompiledConv2d`, a U-Net's
+    residual blocks, upsampling layers, up blocks and last normalisation what writes less to memory. Their weights lie
+    in memory again from their first use on, as large, or four times as large where Winograd's way takes them, and
+    results, up to 1 GiB of those no longer used, until the process ends. Where a gradient is to be propagated back, on
+    another device or in another type, they compute as before. Hooks on layers inside blocks are not
+    called, and those on a U-Net's last normalisation and SiLU get a `Deferred`.
 
     Raises:
         InputError: as `kernels`.
@@ -400,7 +419,7 @@ def compile_convolutions(network: nn.Module) -> None:
             if type(layer) is plain and serves(layer):
                 layer.__class__ = fused
     for unet in network.modules():
-        if isinstance(unet, UNet2DModel) and type(unet.conv_out) is CompiledConv2d and unet.conv_out._is_3x3_stride_1():
+        if isinstance(unet, UNet2DModel) and type(unet.conv_out) is CompiledConv2d and unet.conv_out.is_winograd():
             if type(unet.conv_norm_out) is nn.GroupNorm and type(unet.conv_act) is nn.SiLU:
                 unet.conv_norm_out.__class__, unet.conv_act.__class__ = DeferredGroupNorm, DeferredSiLU
                 unet.conv_norm_out.defer_to(unet.conv_out)
