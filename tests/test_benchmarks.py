@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import growth, peak_memory, plain, speed, throughput
+from DDNM.guided_diffusion.prior import small_unet
 from models import BUILT_IN, POINTWISE, SPNN, UNET, BlockNets, ConvPINNBlock, PixelUnshuffleBlock, concatenated
 from train import Settings, forward_losses, natural_losses
 from utils import InputError
@@ -57,9 +59,23 @@ def test_the_closed_form_is_the_plain_formulation(model):
 
 @pytest.fixture
 def small_32(monkeypatch):
-    """In place of the published chain for 32x32, which solves 2048 x 2048 systems: seconds that show nothing more."""
+    """In place of the published chain for 32x32, which solves 2048 x 2048 systems, and of the published U-Net, of 32
+    residual blocks: seconds that show nothing more."""
     chain = ((4, 48, 2, BlockNets(UNET, UNET, 128)), (8, 128, None, BlockNets(POINTWISE, POINTWISE, 128)))
     monkeypatch.setitem(BUILT_IN, 32, chain)
+    for benchmark in (speed, throughput):
+        monkeypatch.setattr(benchmark, "published_unet", small_unet_in_its_place)
+
+
+def small_unet_in_its_place(size: int, channels: int) -> nn.Module:
+    torch.manual_seed(0)
+    return small_unet(size, (channels, channels), unshuffle=1, norm_groups=8).eval().requires_grad_(False)
+
+
+def test_the_published_unet_is_the_published_configuration():
+    unet = speed.published_unet(256, 32)
+    assert unet.config.sample_size == 256 and tuple(unet.config.block_out_channels) == (32, 32, 64, 64, 128, 128)
+    assert not unet.training and not any(p.requires_grad or p.isnan().any() for p in unet.parameters())
 
 
 def tiny_run(tmp_path, *rows: str) -> dict:
