@@ -360,6 +360,8 @@ def test_a_block_takes_the_parts_of_a_concatenation(channels, out):
 @pytest.mark.parametrize("way", ["FreeU", "checkpoints"])
 def test_an_up_block_that_does_more_is_computed_as_before(way):
     plain = unet(up_block_types=("UpBlock2D",) * 2)
+    if way == "checkpoints" and not plain._supports_gradient_checkpointing:
+        pytest.skip("diffusers is too old")
     compiled = copy.deepcopy(plain)
     compile_convolutions(compiled)
     x, results = torch.randn(1, 3, 32, 32), []
