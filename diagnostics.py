@@ -15,8 +15,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from blocks import PixelUnshuffleBlock, solved_once
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
-from models import SPNN, PixelUnshuffleBlock, concatenated, solved_once
+from models import SPNN, concatenated
 from performance import PRECISIONS, networks_in
 from utils import LARGEST_BATCH, LARGEST_SEED, InputError, atomic_write, number, resolve_device, run_command
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from models import PLAIN, POINTWISE, UNET, conv_mlp
+from blocks import PLAIN, POINTWISE, UNET, conv_mlp
 from utils import InputError
 
 Network = Callable[[Tensor], Tensor]

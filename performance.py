@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models import SPNN, ConvMLP, ConvPINNBlock, Surjection, tf32
+from blocks import ConvMLP, ConvPINNBlock, Surjection, tf32
+from models import SPNN
 from utils import InputError
 
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -41,7 +42,7 @@ def networks_in(precision: str, device: torch.device) -> Iterator[None]:
     """Let s, t and r compute in ``precision`` inside the block; mixing and coupling stay float32.
 
     For a forward pass, and for one step: weights that change inside would not be converted again. The backward pass
-    belongs outside, but within `convolutions_in`. See `models.ConvMLP` for what stays exact. A residual block is no
+    belongs outside, but within `convolutions_in`. See `blocks.ConvMLP` for what stays exact. A residual block is no
     more exact than its network: its inverse iterates it.
 
     Args:
@@ -116,7 +117,7 @@ def prepare_networks(model: SPNN, device: torch.device) -> SPNN:
     """
     model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
     if device.type == "cpu":
-        for layer in chain.from_iterable(inner_networks(model)):  # as `models.conv_mlp` makes them
+        for layer in chain.from_iterable(inner_networks(model)):  # as `blocks.conv_mlp` makes them
             if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1):
                 layer.__class__ = Im2colConv2d
             elif isinstance(layer, nn.ConvTranspose2d):
@@ -169,7 +170,7 @@ class Recomputed:
         if not torch.is_grad_enabled():
             return method(*arguments)
         if isinstance(self, ConvPINNBlock):
-            self.mix.factors()  # W outside of what is recomputed: solved once, as without (see `models.solved_once`)
+            self.mix.factors()  # W outside of what is recomputed: solved once, as without (see `blocks.solved_once`)
         return checkpoint(method, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, x: Tensor, return_latent: bool = False):

@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from blocks import solved_once
 from checkpoints import save_spnn
 from diagnostics import clip_gradients, first_nonfinite
 from distributed import World
 from logger import MetricsTable, get_logger, plot_curves
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
-from models import SPNN, concatenated, solved_once
+from models import SPNN, concatenated
 from performance import convolutions_in, networks_in
 from resume import (
     STATE_NAME,

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
+from blocks import MIXINGS
 from checkpoints import load_spnn, save_spnn
 from data_loader import ATTRIBUTES, FaceLoader, Loaders, download_dataset, grid, make_loaders, save_image
 from diagnostics import diagnose, format_table
 from distributed import World
 from distributed import world as join_world
 from logger import get_logger
-from models import MIXINGS, SPNN
+from models import SPNN
 from performance import (
     PRECISIONS,
     checkpoint_activations,

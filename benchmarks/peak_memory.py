@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from models import SPNN, solved_once  # noqa: E402
+from blocks import solved_once  # noqa: E402
+from models import SPNN  # noqa: E402
 from performance import checkpoint_activations, networks_in  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from utils import LARGEST_WIDTH, number, run_command, write_json  # noqa: E402

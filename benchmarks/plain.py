@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from models import SPNN, ConvPINNBlock, PixelUnshuffleBlock
+from blocks import ConvPINNBlock, PixelUnshuffleBlock
+from models import SPNN
 from train import Settings
 
 

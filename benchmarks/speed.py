@@ -32,12 +32,13 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from benchmarks import plain  # noqa: E402
+from blocks import solved_once  # noqa: E402
 from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, CelebAMaskHQ, make_loader  # noqa: E402
 from DDNM.guided_diffusion.diffusion import Guidance, guide, predict_x0, renoise  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
 from DDNM.guided_diffusion.winograd import compile_convolutions, kernels  # noqa: E402
-from models import SPNN, BackProjection, solved_once  # noqa: E402
+from models import SPNN, BackProjection  # noqa: E402
 from performance import prepare_networks  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from train import step as take_step  # noqa: E402

@@ -33,8 +33,10 @@ from sklearn import datasets
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bijections import ActNorm, Conv1x1, Density, PixelUnshuffle, Sigmoid, SplineCoupling, View
-from models import PINN, ConvPINNBlock
+from bijections import ActNorm, Conv1x1, PixelUnshuffle, Sigmoid, SplineCoupling, View
+from blocks import ConvPINNBlock
+from density import Density
+from models import PINN
 from utils import atomic_write, number, run_command
 
 LEVELS = 17  # grey levels of the digits

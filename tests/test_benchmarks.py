@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from benchmarks import growth, peak_memory, plain, speed, throughput
+from blocks import POINTWISE, UNET, BlockNets, ConvPINNBlock, PixelUnshuffleBlock
 from DDNM.guided_diffusion.prior import small_unet
-from models import BUILT_IN, POINTWISE, SPNN, UNET, BlockNets, ConvPINNBlock, PixelUnshuffleBlock, concatenated
+from models import BUILT_IN, SPNN, concatenated
 from train import Settings, forward_losses, natural_losses
 from utils import InputError
 

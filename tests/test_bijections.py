@@ -17,7 +17,9 @@ from torch.distributions import Independent, MultivariateNormal, Normal, Sigmoid
 from torch.nn.utils import parametrize
 
 import bijections as bi
-from models import BLOCKS, PINN, SPNN, ConvPINNBlock, PixelUnshuffleBlock
+from blocks import BLOCKS, ConvPINNBlock, PixelUnshuffleBlock
+from density import Density, as_transform
+from models import PINN, SPNN
 
 ROOT = Path(__file__).parents[1]
 
@@ -557,7 +559,7 @@ CHAINS = {"bijections": toy_flow, "SPNN block": surjective_toy}
 @torch.no_grad()
 def test_a_density_integrates_to_one(name, natural):
     chain = CHAINS[name]()
-    density = bi.Density(chain, natural=natural)
+    density = Density(chain, natural=natural)
     points, area = grid(-15, 15, 301)
     p = density.log_prob(points.view(-1, *chain.in_shape)).exp()
     assert p.max() > 0.01
@@ -580,7 +582,7 @@ def test_latents_are_natural_where_asked():
     y, z = block(x, True)
     standard = Normal(0.0, 1.0)
     rest = standard.log_prob(y).flatten(1).sum(1) + block.log_abs_det(x)
-    plain, natural = bi.Density(chain).log_prob(x), bi.Density(chain, natural=True).log_prob(x)
+    plain, natural = Density(chain).log_prob(x), Density(chain, natural=True).log_prob(x)
     torch.testing.assert_close(plain, rest + standard.log_prob(z).flatten(1).sum(1))
     torch.testing.assert_close(natural, rest + standard.log_prob(z - block.natural_latent(y)).flatten(1).sum(1))
     assert (plain - natural).abs().min() > 1e-3
@@ -593,19 +595,19 @@ def test_a_linear_density_is_the_gaussian_it_stands_for():
     mean = torch.linalg.solve(w, -chain(torch.zeros(1, 3, dtype=torch.float64))[0])
     expected = MultivariateNormal(mean, precision_matrix=w.T @ w)
     x = randn(6, 3)
-    torch.testing.assert_close(bi.Density(chain).log_prob(x), expected.log_prob(x))
+    torch.testing.assert_close(Density(chain).log_prob(x), expected.log_prob(x))
     base = Independent(Normal(torch.ones(3).double(), 2.0), 1)  # of a whole y
     shifted = MultivariateNormal(torch.linalg.solve(w, w @ mean + 1), covariance_matrix=4 * torch.linalg.inv(w.T @ w))
-    torch.testing.assert_close(bi.Density(chain, base=base).log_prob(x), shifted.log_prob(x))
+    torch.testing.assert_close(Density(chain, base=base).log_prob(x), shifted.log_prob(x))
     torch.manual_seed(0)
-    samples = bi.Density(chain, base=base).sample(40000)
+    samples = Density(chain, base=base).sample(40000)
     torch.testing.assert_close(samples.mean(0), shifted.mean, rtol=0, atol=0.1)
 
 
 @torch.no_grad()
 def test_extracted_noise_has_the_density_of_its_noise():
     chain = PINN([bi.ConcatNoise(1, 1, noise="uniform").inverted()], (2,))
-    density = bi.Density(chain)
+    density = Density(chain)
     x = torch.tensor([[0.3, 0.4], [0.3, 1.4]])
     expected = Normal(0.0, 1.0).log_prob(torch.tensor(0.3)).item()
     assert density.log_prob(x).tolist() == pytest.approx([expected, -math.inf])
@@ -617,13 +619,13 @@ def test_extracted_noise_has_the_density_of_its_noise():
 def test_added_noise_is_counted_out_of_the_density(monkeypatch):
     """log p(x, e) - log q(e), whose exponential has the mean p(x) over e: q(e) times it integrates to one."""
     flow = toy_flow()
-    density = bi.Density(PINN([bi.ConcatNoise(1, 1), *flow.blocks], (1,)))
+    density = Density(PINN([bi.ConcatNoise(1, 1), *flow.blocks], (1,)))
     points, area = grid(-15, 15, 301)
     x, e = points[:, :1], points[:, 1:]
     monkeypatch.setattr(density.pinn.blocks[0], "draw", lambda x: e)
     log_q = Normal(0.0, 1.0).log_prob(e).squeeze(1)
     weighted = density.log_prob(x) + log_q
-    torch.testing.assert_close(weighted, bi.Density(flow).log_prob(points))
+    torch.testing.assert_close(weighted, Density(flow).log_prob(points))
     torch.testing.assert_close((weighted.exp().sum() * area).item(), 1.0, rtol=0, atol=2e-3)
 
 
@@ -639,7 +641,7 @@ def test_a_spnn_has_a_density_to_train():
             ("ConvPINNBlock", {"in_ch": 12, "out_ch": 2, "hidden": 8, "feat_size": 1}),
         ],
     )
-    density = bi.Density(model, natural=True)
+    density = Density(model, natural=True)
     x = 3 + 0.5 * torch.randn(64, 3, 2, 2, generator=seeded(1))
     optimiser = torch.optim.Adam(density.parameters(), lr=1e-2)
     losses = []
@@ -660,7 +662,7 @@ def test_a_spnn_has_a_density_to_train():
 
 
 def test_a_transform_is_torchs():
-    ours, torchs = bi.as_transform(bi.Sigmoid(), (3,)), SigmoidTransform()
+    ours, torchs = as_transform(bi.Sigmoid(), (3,)), SigmoidTransform()
     x = randn(2, 5, 3)
     torch.testing.assert_close(ours(x), torchs(x))
     torch.testing.assert_close(ours.inv(torchs(x)), x)
@@ -677,17 +679,17 @@ def test_a_transform_is_torchs():
 def test_a_transformed_distribution_has_the_density_of_the_chain():
     chain = toy_flow()
     base = Independent(Normal(torch.zeros(2).double(), 1.0), 1)
-    distribution = TransformedDistribution(base, [bi.as_transform(chain, (2,)).inv])
+    distribution = TransformedDistribution(base, [as_transform(chain, (2,)).inv])
     torch.manual_seed(0)
     x = distribution.sample((4, 3))
-    torch.testing.assert_close(distribution.log_prob(x).flatten(), bi.Density(chain).log_prob(x.flatten(0, 1)))
+    torch.testing.assert_close(distribution.log_prob(x).flatten(), Density(chain).log_prob(x.flatten(0, 1)))
     assert x.shape == (4, 3, 2)
 
 
 @torch.no_grad()
 def test_a_transform_may_change_the_shape():
     chain = ready(PINN([bi.PixelUnshuffle(2), bi.Conv1x1(4), bi.View((4, 1, 2), (8,))], (1, 2, 4)))
-    transform = bi.as_transform(chain, (1, 2, 4))
+    transform = as_transform(chain, (1, 2, 4))
     assert transform.forward_shape((5, 1, 2, 4)) == (5, 8) and transform.inverse_shape((5, 8)) == (5, 1, 2, 4)
     base = Independent(Normal(torch.zeros(1, 2, 4).double(), 1.0), 3)
     distribution = TransformedDistribution(base, [transform])
@@ -711,7 +713,7 @@ def test_a_transform_may_change_the_shape():
 )
 def test_what_is_no_bijection_has_no_transform(block, shape):
     with pytest.raises(ValueError, match="is no bijection"):
-        bi.as_transform(block, shape)
+        as_transform(block, shape)
 
 
 @torch.no_grad()

@@ -9,10 +9,11 @@ import torch
 from test_laws import ForgetsShift, random, randomise, seeded, tiny
 
 import diagnostics
+from blocks import ConvPINNBlock
 from checkpoints import load_spnn, save_spnn
 from data_loader import attribute_indices
 from diagnostics import IDENTITIES, accuracy, diagnose, first_nonfinite, format_table, penrose
-from models import SPNN, ConvPINNBlock
+from models import SPNN
 from utils import InputError
 
 

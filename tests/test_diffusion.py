@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from DDNM.guided_diffusion import diffusion
 from DDNM.guided_diffusion.diffusion import Guidance, guide, image_generator, predict_x0, renoise, sample
 from DDNM.guided_diffusion.prior import Prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
-from models import SPNN, BackProjection, Completion, ConvPINNBlock, PixelUnshuffleBlock
+from models import SPNN, BackProjection, Completion
 
 CPU = torch.device("cpu")
 SHAPE = (3, 8, 8)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from inversion import (
     Buffer,
     Inversion,
@@ -15,7 +16,7 @@ from inversion import (
     squared_error,
     train_mapping,
 )
-from models import SPNN, ConvPINNBlock, PixelUnshuffleBlock
+from models import SPNN
 from utils import InputError
 
 

@@ -16,17 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import bijections as bi
-from models import (
-    PINN,
-    SPNN,
-    CayleyMixing,
-    ConvPINNBlock,
-    HouseholderMixing,
-    Mixing,
-    PixelUnshuffleBlock,
-    Shape,
-    Surjection,
-)
+from blocks import CayleyMixing, ConvPINNBlock, HouseholderMixing, Mixing, PixelUnshuffleBlock, Shape, Surjection
+from models import PINN, SPNN
 
 # --- Material --------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 import weights
+from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from checkpoints import save_spnn
 from data_loader import ATTRIBUTES
 from DDNM import main as reconstruct
@@ -27,7 +28,7 @@ from DDNM.guided_diffusion.prior import Prior, save_prior, small_unet
 from DDNM.guided_diffusion.results import write_sheet
 from DDNM.guided_diffusion.schedule import Schedule
 from judge import Judge
-from models import SPNN, ConvPINNBlock, PixelUnshuffleBlock
+from models import SPNN
 from utils import InputError, run_command
 from weights import write_weights
 

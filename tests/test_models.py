@@ -13,7 +13,8 @@ import torch
 from test_laws import OPTIMISERS, diy12, diy16, random, randomise, seeded, tiny
 
 import models
-from models import PINN, SPNN, ConvPINNBlock, Mixing, PixelUnshuffleBlock, solved_once
+from blocks import ConvPINNBlock, Mixing, PixelUnshuffleBlock, solved_once
+from models import PINN, SPNN
 
 # --- Refusals --------------------------------------------------------------------------------------------------------
 

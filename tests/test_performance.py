@@ -10,7 +10,8 @@ from torch import nn
 import train
 import train_celeba
 from benchmarks.speed import randomise
-from models import SPNN, ConvPINNBlock, concatenated, solved_once
+from blocks import ConvPINNBlock, solved_once
+from models import SPNN, concatenated
 from performance import (
     Col2imConvTranspose2d,
     Im2colConv2d,

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import train
+from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from checkpoints import load_spnn
-from models import SPNN, ConvPINNBlock, PixelUnshuffleBlock
+from models import SPNN
 from train import (
     FORWARD_CHECKPOINT,
     R_OPT_CHECKPOINT,

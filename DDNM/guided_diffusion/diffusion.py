@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from blocks import solved_once
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
-from models import BackProjection, Completion, solved_once
+from models import BackProjection, Completion
 from performance import networks_in
 
 

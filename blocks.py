@@ -1,0 +1,460 @@
+"""Surjective blocks: what a block is, its orthogonal mixing, the coupling block, the pixel unshuffle, the registry.
+
+A surjective block maps many channels to few, ``y = g(x)``. The channels it drops, ``z``, would complete it to a
+bijection ``G(x) = (g(x), z)``. Its pseudo-inverse puts natural ones back, ``g'(y) = G^-1(y, r(y))`` with ``r`` learned.
+
+Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042.
+
+Letters: B batch, C channels, H and W size; x input, y output, z a latent, u a mixed feature map.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shape = tuple[int, int, int]  # (C, H, W)
+
+
+# --- Precision -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def tf32(backend, allowed: bool) -> Iterator[None]:
+    """Allow or forbid a backend of torch to round the factors of float32 products to TF32, 11 bits."""
+    newer = hasattr(backend, "fp32_precision")  # torch refuses to read the older switch once the newer one was set
+    name, value = ("fp32_precision", "tf32" if allowed else "ieee") if newer else ("allow_tf32", allowed)
+    before = getattr(backend, name)
+    setattr(backend, name, value)
+    try:
+        yield
+    finally:
+        setattr(backend, name, before)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Run matrix products in true float32: no autocast, no TF32. Rounding W to ten bits breaks ``W^T W = I``."""
+    with tf32(torch.backends.cuda.matmul, False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in the type that mixing and coupling compute in: float32, or float64 where it has it already."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def check_whole(owner: str, **values: object) -> None:
+    """Refuse what is no whole number, by name: settings come from files."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{owner}: {name} must be a whole number, got {value!r}")
+
+
+# --- Orthogonal mixing -----------------------------------------------------------------------------------------------
+
+_solved: dict["Mixing", tuple] | None = None  # what `solved_once` keeps; None outside of it
+
+
+@contextmanager
+def solved_once() -> Iterator[None]:
+    """Solve every mixing matrix at most once inside the block, gradients included.
+
+    For code that uses g and g' several times between two changes of the weights: a training step, a sampling run.
+    Weights must not change inside, and gradients may be taken once. Nested blocks share the outermost one's matrices.
+    """
+    global _solved
+    outermost = _solved is None
+    if outermost:
+        _solved = {}
+    try:
+        yield
+    finally:
+        if outermost:
+            _solved = None
+
+
+class Mixing(nn.Module):
+    """A learned orthogonal matrix W over the channels of x: ``forward`` is ``W x``, ``inverse`` is ``W^T x``.
+
+    W follows from the parameter by some work (a linear solve), so it is kept: for the length of a `solved_once` block,
+    and without gradients for as long as the parameter equals, bit by bit, the one W was made from. The comparison costs
+    a hundredth of the solve, and holds whoever changed the weights, and however.
+    """
+
+    weight_name: str
+
+    def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """What applying W needs, from the parameter."""
+        raise NotImplementedError
+
+    def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
+        """W x or W^T x for x of shape (..., C)."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors of W for the weights as they are now."""
+        weight = getattr(self, self.weight_name)
+        with_graph = torch.is_grad_enabled() and weight.requires_grad
+        if _solved is not None and self in _solved:
+            factors = _solved[self]
+            if factors[0].requires_grad or not with_graph:
+                return factors
+        with full_precision(weight.device):
+            factors = self._factors(at_least_float32(weight)) if with_graph else self._remembered(weight.detach())
+        if _solved is not None:
+            _solved[self] = factors
+        return factors
+
+    def _remembered(self, weight: Tensor) -> tuple[Tensor, ...]:
+        made_from, factors = self.__dict__.get("_memory", (None, None))
+        same_kind = made_from is not None and (made_from.dtype, made_from.device) == (weight.dtype, weight.device)
+        if not (same_kind and torch.equal(made_from, weight)):
+            # tensors made in inference mode could not serve a later forward that records gradients
+            with torch.inference_mode(False), torch.no_grad():
+                weight = weight.clone()
+                factors = self._factors(at_least_float32(weight))
+            self.__dict__["_memory"] = (weight, factors)
+        return factors
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_memory"}
+
+    def _mix(self, x: Tensor, transpose: bool) -> Tensor:
+        factors = self.factors()
+        with full_precision(x.device):
+            x = at_least_float32(x).movedim(1, -1)  # (B, ..., C)
+            return self._apply_factors(x, factors, transpose).movedim(-1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``W x`` over dimension 1 of x, (B, C, ...) -> (B, C, ...)."""
+        return self._mix(x, transpose=False)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """``W^T u`` over dimension 1 of u, (B, C, ...) -> (B, C, ...)."""
+        return self._mix(u, transpose=True)
+
+    def matrix(self) -> Tensor:
+        """W itself, (C, C): the oracle of the tests, not used by the network."""
+        weight = getattr(self, self.weight_name)
+        return self(torch.eye(weight.shape[-1], dtype=at_least_float32(weight).dtype, device=weight.device)).T
+
+
+class CayleyMixing(Mixing):
+    """``W = (I + A)^-1 (I - A)`` with ``A = B - B^T``, B unconstrained, (C, C) and zero at first (W = I).
+
+    The published weights were trained with ``(1 + 1e-6) I + A`` on the left, which is orthogonal to 1e-6 only; the
+    exact transform agrees with it to rounding.
+    """
+
+    weight_name = "A_unconstrained"
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.A_unconstrained = nn.Parameter(torch.zeros(channels, channels))
+
+    def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
+        skew = weight - weight.T
+        identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        return (torch.linalg.solve(identity + skew, identity - skew),)
+
+    def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
+        (matrix,) = factors
+        return F.linear(x, matrix.T if transpose else matrix)
+
+
+class HouseholderMixing(Mixing):
+    """``W = H_k ... H_1`` with ``H = I - 2 v v^T / |v|^2``, the v being the rows of V, (k, C). W is never formed.
+
+    The k reflections are applied as one: ``W = I - V^T S^-1 V`` with S the lower triangle of ``V V^T``, its diagonal
+    halved (the compact form of a product of reflections; Joffrain et al. 2006, "UT transform").
+    """
+
+    weight_name = "V"
+
+    def __init__(self, channels: int, reflections: int = 8):
+        super().__init__()
+        self.V = nn.Parameter(torch.randn(reflections, channels))
+
+    def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
+        gram = weight @ weight.T  # (k, k)
+        return weight, gram.tril(-1) + torch.diag(gram.diagonal() / 2)
+
+    def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
+        v, triangle = factors
+        triangle = triangle.T if transpose else triangle
+        along = F.linear(x, v).flatten(0, -2).T  # (k, B*...)
+        along = torch.linalg.solve_triangular(triangle, along, upper=transpose)
+        return x - (along.T @ v).view(x.shape)
+
+
+MIXINGS = {"cayley": CayleyMixing, "householder": HouseholderMixing}
+
+
+# --- The networks inside a block -------------------------------------------------------------------------------------
+
+# Layouts are written in a small language, an entry a layer and a ReLU between layers:
+#   a>b conv 3x3   a>b/2 conv 3x3, stride 2   a>b^ transposed conv 4x4, stride 2   a.b conv 1x1   PS(k) pixel shuffle
+# a and b are channels: a number, `in` and `out` (the block's), `h` and `2h` (the block's width).
+UNET = "in>h h>h h>2h/2 2h>2h 2h>h^ h>out"
+POINTWISE = "in.h h.2h 2h.h h.out"
+PLAIN = "in>h h>2h 2h>2h 2h>h h>out"
+
+
+def conv_mlp(layout: str, in_ch: int, out_ch: int, width: int, scale: float = 1.0) -> nn.Sequential:
+    """The network that ``layout`` writes down, its last layer zero.
+
+    Args:
+        in_ch, out_ch: what `in` and `out` stand for.
+        width: what `h` stands for; `2h` is twice that, at most 2048.
+        scale: a factor on the channel counts that ``layout`` gives as numbers, but for the first layer's input.
+    """
+    names = {"in": in_ch, "out": out_ch, "h": width, "2h": min(2 * width, 2048)}
+    layers: list[nn.Module] = []
+    channels = in_ch
+    for entry in layout.split():
+        if shuffle := re.fullmatch(r"PS\((\d+)\)", entry):
+            factor = int(shuffle[1])
+            layers.append(nn.PixelShuffle(factor))
+            channels //= factor**2
+            continue
+        _, kind, after, step = re.fullmatch(r"(\w+)([>.])(\w+)([/^]?2?)", entry).groups()
+        after = names[after] if after in names else max(1, round(int(after) * scale))
+        if kind == ".":
+            layer = nn.Conv2d(channels, after, 1)
+        elif step == "^":
+            layer = nn.ConvTranspose2d(channels, after, 4, stride=2, padding=1)
+        else:
+            layer = nn.Conv2d(channels, after, 3, stride=2 if step == "/2" else 1, padding=1)
+        layers += [layer, nn.ReLU()]
+        channels = after
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers[:-1])
+
+
+class ConvMLP(nn.Module):
+    """One of a block's networks s, t, r: (B, in, H, W) -> (B, out, H', W'), in the precision of its own weights.
+
+    See `conv_mlp` for the arguments. Input and output have the block's type, whatever the weights have. In reduced
+    precision (half weights, autocast, TF32 convolutions) ``G^-1 G = I`` stays as exact, s and t seeing the same u1 in
+    both directions; ``g g' = I`` holds to that precision only, as u1 comes back rounded.
+    """
+
+    def __init__(self, layout: str, in_ch: int, out_ch: int, width: int, scale: float = 1.0):
+        super().__init__()
+        self.net = conv_mlp(layout, in_ch, out_ch, width, scale)
+
+    def forward(self, v: Tensor) -> Tensor:
+        weight = self.net[-1].weight
+        # in the weights' memory format: a convolution would copy all of its weights to that of v
+        channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return self.net(v.to(weight.dtype, memory_format=memory_format)).to(v.dtype)
+
+
+# --- Blocks ----------------------------------------------------------------------------------------------------------
+
+
+class Surjection(nn.Module):
+    """A map onto its outputs, g, with a pseudo-inverse g' that is exact on one side: ``g(g'(y)) = y`` for every y.
+
+    ``forward(x, return_latent=True)`` completes it to the bijection ``G(x) = (y, z)``, and ``pinv(y, z)`` is ``G^-1``,
+    so that ``pinv(*forward(x, True)) = x`` as well. Without a latent, ``pinv(y)`` takes ``natural_latent(y)``. The
+    other order, ``g'(g(x))``, is the projection of x on the natural images and differs from x.
+
+    Attributes:
+        lossy: whether something is dropped; where False, the latent is None.
+        exact: whether the laws above hold to rounding, whatever the weights are.
+    """
+
+    lossy = True
+    exact = True
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """(C, H, W) of y for an x of ``shape``; a ValueError where such an x does not fit."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        """``y = g(x)``, or ``G(x) = (y, z)``."""
+        raise NotImplementedError
+
+    def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
+        """``g'(y)``, or ``G^-1(y, latent)``."""
+        raise NotImplementedError
+
+    def natural_latent(self, y: Tensor) -> Tensor | None:
+        """``r(y)``, the latent of ``g'(y)``."""
+        return None
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """``G(x)`` and ``log |det dG/dx|`` in one pass: (y, z, (B,))."""
+        raise NotImplementedError(f"{type(self).__name__} has no log-determinant")
+
+    def log_abs_det(self, x: Tensor) -> Tensor:
+        """``log |det dG/dx|``, (B,)."""
+        return self.forward_log_det(x)[-1]
+
+
+class PixelUnshuffleBlock(Surjection):
+    """Pixels into channels, (B, C, H, W) -> (B, C r^2, H/r, W/r): a bijection, nothing learned, latent None."""
+
+    lossy = False
+
+    def __init__(self, r: int):
+        super().__init__()
+        check_whole("PixelUnshuffleBlock", r=r)
+        if r < 1:
+            raise ValueError(f"PixelUnshuffleBlock(r={r}): r must be at least 1")
+        self.r = r
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}"
+
+    def output_shape(self, shape: Shape) -> Shape:
+        c, h, w = shape
+        if h % self.r or w % self.r:
+            raise ValueError(f"PixelUnshuffleBlock(r={self.r}): r must divide the size, got {h}x{w}")
+        return c * self.r**2, h // self.r, w // self.r
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, None]:
+        c, h, w = self.output_shape(tuple(x.shape[1:]))
+        y = x.unflatten(3, (w, self.r)).unflatten(2, (h, self.r))  # (B, C, H/r, r, W/r, r)
+        y = y.permute(0, 1, 3, 5, 2, 4).reshape(len(x), c, h, w)  # F.pixel_unshuffle, which fails on an empty batch
+        return (y, None) if return_latent else y
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
+        return self(x), None, x.new_zeros(len(x))
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        return F.pixel_shuffle(y, self.r)
+
+
+class BlockNets(NamedTuple):
+    """Layouts of a block's networks: of s and t, and of r. `h` is ``width``, or the custom blocks' rule where 0."""
+
+    st: str
+    r: str
+    width: int = 0
+
+
+class ConvPINNBlock(Surjection):
+    """The surjective coupling block, (B, in_ch, H, W) -> (B, out_ch, H, W).
+
+    ::
+
+        u = W x = [u0 | u1]                              W orthogonal, u0 the first out_ch channels
+        y = u0 * S(u1) + t(u1),   z = u1                 S = exp(scale_bound * tanh(s)),   t = tanh(T)
+        g'(y):  u1 = r(y),  u0 = (y - t(u1)) / S(u1),  x = W^T [u0 | u1]                   r = tanh(R)
+
+    Args:
+        in_ch, out_ch: channels, 0 < out_ch < in_ch.
+        hidden: width of s, T and R; at least their input's channels, at most 1024.
+        scale_bound: largest absolute log-scale. A block's inverse amplifies by at most exp(scale_bound).
+        feat_size: H = W at this block. Even: U-Net like networks; 1: pointwise ones; None: 3x3 ones for any size.
+        mix_type: "cayley" or "householder".
+        nets: layouts of a built-in architecture, in place of those that feat_size stands for.
+        nets_scale: a factor on the widths that ``nets`` gives as numbers.
+
+    Raises:
+        ValueError: out_ch not below in_ch, an odd feat_size above 1, an unknown mix_type.
+    """
+
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        hidden: int = 64,
+        scale_bound: float = 2.0,
+        feat_size: int | None = None,
+        mix_type: str = "cayley",
+        nets: BlockNets | None = None,
+        nets_scale: float = 1.0,
+    ):
+        super().__init__()
+        self.name = f"ConvPINNBlock({in_ch}->{out_ch})"
+        check_whole(self.name, in_ch=in_ch, out_ch=out_ch, hidden=hidden)
+        if feat_size is not None:
+            check_whole(self.name, feat_size=feat_size)
+        if not isinstance(scale_bound, (int, float)):
+            raise ValueError(f"{self.name}: scale_bound must be a number, got {scale_bound!r}")
+        if not 0 < out_ch < in_ch:
+            raise ValueError(f"{self.name}: out_ch must be below in_ch and above 0, got out_ch {out_ch}, in_ch {in_ch}")
+        if feat_size is not None and (feat_size < 1 or feat_size > 1 and feat_size % 2):
+            raise ValueError(f"{self.name}: feat_size must be 1, even or None, got {feat_size}; None fits any size")
+        if not isinstance(mix_type, str) or mix_type not in MIXINGS:
+            raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
+        if hidden < 1 or not 0 < scale_bound < math.inf:
+            raise ValueError(f"{self.name}: hidden and scale_bound must be positive, got {hidden} and {scale_bound}")
+        self.in_ch, self.out_ch, self.feat_size, self.scale_bound = in_ch, out_ch, feat_size, scale_bound
+
+        if nets is None:
+            layout = PLAIN if feat_size is None else POINTWISE if feat_size == 1 else UNET
+            nets = BlockNets(layout, layout)
+
+        def network(layout: str, before: int, after: int) -> ConvMLP:
+            width = round(nets.width * nets_scale) if nets.width else min(max(hidden, before), 1024)
+            return ConvMLP(layout, before, after, max(width, 1), nets_scale)
+
+        dropped = in_ch - out_ch
+        self.t = network(nets.st, dropped, out_ch)
+        self.s = network(nets.st, dropped, out_ch)
+        self.r = network(nets.r, out_ch, dropped)
+        self.mix = MIXINGS[mix_type](in_ch)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_ch}->{self.out_ch}, scale_bound={self.scale_bound}, feat_size={self.feat_size}"
+
+    def output_shape(self, shape: Shape) -> Shape:
+        c, h, w = shape
+        if c != self.in_ch:
+            raise ValueError(f"{self.name}: in_ch is {self.in_ch}, but {c} channels arrive")
+        if self.feat_size is not None and (h, w) != (self.feat_size, self.feat_size):
+            raise ValueError(f"{self.name}: feat_size is {self.feat_size}, but the map that arrives is {h}x{w}")
+        return self.out_ch, h, w
+
+    def log_scale(self, u1: Tensor) -> Tensor:
+        """log S(u1), within +-scale_bound."""
+        return self.scale_bound * torch.tanh(self.s(u1))
+
+    def shift(self, u1: Tensor) -> Tensor:
+        """t(u1), within +-1."""
+        return torch.tanh(self.t(u1))
+
+    def natural_latent(self, y: Tensor) -> Tensor:
+        return torch.tanh(self.r(at_least_float32(y)))  # (B, in_ch - out_ch, H, W)
+
+    def _couple(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y, z and log S."""
+        u = self.mix(x)  # (B, in_ch, H, W)
+        u0, u1 = u[:, : self.out_ch], u[:, self.out_ch :]  # (B, out_ch, H, W), (B, in_ch - out_ch, H, W)
+        log_scale = self.log_scale(u1)
+        y = u0 * torch.exp(log_scale) + self.shift(u1)  # (B, out_ch, H, W)
+        return y, u1, log_scale
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, u1, log_scale = self._couple(x)
+        return y, u1, log_scale.flatten(1).sum(1)  # |det W| = 1
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        y, u1, _ = self._couple(x)
+        return (y, u1) if return_latent else y
+
+    def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
+        y = at_least_float32(y)
+        u1 = self.natural_latent(y) if latent is None else latent  # (B, in_ch - out_ch, H, W)
+        u0 = (y - self.shift(u1)) * torch.exp(-self.log_scale(u1))  # (B, out_ch, H, W)
+        return self.mix.inverse(torch.cat([u0, u1], dim=1))  # (B, in_ch, H, W)
+
+
+# --- The registry ---------------------------------------------------------------------------------------------------
+
+BLOCKS: dict[str, Callable[..., Surjection]] = {
+    "PixelUnshuffleBlock": PixelUnshuffleBlock,
+    "ConvPINNBlock": ConvPINNBlock,
+}

@@ -1,0 +1,128 @@
+"""The density of a completed chain, and chains as `torch.distributions` transforms.
+
+Letters: B batch, x input, y output, z latent; shapes are those of one image, without B.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Normal, Transform, constraints
+
+from bijections import Concat, ConcatNoise, Extract, Shape, per_image
+from blocks import Surjection
+from models import PINN, SPNN
+
+
+class Density(nn.Module):
+    """The density of x, where a chain's completion ``G(x) = (y, z)`` has a given one.
+
+    ::
+
+        log p(x) = log p(y) + sum_k log p(z_k | y_k) + log |det dG/dx|        y_k the output of block k, y the last one
+
+    y is standard normal, or as ``base`` says. A latent is standard normal, or N(r(y_k), 1) with ``natural``: r is what
+    ``natural_latent`` gives, the r-network of an SPNN block. What a `ConcatNoise` extracts has its noise's density.
+
+    Args:
+        chain: a `PINN` or an `SPNN`.
+        base: a distribution of images like y, or of single numbers for every entry of y.
+    """
+
+    def __init__(self, chain: PINN | SPNN, base: Distribution | None = None, natural: bool = False):
+        super().__init__()
+        self.chain = chain
+        self.base, self.natural = Normal(0.0, 1.0) if base is None else base, natural
+
+    @property
+    def pinn(self) -> PINN:
+        return self.chain.pinn if isinstance(self.chain, SPNN) else self.chain
+
+    def _centre(self, block: Surjection, y: Tensor) -> Tensor:
+        centre = block.natural_latent(y)
+        return centre if self.natural else torch.zeros_like(centre)
+
+    @staticmethod
+    def _noise(block: Surjection) -> Concat | None:
+        """The `ConcatNoise` whose noise a block extracts."""
+        return block.concat if isinstance(block, Extract) and isinstance(block.concat, ConcatNoise) else None
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), (B,), of x of (B, *in_shape); in nats."""
+        if tuple(x.shape[1:]) != self.pinn.in_shape:
+            raise ValueError(f"Density: expected x of shape (B, {self.pinn.in_shape}), got {tuple(x.shape)}")
+        total = x.new_zeros(len(x))
+        for block in self.pinn.blocks:
+            x, z, log_det = block.forward_log_det(x)
+            total = total + log_det
+            if z is not None:
+                noise = self._noise(block)
+                z = z if noise else z - self._centre(block, x)
+                total = total + (noise.log_density(z) if noise else per_image(Normal(0.0, 1.0).log_prob(z)))
+        return total + per_image(self.base.log_prob(x))
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Tensor:
+        """Draws of x, (count, *in_shape), from torch's global generator."""
+        like = next(self.chain.parameters(), torch.empty(()))
+        of_numbers = not self.base.batch_shape and not self.base.event_shape
+        y = self.base.sample((count, *self.pinn.out_shape) if of_numbers else (count,)).to(like)
+        for block in reversed(self.pinn.blocks):
+            z = None
+            if block.lossy:
+                noise = self._noise(block)
+                z = noise.draw(y) if noise else self._centre(block, y)
+                z = z if noise else z + torch.randn_like(z)
+            y = block.pinv(y, z)
+        return y
+
+
+class BlockTransform(Transform):
+    """A block or chain that drops nothing as a `torch.distributions.Transform`; see `as_transform`."""
+
+    bijective = True
+
+    def __init__(self, block: Surjection | PINN, in_shape: Sequence[int]):
+        super().__init__()
+        blocks = list(block.blocks) if isinstance(block, PINN) else [block]
+        for part in blocks:
+            if part.lossy or not part.exact:
+                raise ValueError(f"as_transform: {type(part).__name__} is no bijection, so it has no Transform")
+        self.block, self.in_shape = block, tuple(in_shape)
+        shape = self.in_shape
+        for part in blocks:
+            shape = part.output_shape(shape)
+        self.out_shape = tuple(shape)
+        first, last = (getattr(blocks[i], side, constraints.real) for i, side in ((0, "domain"), (-1, "codomain")))
+        self.domain = constraints.independent(first, len(self.in_shape))
+        self.codomain = constraints.independent(last, len(self.out_shape))
+
+    def _over(self, f, x: Tensor, shape: Shape) -> Tensor:
+        """f, which takes one batch dimension, over any number of them."""
+        batch = x.shape[: x.dim() - len(shape)]
+        result = f(x.reshape(-1, *shape))
+        return result.reshape(*batch, *result.shape[1:])
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._over(self.block, x, self.in_shape)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._over(self.block.pinv, y, self.out_shape)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._over(self.block.log_abs_det, x, self.in_shape)
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        return torch.Size((*shape[: len(shape) - len(self.in_shape)], *self.out_shape))
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        return torch.Size((*shape[: len(shape) - len(self.out_shape)], *self.in_shape))
+
+
+def as_transform(block: Surjection | PINN, in_shape: Sequence[int]) -> BlockTransform:
+    """``block`` (a layer, or a chain of them) as a Transform of events of ``in_shape``, such as (C,) or (C, H, W).
+
+    Raises:
+        ValueError: a block that discards a latent, or one that is exact on one side only.
+    """
+    return BlockTransform(block, in_shape)
