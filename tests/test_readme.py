@@ -1,4 +1,4 @@
-"""README: its Python runs, and every flag it names exists."""
+"""README and docs: their Python runs, their links lead somewhere, and every flag they name exists."""
 
 import importlib
 import re
@@ -7,26 +7,38 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = [
+    pytest.param(snippet, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+]
+COMMANDS = "DDNM.main train_celeba DDNM.train_prior diagnostics procedural_faces judge benchmarks.growth".split()
+COMMANDS += "benchmarks.speed benchmarks.throughput benchmarks.peak_memory".split()
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize("snippet", SNIPPETS)
 def test_a_snippet_runs(snippet, capsys):
     names = {}
     exec(compile(snippet, "README.md", "exec"), names)
-    if "moved" in names:  # the three errors it prints are rounding
+    if "moved" in names:  # the errors it prints are rounding
         errors = re.findall(r"tensor\(([\d.e-]+)", capsys.readouterr().out)
-        assert len(errors) == 3 and all(float(error) < 1e-3 for error in errors)
+        assert errors and all(float(error) < 1e-3 for error in errors)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
 
 
 def test_every_flag_named_exists(capsys):
-    modules = "DDNM.main train_celeba DDNM.train_prior diagnostics procedural_faces judge".split()
-    modules += ["benchmarks.growth", "benchmarks.speed", "benchmarks.throughput", "benchmarks.peak_memory"]
-    for module, *command in [*zip(modules), ("invert", "train"), ("invert", "eval")]:
+    for module, *command in [*zip(COMMANDS), ("invert", "train"), ("invert", "eval")]:
         with pytest.raises(SystemExit) as left:
             importlib.import_module(module).main([*command, "--help"])
         assert left.value.code == 0, module
     helps = capsys.readouterr().out + (ROOT / "experiments/digits.py").read_text()  # needs what not all have
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)):
-        assert flag in helps, flag
+    helps += "--nproc_per_node --requeue --signal"  # of torchrun and Slurm
+    for page in PAGES:
+        for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))):
+            assert flag in helps, f"{page.name}: {flag}"
