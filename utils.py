@@ -5,16 +5,20 @@ import difflib
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import sys
 import tempfile
+from argparse import ArgumentTypeError
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, Field, field, fields
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -240,6 +244,172 @@ def number(kind: type, low: float | None = None, high: float | None = None) -> C
         return value
 
     return parse
+
+
+# --- Settings: dataclasses, from which flags and presets are made -----------------------------------------------------
+
+MOST = 10**9  # steps, epochs, images, ...: the bound of whole numbers that have none of their own
+
+
+def option(
+    default: object, help: str = "", low: float | None = None, high: float | None = None,
+    choices: Iterable[str] | None = None,
+):  # fmt: skip
+    """A field of a dataclass of settings, see `parse`.
+
+    Args:
+        default: ``...`` where the flag must be given.
+        help: for ``--help``, which adds the default.
+        low, high: bounds of a number, or of each of several. A whole number without ``high`` is at most `MOST`.
+        choices: the values allowed; a field of type ``Literal["a", "b"]`` needs none.
+    """
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=MISSING if default is ... else default, kw_only=default is ..., metadata=metadata)
+
+
+class _Flag:
+    """A field as a flag: ``--lr 1e-3``, ``--fast`` and ``--no-fast``, ``--widths 48,96``, ``--set a --set b``.
+
+    Attributes:
+        kind: type of one value.
+        many: `list` for a flag that may be repeated, `tuple` for one that takes several words or commas, or None.
+        optional: whether "none" is a value.
+    """
+
+    def __init__(self, of: Field, hint: object) -> None:
+        self.name, self.help = of.name, of.metadata.get("help", "")
+        self.low, self.high, self.choices = (of.metadata.get(key) for key in ("low", "high", "choices"))
+        self.default = of.default_factory() if of.default_factory is not MISSING else of.default
+        self.optional, self.many = type(None) in get_args(hint), None
+        if self.optional:
+            (hint,) = (each for each in get_args(hint) if each is not type(None))
+        if get_origin(hint) in (list, tuple):
+            self.many, hint = get_origin(hint), get_args(hint)[0]
+        if get_origin(hint) is Literal:
+            self.choices, hint = get_args(hint), type(get_args(hint)[0])
+        self.kind = hint
+
+    def value(self, text: str) -> object:
+        """One value. Raises ArgumentTypeError."""
+        if self.kind in (int, float):
+            try:
+                value = self.kind(text)
+            except ValueError:
+                raise ArgumentTypeError(f"{shown(text)} is not a {'whole ' * (self.kind is int)}number") from None
+            if not -math.inf < value < math.inf:
+                raise ArgumentTypeError(f"{shown(text)} is not a finite number")
+            low, high = self.low, MOST if self.high is None and self.kind is int else self.high
+            if low is not None and value < low or high is not None and value > high:
+                bounds = f"in [{low}, {high}]" if None not in (low, high) else f"at least {low}"
+                raise ArgumentTypeError(
+                    f"{shown(text)} is out of range, must be {f'at most {high}' if low is None else bounds}"
+                )
+        elif "\0" in text:
+            raise ArgumentTypeError(f"{shown(text)} holds a null character")
+        else:
+            value = self.kind(text)
+        if self.choices is not None and value not in self.choices:
+            names = [str(choice) for choice in self.choices]
+            raise ArgumentTypeError(f"{shown(text)} must be one of {', '.join(names)}{nearest(text[:80], names)}")
+        return value
+
+    def word(self, text: str) -> object:
+        """A word of the command line. Raises ArgumentTypeError."""
+        if self.optional and text.lower() == "none":
+            return None
+        return [self.value(part) for part in text.split(",")] if self.many is tuple else self.value(text)
+
+    def preset(self, value: object) -> object:
+        """A value of a preset. Raises ArgumentTypeError."""
+        if self.kind is bool and not isinstance(value, bool):
+            raise ArgumentTypeError(f"must be true or false, got {shown(value)}")
+        if self.kind is bool or value is None and self.optional:
+            return value
+        several = value if isinstance(value, list) and self.many is not None else [value]
+        if value is None or any(isinstance(each, (list, dict)) or each is None for each in several):
+            raise ArgumentTypeError(f"expected {'values' if self.many else 'one value'}, got {shown(value)}")
+        return [self.word(str(each)) for each in several] if self.many else self.value(str(value))
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        unsaid = self.default in (MISSING, None, False) or self.many is list
+        default = ",".join(map(str, self.default)) if self.many is tuple and self.default else self.default
+        text = "must be given" if self.default is MISSING else "" if unsaid else f"default: {default}"
+        text = f"{self.help} ({text})".strip() if text else self.help
+        how = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if self.kind is bool:
+            group.add_argument(f"--{self.name}", action=argparse.BooleanOptionalAction, **how)
+        else:
+            metavar = "|".join(map(str, self.choices)) if self.choices is not None else self.kind.__name__.upper()
+            several = {list: {"action": "append"}, tuple: {"nargs": "+"}, None: {}}[self.many]
+            group.add_argument(f"--{self.name}", type=self.word, metavar=metavar, **several, **how)
+
+    def final(self, value: object) -> object:
+        """What the dataclass gets: words that hold several values, as one tuple."""
+        if self.many is tuple and value is not None:
+            return None if None in value else tuple(each for word in value for each in word)
+        return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def parse(description: str, *types: type, argv: Sequence[str] | None = None, extra: Iterable[str] = (),
+          presets: Path | None = None) -> tuple:  # fmt: skip
+    """The settings of a command: flag given > value of the ``--config`` preset > default of the field.
+
+    Flags are the fields' names; one name in several types is one flag. A preset is flat YAML, checked as the command
+    line is; what is required may stand there.
+
+    Args:
+        description: for ``--help``; the module's docstring.
+        types: dataclasses whose fields are of type bool, int, float, str, Path, ``Literal``, ``tuple[T, ...]`` (several
+            words or commas), ``list[T]`` (a flag to repeat), or one of these ``| None``. The first line of a
+            docstring is the group's title. A field ``config: Path`` takes the place of the usual ``--config``.
+        extra: keys of presets that have no flag, an architecture say.
+        presets: folder in which a ``--config`` is looked for that is no file itself.
+
+    Returns:
+        An instance of each type, and a dictionary of the ``extra`` keys that were given.
+
+    Raises:
+        InputError: in one line. ``--help`` exits.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags: dict[str, _Flag] = {}
+    for kind in types:
+        plain = kind.__doc__ is None or kind.__doc__.startswith(f"{kind.__name__}(")
+        group = parser.add_argument_group(None if plain else kind.__doc__.splitlines()[0].rstrip("."))
+        hints = get_type_hints(kind)
+        for each in fields(kind):
+            if each.init and each.name not in flags:
+                flags[each.name] = _Flag(each, hints[each.name])
+                flags[each.name].add_to(group)
+    if "config" not in flags:
+        parser.add_argument("--config", type=Path, metavar="FILE", help="YAML preset; flags given here win")
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(f"unknown argument {shown(unknown[0])}{nearest(unknown[0], [f'--{name}' for name in flags])}")
+    given, preset = vars(given), {}
+    config = given.get("config")
+    if config is not None:
+        if presets is not None and not config.is_file() and (presets / config).is_file():
+            config = presets / config
+        preset = read_yaml(config, known=[*(flags.keys() - {"config"}), *extra])
+    others = {key: preset.pop(key) for key in list(preset) if key not in flags}
+    for name, value in preset.items():
+        try:
+            preset[name] = flags[name].preset(value)
+        except ArgumentTypeError as error:
+            raise InputError(f"config {config}: {name}: {error}") from None
+    values = {name: flags[name].final(value) for name, value in {**preset, **given}.items() if name in flags}
+    if missing := [f"--{name}" for name, flag in flags.items() if flag.default is MISSING and name not in values]:
+        raise InputError(f"required: {', '.join(missing)}")
+    chosen = ({f.name: values[f.name] for f in fields(kind) if f.name in values} for kind in types)
+    return *(kind(**each) for kind, each in zip(types, chosen, strict=True)), others
 
 
 def write_json(path: str | Path, content: object) -> None:
