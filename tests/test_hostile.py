@@ -1,14 +1,10 @@
 """Files from strangers: weights, pictures, configs and paths that mean harm, or are merely odd."""
 
-import hashlib
 import json
-import multiprocessing
 import os
 import pickle
 import struct
-import tarfile
 import warnings
-import zipfile
 
 import numpy as np
 import pytest
@@ -22,14 +18,10 @@ from torch import nn
 from checkpoints import load_spnn, save_spnn
 from data_loader import CelebAMaskHQ, find_images, load_image
 from DDNM import main as reconstruct
-from DDNM import train_prior
 from DDNM.guided_diffusion.prior import Prior, load_prior, save_prior, small_unet
-from DDNM.guided_diffusion.results import Progress, read_logits
-from judge import Judge, load_judge
-from logger import get_logger
-from resume import locked
-from utils import InputError, file_name, read_yaml, run_command
-from weights import read_weights, write_weights
+from DDNM.guided_diffusion.results import read_logits
+from utils import InputError, read_yaml
+from weights import read_weights
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
@@ -46,22 +38,12 @@ def raw(protocol):
     return write
 
 
-def inside_a_tar(path):
-    with tarfile.open(path, "w") as archive:
-        for name in ("storages", "tensors", "pickle"):
-            raw(2)(path.with_name(name))
-            archive.add(path.with_name(name), name)
-
-
 CPU = torch.device("cpu")
 
 CODE = {
     "archive": lambda path: torch.save({"model": Malicious()}, path),
     "legacy": lambda path: torch.save({"model": Malicious()}, path, _use_new_zipfile_serialization=False),
-    "pickle 0": raw(0),
     "pickle 2": raw(2),
-    "pickle 5": raw(5),
-    "tar": inside_a_tar,
     "a whole module": lambda path: torch.save(nn.Linear(2, 2), path),
 }
 
@@ -91,15 +73,6 @@ def safetensors_file(header: bytes, content: bytes = b"", length: int | None = N
     )
 
 
-def bomb(path):
-    """50 MB of zeros in 50 kB."""
-    torch.save({"w": torch.zeros(12_500_000)}, path)
-    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(path.with_name("small"), "w", zipfile.ZIP_DEFLATED) as small:
-        for member in whole.infolist():
-            small.writestr(member.filename, whole.read(member))
-    os.replace(path.with_name("small"), path)
-
-
 def header(**tensor):
     return json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **tensor}}).encode()
 
@@ -109,17 +82,9 @@ def saved(**state):
 
 
 NO_WEIGHTS = {
-    "bomb.pth": (bomb, "compressed archive"),
-    "repeated.pth": (saved(w=torch.zeros(1).expand(10**6, 10**6)), "claims shape"),
     "complex.pth": (saved(w=torch.zeros(2, dtype=torch.complex64)), "no plain tensor"),
-    "sparse.pth": (saved(w=torch.eye(2).to_sparse()), "no plain tensor"),
-    "nowhere.pth": (saved(w=torch.zeros(2, device="meta")), "no plain tensor"),
     "nan.pth": (saved(ok=torch.zeros(2), w=torch.tensor([0, float("nan")])), "w holds NaN"),
-    "infinite.pth": (saved(w=torch.tensor([float("-inf")]).half()), "w holds NaN or infinity"),
     "long.safetensors": (safetensors_file(header(), b"1234", 1 << 62), "damaged"),
-    "deep.safetensors": (safetensors_file(b'{"a":' * 100_000), "damaged"),
-    "large.safetensors": (safetensors_file(header(shape=[1 << 40], data_offsets=[0, 1 << 42]), b"12"), "damaged"),
-    "outside.safetensors": (safetensors_file(header(data_offsets=[4, 8]), b"1234"), "damaged"),
     "kind.safetensors": (safetensors_file(header(dtype="F99"), b"1234"), "damaged"),
     "nan.safetensors": (safetensors_file(header(), struct.pack("<f", float("nan"))), "w holds NaN"),
 }
@@ -135,71 +100,8 @@ def test_what_is_no_plain_weight_file_is_one_line(tmp_path, name):
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"hidden": 10**9}, "shape|makes no network"),
-    ({"layer_channels": None, "img_size": 256, "hidden": 10**7}, "missing|makes no network"),
-    ({"layer_channels": None, "img_size": 10**12}, "makes no network"),
-    ({"scale_bound": float("inf"), "layer_channels": None, "img_size": 32}, "positive"),
-    ({"num_classes": "3"}, "makes no network"),
-    ({"num_classes": -1}, "makes no network"),
-    ({"layer_channels": [["ConvPINNBlock", {"in_ch": 10**9, "out_ch": 5}]]}, "makes no network"),
-    ({"layer_channels": [["__import__", {}]]}, "unknown block"),
-    ({"__class__": "x"}, "makes no network"),
-])  # fmt: skip
-def test_an_architecture_from_a_stranger_costs_nothing(tmp_path, change, said):
-    """Its size is known, and held against the weights, before any memory is taken."""
-    save_spnn(tmp_path / "m.pth", tiny())
-    content = json.loads((tmp_path / "config.json").read_text())
-    content["model"] |= change
-    if "hidden" in change and "layer_channels" not in change:
-        for _, arguments in content["model"]["layer_channels"]:
-            arguments |= {"in_ch": 10**5, "out_ch": 10**4} if "in_ch" in arguments else {}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=said):
-        load_spnn(tmp_path / "m.pth")
-
-
-@pytest.mark.parametrize("notes", [
-    {"attributes": 5}, {"attributes": [1, 2, 3]}, {"typical_logits": [[1, 2]]}, {"typical_logits": [[1], [2], [3]]},
-    {"typical_logits": "many"}, {"typical_logits": [[0, float("nan")]] * 3},
-])  # fmt: skip
-def test_notes_beside_the_weights_are_checked(tmp_path, notes):
-    save_spnn(tmp_path / "m.pth", tiny(), notes)
-    with pytest.raises(InputError, match=next(iter(notes))):
-        load_spnn(tmp_path / "m.pth")
-
-
-def test_brackets_without_end_are_one_line(tmp_path):
-    save_spnn(tmp_path / "m.pth", tiny())
-    (tmp_path / "config.json").write_text("[" * 200_000)
-    with pytest.raises(InputError, match="not valid JSON"):
-        load_spnn(tmp_path / "m.pth")
-
-
-@pytest.mark.parametrize("change", [{"width": 10**7}, {"width": "8"}, {"img_size": 10**9}, {"dropout": 7}])
-def test_a_judge_from_a_stranger_costs_nothing(tmp_path, change):
-    judge = Judge(3, 8, 4)
-    write_weights(tmp_path / "j.pth", judge.state_dict())
-    (tmp_path / "j.json").write_text(json.dumps({"architecture": judge.config() | change, "attributes": ["a"] * 3}))
-    with pytest.raises(InputError, match="j.json|j.pth"):
-        load_judge(tmp_path / "j.pth")
-
-
 def small_prior() -> Prior:
     return Prior(small_unet(8, (4,), unshuffle=2, norm_groups=2, attention_size=0))
-
-
-@pytest.mark.parametrize("change", [
-    {"layers_per_block": 10**9}, {"block_out_channels": [60_000]}, {"block_out_channels": [4] * 1000},
-    {"block_out_channels": "4"}, {"in_channels": 10**9}, {"norm_num_groups": 0}, {"down_block_types": ["Evil"]},
-])  # fmt: skip
-def test_a_prior_from_a_stranger_costs_nothing(tmp_path, change):
-    save_prior(small_prior(), tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="cannot be loaded") as error:
-        load_prior(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_a_prior_that_holds_nan_is_named(tmp_path):
@@ -345,18 +247,13 @@ POSTSCRIPT = (
 )
 REFUSED = {
     "bomb.png": (declared(60_000, 60_000), "bomb"),
-    "large.png": (declared(20_000, 20_000), "bomb"),
-    "empty.png": (declared(0, 0), "cannot read"),
     "promised.png": (declared(3000, 3000), "truncated|cannot read"),
     "cut.png": (cut, "truncated"),
     "cut.jpg": (cut, "truncated"),
-    "cut.webp": (cut, "cannot read"),
-    "cut.gif": (cut, "cannot read"),
     "nothing.jpg": (lambda path: path.touch(), "not a picture"),
     "text.jpg": (lambda path: path.write_text("no picture"), "not a picture"),
     "postscript.jpg": (lambda path: path.write_bytes(POSTSCRIPT), "not a picture"),
     "pipe.jpg": (lambda path: os.mkfifo(path), "not a file"),
-    "device.jpg": (lambda path: path.symlink_to("/dev/zero"), "not a file"),
 }
 
 
@@ -388,21 +285,6 @@ def test_a_data_set_leaves_out_what_is_no_picture(tmp_path):
 
 
 # --- Names and paths -------------------------------------------------------------------------------------------------
-
-
-def test_names_of_pictures_become_names_of_files(tmp_path):
-    names = ["n" * 240 + ".png", "line\nbreak.png", "back\\slash.png", os.fsdecode(b"no utf \xff.png"), "plain.png"]
-    for name in names:
-        halves().save(str(tmp_path / name), format="PNG")
-    deep = tmp_path / ("d" * 150) / ("e" * 150)
-    deep.mkdir(parents=True)
-    halves().save(deep / "a.png")
-    halves().save(deep / "b.png")
-    found = reconstruct.read_targets(tmp_path, [], 8, 1, CPU, strict=True)[0]
-    assert len(set(found)) == len(names) + 2 and "plain" in found
-    for name in found:
-        assert len(name.encode()) <= 200 and name.isprintable() and not set(name) & set("/\\")
-    assert file_name("Ångström 1.v2") == "Ångström 1.v2"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "n" * 300, "line\nbreak", "bell\a"])
@@ -443,62 +325,6 @@ def test_results_stay_in_their_root(samples, tmp_path, name):
         reconstruct.result_folder(name.format(mine=tmp_path / "mine"))
 
 
-@pytest.mark.parametrize("kind", reconstruct.PICTURES)
-def test_a_link_inside_a_result_folder_is_not_followed(samples, tmp_path, kind):
-    (samples / "out").mkdir()
-    (samples / "out" / kind).symlink_to(tmp_path / "mine")
-    with pytest.raises(InputError, match=f"{kind} is a link"):
-        reconstruct.result_folder("out")
-    assert (tmp_path / "mine" / "0.png").read_text() == "mine"
-
-
-def test_a_result_that_is_a_link_is_replaced_not_followed(samples, tmp_path):
-    (samples / "out" / "input").mkdir(parents=True)
-    for name in ("log.txt", "results.csv", "input/a.png"):
-        (samples / "out" / name).symlink_to(tmp_path / "mine" / "0.png")
-    reconstruct.clear_results(reconstruct.result_folder("out"))
-    assert (tmp_path / "mine" / "0.png").read_text() == "mine"
-    assert not [p for p in (samples / "out").rglob("*") if p.is_symlink()]
-
-
-def test_a_kept_result_that_is_a_link_is_not_written_through(samples, tmp_path):
-    """Of a folder that is gone on with: the files that grow, and the lock, which is emptied."""
-    (samples / "out").mkdir()
-    mine = tmp_path / "mine" / "0.png"
-    record = Progress(samples / "out", {})
-    record.begin([])
-    record.path.unlink()
-    for path, write in (
-        (samples / "out" / "log.txt", lambda: get_logger("run", samples / "out")),
-        (samples / "out" / ".lock", lambda: locked(samples / "out").__enter__()),
-        (record.path, lambda: record.append([])),
-    ):
-        path.symlink_to(mine)
-        with pytest.raises(InputError, match=f"{path} is a link.*delete it first"):
-            write()
-        assert mine.read_text() == "mine" and path.is_symlink()
-        path.unlink()
-
-
-def test_a_priors_pictures_are_not_written_through_a_link(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "step_000001.png").write_text("mine")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "samples").symlink_to(tmp_path / "mine")
-    with pytest.raises(InputError, match="samples is a link"):
-        train_prior.main(["--images", str(tmp_path), "--out", str(tmp_path / "out"), "--overwrite"])
-    assert (tmp_path / "mine" / "step_000001.png").read_text() == "mine"
-
-
-def test_a_cache_that_is_a_link_is_not_followed(tmp_path, caplog):
-    root = write_dataset(tmp_path / "faces", 10)
-    (tmp_path / "elsewhere").mkdir()
-    (root / ".cache").symlink_to(tmp_path / "elsewhere")
-    data = CelebAMaskHQ(root, "train", 8)
-    assert len(data) == 8 and data[0][0].shape == (3, 8, 8)
-    assert os.listdir(tmp_path / "elsewhere") == [] and "is a link" in caplog.text
-
-
 def test_only_caches_of_its_own_are_deleted(tmp_path):
     root = write_dataset(tmp_path, 10)
     CelebAMaskHQ(root, "train", 8)
@@ -511,67 +337,12 @@ def test_only_caches_of_its_own_are_deleted(tmp_path):
     assert old.name not in left and {"train_8_notes.txt", f"train_8_{'0' * 16}.txt"} <= left and len(left) == 4
 
 
-# --- Caches built at once --------------------------------------------------------------------------------------------
-
-
-def _pixels(root, size, start, results):
-    start.wait(30)
-    data = CelebAMaskHQ(root, "train", size)
-    cached = data._cache_file is not None
-    results.put((size, cached, hashlib.sha256(data.batch(range(len(data)))[0].numpy().tobytes()).hexdigest()))
-
-
-def test_caches_that_are_built_at_once_do_not_mix(tmp_path):
-    """Four processes, two sizes, one folder: each sees its own pixels, and what is left is whole."""
-    root = write_dataset(tmp_path, 40)
-    context = multiprocessing.get_context("fork")
-    expected = {}
-    for size in (8, 6):
-        data = CelebAMaskHQ(root, "train", size, cache=False)
-        expected[size] = hashlib.sha256(data.batch(range(len(data)))[0].numpy().tobytes()).hexdigest()
-    for _ in range(3):
-        for file in (root / ".cache").glob("*"):
-            file.unlink()
-        start, results = context.Barrier(4), context.Queue()
-        processes = [context.Process(target=_pixels, args=(root, size, start, results)) for size in (8, 6, 8, 6)]
-        for process in processes:
-            process.start()
-        found = [results.get(timeout=60) for _ in processes]
-        for process in processes:
-            process.join(30)
-        assert all(cached and pixels == expected[size] for size, cached, pixels in found)
-        names = sorted(path.name for path in (root / ".cache").iterdir())
-        assert len(names) == 4 and not any(name.startswith(".") for name in names), names
-
-
-def test_a_cache_that_another_process_replaces_costs_nothing(tmp_path, caplog):
-    """The images change, and a second run deletes the first one's cache before that has opened it."""
-    root = write_dataset(tmp_path, 10)
-    first = CelebAMaskHQ(root, "train", 8)
-    os.utime(root / "CelebA-HQ-img" / "0.jpg")
-    CelebAMaskHQ(root, "train", 8)
-    expected = CelebAMaskHQ(root, "train", 8, cache=False)
-    assert torch.equal(first.batch(range(8))[0], expected.batch(range(8))[0])
-    assert "originals are read" in caplog.text
-
-
 # --- Configs ---------------------------------------------------------------------------------------------------------
 
-LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-)
 CONFIGS = {
-    "laughs": (LAUGHS, "aliases"),
-    "itself": ("a: &a [*a]\n", "aliases"),
-    "merge": ("a: &a {b: 1}\nc:\n  <<: *a\n", "aliases"),
     "code": ("a: !!python/object/apply:os.mkdir [pwned]\n", "could not determine a constructor"),
-    "deep": ("a: " + "[" * 20_000, "nested too deeply|not readable"),
     "twice": ("a: 1\na: 2\n", "'a' is there twice"),
-    "date": ("a: 2020-99-99\n", "not readable"),
-    "large": ("a: " + "x" * (1 << 20), "more than"),
     "bytes": (b"a: \xff\xfe", "not readable"),
-    "control": ("a: \0", "not readable"),
-    "keys": ("? [a]\n: 1\n", "not readable|unhashable"),
     "unknown": ("k" * 1000 + ": 1", "unknown key"),
 }
 
@@ -596,13 +367,6 @@ def test_types_and_ranges_of_a_config_are_checked(tmp_path, key, value):
     (tmp_path / "c.yml").write_text(yaml.safe_dump({"path_y": "x", key: value}))
     with pytest.raises(InputError, match=key):
         reconstruct.parse(["--config", str(tmp_path / "c.yml")])
-
-
-def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: open(tmp_path / ("n" * 300)))
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and "File name too long" in lines[0]
 
 
 def test_random_weights_are_accepted_all_the_same(tmp_path):
