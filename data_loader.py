@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,13 +45,14 @@ ATTRIBUTES: tuple[str, ...] = (
 IMAGE_FOLDER = "CelebA-HQ-img"
 ANNOTATION_FILE = "CelebAMask-HQ-attribute-anno.txt"
 KAGGLE_DATASET = "liusonghua/celebamaskhq"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+Image.init()
 # by content, whatever the suffix says; Pillow knows others, one of which (EPS) runs another program
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_FORMATS = tuple({"JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF"} & Image.OPEN.keys())
+IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS))
 SPLITS = ("train", "val", "test", "all")
 
 _RESAMPLING = Image.Resampling.LANCZOS  # Pillow widens its kernel when it shrinks: antialiased
-_CACHE_VERSION = 1  # raise it when the way a cached pixel is computed changes
+_CACHE_VERSION = 2  # raise it when the way a cached pixel is computed changes
 _LAYOUT = f"expected a folder with {IMAGE_FOLDER}/ and {ANNOTATION_FILE}"
 
 log = logging.getLogger(__name__)
@@ -70,7 +72,8 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 def find_images(path: str | Path) -> list[Path]:
     """The images at ``path``: one file, or a flat or nested folder, sorted naturally by their path.
 
-    Suffixes are compared without case; hidden files and folders are skipped.
+    Suffixes are compared without case. Hidden files and folders are skipped; files with other suffixes are left out,
+    and a warning names them.
 
     Raises:
         InputError: no such path, or no image in it.
@@ -82,7 +85,7 @@ def find_images(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
-    found, visited = [], set()
+    found, others, visited = [], [], set()
     for folder, folders, files in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited:  # a link that leads back up
@@ -90,10 +93,18 @@ def find_images(path: str | Path) -> list[Path]:
             continue
         visited.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, f) for f in files if not f.startswith(".") and f.lower().endswith(IMAGE_SUFFIXES)]
+        for name in files:
+            if not name.startswith("."):
+                (found if name.lower().endswith(IMAGE_SUFFIXES) else others).append(Path(folder, name))
+    if found and others:
+        log.warning("%s: left out what has no picture's suffix: %s", path, _listed(sorted(p.name for p in others)))
     if not found:
         raise InputError(f"{path}: no images found; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     return sorted(found, key=lambda p: [natural_key(part) for part in p.relative_to(path).parts])
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _to_rgb(image: Image.Image, png: bool = False) -> Image.Image:
@@ -107,10 +118,12 @@ def _to_rgb(image: Image.Image, png: bool = False) -> Image.Image:
         if not np.isfinite(values).all():
             raise ValueError("it holds values that are not finite")
         if image.mode == "F":
-            values = values * 255 if values.max() <= 1 else values
-        elif png or image.mode.startswith("I;16") or values.max() > 255:
-            values = values / 257  # 65535 / 255
-        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+            most = 1 if values.max() <= 1 else 255
+        else:
+            most = 65535 if png or image.mode.startswith("I;16") or values.max() > 255 else 255
+        if values.min() < 0 or values.max() > most:
+            raise ValueError(f"its values reach from {values.min():g} to {values.max():g}, expected 0 to {most}")
+        image = Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -157,6 +170,24 @@ def _to_chw(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
+_CROPPED = threading.Lock()
+
+
+def square(image: Image.Image, size: int, path: str | Path) -> Image.Image:
+    """The largest centred square of a picture, resized (antialiased) to size x size.
+
+    Training and use see a picture alike: nothing in the project changes its proportions. The first one that loses
+    something is named in a warning.
+    """
+    if image.width != image.height:
+        if _CROPPED.acquire(blocking=False):  # taken once, never given back
+            log.warning("%s is %dx%d: of pictures that are not square, the middle is used", path, *image.size)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    return image if image.size == (size, size) else image.resize((size, size), _RESAMPLING)
+
+
 def load_image(path: str | Path, size: int | None = None) -> Tensor:
     """Read any picture as a (3, H, W) float32 tensor in [-1, 1].
 
@@ -165,18 +196,14 @@ def load_image(path: str | Path, size: int | None = None) -> Tensor:
 
     Args:
         path: the file.
-        size: when given, the largest centred square is cut out and resized (antialiased) to size x size.
+        size: when given, the picture is made size x size, see `square`.
 
     Raises:
         InputError: the file is missing, unreadable or cut short.
     """
     image = _read_rgb(Path(path))
     if size is not None:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        if side != size:
-            image = image.resize((size, size), _RESAMPLING)
+        image = square(image, size, path)
     return _to_float(torch.from_numpy(_to_chw(image)))
 
 
@@ -352,8 +379,7 @@ def _threads() -> int:
 def _resized(path: Path, size: int) -> np.ndarray | InputError:
     """(3, S, S) uint8, or the error: one bad file must not end a pass over 30,000."""
     try:
-        image = _read_rgb(path)
-        return _to_chw(image if image.size == (size, size) else image.resize((size, size), _RESAMPLING))
+        return _to_chw(square(_read_rgb(path), size, path))
     except InputError as error:
         return error
 
@@ -384,7 +410,7 @@ class CelebAMaskHQ(Dataset):
     Args:
         root: a folder that holds the data set, at any depth.
         split: "train", "val", "test" or "all".
-        img_size: S; a direct, antialiased resize (the photographs are square).
+        img_size: S; see `square`.
         strict: refuse missing and unreadable images instead of leaving them out with a warning.
         cache: keep the resized pixels; otherwise every access reads the picture.
 

@@ -31,6 +31,9 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -1057,8 +1060,11 @@ def write_dataset(
 
     Raises:
         InputError: ``out`` is a file, cannot be written, or holds something and ``overwrite`` is not set; or a number
-            is out of range: count and workers from 1, size from `SMALLEST_SIZE`, seed from 0.
+            is out of range: count and workers from 1, size from `SMALLEST_SIZE`, seed from 0; or a script calls this
+            outside of ``if __name__ == "__main__":``, with more than one worker.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(1)  # a worker of ours, which imports the script without a guard: the pool reports it
     workers = workers if workers is not None else os.cpu_count() or 1
     lowest = {"count": (count, 1), "size": (size, SMALLEST_SIZE), "seed": (seed, 0), "workers": (workers, 1)}
     for name, (value, low) in lowest.items():
@@ -1071,8 +1077,15 @@ def write_dataset(
     if workers == 1:
         lines = list(progress(map(write, range(count))))
     else:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            lines = list(progress(pool.imap(write, range(count), chunksize=32)))
+        context = multiprocessing.get_context("spawn")
+        try:
+            with ProcessPoolExecutor(workers, context) as pool:
+                lines = list(progress(pool.map(write, range(count), chunksize=32)))
+        except BrokenProcessPool:
+            raise InputError(
+                "the processes that draw ended early: in a script, call write_dataset below "
+                '`if __name__ == "__main__":`, or with workers=1'
+            ) from None
     with atomic_write(out / ANNOTATION_FILE) as file:
         file.write_text("\n".join([str(count), " ".join(ATTRIBUTES), *lines]) + "\n", encoding="utf-8")
 

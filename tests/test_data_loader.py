@@ -3,12 +3,13 @@ import logging
 import os
 import pickle
 import sys
+import threading
 import types
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import data_loader
 from data_loader import (
@@ -72,6 +73,14 @@ def test_find_images_is_natural_nested_and_skips_hidden(tmp_path):
     assert find_images(tmp_path / "10.JPG") == [tmp_path / "10.JPG"]
 
 
+def test_find_images_takes_every_suffix_of_a_format_and_names_the_rest(tmp_path, caplog):
+    for name in ("1.jfif", "2.JPE", "3.apng", "4.ppm", "5.dib", "6.jp2", "a.heic", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.stem for path in find_images(tmp_path)] == ["1", "2", "3", "4", "5", "6"]
+    (record,) = caplog.records
+    assert "left out" in record.getMessage() and "a.heic, notes.txt" in record.getMessage()
+
+
 def test_find_images_failures(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="no images found"):
@@ -89,6 +98,37 @@ def test_load_image_crops_the_centre_square(tmp_path):
     assert load_image(tmp_path / "a.png").shape == (3, 4, 8)
     assert (load_image(tmp_path / "a.png", 4) == 1).all()
     assert (load_image(tmp_path / "a.png", 2) == 1).all()
+
+
+def circle(width: int, height: int) -> Image.Image:
+    image = Image.new("RGB", (width, height), "white")
+    middle, radius = (width / 2, height / 2), 0.4 * min(width, height)
+    box = [middle[0] - radius, middle[1] - radius, middle[0] + radius, middle[1] + radius]
+    ImageDraw.Draw(image).ellipse(box, fill="black")
+    return image
+
+
+@pytest.mark.parametrize("size", [(89, 109), (109, 89), (64, 64), (101, 300)])
+@pytest.mark.parametrize("cache", [True, False])
+def test_training_and_use_see_a_picture_alike(tmp_path, size, cache):
+    """A circle stays one, and lies at the same place, by the data set as by `load_image`."""
+    root = write_dataset(tmp_path, 10)
+    for path in (root / "CelebA-HQ-img").iterdir():
+        circle(*size).save(path, quality=95)
+    image = CelebAMaskHQ(root, "all", 32, cache=cache)[0][0]
+    assert torch.equal(image, load_image(root / "CelebA-HQ-img" / "0.jpg", 32))
+    dark = image.mean(0) < 0
+    assert dark.any(0).sum() == dark.any(1).sum() and 24 <= dark.any(0).sum() <= 28
+    torch.testing.assert_close(image, image.flip(-1), atol=0.2, rtol=0)
+
+
+def test_a_picture_that_is_not_square_is_named_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(data_loader, "_CROPPED", threading.Lock())
+    for i in range(3):
+        circle(20 + i, 30).save(tmp_path / f"{i}.png")
+        load_image(tmp_path / f"{i}.png", 8)
+    (record,) = caplog.records
+    assert "0.png is 20x30" in record.getMessage() and "the middle is used" in record.getMessage()
 
 
 def test_load_image_is_antialiased(tmp_path):
@@ -124,6 +164,22 @@ def test_load_image_modes(tmp_path):
         got = load_image(tmp_path / name)
         assert got.shape == (3, 4, 4) and got.dtype == torch.float32
         torch.testing.assert_close(got[:, 1, 1], torch.tensor(expected).float(), msg=name)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        (np.array([[-0.1, 1.0]], np.float32), "from -0.1 to 1, expected 0 to 1"),
+        (np.array([[0, 300]], np.float32), "from 0 to 300, expected 0 to 255"),
+        (np.array([[0, 70000]], np.int32), "from 0 to 70000, expected 0 to 65535"),
+        (np.array([[-5, 9]], np.int32), "from -5 to 9, expected 0 to 255"),
+        (np.array([[0, np.nan]], np.float32), "not finite"),
+    ],
+)
+def test_values_that_eight_bits_cannot_hold_are_refused(tmp_path, values, said):
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match=f"a.tiff.*{said}"):
+        load_image(tmp_path / "a.tiff")
 
 
 def test_load_image_failures_name_the_file(tmp_path):

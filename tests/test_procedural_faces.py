@@ -193,6 +193,22 @@ def test_the_command_refuses_with_status_2(tmp_path):
     assert len(done.stderr.splitlines()) == 1 and "not empty" in done.stderr
 
 
+def test_a_script_without_a_guard_ends_with_one_message(tmp_path):
+    """Each process that draws imports the script, which would have them start processes in their turn."""
+    script = "import sys\nsys.path.insert(0, sys.argv[1])\nfrom procedural_faces import write_dataset\n"
+    call = f"write_dataset({str(tmp_path / 'faces')!r}, 4, 16, 0, workers=2)\n"
+    guarded = 'if __name__ == "__main__":\n    ' + call
+    for body, status in ((call, 1), (guarded, 0)):
+        shutil.rmtree(tmp_path / "faces", ignore_errors=True)
+        (tmp_path / "script.py").write_text(script + body)
+        command = [sys.executable, tmp_path / "script.py", SCRIPT.parent]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == status
+        assert done.stderr.count("Traceback") == status
+        assert ("__main__" in done.stderr.splitlines()[-1]) == bool(status)
+    assert len(read_annotations(tmp_path / "faces" / faces.ANNOTATION_FILE).files) == 4
+
+
 def test_contact_sheet(tmp_path):
     faces.contact_sheet(tmp_path / "sheet.png", size=16, columns=8)
     sheet = Image.open(tmp_path / "sheet.png")
