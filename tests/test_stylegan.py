@@ -1,0 +1,237 @@
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stylegan import (
+    Blur,
+    StyleGAN,
+    UpConvolution,
+    from_tensorflow,
+    generator_from_state_dict,
+    load_generator,
+    truncate,
+)
+from utils import InputError
+from weights import write_weights
+
+PUBLISHED = json.loads((Path(__file__).parent / "golden" / "stylegan.json").read_text())
+
+
+def uniform(name, shape):
+    """Numbers in [-1, 1) that belong to a name."""
+    bits = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    return (2 * bits.random(math.prod(shape)) - 1).reshape(shape)
+
+
+def unit(name, shape):
+    """The same with variance 1, rounded to float32 as the figures' inputs were."""
+    return torch.from_numpy(np.sqrt(3.0) * uniform(name, tuple(shape))).float().double()
+
+
+def by_formula(name, shape, silent=False):
+    """A weight of the figures' networks."""
+    u = uniform(name, tuple(shape))
+    if name.endswith("kernel"):
+        u = np.outer([1, 2, 1], [1, 2, 1])[None, None] / 16
+    elif name.startswith("g_mapping"):
+        u = u * (100 * np.sqrt(3.0) if name.endswith("weight") else 20)
+    elif name.endswith("noise.weight"):
+        u = u * (0 if silent else 0.002 if "4x4.epi1" in name else 0.2)
+    elif name.endswith(("4x4.const", "4x4.bias")):
+        u = u * 0.01
+    else:
+        u = u * (np.sqrt(3.0) if name.endswith("weight") else 0.3)
+    return torch.from_numpy(np.asarray(u)).float()
+
+
+def published(resolution, silent=False):
+    shapes = PUBLISHED["state_dict"][str(resolution)]
+    return {name: by_formula(name, shape, silent) for name, shape in shapes.items()}
+
+
+def assert_figures(tensor, figures):
+    """Shape, root mean square and forty places, which were rounded to float32 when they were stored."""
+    assert list(tensor.shape) == figures["shape"]
+    flat = tensor.detach().flatten()
+    places = np.linspace(0, flat.numel() - 1, len(figures["at"])).astype(int)
+    expected = torch.tensor([figures["rms"], *figures["at"]], dtype=torch.float64)
+    found = torch.cat([flat.square().mean().sqrt()[None], flat[places]])
+    torch.testing.assert_close(found, expected, rtol=2**-24, atol=2e-9 * figures["rms"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if case["resolution"] == 1024 else ())
+        for name, case in PUBLISHED["cases"].items()
+        if case["kind"] != "fresh_noise"
+    ],
+)
+def test_published_figures(name):
+    case = PUBLISHED["cases"][name]
+    resolution, seed, silent = case["resolution"], case["seed"], case.get("silent", False)
+    generator = generator_from_state_dict(published(resolution, silent), resolution).double()
+    assert generator.layers == 2 * math.log2(resolution) - 2
+    if case["kind"] == "mapping":
+        rows = torch.tensor(case["z_row_scale"], dtype=torch.float32)[:, None]
+        z = unit("z:" + seed, (3, 512)).float() * rows  # rounded once more there
+        return assert_figures(generator.mapping(z.double()), case["w"])
+    batch = case["batch"]
+    shapes = generator.noise_shapes
+    noise = None if silent else [unit(f"noise:{seed}:{i}", (batch, *shape)) for i, shape in enumerate(shapes)]
+    if case["kind"] == "wplus":
+        w_plus = unit("w_plus:" + seed, (batch, generator.layers, 512)).requires_grad_("grad" in case)
+    else:
+        w = generator.mapping(unit("z:" + seed, (batch, 512)))
+        assert_figures(w, case["w"])
+        w_plus = generator.spread(w)
+    if "psi" in case:
+        average = generator.mapping(unit("average:" + seed, (case["average_of"], 512))).mean(0)
+        assert_figures(average, case["w_avg"])
+        w_plus = truncate(w_plus, average, case["psi"], case["cutoff"])
+    with torch.set_grad_enabled("grad" in case):
+        image = generator.synthesis(w_plus, noise)
+        assert_figures(image, case["image"])
+    if "grad" in case:
+        (gradient,) = torch.autograd.grad((image * unit("probe:" + seed, image.shape)).sum(), w_plus)
+        assert_figures(gradient, case["grad"])
+
+
+@pytest.mark.parametrize("r", [64, 128])
+def test_upconvolution_is_doubling_then_a_convolution(r):
+    torch.manual_seed(0)
+    layer = UpConvolution(3, 5, r).double()
+    with torch.no_grad():
+        layer.bias.normal_()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    kernel = layer.scaled().flip(2, 3) if r == 128 else layer.scaled()
+    doubled = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), kernel, padding=1)
+    torch.testing.assert_close(layer(x), Blur().double()(doubled) + layer.bias[:, None, None], rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small generator with noise and biases that show."""
+    torch.manual_seed(0)
+    generator = StyleGAN(16, (6, 5, 4), dim=7, depth=2)
+    with torch.no_grad():
+        for p in generator.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return generator.eval()
+
+
+def test_noise_is_drawn_anew_or_given(small):
+    w_plus = small.spread(torch.randn(1, 7)).expand(2, -1, -1)
+    first = small.synthesis(w_plus)
+    assert first.shape == (2, 3, 16, 16)
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first, small.synthesis(w_plus))
+    noise = small.draw_noise(1, torch.Generator().manual_seed(1))
+    assert [tuple(n.shape) for n in noise] == [(1, 1, r, r) for r in (4, 4, 8, 8, 16, 16)]
+    given = small.synthesis(w_plus, noise)
+    torch.testing.assert_close(given[0], given[1])
+    assert torch.equal(given, small.synthesis(w_plus, small.draw_noise(1, torch.Generator().manual_seed(1))))
+
+
+def test_truncation_pulls_to_an_average_that_is_kept(small):
+    average = small.average(count=100)
+    assert small.average(count=100) is average
+    z = torch.randn(100, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(average, small.mapping(z).mean(0))
+    noise, z = small.draw_noise(1), torch.randn(2, 7)
+    w_plus = small.spread(small.mapping(z))
+    pulled = truncate(w_plus, small.average(), 0.5, 4)
+    torch.testing.assert_close(pulled[:, :4], (w_plus[:, :4] + small.average()) / 2)
+    assert torch.equal(pulled[:, 4:], w_plus[:, 4:])
+    assert torch.equal(small(z, psi=0.5, cutoff=4, noise=noise), small.synthesis(pulled, noise))
+    with torch.no_grad():
+        small.g_mapping["dense1"].bias.add_(1.0)
+    assert not torch.allclose(small.average(count=100), average)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_read_back(small, tmp_path, suffix):
+    path = tmp_path / f"g.{suffix}"
+    write_weights(path, small.state_dict(), torch.float16)
+    again = load_generator(path)
+    assert (again.resolution, again.channels, again.dim, len(again.g_mapping)) == (16, (6, 5, 4), 7, 2)
+    noise, z = small.draw_noise(2), torch.randn(2, 7)
+    torch.testing.assert_close(again(z, noise=noise), small(z, noise=noise), rtol=2e-2, atol=2e-2)
+
+
+def in_tensorflow(state):
+    """A state dict as NVIDIA's code names and lays out its variables."""
+    back = {"epi1.top_epi.noise": "Noise", "epi2.top_epi.noise": "Noise"}
+    back |= {"epi1.style_mod.lin": "StyleMod", "epi2.style_mod.lin": "StyleMod"}
+    named = {"G_synthesis/lod": torch.tensor(0.0), "G_synthesis/ToRGB_lod1/weight": torch.ones(1, 1, 4, 3)}
+    named["G_synthesis/ToRGB_lod1/bias"] = torch.ones(3)
+    del named["G_synthesis/lod"]  # no variable that is trained
+    for name, tensor in state.items():
+        top, _, rest = name.partition(".")
+        if rest.endswith("kernel"):
+            continue
+        path, _, last = rest.removeprefix("blocks.").rpartition(".")
+        block, _, layer = path.partition(".")
+        if top == "g_synthesis" and block != "torgb":
+            first = "Const" if block == "4x4" else "Conv0_up"
+            second = "Conv" if block == "4x4" else "Conv1"
+            owner = second if layer.startswith(("epi2", "conv1")) or layer == "conv" else first
+            path = "/".join(p for p in (block, owner, back.get(layer, "")) if p)
+        path = path.replace("torgb", "ToRGB_lod0").replace("dense", "Dense")
+        if last == "weight" and tensor.dim() == 2:
+            tensor = tensor.T
+        elif last == "weight" and tensor.dim() == 4:
+            tensor = tensor.permute(2, 3, 1, 0)
+        named[f"{top.replace('g_', 'G_')}/{path}/{last}"] = tensor
+    return named
+
+
+def test_the_list_with_tensorflow_names_is_converted(small, tmp_path):
+    state = small.state_dict()
+    named = in_tensorflow(state)
+    assert "G_synthesis/4x4/Const/const" in named and "G_synthesis/8x8/Conv0_up/StyleMod/weight" in named
+    converted = from_tensorflow(named)
+    assert set(converted) == set(state)
+    assert all(torch.equal(converted[name], tensor) for name, tensor in state.items())
+    torch.save([{}, {}, named], tmp_path / "g.pt")
+    again = load_generator(tmp_path / "g.pt").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
+def test_weights_that_do_not_fit_are_named(small, tmp_path):
+    state = small.state_dict()
+    noise = "g_synthesis.blocks.8x8.epi2.top_epi.noise.weight"
+    for wrong, words in (
+        ({**state, noise: torch.ones(4)}, rf"{noise} has shape \[4\]; .* has \[5\]"),
+        ({name: t for name, t in state.items() if name != noise}, f"{noise} is missing"),
+        ({**state, "g_synthesis.extra": torch.ones(1)}, "has no g_synthesis.extra"),
+        ({"generator.weight": torch.ones(1)}, "it has no g_mapping.dense0.weight"),
+        ({}, "it has no g_mapping.dense0.weight"),
+    ):
+        with pytest.raises(InputError, match=words):
+            generator_from_state_dict(wrong)
+    with pytest.raises(InputError, match="32x32: it has no g_synthesis.blocks.32x32"):
+        generator_from_state_dict(state, 32)
+    with pytest.raises(InputError, match="torgb.weight has shape"):
+        generator_from_state_dict(state, 8)
+    for content in (b"", b"PK nothing", b"\x80\x02."):
+        (tmp_path / "g.pt").write_bytes(content)
+        with pytest.raises(InputError, match="g.pt"):
+            load_generator(tmp_path / "g.pt")
+    with pytest.raises(InputError, match="No such file"):
+        load_generator(tmp_path / "none.pt")
+
+
+def test_latents_of_another_shape(small):
+    for shape in ((1, 5, 7), (1, 6, 8), (6, 7)):
+        with pytest.raises(ValueError, match=r"expected a latent of shape \(B, 6, 7\)"):
+            small.synthesis(torch.zeros(shape))
+    with pytest.raises(ValueError, match="power of two"):
+        StyleGAN(48)
+    with pytest.raises(ValueError, match="3 blocks"):
+        StyleGAN(16, (4, 4))
