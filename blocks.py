@@ -148,20 +148,30 @@ class Mixing(nn.Module):
 class CayleyMixing(Mixing):
     """``W = (I + A)^-1 (I - A)`` with ``A = B - B^T``, B unconstrained, (C, C) and zero at first (W = I).
 
+    ``I + A`` has no singular value below 1, so W exists for every B. In float64 it is orthogonal to the rounding of
+    float32 as long as B's entries stay below `LARGEST`; beyond, where ``I`` would be lost beside A, B is scaled back to
+    `LARGEST`, so that a step that diverges leaves an orthogonal W as well, on any machine.
+
     The published weights were trained with ``(1 + 1e-6) I + A`` on the left, which is orthogonal to 1e-6 only; the
     exact transform agrees with it to rounding.
     """
 
     weight_name = "A_unconstrained"
+    LARGEST = 1e7
 
     def __init__(self, channels: int):
         super().__init__()
         self.A_unconstrained = nn.Parameter(torch.zeros(channels, channels))
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
-        skew = weight - weight.T
-        identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        return (torch.linalg.solve(identity + skew, identity - skew),)
+        b = weight.double()
+        b = b * (self.LARGEST / b.abs().amax().clamp(min=self.LARGEST))
+        skew, identity = b - b.T, torch.eye(len(b), dtype=b.dtype, device=b.device)
+        # (I + A)^-1 (I - A) = 2 (I + A)^-1 - I, whose gradient needs no further solve; _ex raises nothing
+        matrix = 2 * torch.linalg.inv_ex(identity + skew).inverse - identity
+        if weight.dtype == torch.float64:  # one step of Newton and Schulz squares what is missing to orthogonality
+            matrix = matrix + matrix @ (identity - matrix.T @ matrix) / 2
+        return (matrix.to(weight.dtype),)
 
     def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
         (matrix,) = factors
@@ -182,15 +192,18 @@ class HouseholderMixing(Mixing):
         self.V = nn.Parameter(torch.randn(reflections, channels))
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
-        gram = weight @ weight.T  # (k, k)
-        return weight, gram.tril(-1) + torch.diag(gram.diagonal() / 2)
+        tiny = torch.finfo(weight.dtype).tiny  # a row of zeros reflects nothing: its v stays 0, and H is I
+        v = weight.double()
+        v = v / v.abs().amax(-1, keepdim=True).clamp(min=tiny)  # rows of any length: their squares would overflow
+        v = (v / v.norm(dim=-1, keepdim=True).clamp(min=0.5)).to(weight.dtype)
+        gram = v.double() @ v.double().T  # (k, k)
+        triangle = gram.tril(-1) + torch.diag(gram.diagonal().clamp(min=0.5) / 2)
+        identity = torch.eye(len(v), dtype=triangle.dtype, device=triangle.device)
+        return v, torch.linalg.solve_triangular(triangle, identity, upper=False).to(weight.dtype)
 
     def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
-        v, triangle = factors
-        triangle = triangle.T if transpose else triangle
-        along = F.linear(x, v).flatten(0, -2).T  # (k, B*...)
-        along = torch.linalg.solve_triangular(triangle, along, upper=transpose)
-        return x - (along.T @ v).view(x.shape)
+        v, inner = factors  # V, S^-1
+        return x - F.linear(F.linear(x, v), inner if not transpose else inner.T) @ v
 
 
 MIXINGS = {"cayley": CayleyMixing, "householder": HouseholderMixing}

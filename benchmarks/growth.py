@@ -31,7 +31,7 @@ from utils import number, resolve_device, run_command, write_json  # noqa: E402
 
 TASKS = ("back_projection", "stage1")
 KINDS = {  # parts of operator names, looked for in this order
-    "solve": ("linalg_solve", "linalg_lu", "triangular"),
+    "solve": ("linalg_inv", "linalg_lu", "triangular"),
     "matrix product": ("conv", "mm", "addmm", "linear", "mkldnn", "cudnn"),
 }
 

@@ -720,6 +720,42 @@ def train_a_little(g: nn.Module, case: Case, optimiser: str, steps: int = 3) -> 
         optimiser.step()
 
 
+@pytest.mark.parametrize("dtype, rounding", [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 15, 64, 129])
+@pytest.mark.parametrize("kind", [CayleyMixing, HouseholderMixing])
+@torch.no_grad()
+def test_orthogonal_whatever_a_diverging_step_leaves(kind, channels, dtype, rounding):
+    """A skew matrix of odd size is singular, and beside large entries the identity in I + A is lost."""
+    mixing = kind(channels).to(dtype)
+    weight = getattr(mixing, mixing.weight_name)
+    start = torch.randn(weight.shape, generator=seeded(0))
+    for scale in (0.0, 1e-30, 1.0, 1e2, 1e5, 1e10, 1e20, 1e30, 1e38):
+        weight.copy_(start.clamp(-3, 3) * scale)
+        w = mixing.matrix()
+        torch.testing.assert_close(w.T @ w, torch.eye(channels, dtype=dtype), rtol=0, atol=rounding)
+
+
+@torch.no_grad()
+def test_cayley_of_large_weights_is_its_formula():
+    """In float32 the solve would be wrong by 1e-5 at entries of 100, by 8e-3 at 1e5."""
+    mixing = CayleyMixing(65)
+    for scale in (1.0, 1e2, 1e5):
+        mixing.A_unconstrained.copy_(torch.randn(65, 65, generator=seeded(0)) * scale)
+        b = mixing.A_unconstrained.double()
+        identity = torch.eye(65, dtype=torch.float64)
+        w = torch.linalg.solve(identity + b - b.T, identity - b + b.T)
+        torch.testing.assert_close(mixing.matrix(), w.float(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [CayleyMixing, HouseholderMixing])
+@torch.no_grad()
+def test_weights_that_are_not_finite_give_no_finite_matrix(kind):
+    for value in (float("nan"), float("inf")):
+        mixing = kind(3)
+        getattr(mixing, mixing.weight_name)[1, 0] = value
+        assert not mixing.matrix().isfinite().all()
+
+
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("mix_type", ["cayley", "householder"])

@@ -326,8 +326,8 @@ def test_solved_once_ends_with_an_error():
 def solves(monkeypatch) -> list:
     """The sizes of the systems solved since."""
     seen = []
-    solve = torch.linalg.solve
-    monkeypatch.setattr(torch.linalg, "solve", lambda a, b: seen.append(len(a)) or solve(a, b))
+    inverse = torch.linalg.inv_ex
+    monkeypatch.setattr(torch.linalg, "inv_ex", lambda a: seen.append(len(a)) or inverse(a))
     return seen
 
 

@@ -380,14 +380,14 @@ def test_a_learning_rate_that_breaks_the_network_stops_and_keeps_the_last_good_c
     path = trainer(model, tmp_path, epochs=1, lr=1e-3).train_forward()
     before = path.read_bytes()
     with pytest.raises(TrainingFailed, match="block|weight"):
-        trainer(model, tmp_path, epochs=3, lr=1e30, warmup_steps=0).train_forward()
+        trainer(model, tmp_path, epochs=3, lr=1e39, warmup_steps=0).train_forward()
     assert path.read_bytes() == before
 
 
 def test_a_network_that_breaks_in_the_very_last_step_is_no_success(tmp_path):
     """Nothing but the validation sees it: without a word the run would return a checkpoint that it never wrote."""
     with pytest.raises(TrainingFailed):
-        trainer(tiny_spnn(), tmp_path, count=4, epochs=1, lr=1e30, warmup_steps=0, reweight_every=0).train_forward()
+        trainer(tiny_spnn(), tmp_path, count=4, epochs=1, lr=1e39, warmup_steps=0, reweight_every=0).train_forward()
     assert not (tmp_path / FORWARD_CHECKPOINT).exists()
 
 

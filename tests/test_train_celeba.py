@@ -163,7 +163,7 @@ def test_stage_2_of_another_size_is_refused(finished, faces, tmp_path):
 
 def test_a_training_that_fails_is_one_line_and_status_2(faces, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: run(faces, tmp_path, "--is_forward_train", lr=1e30, warmup_steps=0))
+        run_command(lambda: run(faces, tmp_path, "--is_forward_train", lr=1e39, warmup_steps=0))
     assert stopped.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: forward") and "not a finite number" in last and "learning rate" in last
