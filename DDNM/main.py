@@ -29,6 +29,7 @@ from tqdm import tqdm  # noqa: E402
 
 from checkpoints import load_spnn  # noqa: E402
 from data_loader import ATTRIBUTES, find_images, load_image, save_image  # noqa: E402
+from DDNM.guided_diffusion.compiled import compile_for_cpu  # noqa: E402
 from DDNM.guided_diffusion.diffusion import Guidance, image_generator, sample  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior, load_prior  # noqa: E402
 from DDNM.guided_diffusion.results import (  # noqa: E402
@@ -43,7 +44,6 @@ from DDNM.guided_diffusion.results import (  # noqa: E402
     write_tables,
 )
 from DDNM.guided_diffusion.schedule import time_travel_steps  # noqa: E402
-from DDNM.guided_diffusion.winograd import compile_convolutions  # noqa: E402
 from distributed import World  # noqa: E402
 from distributed import world as join_world  # noqa: E402
 from judge import load_judge  # noqa: E402
@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the prior's network")
     run.add_argument("--compile", action=SWITCH, default=False,
                      help="translate the networks with torch.compile, which takes minutes at first; on a CPU, "
-                          "in float32, with a C++ compiler, which takes seconds")  # fmt: skip
+                          "the prior with OpenVINO, which takes seconds")  # fmt: skip
     run.add_argument("--base_rate", action=argparse.BooleanOptionalAction, default=False,
                      help="also draw each image unguided from the same noise, and report its figures")  # fmt: skip
     run.add_argument("--lpips", action=argparse.BooleanOptionalAction, default=True, help="measure LPIPS")
@@ -341,9 +341,8 @@ def load_networks(
         if judge.img_size != model.img_size:
             raise InputError(f"the judge takes {judge.img_size}x{judge.img_size} images, not {model.img_size}")
     model, prior = prepare_networks(model, device).eval().requires_grad_(False), prior.to(device)
-    if args.compile and device.type == "cpu" and autocast is None:
-        for network in (prior, model):
-            compile_convolutions(network)  # torch.compile makes them slower there
+    if args.compile and device.type == "cpu":
+        compile_for_cpu(prior)  # torch.compile makes it slower there
     elif args.compile:
         compile_networks([prior.unet, *inner_networks(model)], device)
     return model, notes, prior, judge

@@ -34,10 +34,10 @@ from torch.utils.data import DataLoader  # noqa: E402
 from benchmarks import plain  # noqa: E402
 from blocks import solved_once  # noqa: E402
 from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, CelebAMaskHQ, make_loader  # noqa: E402
+from DDNM.guided_diffusion.compiled import compile_for_cpu  # noqa: E402
 from DDNM.guided_diffusion.diffusion import Guidance, guide, predict_x0, renoise  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
-from DDNM.guided_diffusion.winograd import compile_convolutions, kernels  # noqa: E402
 from models import SPNN, BackProjection  # noqa: E402
 from performance import prepare_networks  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
@@ -206,13 +206,15 @@ def sampling_step(args: argparse.Namespace, device: torch.device) -> Iterable[di
         "ours, bf16": (Prior(copy.deepcopy(unet), torch.bfloat16, channels_last=True), prepared),
     }
     if device.type == "cpu":
-        try:
-            kernels()
-            pairs["ours, compiled"] = copy.deepcopy(pairs["ours"])
-            for part in pairs["ours, compiled"]:
-                compile_convolutions(part)
-        except InputError as error:
-            print(f"no row for --compile: {error}", file=sys.stderr)
+        for name in tuple(pairs):
+            prior, operator = copy.deepcopy(pairs[name])
+            try:
+                hint = compile_for_cpu(prior)
+            except InputError as error:
+                print(f"no row for --compile: {error}", file=sys.stderr)
+                break
+            if (hint == "bf16") == ("bf16" in name):
+                pairs[f"{name}, compiled"] = prior, operator
     clean, noise = images(batch, size, device), torch.randn(batch, 3, size, size).to(device)
     t, t_next = STEP
     x = schedule.add_noise(clean, noise, t)

@@ -1,9 +1,7 @@
 """The benchmarks: both formulations compute the same thing, and the command says what it measured."""
 
 import json
-import os
-import shlex
-import shutil
+import math
 
 import pytest
 import torch
@@ -15,8 +13,6 @@ from DDNM.guided_diffusion.prior import small_unet
 from models import BUILT_IN, SPNN, concatenated
 from train import Settings, forward_losses, natural_losses
 from utils import InputError
-
-COMPILER = shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0])
 
 
 def tiny_spnn() -> SPNN:
@@ -103,24 +99,26 @@ def test_the_command_reports_both_times_their_ratio_and_the_difference(tmp_path,
 
 def test_every_row_computes_the_same_as_the_plain_formulation(tmp_path, small_32):
     rows = {row["row"]: row for row in tiny_run(tmp_path, *speed.ROWS)["rows"]}
-    samplers = {"sampling_step", "sampling_step, bf16"} | ({"sampling_step, compiled"} if COMPILER else set())
-    assert set(rows) == {"back_projection", *samplers, "stage1", "stage2", "loader"}
+    compiled = {name for name in rows if "compiled" in name}
+    assert set(rows) - compiled == {
+        "back_projection", "sampling_step", "sampling_step, bf16", "stage1", "stage2", "loader",
+    }  # fmt: skip
     for name, row in rows.items():
         if "bf16" not in name:
             assert row["largest_difference"] <= row["within"]
     assert 0 < rows["sampling_step, bf16"]["largest_difference"] < 0.2
 
 
-def test_without_a_compiler_its_row_is_left_out(tmp_path, small_32, monkeypatch, capsys):
-    def fail():
-        raise InputError("no C++ compiler")
+def test_without_openvino_its_row_is_left_out(tmp_path, small_32, monkeypatch, capsys):
+    def fail(prior):
+        raise InputError("no OpenVINO")
 
-    monkeypatch.setattr(speed, "kernels", fail)
+    monkeypatch.setattr(speed, "compile_for_cpu", fail)
     assert [row["row"] for row in tiny_run(tmp_path, "sampling_step")["rows"]] == [
         "sampling_step",
         "sampling_step, bf16",
     ]
-    assert "no row for --compile: no C++ compiler" in capsys.readouterr().err
+    assert "no row for --compile: no OpenVINO" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -219,6 +217,7 @@ def test_throughput_measures_training_and_sampling(small_32, tmp_path, capsys):
     assert all(row["images_per_second"] > 0 and 0 < row["matrix_rate_share"] < 10 for row in record["rows"][:4])
     assert (one["batch"], two["batch"]) == (1, 2)
     for row in (one, two):
-        assert row["batch"] * row["seconds_per_image"] > 0 and row["peak_bytes"] is None
+        # a difference of two times, which may fall below 0 at this size on a busy machine
+        assert math.isfinite(row["seconds_per_image"]) and row["peak_bytes"] is None
         assert row["back_projection_share"] == pytest.approx(1 - 1 / row["against_unguided"])
     assert "images/s" in capsys.readouterr().out

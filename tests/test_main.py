@@ -516,15 +516,16 @@ def test_settings_reach_the_sampler(run, monkeypatch):
     assert record_of(folder)["images"][0]["steps"] == 6  # 3 2 1 0 . . 1 0 -1: the jump costs two more
 
 
-@pytest.mark.parametrize("precision, chosen", [("float32", ["kernel"] * 2), ("bf16", ["torch.compile"])])
-def test_compile_takes_what_pays_on_a_cpu(run, monkeypatch, precision, chosen):
-    asked = []
-    monkeypatch.setattr(reconstruct, "compile_convolutions", lambda _: asked.append("kernel"))
-    monkeypatch.setattr(reconstruct, "compile_networks", lambda networks, device: asked.append("torch.compile"))
-    run("plain")
-    assert asked == []
-    run("out", None, "--compile", "--precision", precision)
-    assert asked == chosen
+def test_compile_on_a_cpu_draws_the_same_pictures(run):
+    pytest.importorskip("openvino")
+    plain, compiled = run("plain"), run("out", None, "--compile")
+    for name, picture in pictures(plain).items():
+        assert np.abs(pictures(compiled)[name] - picture).max() <= 1
+
+
+def test_compile_without_openvino_is_one_line(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    refused("requirements-openvino.txt", run, "out", None, "--compile")
 
 
 def test_the_defaults_are_the_documented_ones():
