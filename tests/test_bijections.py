@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from test_laws import randomise, seeded
+from helpers import randomise, seeded
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal, SigmoidTransform, TransformedDistribution
 from torch.nn.utils import parametrize

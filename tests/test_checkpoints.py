@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_laws import diy12, random, randomise, seeded, tiny
+from helpers import diy12, random, randomise, seeded, tiny
 
 from checkpoints import load_spnn, read_config, recognise, save_spnn
 from models import SPNN

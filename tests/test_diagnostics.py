@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_laws import ForgetsShift, random, randomise, seeded, tiny
+from helpers import ForgetsShift, random, randomise, seeded, tiny
 
 import diagnostics
 from blocks import ConvPINNBlock

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import randomise, seeded, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data_loader import annotation_text
-from test_laws import LAWS, LAWS_OF_NETWORKS, Case, randomise, seeded, tiny
+from test_laws import LAWS, LAWS_OF_NETWORKS, Case
 
 import train_celeba
 import weights

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import randomise, seeded, tiny
 from PIL import Image
 from test_data_loader import write_dataset
-from test_laws import randomise, seeded, tiny
 from torch import nn
 
 from checkpoints import load_spnn, save_spnn

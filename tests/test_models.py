@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_laws import OPTIMISERS, diy12, diy16, random, randomise, seeded, tiny
+from helpers import OPTIMISERS, diy12, diy16, random, randomise, seeded, tiny
 
 import models
 from blocks import ConvPINNBlock, Mixing, PixelUnshuffleBlock, solved_once
