@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from experiments.train_stylegan import Discriminator, main, mixed_styles, spread_in_groups
 from stylegan import (
     Blur,
     StyleGAN,
@@ -235,3 +236,40 @@ def test_latents_of_another_shape(small):
         StyleGAN(48)
     with pytest.raises(ValueError, match="3 blocks"):
         StyleGAN(16, (4, 4))
+
+
+def training(tmp_path, *more):
+    small = ["--size", "8", "--channels", "6,5", "--dim", "7", "--depth", "2", "--width", "6", "--batch_size", "4"]
+    return ["--out", str(tmp_path / "out"), "--count", "6", "--device", "cpu", *small, *more]
+
+
+def test_training_writes_what_load_generator_reads(tmp_path, capsys):
+    assert main(training(tmp_path, "--steps", "3", "--r1_every", "2")) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "stylegan.safetensors",
+        "stylegan.json",
+        "samples.png",
+        "samples_psi_0.7.png",
+    }
+    notes = json.loads((tmp_path / "out" / "stylegan.json").read_text())
+    assert notes["step"] == 3 and notes["images_seen"] == 12 and notes["settings"]["channels"] == [6, 5]
+    generator = load_generator(tmp_path / "out" / "stylegan.safetensors", 8)
+    start = generator_from_state_dict(StyleGAN(8, (6, 5), 7, 2).state_dict())
+    assert not torch.equal(generator.g_synthesis["torgb"].bias, start.g_synthesis["torgb"].bias)
+    assert generator(torch.randn(2, 7)).isfinite().all()
+    with pytest.raises(InputError, match="3 blocks"):
+        main(training(tmp_path, "--size", "16"))
+
+
+def test_the_discriminator_and_styles():
+    torch.manual_seed(0)
+    d = Discriminator(8, 6)
+    assert d(torch.randn(4, 3, 8, 8)).shape == (4,)
+    x = torch.randn(8, 3, 2, 2)
+    groups = x.unflatten(0, (4, 2))
+    expected = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
+    torch.testing.assert_close(spread_in_groups(x)[:, 0, 0, 0], expected.repeat(4))
+    g = StyleGAN(8, (6, 5), 7, 2)
+    w = mixed_styles(g, 50, 0.5, torch.device("cpu"))
+    changes = (w[:, 1:] != w[:, :-1]).all(2).sum(1)  # one crossing for the mixed, none for the others
+    assert w.shape == (50, 4, 7) and changes.max() == 1 and 10 < changes.sum() < 40
