@@ -41,7 +41,7 @@ class Settings:
     out: Path = option(..., "result folder")
     data: Path | None = option(None, "folder of images; none: procedural faces, drawn first")
     count: int = option(20_000, "procedural faces to draw, or the most images to read", 2)
-    size: int = option(64, "side of the images, a power of two", 4, 1024)
+    size: int = option(64, "side of the images, a power of two", 16, 1024)
     minutes: float = option(10.0, "of training, images apart", 0.0)
     steps: int | None = option(None, "stop after this many steps", 1)
     channels: tuple[int, ...] = option((192, 192, 192, 128, 96), "of the generator's blocks, from 4x4 on", 1)

@@ -239,7 +239,7 @@ def test_latents_of_another_shape(small):
 
 
 def training(tmp_path, *more):
-    small = ["--size", "8", "--channels", "6,5", "--dim", "7", "--depth", "2", "--width", "6", "--batch_size", "4"]
+    small = ["--size", "16", "--channels", "6,5,4", "--dim", "7", "--depth", "2", "--width", "6", "--batch_size", "4"]
     return ["--out", str(tmp_path / "out"), "--count", "6", "--device", "cpu", *small, *more]
 
 
@@ -252,13 +252,13 @@ def test_training_writes_what_load_generator_reads(tmp_path, capsys):
         "samples_psi_0.7.png",
     }
     notes = json.loads((tmp_path / "out" / "stylegan.json").read_text())
-    assert notes["step"] == 3 and notes["images_seen"] == 12 and notes["settings"]["channels"] == [6, 5]
-    generator = load_generator(tmp_path / "out" / "stylegan.safetensors", 8)
-    start = generator_from_state_dict(StyleGAN(8, (6, 5), 7, 2).state_dict())
+    assert notes["step"] == 3 and notes["images_seen"] == 12 and notes["settings"]["channels"] == [6, 5, 4]
+    generator = load_generator(tmp_path / "out" / "stylegan.safetensors", 16)
+    start = generator_from_state_dict(StyleGAN(16, (6, 5, 4), 7, 2).state_dict())
     assert not torch.equal(generator.g_synthesis["torgb"].bias, start.g_synthesis["torgb"].bias)
     assert generator(torch.randn(2, 7)).isfinite().all()
-    with pytest.raises(InputError, match="3 blocks"):
-        main(training(tmp_path, "--size", "16"))
+    with pytest.raises(InputError, match="4 blocks"):
+        main(training(tmp_path, "--size", "32"))
 
 
 def test_the_discriminator_and_styles():
