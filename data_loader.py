@@ -1,14 +1,23 @@
-"""CelebAMask-HQ: images, annotations, splits, a resized cache and seeded loaders.
+"""Labelled faces: CelebAMask-HQ with its masks, CelebA, a cache of what was resized, and seeded loaders.
 
-Layout of a data set::
+Layouts that are known, at any depth below the folder that is given::
 
-    CelebAMask-HQ/
-    ├── CelebA-HQ-img/                      0.jpg ... 29999.jpg
-    └── CelebAMask-HQ-attribute-anno.txt    a count, the 40 names, then "0.jpg  -1 1 ..."
+    CelebA-HQ-img/0.jpg ... 29999.jpg             CelebAMask-HQ: split by number, 80, 10 and 10 %
+    CelebAMask-HQ-attribute-anno.txt              a count, the 40 names, then "0.jpg  -1 1 ..."
+    CelebAMask-HQ-mask-anno/{0..14}/00000_hair.png    for masks; or masks/0.png, see below
 
-Shapes: B batch, N images, S image size. Images are (3, S, S) float32 in [-1, 1], labels (40,) float32 in {0, 1}.
+    img_align_celeba/000001.jpg ... 202599.jpg    CelebA: split as published
+    list_attr_celeba.txt, list_eval_partition.txt     or Kaggle's .csv of both, with images one folder deeper
 
-Data: C.-H. Lee, Z. Liu, L. Wu, P. Luo, "MaskGAN: Towards Diverse and Interactive Facial Image Manipulation", CVPR 2020.
+    images/0.jpg ...                              any images with masks: split by number
+    masks/0.png ...                               palette index = class (see `MASK_CLASSES`), any size
+    labels.csv                                    if there is one: attributes, empty where unknown
+
+Shapes: B batch, N images, S image size, M mask size. Images are (3, S, S) float32 in [-1, 1], labels (40,) float32 in
+{0, 1}, masks (M, M) int64 in 0 ... 18.
+
+Data: C.-H. Lee, Z. Liu, L. Wu, P. Luo, "MaskGAN: Towards Diverse and Interactive Facial Image Manipulation", CVPR 2020;
+Z. Liu, P. Luo, X. Wang, X. Tang, "Deep Learning Face Attributes in the Wild", ICCV 2015.
 """
 
 import hashlib
@@ -18,10 +27,10 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -50,12 +59,24 @@ Image.init()
 _FORMATS = tuple({"JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF"} & Image.OPEN.keys())
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS))
 SPLITS = ("train", "val", "test", "all")
+MASK_CLASSES = (
+    "background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip",
+    "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth",
+)  # fmt: skip
+"""The 19 classes of a mask, by their number. CelebAMask-HQ has a picture of each; later ones cover earlier ones."""
+PART_FOLDER, MASK_FOLDER = "CelebAMask-HQ-mask-anno", "masks"
 
 _RESAMPLING = Image.Resampling.LANCZOS  # Pillow widens its kernel when it shrinks: antialiased
 _CACHE_VERSION = 2  # raise it when the way a cached pixel is computed changes
-_LAYOUT = f"expected a folder with {IMAGE_FOLDER}/ and {ANNOTATION_FILE}"
+_LAYOUT = (
+    f"expected a folder with {IMAGE_FOLDER}/ and {ANNOTATION_FILE}, or with img_align_celeba/, list_attr_celeba and "
+    "list_eval_partition (.txt or .csv), or with images/ and masks/"
+)
+_NO_DATA_SETS = {IMAGE_FOLDER, PART_FOLDER, MASK_FOLDER, "img_align_celeba", "images"}
+_CELEBA_SIZE, _CELEBA_BOX = (178, 218), (11, 37, 167, 193)  # left, upper, right, lower; see `square`
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,30 +151,19 @@ def _to_rgb(image: Image.Image, png: bool = False) -> Image.Image:
     return image.convert("RGB")
 
 
-def _open(path: Path) -> Image.Image:
-    """Open a picture; of an animation its first frame, of a decompression bomb (179 million pixels) an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # half a bomb is a large photograph; oddities of the file are no concern here
-        return Image.open(path, formats=_FORMATS)
-
-
-def _read_rgb(path: Path) -> Image.Image:
-    """The upright 8-bit RGB picture in a file.
+def _read(path: Path, use: Callable[[Image.Image], T] = Image.Image.copy) -> T:
+    """What ``use`` makes of a picture in a file: by default its pixels as they are, of an animation the first frame.
 
     Raises:
-        InputError: it cannot be read, or is cut short.
+        InputError: it cannot be read, is cut short, or is a decompression bomb (179 million pixels).
     """
     if path.exists() and not path.is_file():  # reading a pipe would wait forever
         raise InputError(f"{path}: not a file")
     try:
-        with _open(path) as image:
-            image.load()
-            png = image.format == "PNG"
-            try:
-                image = ImageOps.exif_transpose(image)
-            except Exception as error:  # damaged EXIF does not make the pixels unusable
-                log.warning("%s: EXIF data ignored: %s", path, error)
-            return _to_rgb(image, png)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # half a bomb is a large photograph; oddities of the file are no concern
+            with Image.open(path, formats=_FORMATS) as image:
+                return use(image)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
@@ -161,31 +171,55 @@ def _read_rgb(path: Path) -> Image.Image:
         raise InputError(f"{path}: cannot read image: {' '.join(reason.split())[:200]}") from error
 
 
+def _read_rgb(path: Path) -> Image.Image:
+    """The upright 8-bit RGB picture in a file. Raises InputError as `_read`."""
+
+    def upright(image: Image.Image) -> Image.Image:
+        image.load()
+        png = image.format == "PNG"
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception as error:  # damaged EXIF does not make the pixels unusable
+            log.warning("%s: EXIF data ignored: %s", path, error)
+        return _to_rgb(image, png)
+
+    return _read(path, upright)
+
+
 def _to_float(images: Tensor) -> Tensor:
     """uint8 in [0, 255] to float32 in [-1, 1]: the one place where this is decided."""
     return (images / 127.5).sub_(1)
 
 
-def _to_chw(image: Image.Image) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
-
-
 _CROPPED = threading.Lock()
 
 
-def square(image: Image.Image, size: int, path: str | Path) -> Image.Image:
-    """The largest centred square of a picture, resized (antialiased) to size x size.
+def square(image: Image.Image, size: int, path: str | Path, resampling: Image.Resampling = _RESAMPLING) -> Image.Image:
+    """A picture as the square that networks see, resized (antialiased) to size x size.
 
-    Training and use see a picture alike: nothing in the project changes its proportions. The first one that loses
-    something is named in a warning.
+    It is the largest centred square, of training pictures and of any others: nothing here changes proportions. The
+    first picture that loses something is named in a warning.
+
+    Pictures of 178x218 are CelebA's aligned ones: of these it is the square that CelebA-HQ's rule gives for the mean
+    eyes (69.5, 111) and (107.5, 111) and mouth (88.5, 152), of 156 pixels around (89, 115), so that networks may be
+    trained on either set and used on the other: eyes a quarter of the width apart, at 48 % of the height.
     """
-    if image.width != image.height:
+    if image.size == _CELEBA_SIZE:
+        image = image.crop(_CELEBA_BOX)
+    elif image.width != image.height:
         if _CROPPED.acquire(blocking=False):  # taken once, never given back
             log.warning("%s is %dx%d: of pictures that are not square, the middle is used", path, *image.size)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-    return image if image.size == (size, size) else image.resize((size, size), _RESAMPLING)
+    return image if image.size == (size, size) else image.resize((size, size), resampling)
+
+
+def _read_pixels(files: Sequence[Path], size: int | None) -> np.ndarray:
+    """(3, H, W) uint8 of the one file: (3, S, S) if there is a size."""
+    image = _read_rgb(files[0])
+    image = image if size is None else square(image, size, files[0])
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
 def load_image(path: str | Path, size: int | None = None) -> Tensor:
@@ -201,10 +235,7 @@ def load_image(path: str | Path, size: int | None = None) -> Tensor:
     Raises:
         InputError: the file is missing, unreadable or cut short.
     """
-    image = _read_rgb(Path(path))
-    if size is not None:
-        image = square(image, size, path)
-    return _to_float(torch.from_numpy(_to_chw(image)))
+    return _to_float(torch.from_numpy(_read_pixels([Path(path)], size)))
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -231,63 +262,83 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Annotations and folders
+# Annotations and layouts
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Annotations(NamedTuple):
-    """What the annotation file says, rows as in the file, columns in the order of `ATTRIBUTES`."""
+    """What an annotation file says, rows as in the file, columns in the order of `ATTRIBUTES`."""
 
     files: list[str]  # N file names
     attributes: tuple[str, ...]  # the 40 names
-    labels: np.ndarray  # (N, 40) int8 in {0, 1}
+    labels: np.ndarray  # (N, 40) int8: 1 present, 0 absent, -1 unknown
 
 
 _VALUES = {"1": 1, "+1": 1, "-1": 0, "0": 0}
+_UNKNOWN = -1
 
 
-def read_annotations(path: str | Path) -> Annotations:
-    """Read ``CelebAMask-HQ-attribute-anno.txt``: a count, the 40 names in any order, then one row an image.
-
-    A byte-order mark, CRLF, blank lines and any white space between columns are tolerated; 0 counts as negative.
-
-    Raises:
-        InputError: with the file and the line, for anything else.
-    """
-    path = Path(path)
+def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Line numbers and words of a table: separated by commas in a .csv, by any white space elsewhere."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot read annotations: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: annotations are not UTF-8 text (byte {error.start})") from None
-    lines = [(i, line.split()) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise InputError(f"{path}: empty; expected a count, the attribute names, then one row an image")
+    comma = path.suffix.lower() == ".csv"
+    rows = [
+        (i, [word.strip() for word in line.split(",")] if comma else line.split())
+        for i, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
+    if not rows:
+        raise InputError(f"{path}: empty; expected the attribute names, then one row for each image")
+    return rows
 
-    at, words = lines[0]
-    if len(words) != 1 or not words[0].isdecimal():
-        got = " ".join(words[:3]) + (" ..." if len(words) > 3 else "")
-        raise InputError(f"{path}, line {at}: expected the number of images, got {got!r}")
-    count = int(words[0][:18])  # nobody has more; int() refuses thousands of digits
 
-    if len(lines) < 2:
-        raise InputError(f"{path}, line {at + 1}: expected the {len(ATTRIBUTES)} attribute names, the file ends here")
-    at, names = lines[1]
+def read_annotations(path: str | Path) -> Annotations:
+    """Read ``CelebAMask-HQ-attribute-anno.txt``, ``list_attr_celeba.txt`` or a CSV of the same.
+
+    The text files hold a count, the 40 names in any order, then one row for each image. A CSV holds a header and the
+    rows: the file (or its number) first, then the 40 attributes among other columns; an empty value is unknown there.
+    A byte-order mark, CRLF, blank lines and any white space between columns are tolerated; 0 counts as absent.
+
+    Raises:
+        InputError: with the file and the line, for anything else.
+    """
+    path = Path(path)
+    lines = _read_rows(path)
+    comma = path.suffix.lower() == ".csv"
+    count = None
+    if not comma:
+        at, words = lines.pop(0)
+        if len(words) != 1 or not words[0].isdecimal():
+            got = " ".join(words[:3]) + (" ..." if len(words) > 3 else "")
+            raise InputError(f"{path}, line {at}: expected the number of images, got {got!r}")
+        count = (at, int(words[0][:18]))  # nobody has more; int() refuses thousands of digits
+        if not lines:
+            raise InputError(
+                f"{path}, line {at + 1}: expected the {len(ATTRIBUTES)} attribute names, the file ends here"
+            )
+    at, names = lines.pop(0)
+    names = names[1:] if comma else names
     for i, name in enumerate(names):
-        if name not in ATTRIBUTES:
+        if name not in ATTRIBUTES and not comma:
             raise InputError(f"{path}, line {at}: unknown attribute {name!r}{nearest(name, ATTRIBUTES)}")
         if name in names[:i]:
             raise InputError(f"{path}, line {at}: attribute {name!r} is named twice")
-    if len(names) != len(ATTRIBUTES):
-        missing = [name for name in ATTRIBUTES if name not in names]
+    if missing := [name for name in ATTRIBUTES if name not in names]:
+        have = len(ATTRIBUTES) - len(missing)
         raise InputError(
-            f"{path}, line {at}: {len(names)} attribute names, expected {len(ATTRIBUTES)}; missing {', '.join(missing)}"
+            f"{path}, line {at}: {have} attribute names, expected {len(ATTRIBUTES)}; missing {', '.join(missing)}"
         )
 
-    labels = np.zeros((len(lines) - 2, len(names)), dtype=np.int8)
+    columns = [names.index(name) for name in ATTRIBUTES]
+    values_of = {**_VALUES, "": _UNKNOWN} if comma else _VALUES
+    labels = np.zeros((len(lines), len(ATTRIBUTES)), dtype=np.int8)
     rows: dict[str, int] = {}
-    for row, (at, words) in enumerate(lines[2:]):
+    for row, (at, words) in enumerate(lines):
         file, values = words[0], words[1:]
         if len(values) != len(names):
             raise InputError(f"{path}, line {at}: {file} has {len(values)} values, expected {len(names)}")
@@ -297,42 +348,98 @@ def read_annotations(path: str | Path) -> Annotations:
             raise InputError(f"{path}, line {at}: {file[:80]!r} is not a plain file name")
         rows[file] = at
         try:
-            labels[row] = [_VALUES[value] for value in values]
+            labels[row] = [values_of[values[column]] for column in columns]
         except KeyError as error:
-            name = names[values.index(error.args[0])]
+            name = ATTRIBUTES[[values[column] for column in columns].index(error.args[0])]
             raise InputError(f"{path}, line {at}: {name} of {file} is {error.args[0]!r}, expected 1 or -1") from None
-    if len(rows) != count:
-        raise InputError(f"{path}, line {lines[0][0]}: the count says {count} images, the file lists {len(rows)}")
-    order = [names.index(name) for name in ATTRIBUTES]
-    return Annotations(list(rows), ATTRIBUTES, np.ascontiguousarray(labels[:, order]))
+    if count is not None and len(rows) != count[1]:
+        raise InputError(f"{path}, line {count[0]}: the count says {count[1]} images, the file lists {len(rows)}")
+    return Annotations(list(rows), ATTRIBUTES, labels)
 
 
-def find_dataset(root: str | Path) -> Path:
-    """The folder at or below ``root`` that holds the images and the annotation file (downloads nest it).
+def read_partition(path: str | Path) -> dict[str, int]:
+    """CelebA's ``list_eval_partition.txt``, or a CSV of it: the split of each file, 0 train, 1 validation, 2 test.
 
     Raises:
-        InputError: there is none; the message says what is expected and what is missing.
+        InputError: with the file and the line, for anything else.
     """
-    root = Path(root)
+    path = Path(path)
+    rows = _read_rows(path)
+    if path.suffix.lower() == ".csv":
+        rows.pop(0)  # the header
+    splits: dict[str, int] = {}
+    for at, words in rows:
+        if len(words) != 2 or words[1] not in ("0", "1", "2"):
+            raise InputError(f"{path}, line {at}: expected a file name and 0, 1 or 2, got {' '.join(words)[:80]!r}")
+        splits[words[0]] = int(words[1])
+    return splits
+
+
+class Layout(NamedTuple):
+    """What a data set consists of, and under which names: of each, the first that is there."""
+
+    images: tuple[str, ...]
+    labels: tuple[str, ...]
+    partition: tuple[str, ...] = ()  # none: split by number
+    masks: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ("images", "labels")
+
+
+LAYOUTS = (
+    Layout((IMAGE_FOLDER,), (ANNOTATION_FILE,), masks=(PART_FOLDER, MASK_FOLDER)),
+    Layout(
+        ("img_align_celeba/img_align_celeba", "Img/img_align_celeba", "img_align_celeba"),
+        ("list_attr_celeba.txt", "list_attr_celeba.csv", "Anno/list_attr_celeba.txt"),
+        ("list_eval_partition.txt", "list_eval_partition.csv", "Eval/list_eval_partition.txt"),
+        needs=("images", "labels", "partition"),
+    ),
+    Layout(("images",), ("labels.csv",), masks=(MASK_FOLDER,), needs=("images", "masks")),
+)
+
+
+def _parts(layout: Layout, folder: Path) -> dict[str, Path]:
+    """What of a layout is in a folder."""
+    names = {part: getattr(layout, part) for part in ("images", "labels", "partition", "masks")}
+    found = {part: [folder / name for name in several if (folder / name).exists()] for part, several in names.items()}
+    return {part: paths[0] for part, paths in found.items() if paths}
+
+
+def _find(root: Path) -> tuple[Path, dict[str, Path]]:
+    """The outermost folder at or below ``root`` that is a data set (downloads nest it), and its parts."""
     if not root.is_dir():
-        raise InputError(f"data set {root}: no such folder; {_LAYOUT}")
+        what = "not a folder; unpack it and give the folder" if root.exists() else f"no such folder; {_LAYOUT}"
+        raise InputError(f"data set {root}: {what}")
     level, partial = [root], []
     for _ in range(5):  # level by level, so that the outermost match wins
         below = []
         for folder in level:
-            annotated, pictured = (folder / ANNOTATION_FILE).is_file(), (folder / IMAGE_FOLDER).is_dir()
-            if annotated and pictured:
-                return folder
-            if annotated or pictured:
-                missing = IMAGE_FOLDER + "/" if annotated else ANNOTATION_FILE
-                partial.append(f"{missing} is missing in {folder}")
-            try:  # not into the image folder: it holds 30,000 files and no data set
+            for layout in LAYOUTS:
+                parts = _parts(layout, folder)
+                missing = [getattr(layout, part)[0] for part in layout.needs if part not in parts]
+                if not missing:
+                    return folder, parts
+                if len(missing) < len(layout.needs):
+                    partial.append(
+                        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in {folder}"
+                    )
+            try:  # not into a folder of images: it holds 30,000 files and no data set
                 inner = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
             except OSError:
                 inner = []
-            below += [folder / name for name in inner if name not in (IMAGE_FOLDER, "CelebAMask-HQ-mask-anno")]
+            below += [folder / name for name in inner if name not in _NO_DATA_SETS]
         level = below
-    raise InputError(f"data set {root}: " + "; ".join([*partial, _LAYOUT]))
+    archives = sorted(p.name for p in root.iterdir() if p.suffix in (".zip", ".tar", ".gz", ".tgz", ".7z"))
+    unpack = [f"unpack {_listed(archives)} first"] if archives else []
+    raise InputError(f"data set {root}: " + "; ".join([*partial[:3], *unpack, _LAYOUT]))
+
+
+def find_dataset(root: str | Path) -> Path:
+    """The folder at or below ``root`` that holds a data set in one of `LAYOUTS` (downloads nest it).
+
+    Raises:
+        InputError: there is none; the message says what is expected and what is missing.
+    """
+    return _find(Path(root))[0]
 
 
 def download_dataset() -> Path:
@@ -366,207 +473,321 @@ def split_indices(n: int, split: str) -> range:
     return range(*bounds[split])
 
 
+class Records(NamedTuple):
+    """Everything that a data set lists, in the order of its numbers."""
+
+    files: list[Path]
+    labels: np.ndarray  # (N, 40) int8: 1 present, 0 absent, -1 unknown
+    splits: np.ndarray  # (N,): position in `SPLITS`
+
+
+def read_records(parts: dict[str, Path]) -> Records:
+    """Files, labels and splits of a data set: CelebA's as published, others by number, 80, 10 and 10 %.
+
+    Raises:
+        InputError: tables that cannot be read, or that do not fit each other.
+    """
+    folder = parts["images"]
+    there = sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(IMAGE_SUFFIXES) and e.name[0] != ".")
+    if "labels" in parts:
+        names, _, labels = read_annotations(parts["labels"])
+    else:
+        names, labels = there, np.full((len(there), len(ATTRIBUTES)), _UNKNOWN, dtype=np.int8)
+    # a CSV may list numbers, a folder hold PNG where the table says JPEG
+    by_stem = {Path(name).stem: name for name in set(there) - set(names)}
+    known = set(there)
+    files = [name if name in known else by_stem.get(Path(name).stem, name) for name in names]
+    order = sorted(range(len(files)), key=lambda i: natural_key(files[i]))
+    if "partition" in parts:
+        published = read_partition(parts["partition"])
+        lacking = [name for name in names if name not in published]
+        if lacking:
+            raise InputError(
+                f"{parts['partition']}: no split for {_listed(lacking)}, which {parts['labels'].name} lists"
+            )
+        splits = np.array([published[names[i]] for i in order], dtype=np.int8)
+    else:
+        bounds = [split_indices(len(order), split) for split in SPLITS[:3]]
+        splits = np.repeat(np.arange(3, dtype=np.int8), [len(part) for part in bounds])
+    if extra := sorted(set(there) - set(files), key=natural_key):
+        log.warning("%s: left out %d pictures without labels: %s", folder, len(extra), _listed(extra))
+    return Records([folder / files[i] for i in order], labels[order], splits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+_MIRRORED = torch.tensor([0, 1, 2, 3, 5, 4, 7, 6, 9, 8, *range(10, 19)])  # class -> class on the other side
+
+
+def mirror_masks(masks: Tensor) -> Tensor:
+    """The masks (..., M, M) of the mirrored faces: left eyes, brows and ears become right ones."""
+    return _MIRRORED.to(masks.device, masks.dtype)[masks.flip(-1).long()]
+
+
+def mask_files(folder: Path, images: Sequence[Path]) -> list[tuple[Path, ...]]:
+    """The files that make the mask of each image: one palette picture, or its parts in the order of `MASK_CLASSES`."""
+    if folder.name != PART_FOLDER:
+        return [(folder / f"{image.stem}.png",) for image in images]
+    there = {k: {e.name for e in os.scandir(folder / k)} for k in os.listdir(folder) if (folder / k).is_dir()}
+    sources = []
+    for image in images:
+        number = int(image.stem)
+        k = str(number // 2000)
+        names = [f"{number:05d}_{part}.png" for part in MASK_CLASSES[1:]]
+        found = tuple(folder / k / name for name in names if name in there.get(k, ()))
+        sources.append(found or (folder / k / names[0],))  # of a face without any part: the one that is missing
+    return sources
+
+
+def read_mask(files: Sequence[Path], size: int) -> np.ndarray:
+    """The mask (M, M) uint8 of an image, from the image's file and its `mask_files`.
+
+    It is cut like the image, and resized by nearest neighbours.
+
+    Raises:
+        InputError: a file that is missing or unreadable, other classes, or other proportions than the image's.
+    """
+    image, *files = files
+    pictures = [_read(file) for file in files]
+    if files[0].parent.parent.name == PART_FOLDER:
+        mask = np.zeros(pictures[0].size[::-1], dtype=np.uint8)
+        for file, picture in zip(files, pictures, strict=True):
+            if picture.size != pictures[0].size:
+                raise InputError(f"{file}: of another size than {files[0].name}")
+            mask[np.asarray(picture.convert("L")) > 0] = MASK_CLASSES.index(file.stem.partition("_")[2])
+    elif pictures[0].mode not in ("P", "L") or pictures[0].getextrema()[1] >= len(MASK_CLASSES):
+        raise InputError(f"{files[0]}: not a mask; expected a palette picture of classes 0 to {len(MASK_CLASSES) - 1}")
+    else:
+        mask = np.asarray(pictures[0])
+    width, height = _read(image, lambda opened: opened.size)
+    if width * mask.shape[0] != height * mask.shape[1]:
+        raise InputError(f"{files[0]}: a mask of {mask.shape[1]}x{mask.shape[0]} for an image of {width}x{height}")
+    return np.asarray(square(Image.fromarray(mask), size, files[0], Image.Resampling.NEAREST))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The data set
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _threads() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores)
-
-
-def _resized(path: Path, size: int) -> np.ndarray | InputError:
-    """(3, S, S) uint8, or the error: one bad file must not end a pass over 30,000."""
-    try:
-        return _to_chw(square(_read_rgb(path), size, path))
-    except InputError as error:
-        return error
-
-
-def _check(path: Path) -> InputError | None:
-    """The error that reading ``path`` would give. JPEG is decoded at 1/8 scale, which still reads every byte."""
-    try:
-        if not path.is_file():
-            raise InputError(f"{path}: not a file")
-        with _open(path) as image:
-            image.draft("RGB", (1, 1))
-            image.load()
-    except Exception:
-        try:
-            _read_rgb(path)  # for its message
-        except InputError as error:
-            return error
-    return None
-
-
-class CelebAMaskHQ(Dataset):
-    """Labelled faces: item i is ``(image (3, S, S) float32 in [-1, 1], labels (40,) float32 in {0, 1})``.
-
-    Images are sorted by number and split before anything is left out, so a missing file never moves another image
-    to another split. Resized pixels are kept as one memory-mapped uint8 file a split and size in ``.cache/`` of the
-    data set; it is rebuilt when names, sizes or dates of the images change.
+class _Store:
+    """N arrays (*shape) uint8, each read from some files; kept as one memory-mapped file where that can be written.
 
     Args:
-        root: a folder that holds the data set, at any depth.
-        split: "train", "val", "test" or "all".
-        img_size: S; see `square`.
-        strict: refuse missing and unreadable images instead of leaving them out with a warning.
-        cache: keep the resized pixels; otherwise every access reads the picture.
-
-    Raises:
-        InputError: no data set, bad annotations, an empty split, or (strict) an image that cannot be read.
+        folder: for the file, with a name that says what was read; None to read anew at every access. What was kept of
+            an earlier state of the files, by their names, sizes and dates, is made again.
+        read: makes an array of (files, last side of the shape), or raises an `InputError`: one bad file must not end a
+            pass over 30,000.
     """
 
     def __init__(
-        self, root: str | Path, split: str = "train", img_size: int = 256, strict: bool = False, cache: bool = True
+        self,
+        folder: Path | None,
+        name: str,
+        sources: Sequence[Sequence[Path]],
+        shape: tuple[int, ...],
+        read: Callable[[Sequence[Path], int], np.ndarray],
     ) -> None:
-        if img_size < 1:
-            raise InputError(f"img_size must be at least 1, got {img_size}")
-        self.root = find_dataset(root)
-        self.split, self.img_size = split, img_size
-        annotations = read_annotations(self.root / ANNOTATION_FILE)
-        order = sorted(range(len(annotations.files)), key=lambda i: natural_key(annotations.files[i]))
-        rows = [order[i] for i in split_indices(len(order), split)]
-        if not rows:
-            raise InputError(f"{self.root}: the {split} split of {len(order)} images is empty; 10 images are enough")
-
-        folder = self.root / IMAGE_FOLDER
-        absent = {r for r in rows if not (folder / annotations.files[r]).is_file()}
-        errors = [InputError(f"{folder / annotations.files[r]}: no such file") for r in rows if r in absent]
-        self._report(errors, "missing", strict)
-        rows = [r for r in rows if r not in absent]
-
-        self._cache_file: Path | None = None
-        self._pixels: np.ndarray | None = None  # opened once a process: a pickled memory map would be a full copy
-        paths = [folder / annotations.files[r] for r in rows]
-        bad = self._open_cache(paths) if cache and paths else None
+        self.name, self.sources, self.shape, self.read = name, sources, shape, read
+        self.file: Path | None = None
+        self._map: np.ndarray | None = None  # opened once in a process: a pickled memory map would be a full copy
+        bad = None
+        if folder is not None:
+            key = [_CACHE_VERSION, name, int(_RESAMPLING), [_state(files) for files in sources]]
+            bad = self._keep(folder, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
         if bad is None:
-            with ThreadPoolExecutor(_threads()) as pool:
-                bad = {i: error for i, error in enumerate(pool.map(_check, paths)) if error is not None}
-        self._report(list(bad.values()), "unreadable", strict)
-        keep = [i for i in range(len(rows)) if i not in bad]
-        if not keep:
-            raise InputError(f"{folder}: no image of the {split} split can be read")
-        self._slots = np.array(keep)  # item -> row of the cache
-        self.paths = [paths[i] for i in keep]
-        self.files = [path.name for path in self.paths]
-        self.labels = torch.from_numpy(annotations.labels[[rows[i] for i in keep]]).float()  # (N, 40) in {0, 1}
+            bad = {i: row for i, row in enumerate(self._read(sources)) if isinstance(row, str)}
+        self.bad: dict[int, str] = bad
+        """Why a row could not be read."""
 
-    def _report(self, errors: Sequence[InputError], what: str, strict: bool) -> None:
-        if not errors:
-            return
-        if strict:
-            more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-            raise InputError(f"{errors[0]}{more}")
-        for error in errors[:20]:
-            log.warning("left out: %s", error)
-        log.warning("%s split: %d %s images left out", self.split, len(errors), what)
+    def _read(self, sources: Sequence[Sequence[Path]]) -> Iterator[np.ndarray | str]:
+        """The array of each source, or why there is none."""
 
-    def _open_cache(self, paths: list[Path]) -> dict[int, InputError] | None:
-        """Map the cache of ``paths``, building it first where needed; its unreadable rows, or None without a cache."""
-        stats = [path.stat() for path in paths]
-        source = [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
-        key = hashlib.sha256(json.dumps([_CACHE_VERSION, self.img_size, int(_RESAMPLING), source]).encode()).hexdigest()
-        folder, stem = self.root / ".cache", f"{self.split}_{self.img_size}"
+        def read(files: Sequence[Path]) -> np.ndarray | str:
+            try:
+                return self.read(files, self.shape[-1])
+            except InputError as error:
+                return str(error)
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with ThreadPoolExecutor(min(16, cores)) as pool:
+            yield from pool.map(read, sources)
+
+    def _keep(self, folder: Path, key: str) -> dict[int, str] | None:
+        """Map the file of this key, making it first if need be; its unreadable rows, or None without a file."""
         if folder.is_symlink():
             log.warning("no cache of resized images: %s is a link, and nothing is written outside the data set", folder)
             return None
-        file = folder / f"{stem}_{key[:16]}.npy"
-        notes = file.with_suffix(".json")
+        file = folder / f"{self.name}_{key}.npy"
         try:
-            bad = self._read_notes(file, notes, len(paths))
+            bad = self._notes(file)
             if bad is None:
-                self._build_cache(paths, file, notes)
-                for old in folder.glob(f"{stem}_*"):  # made from an earlier state of the same images
-                    ours = re.fullmatch(rf"{stem}_[0-9a-f]{{16}}\.(npy|json)", old.name)
+                self._write(file)
+                for old in folder.glob(f"{self.name}_*"):  # made from an earlier state of the same files
+                    ours = re.fullmatch(rf"{self.name}_[0-9a-f]{{16}}\.(npy|json)", old.name)
                     if ours and old.stem != file.stem and not old.is_dir():
                         old.unlink(missing_ok=True)
-                bad = self._read_notes(file, notes, len(paths))
+                bad = self._notes(file)
         except (InputError, OSError) as error:
             log.warning("no cache of resized images, every epoch reads the originals: %s", error)
             return None
         if bad is None:
             log.warning("no cache of resized images: %s was changed by another process", file)
             return None
-        self._cache_file = file
-        return {i: InputError(message) for i, message in bad.items()}
-
-    def _read_notes(self, file: Path, notes: Path, n: int) -> dict[int, str] | None:
-        """Unreadable rows of a complete cache, or None where there is none."""
-        try:
-            bad = {int(i): str(message) for i, message in json.loads(notes.read_text(encoding="utf-8")).items()}
-            pixels = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, AttributeError, EOFError):
-            return None
-        if pixels.shape != (n, 3, self.img_size, self.img_size) or pixels.dtype != np.uint8:
-            return None
+        self.file = file
         return bad
 
-    def _build_cache(self, paths: list[Path], file: Path, notes: Path) -> None:
-        size, bad, chunk = self.img_size, {}, 256
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, size, size)}
-        label = f"resizing {self.split} images to {size}x{size}"
+    def _notes(self, file: Path) -> dict[int, str] | None:
+        """Unreadable rows of a complete file, or None without one."""
+        try:
+            notes = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            kept = np.load(file, mmap_mode="r", allow_pickle=False)
+            bad = {int(i): str(message) for i, message in notes.items()}
+        except (OSError, ValueError, AttributeError, EOFError):
+            return None
+        return bad if kept.shape == (len(self.sources), *self.shape) and kept.dtype == np.uint8 else None
+
+    def _write(self, file: Path) -> None:
+        bad, nothing = {}, np.zeros(self.shape, dtype=np.uint8)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.sources), *self.shape)}
         with (
             atomic_write(file) as temporary,
             open(temporary, "wb") as out,  # plain writes: a full disk is an error here, and a crash through a map
-            ThreadPoolExecutor(_threads()) as pool,
-            tqdm(total=len(paths), desc=label, unit="image", disable=None) as progress,
+            tqdm(total=len(self.sources), desc=f"caching {self.name}", unit="image", disable=None) as progress,
         ):
             np.lib.format.write_array_header_1_0(out, header)
-            for start in range(0, len(paths), chunk):
-                part = paths[start : start + chunk]
-                for i, pixels in enumerate(pool.map(_resized, part, [size] * len(part)), start=start):
-                    if isinstance(pixels, InputError):
-                        bad[i] = str(pixels)
-                        pixels = np.zeros((3, size, size), dtype=np.uint8)
-                    out.write(pixels.tobytes())
-                progress.update(len(part))
+            for start in range(0, len(self.sources), 256):  # not all at once: arrays would wait in memory
+                for i, row in enumerate(self._read(self.sources[start : start + 256]), start):
+                    if isinstance(row, str):
+                        bad[i], row = row, nothing
+                    out.write(row.tobytes())
+                    progress.update()
             out.close()
-            with atomic_write(notes) as temporary_notes:  # first: the array in place means that both are
-                temporary_notes.write_text(json.dumps(bad), encoding="utf-8")
+            with atomic_write(file.with_suffix(".json")) as notes:  # first: the array in place means that both are
+                notes.write_text(json.dumps(bad), encoding="utf-8")
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_pixels": None}
+        return {**self.__dict__, "_map": None}
+
+    def __call__(self, rows: Sequence[int]) -> Tensor:
+        """(B, *shape) uint8."""
+        if self.file is not None:
+            try:
+                if self._map is None:
+                    self._map = np.load(self.file, mmap_mode="r", allow_pickle=False)
+                return torch.from_numpy(self._map[rows])
+            except (OSError, ValueError) as error:  # deleted, or replaced after the images changed, before it was open
+                log.warning("no cache of resized images any more, the originals are read: %s", error)
+                self.file = None
+        return torch.from_numpy(np.stack([self.read(self.sources[row], self.shape[-1]) for row in rows]))
+
+
+def _state(files: Sequence[Path]) -> list:
+    """What tells that files have changed; a missing one is a state too."""
+    try:
+        return [(file.name, (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
+    except OSError:
+        return [file.name for file in files]
+
+
+class CelebAMaskHQ(Dataset):
+    """Labelled faces: item i is ``(image (3, S, S) float32 in [-1, 1], labels (40,) float32 in {0, 1})``.
+
+    With ``mask_size`` M it is ``(image, mask (M, M) int64)``.
+
+    Images are sorted by number and split before anything is left out, so a missing file never moves another image to
+    another split. What cannot be used is left out, and one warning says how much and why. Resized pixels are kept as
+    one memory-mapped uint8 file for each split and size in ``.cache/`` of the data set, see `_Store`.
+
+    Args:
+        root: a folder that holds a data set, at any depth; the module says in which layouts.
+        split: "train", "val", "test" or "all".
+        img_size: S; see `square`.
+        strict: refuse missing and unreadable images instead of leaving them out with a warning.
+        cache: keep the resized pixels; otherwise every access reads the picture.
+        mask_size: M, for masks in place of labels.
+
+    Raises:
+        InputError: no data set, tables that do not fit, no masks, an empty split, or (strict) an image that cannot be
+            read.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        img_size: int = 256,
+        strict: bool = False,
+        cache: bool = True,
+        mask_size: int | None = None,
+    ) -> None:
+        if img_size < 1 or mask_size is not None and mask_size < 1:
+            raise InputError(f"img_size and mask_size must be at least 1, got {img_size} and {mask_size}")
+        self.root, parts = _find(Path(root))
+        self.split, self.img_size, self.mask_size = split, img_size, mask_size
+        records = read_records(parts)
+        total, wanted = len(records.files), split_indices(len(records.files), split)  # refuses unknown names
+        rows = np.flatnonzero(records.splits == SPLITS.index(split)) if split != "all" else np.array(wanted, dtype=int)
+        if not len(rows):
+            raise InputError(f"{self.root}: the {split} split of {total} images is empty; 10 images are enough")
+        files, labels = [records.files[row] for row in rows], records.labels[rows]
+        folder = self.root / ".cache" if cache else None
+
+        if strict and (missing := [f"{file}: no such file" for file in files if not file.is_file()]):
+            raise InputError(_listed(missing, 1))  # before an hour of resizing
+        shape = (3, img_size, img_size)
+        self._images = _Store(folder, f"{split}_{img_size}", [(file,) for file in files], shape, _read_pixels)
+        bad = dict(self._images.bad)
+        if mask_size is None:
+            self._masks = None
+            unknown = [i for i in range(len(files)) if i not in bad and _UNKNOWN in labels[i]]
+            bad |= {i: f"{files[i].name}: attributes unknown" for i in unknown}
+        else:
+            if "masks" not in parts:
+                raise InputError(f"{self.root}: no masks; expected {PART_FOLDER}/ or {MASK_FOLDER}/")
+            sources = [(file, *masks) for file, masks in zip(files, mask_files(parts["masks"], files), strict=True)]
+            self._masks = _Store(folder, f"{split}_masks_{mask_size}", sources, (mask_size, mask_size), read_mask)
+            bad = self._masks.bad | bad
+        if bad:
+            why = _listed([bad[i] for i in sorted(bad)], 1 if strict else 5)
+            if strict:
+                raise InputError(why)
+            log.warning("%s split: left out %d of %d images: %s", split, len(bad), len(files), why)
+        keep = [i for i in range(len(files)) if i not in bad]
+        if not keep:
+            raise InputError(
+                f"{parts['images']}: no image of the {split} split can be used: {next(iter(bad.values()))}"
+            )
+        self._rows = np.array(keep)  # item -> row of the stores
+        self.paths = [files[i] for i in keep]
+        self.files = [path.name for path in self.paths]
+        self.labels = torch.from_numpy(labels[keep]).float()  # (N, 40) in {0, 1}; with masks -1 where unknown
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def batch_uint8(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) uint8 and labels (B, 40) of ``indices``."""
-        return self._pixels_of(indices), self.labels[list(indices)]
-
-    def _pixels_of(self, indices: Sequence[int]) -> Tensor:
-        """(B, 3, S, S) uint8, read at once from the cache where there is one."""
-        if self._cache_file is not None:
-            try:
-                if self._pixels is None:
-                    self._pixels = np.load(self._cache_file, mmap_mode="r", allow_pickle=False)
-                return torch.from_numpy(self._pixels[self._slots[list(indices)]])
-            except (OSError, ValueError) as error:  # deleted, or replaced after the images changed, before it was open
-                log.warning("no cache of resized images any more, the originals are read: %s", error)
-                self._cache_file = None
-        images = [_resized(self.paths[i], self.img_size) for i in indices]
-        for image in images:
-            if isinstance(image, InputError):
-                raise image
-        return torch.from_numpy(np.stack(images))
+        """Images (B, 3, S, S) uint8 of ``indices``, and their labels (B, 40), or masks (B, M, M) uint8."""
+        rows = self._rows[list(indices)]
+        return self._images(rows), self.labels[list(indices)] if self._masks is None else self._masks(rows)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) in [-1, 1] and labels (B, 40) in {0, 1} of ``indices``."""
-        images, labels = self.batch_uint8(indices)
-        return _to_float(images), labels
+        """Images (B, 3, S, S) in [-1, 1] of ``indices``, and their labels (B, 40) in {0, 1}, or masks (B, M, M)."""
+        images, targets = self.batch_uint8(indices)
+        return _to_float(images), targets if self._masks is None else targets.long()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        images, labels = self.batch([index])
-        return images[0], labels[0]
+        images, targets = self.batch([index])
+        return images[0], targets[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """What `torch.utils.data.DataLoader` asks for when it can fetch a whole batch at once."""
-        images, labels = self.batch(indices)
-        return list(zip(images, labels, strict=True))
+        return list(zip(*self.batch(indices), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -574,47 +795,58 @@ class CelebAMaskHQ(Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class EpochBatches(Sampler[list[tuple[int, bool]]]):
-    """Batches of (index, mirrored), drawn in the main process from a generator seeded by (seed, epoch).
+Key = tuple[int, bool]  # (item, whether it is mirrored): each stands for one picture
 
-    So order and flips are the same for any number of workers, and epoch k is the same after a resume: set
-    ``epoch`` (it counts on by itself at every pass) before iterating. ``share`` is (rank, size) of one of several
-    processes: each gets its part of every batch.
+
+class EpochBatches(Sampler[list[Key]]):
+    """Batches of keys, drawn in the main process from a generator seeded by (seed, epoch).
+
+    So order and flips are the same for any number of workers, and epoch k is the same after a resume: see `set_epoch`.
+    ``share`` is (rank, size) of one of several processes: each gets its part of every batch.
     """
 
     def __init__(
         self, n: int, batch_size: int, shuffle: bool, flip: bool, drop_last: bool, seed: int, share=(0, 1)
     ) -> None:
         self.n, self.batch_size, self.shuffle, self.flip, self.drop_last = n, batch_size, shuffle, flip, drop_last
-        self.seed, self.epoch, self.share = seed, 0, share
+        self.seed, self.share = seed, share
+        self.set_epoch(0)
 
     def __len__(self) -> int:
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
     @property
-    def all_keys(self) -> list[tuple[int, bool]]:
-        """Every key that a pass may hand out: each stands for one picture."""
+    def all_keys(self) -> list[Key]:
+        """Every key that a pass may hand out."""
         return [(index, mirrored) for mirrored in (False, True)[: 1 + self.flip] for index in range(self.n)]
 
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        # A generator function: a pass counts from its first batch on. (A loader with persistent workers asks for its
-        # first iterator twice and drops one.)
-        epoch, self.epoch = self.epoch, self.epoch + 1
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The next pass is that of ``epoch`` (from 0) without its first ``start`` batches, the one after it follows."""
+        self.epoch, self.start = epoch, start
+
+    def batches(self, epoch: int) -> list[list[Key]]:
+        """The keys of every batch of an epoch."""
         mixed = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()  # seed + epoch would repeat across seeds
         generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little", signed=True))
         order = torch.randperm(self.n, generator=generator) if self.shuffle else torch.arange(self.n)
         flips = torch.rand(self.n, generator=generator) < 0.5 if self.flip else torch.zeros(self.n, dtype=torch.bool)
         keys = list(zip(order.tolist(), flips.tolist(), strict=True))
         rank, size = self.share
-        for i in range(len(self)):
-            yield keys[i * self.batch_size : (i + 1) * self.batch_size][rank::size]
+        return [keys[i * self.batch_size : (i + 1) * self.batch_size][rank::size] for i in range(len(self))]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        # A generator function: a pass counts from its first batch on. (A loader with persistent workers asks for its
+        # first iterator twice and drops one.)
+        epoch, start = self.epoch, self.start
+        self.set_epoch(epoch + 1)
+        yield from self.batches(epoch)[start:]
 
 
-RawBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S) uint8, labels (B, 40), which to mirror (B,) bool
+RawBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S) uint8, their targets, which to mirror (B,) bool
 
 
 class _Batched(Dataset):
-    """Hands a whole batch of keys from `EpochBatches` to a data set."""
+    """Hands a whole batch of keys to a data set."""
 
     def __init__(self, source: CelebAMaskHQ) -> None:
         self.source = source
@@ -622,7 +854,7 @@ class _Batched(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, keys: list[tuple[int, bool]]) -> RawBatch:
+    def __getitems__(self, keys: list[Key]) -> RawBatch:
         indices, flips = zip(*keys, strict=True)
         return *self.source.batch_uint8(indices), torch.tensor(flips)
 
@@ -639,10 +871,31 @@ class FaceLoader(DataLoader):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in super().__iter__():
             some = batch[2].any()  # asked here: on the device it would have to be waited for
-            images, labels, mirrored = (part.to(self.device, non_blocking=True) for part in batch)
+            images, targets, mirrored = (part.to(self.device, non_blocking=True) for part in batch)
+            masks = targets.ndim == 3
             if some:
                 images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-            yield _to_float(images), labels  # (B, 3, S, S) in [-1, 1], (B, 40) in {0, 1}
+                targets = torch.where(mirrored[:, None, None], mirror_masks(targets), targets) if masks else targets
+            # (B, 3, S, S) in [-1, 1]; (B, 40) in {0, 1}, or (B, M, M)
+            yield _to_float(images), targets.long() if masks else targets
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """See `EpochBatches.set_epoch`."""
+        self.batch_sampler.set_epoch(epoch, start)
+
+    def of(self, batches: Sequence[Sequence[Key]], workers: int | None = None) -> "FaceLoader":
+        """A loader of these batches alone, otherwise like this one."""
+        loader = FaceLoader(
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers if workers is None else workers,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+            worker_init_fn=self.worker_init_fn,
+            generator=torch.Generator(),  # or it draws the workers' seed from the global one
+        )
+        loader.device = self.device
+        return loader
 
 
 def make_loader(
@@ -656,9 +909,9 @@ def make_loader(
     device: torch.device = FaceLoader.device,
     share: tuple[int, int] = (0, 1),
 ) -> FaceLoader:
-    """A loader of (images (B, 3, S, S) float32 in [-1, 1], labels (B, 40) float32 in {0, 1}), both on ``device``.
+    """A loader of images (B, 3, S, S) in [-1, 1] and labels (B, 40) in {0, 1}, or masks (B, M, M), on ``device``.
 
-    Its ``batch_sampler`` is an `EpochBatches`: set ``loader.batch_sampler.epoch`` to resume at an epoch.
+    Its ``batch_sampler`` is an `EpochBatches`; `FaceLoader.set_epoch` resumes in an epoch.
     """
     if batch_size < 1 or workers < 0:
         raise InputError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {workers}")
@@ -695,16 +948,18 @@ def make_loaders(
     cache: bool = True,
     device: torch.device = FaceLoader.device,
     share: tuple[int, int] = (0, 1),
+    mask_size: int | None = None,
 ) -> Loaders:
     """Loaders of the three splits: training shuffled and mirrored at random (seeded), the others in number order.
 
     The last, smaller training batch is dropped unless it is the only one; evaluation sees every image. ``share`` is
-    (rank, size) of one of several processes that train together: it gets its part of every training batch.
+    (rank, size) of one of several processes that train together: it gets its part of every training batch. With
+    ``mask_size`` they hand out masks in place of labels.
 
     Raises:
         InputError: as `CelebAMaskHQ`, or a batch size or worker count that makes no sense.
     """
-    parts = {split: CelebAMaskHQ(root, split, img_size, strict, cache) for split in ("train", "val", "test")}
+    parts = {split: CelebAMaskHQ(root, split, img_size, strict, cache, mask_size) for split in SPLITS[:3]}
     common = {"batch_size": batch_size, "workers": workers, "seed": seed, "device": device}
     drop = len(parts["train"]) > batch_size
     together = min(batch_size, len(parts["train"]))

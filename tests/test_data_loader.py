@@ -2,6 +2,7 @@ import builtins
 import logging
 import os
 import pickle
+import shutil
 import sys
 import threading
 import types
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw
 import data_loader
 from data_loader import (
     ATTRIBUTES,
+    MASK_CLASSES,
     CelebAMaskHQ,
     attribute_indices,
     download_dataset,
@@ -22,6 +24,7 @@ from data_loader import (
     load_image,
     make_loader,
     make_loaders,
+    mirror_masks,
     read_annotations,
     save_image,
     split_indices,
@@ -30,8 +33,9 @@ from data_loader import (
 from utils import InputError
 
 
-def picture(seed: int, size: int = 12) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+def picture(seed: int, size: int | tuple[int, int] = 12) -> Image.Image:
+    width, height = (size, size) if isinstance(size, int) else size
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def annotation_text(n: int, names=ATTRIBUTES, end: str = "\n") -> str:
@@ -357,17 +361,17 @@ def test_items_splits_and_labels(root):
 
 def test_cached_and_uncached_are_equal(root):
     cached, plain = CelebAMaskHQ(root, "train", 8), CelebAMaskHQ(root, "train", 8, cache=False)
-    assert cached._cache_file is not None and plain._cache_file is None
+    assert cached._images.file is not None and plain._images.file is None
     for a, b in zip(cached, plain, strict=True):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
     copy = pickle.loads(pickle.dumps(cached))  # what a spawned worker gets
-    assert copy._pixels is None and torch.equal(copy[3][0], cached[3][0])
+    assert copy._images._map is None and torch.equal(copy[3][0], cached[3][0])
 
 
 def test_cache_is_built_once_and_again_when_the_source_changes(root, monkeypatch):
     built = []
-    build = CelebAMaskHQ._build_cache
-    monkeypatch.setattr(CelebAMaskHQ, "_build_cache", lambda self, *args: built.append(1) or build(self, *args))
+    write = data_loader._Store._write
+    monkeypatch.setattr(data_loader._Store, "_write", lambda self, file: built.append(1) or write(self, file))
     before = CelebAMaskHQ(root, "test", 8)[0][0]
     CelebAMaskHQ(root, "test", 8)
     assert len(built) == 1
@@ -417,6 +421,203 @@ def test_data_sets_that_make_no_sense(root, tmp_path):
         CelebAMaskHQ(root, "test", 8)
 
 
+# CelebA --------------------------------------------------------------------------------------------------------------
+
+
+def write_celeba(folder, kaggle: bool, n: int = 12):
+    """CelebA's layout with ``n`` pictures; of five, one is of the validation, one of the test split."""
+    images = folder / "img_align_celeba" / ("img_align_celeba" if kaggle else "")
+    images.mkdir(parents=True)
+    names = [f"{i:06d}.jpg" for i in range(1, n + 1)]
+    for i, name in enumerate(names):
+        picture(i, (178, 218)).save(images / name)
+    splits = [(0, 1, 2, 0, 0)[i % 5] for i in range(n)]
+    rows = [line.split() for line in annotation_text(n).splitlines()[2:]]
+    if kaggle:
+        table = [["image_id", *ATTRIBUTES], *([name, *row[1:]] for name, row in zip(names, rows, strict=True))]
+        (folder / "list_attr_celeba.csv").write_text("\n".join(",".join(row) for row in table) + "\n")
+        partition = ["image_id,partition", *(f"{name},{split}" for name, split in zip(names, splits, strict=True))]
+        (folder / "list_eval_partition.csv").write_text("\n".join(partition) + "\n")
+    else:
+        lines = [str(n), " ".join(ATTRIBUTES), *(" ".join([f, *row[1:]]) for f, row in zip(names, rows, strict=True))]
+        (folder / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
+        partition = [f"{name} {split}" for name, split in zip(names, splits, strict=True)]
+        (folder / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("kaggle", [False, True])
+def test_celeba_is_found_and_split_as_published(tmp_path, kaggle):
+    root = write_celeba(tmp_path / "deep" / "celeba", kaggle)
+    assert find_dataset(tmp_path) == root
+    parts = {split: CelebAMaskHQ(tmp_path, split, 16) for split in ("train", "val", "test", "all")}
+    assert parts["val"].files == ["000002.jpg", "000007.jpg", "000012.jpg"]
+    assert parts["test"].files == ["000003.jpg", "000008.jpg"]
+    assert parts["train"].files == [f"{i:06d}.jpg" for i in (1, 4, 5, 6, 9, 10, 11)]
+    (tmp_path / "anno.txt").write_text(annotation_text(12))
+    labels = torch.from_numpy(read_annotations(tmp_path / "anno.txt").labels).float()
+    assert len(parts["all"]) == 12 and torch.equal(parts["all"].labels, labels)
+    assert torch.equal(parts["test"][1][1], labels[7])
+
+
+def test_celeba_as_it_is_published_in_three_folders(tmp_path):
+    root = write_celeba(tmp_path / "celeba", False)
+    for folder, names in {"Img": ["img_align_celeba"], "Anno": ["list_attr_celeba.txt"]}.items():
+        (root / folder).mkdir()
+        for name in names:
+            (root / name).rename(root / folder / name)
+    assert CelebAMaskHQ(root, "test", 8).files == ["000003.jpg", "000008.jpg"]
+
+
+def test_celeba_is_framed_as_celeba_hq(tmp_path):
+    """Where the rule of CelebA-HQ puts the mean eyes: level, a quarter of the width apart, at 48 % of the height."""
+    eyes, mouth = np.array([[69.5, 111], [107.5, 111]]), np.array([88.5, 152])
+    middle, across = eyes.mean(0), eyes[1] - eyes[0]
+    down = mouth - middle
+    side = max(4 * np.hypot(*across), 3.6 * np.hypot(*down))
+    expected = (eyes - (middle + 0.1 * down - side / 2)) / side
+    image = Image.new("RGB", (178, 218), "white")
+    for x, y in eyes:
+        ImageDraw.Draw(image).ellipse([x - 5, y - 5, x + 5, y + 5], fill="black")
+    image.save(tmp_path / "a.png")
+    dark = 1 - (load_image(tmp_path / "a.png", 128).mean(0) + 1) / 2
+    for half, (x, y) in zip((slice(0, 64), slice(64, 128)), expected, strict=True):
+        weight = dark[:, half] / dark[:, half].sum()
+        at = torch.arange(128) + 0.5
+        got = torch.stack([(weight.sum(0) * at[half]).sum(), (weight.sum(1) * at).sum()]) / 128
+        torch.testing.assert_close(got, torch.tensor([x, y]).float(), atol=0.01, rtol=0)
+
+
+def test_celeba_that_does_not_fit_is_one_line(tmp_path):
+    root = write_celeba(tmp_path / "a", False)
+    lines = (root / "list_eval_partition.txt").read_text().splitlines()
+    (root / "list_eval_partition.txt").write_text("\n".join(lines[:10]))  # cut short
+    with pytest.raises(
+        InputError, match="list_eval_partition.txt: no split for 000011.jpg, 000012.jpg, which list_attr"
+    ):
+        CelebAMaskHQ(root, "train", 8)
+    (root / "list_eval_partition.txt").write_text("000001.jpg 7\n")
+    with pytest.raises(InputError, match="line 1: expected a file name and 0, 1 or 2, got '000001.jpg 7'"):
+        CelebAMaskHQ(root, "train", 8)
+    (root / "list_eval_partition.txt").unlink()
+    with pytest.raises(InputError, match="list_eval_partition.txt is missing in"):
+        CelebAMaskHQ(root, "train", 8)
+    kaggle = write_celeba(tmp_path / "b", True)
+    table = (kaggle / "list_attr_celeba.csv").read_text()
+    (kaggle / "list_attr_celeba.csv").write_text(table[:-30])
+    with pytest.raises(InputError, match="list_attr_celeba.csv, line 13: 000012.jpg has .* values, expected 40"):
+        CelebAMaskHQ(kaggle, "train", 8)
+    (kaggle / "list_attr_celeba.csv").write_text(table.replace(",Young", ",Yuong"))
+    with pytest.raises(InputError, match="line 1: 39 attribute names, expected 40; missing Young"):
+        CelebAMaskHQ(kaggle, "train", 8)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "img_align_celeba.zip").touch()
+    with pytest.raises(InputError, match="unpack img_align_celeba.zip first"):
+        CelebAMaskHQ(tmp_path / "c", "train", 8)
+    with pytest.raises(InputError, match="img_align_celeba.zip: not a folder; unpack it"):
+        CelebAMaskHQ(tmp_path / "c" / "img_align_celeba.zip", "train", 8)
+
+
+def test_pictures_without_labels_are_named(root, caplog):
+    picture(0).save(root / "CelebA-HQ-img" / "20.jpg")
+    picture(0).save(root / "CelebA-HQ-img" / "21.jpg")
+    assert len(CelebAMaskHQ(root, "all", 8)) == 20
+    assert "left out 2 pictures without labels: 20.jpg, 21.jpg" in caplog.text
+
+
+# Masks ---------------------------------------------------------------------------------------------------------------
+
+
+def write_masks(root, n: int, size: int = 24):
+    """Masks of the classes' own places as the published parts, and as palette pictures; one mask for each image."""
+    rng = np.random.default_rng(0)
+    masks = rng.integers(0, 19, (n, size, size)).astype(np.uint8)
+    (root / "masks").mkdir()
+    (root / "CelebAMask-HQ-mask-anno" / "0").mkdir(parents=True)
+    for i, mask in enumerate(masks):
+        palette = Image.fromarray(mask)
+        palette.putpalette(list(range(57)))
+        palette.save(root / "masks" / f"{i}.png")
+        for number, part in enumerate(MASK_CLASSES[1:], start=1):
+            # what a later part covers belongs to an earlier one too
+            shown = (mask == number) | ((mask > number) & (rng.random(mask.shape) < 0.3))
+            if shown.any():
+                name = f"{i:05d}_{part}.png"
+                Image.fromarray(shown.astype(np.uint8) * 255).save(root / "CelebAMask-HQ-mask-anno" / "0" / name)
+    return torch.from_numpy(masks).long()
+
+
+def test_masks_of_parts_and_of_palettes_are_the_same(root):
+    masks = write_masks(root, 20)
+    parts = CelebAMaskHQ(root, "all", 12, mask_size=24)
+    assert torch.equal(parts.batch(range(20))[1], masks) and parts[0][1].dtype == torch.int64
+    assert parts[0][0].shape == (3, 12, 12)
+    assert torch.equal(CelebAMaskHQ(root, "all", 12, mask_size=24, cache=False).batch(range(20))[1], masks)
+    assert torch.equal(CelebAMaskHQ(root, "test", 12, mask_size=8)[1][1], masks[19, 1::3, 1::3])  # nearest
+    shutil.rmtree(root / "CelebAMask-HQ-mask-anno")
+    assert torch.equal(CelebAMaskHQ(root, "all", 12, mask_size=24).batch(range(20))[1], masks)
+
+
+def test_a_folder_of_images_and_masks_with_attributes_where_known(root, caplog):
+    masks = write_masks(root, 20)
+    shutil.rmtree(root / "CelebAMask-HQ-mask-anno")
+    (root / "CelebA-HQ-img").rename(root / "images")
+    (root / "CelebAMask-HQ-attribute-anno.txt").unlink()
+    unlabelled = CelebAMaskHQ(root, "all", 8, mask_size=24)
+    assert torch.equal(unlabelled.batch(range(20))[1], masks)
+    with pytest.raises(InputError, match="no image of the all split can be used: 0.jpg: attributes unknown"):
+        CelebAMaskHQ(root, "all", 8)
+    rows = [f"{i},somewhere," + ",".join(["-1"] * 40 if i % 3 else [""] * 40) for i in range(20)]
+    (root / "labels.csv").write_text("\n".join([f"idx,source,{','.join(ATTRIBUTES)}", *rows]))
+    assert len(CelebAMaskHQ(root, "all", 8, mask_size=24)) == 20
+    caplog.clear()
+    labelled = CelebAMaskHQ(root, "all", 8)
+    assert labelled.files == [f"{i}.jpg" for i in range(20) if i % 3] and labelled.labels.unique().tolist() == [0]
+    assert "left out 7 of 20 images: 0.jpg: attributes unknown" in caplog.text
+
+
+def test_left_and_right_change_sides_with_the_picture(root):
+    masks = write_masks(root, 20)
+    names = dict(enumerate(MASK_CLASSES))
+    other = {"l_eye": "r_eye", "l_brow": "r_brow", "l_ear": "r_ear"}
+    other |= {right: left for left, right in other.items()}
+    expected = torch.tensor([MASK_CLASSES.index(other.get(names[k], names[k])) for k in range(19)])[masks.flip(-1)]
+    assert torch.equal(mirror_masks(masks), expected) and torch.equal(mirror_masks(expected), masks)
+    images = CelebAMaskHQ(root, "train", 24).batch(range(16))[0]
+    loader = make_loaders(root, 24, 16, mask_size=24).train
+    (x, y) = next(iter(loader))
+    loader.set_epoch(0)
+    turned = 0
+    for (index, mirrored), image, mask in zip(loader.batch_sampler.batches(0)[0], x, y, strict=True):
+        assert torch.equal(image, images[index].flip(-1) if mirrored else images[index])
+        assert torch.equal(mask, expected[index] if mirrored else masks[index])
+        turned += mirrored
+    assert y.dtype == torch.int64 and 2 <= turned <= 14
+
+
+def test_masks_that_do_not_fit_are_one_line(root, caplog):
+    with pytest.raises(InputError, match="no masks; expected CelebAMask-HQ-mask-anno/"):
+        CelebAMaskHQ(root, "train", 8, mask_size=8)
+    write_masks(root, 20)
+    folder = root / "CelebAMask-HQ-mask-anno" / "0"
+    for file in folder.glob("00003_*"):
+        file.unlink()
+    (folder / "00004_hair.png").write_bytes((folder / "00004_hair.png").read_bytes()[:50])
+    Image.new("L", (9, 9)).save(folder / "00005_hair.png")
+    assert len(CelebAMaskHQ(root, "train", 8, mask_size=8)) == 13
+    assert "00003_skin.png: no such file" in caplog.text and "00004_hair.png: cannot read" in caplog.text
+    assert "00005_hair.png: of another size than" in caplog.text
+    shutil.rmtree(root / "CelebAMask-HQ-mask-anno")
+    Image.new("RGB", (24, 24)).save(root / "masks" / "2.png")
+    Image.fromarray(np.full((24, 24), 19, np.uint8)).save(root / "masks" / "7.png")
+    Image.new("P", (24, 20)).save(root / "masks" / "9.png")
+    with pytest.raises(InputError, match="2.png: not a mask; expected a palette picture of classes 0 to 18"):
+        CelebAMaskHQ(root, "train", 8, mask_size=8, strict=True)
+    caplog.clear()
+    assert len(CelebAMaskHQ(root, "train", 8, mask_size=8)) == 13
+    assert "7.png: not a mask" in caplog.text and "9.png: a mask of 24x20 for an image of 12x12" in caplog.text
+
+
 # Loaders -------------------------------------------------------------------------------------------------------------
 
 
@@ -441,11 +642,15 @@ def test_same_seed_same_batches_for_any_number_of_workers(root):
     assert not equal(reference[:3], reference[3:])  # another epoch, another order
 
 
-def test_an_epoch_is_the_same_after_a_resume(root):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_the_same_after_a_resume(root, workers):
     reference = epochs(root, 3)
-    loader = make_loaders(root, 8, 5).train
-    loader.batch_sampler.epoch = 2
+    loader = make_loaders(root, 8, 5, workers=workers).train
+    loader.set_epoch(2)
     assert equal(reference[6:], list(loader))
+    loader.set_epoch(1, start=2)
+    assert equal(reference[5:6], list(loader)) and equal(reference[6:], list(loader))
+    assert equal(reference[4:6], list(loader.of(loader.batch_sampler.batches(1)[1:])))
 
 
 def test_training_images_are_mirrored_at_random(root):
