@@ -10,23 +10,73 @@ z latent. Layers act on dimension 1 and take vectors (B, C) and maps (B, C, *) a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace, Normal, Uniform, constraints
-from torch.nn.utils import parametrizations, parametrize
 
-from blocks import BLOCKS, MIXINGS, Surjection, full_precision
+from blocks import BLOCKS, MIXINGS, Surjection, at_least_float32, full_precision
 
 Shape = tuple[int, ...]  # of one image, without B: (C,), (C, L), (C, H, W) or (C, D, H, W)
 Completed = tuple[Tensor, Tensor | None, Tensor]  # y, z and log |det|, (B,)
 
 
 def per_image(values: Tensor) -> Tensor:
-    """The sum over everything but the batch, (B, ...) -> (B,)."""
+    """The sum over everything but the batch, (B, ...) -> (B,), in float32 or float64."""
+    values = at_least_float32(values)
     return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
+def no_volume(x: Tensor) -> Tensor:
+    """The log-determinant of a map that keeps volumes: zeros, (B,)."""
+    return torch.zeros(len(x), dtype=at_least_float32(x[:0]).dtype, device=x.device)
+
+
+# --- Statistics ------------------------------------------------------------------------------------------------------
+
+_held: ContextVar[bool] = ContextVar("held", default=False)
+
+
+@contextmanager
+def statistics_held() -> Iterator[None]:
+    """Let layers in training mode keep the statistics that they have, so that a chain is one fixed map.
+
+    Inside, forward uses what ``pinv`` uses: the last batch's mean and variance, the last power iteration, an `ActNorm`
+    as it is. Without it, each forward pass in training mode is a pass over training data.
+    """
+    token = _held.set(True)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes, where there are several, with its gradient."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    from torch.distributed.nn.functional import all_reduce  # a build of torch may lack it
+
+    return all_reduce(values)
+
+
+def moments(x: Tensor, owner: str) -> tuple[Tensor, Tensor, int]:
+    """Mean and variance of each channel of x, (B, C, *), and the number n of its values, over all processes.
+
+    Raises ValueError, by the name of ``owner``, where a channel has fewer than 2 values.
+    """
+    values = at_least_float32(x).movedim(1, 0).flatten(1)  # (C, B*...)
+    n = int(total(torch.tensor(values.shape[1], device=x.device)))
+    if n < 2:
+        raise ValueError(f"{owner}: a batch in training mode must hold 2 values per channel or more, got {n}")
+    mean = total(values.sum(1)) / n
+    return mean, total((values - mean[:, None]).square().sum(1)) / n, n
 
 
 class Bijection(Surjection):
@@ -915,34 +965,128 @@ def circular_conv_norm(weight: Tensor, size: Sequence[int]) -> Tensor:
     return torch.linalg.matrix_norm(spectrum.flatten(2).permute(2, 0, 1), ord=2).max()
 
 
-class Contraction(nn.Module):
-    """A parametrization of a weight: scaled down where its layer's norm is above ``bound``, else left alone.
+def norm(x: Tensor, dims: int) -> Tensor:
+    """The Euclidean norm over the last ``dims`` dimensions, at any scale: no square over- or underflows."""
+    over = tuple(range(-dims, 0))
+    largest = x.abs().amax(over, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return (torch.linalg.vector_norm(x / largest, dim=over, keepdim=True) * largest).squeeze(over)
 
-    Args:
-        size: of the maps that a convolution meets. One padded with zeros is a part of the circular one on maps wider
-            by the kernel less one, so its norm is at most that one's. None for a matrix.
+
+def pushforward(f: Callable[..., Tensor], *at: Tensor) -> Callable[..., Tensor]:
+    """The linear map ``t -> J t``, J the Jacobian of f: its transpose's transpose, which needs reverse mode only."""
+    value, pull = torch.func.vjp(f, *at)
+    push = torch.func.vjp(pull, torch.zeros_like(value))[1]
+    return lambda *tangents: push(tangents)[0]
+
+
+class Banach(NamedTuple):
+    """The iteration ``x <- step(x)`` of contractions with constant ``lipschitz``, each image until rounding stops it.
+
+    Attributes:
+        dims: dimensions of an image.
+        tolerance: largest bound of the error, relative to ``scale``; None: as small as rounding allows.
+        report: told the bound that was reached.
     """
 
-    def __init__(self, bound: float, size: Sequence[int] | None = None):
-        super().__init__()
-        self.bound, self.size = bound, size
+    owner: str
+    lipschitz: float
+    dims: int
+    tolerance: float | None
+    report: Callable[[float], None] | None = None
 
-    def forward(self, weight: Tensor) -> Tensor:
-        with full_precision(weight.device):
-            exact = torch.linalg.matrix_norm(weight, ord=2) if self.size is None else None
-            norm = circular_conv_norm(weight, self.size) if exact is None else exact
-        return weight / (norm / self.bound).clamp_min(1)
+    def __call__(self, step: Callable[[Tensor], Tensor], scale: Tensor, x: Tensor) -> Tensor:
+        tail = self.lipschitz / (1 - self.lipschitz)  # the error is at most that times the last step
+        rounding = 32 * torch.finfo(x.dtype).eps
+        goal = rounding if self.tolerance is None else self.tolerance / tail
+        # the first step is at most ``scale`` long, and each of the others shrinks by ``lipschitz``
+        iterations = max(math.ceil(math.log(goal) / math.log(self.lipschitz)), 1) + 20
+        length = torch.full_like(scale, math.inf)
+        for _ in range(iterations):
+            x, before = step(x), x
+            last, length = length, norm(x - before, self.dims)
+            resting = (length >= last) & (length <= 64 * rounding * scale)  # it moves by rounding only
+            if not ((length > goal * scale) & ~resting).any():  # one that is no number comes to no end
+                break
+        failed = (length > max(goal, 64 * rounding) * scale) | scale.isfinite() & ~length.isfinite()
+        if failed.any():
+            worst = (length / last)[failed].max().item()
+            raise ValueError(
+                f"{self.owner}: the inverse does not converge: after {iterations} iterations each step is still "
+                f"{worst:.4f} times the one before, where a Lipschitz constant of {self.lipschitz} was asked for"
+            )
+        bound = (tail * length / scale).nan_to_num(0.0).max().item() if len(scale) else 0.0
+        if self.report is not None:
+            if self.tolerance is not None and bound > self.tolerance:
+                raise ValueError(
+                    f"{self.owner}: the inverse is known to {bound:.1e} in {x.dtype}, which is above the tolerance "
+                    f"of {self.tolerance:.1e}"
+                )
+            self.report(bound)
+        return x
 
 
-class Scaled(nn.Module):
-    """A parametrization of a weight: times a constant."""
+class FixedPoint(torch.autograd.Function):
+    """The x with ``x = step(x)``, where ``step = make(*args)`` is a contraction, as a function of ``args``.
 
-    def __init__(self, factor: float):
-        super().__init__()
-        self.factor = factor
+    Its derivatives are those of the implicit function, of any order, in both modes: the gradient w and the tangent t
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.factor * weight
+    ::
+
+        w = J^T w + v          t = J t + (d step / d args) . tangents          J = d step / dx at the solution
+
+    are fixed points themselves, of contractions with the same constant. Under `torch.func.vmap` all are solved at once.
+
+    Args:
+        scale: (B,), the size of the numbers that a step computes with, image by image; its rounding is relative to it.
+        start: where to begin; like scale it moves x by rounding only.
+    """
+
+    @staticmethod
+    def forward(make, solve: Banach, scale, start, *args):
+        return solve(make(*args), scale, start)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.make, solve, _, _, *args = inputs
+        ctx.solve = solve._replace(report=None)
+        ctx.save_for_backward(output, *args)
+        ctx.save_for_forward(output, *args)
+
+    @staticmethod
+    def backward(ctx, v):
+        make, solve, (x, *args) = ctx.make, ctx.solve, ctx.saved_tensors
+
+        def transposed(v, x, *args):
+            pull = torch.func.vjp(make(*args), x)[1]
+            return lambda w: v + pull(w)[0]
+
+        with full_precision(v.device):
+            w = FixedPoint.apply(transposed, solve, norm(v.detach(), solve.dims), v, v, x, *args)
+            return None, None, None, None, *torch.func.vjp(lambda *args: make(*args)(x), *args)[1](w)
+
+    @staticmethod
+    def jvp(ctx, _make, _solve, _scale, _start, *tangents):
+        make, solve, (x, *args) = ctx.make, ctx.solve, ctx.saved_tensors
+
+        def along(r, x, *args):
+            push = pushforward(make(*args), x)
+            return lambda t: r + push(t)
+
+        with full_precision(x.device):
+            tangents = [torch.zeros_like(a) if t is None else t for t, a in zip(tangents, args, strict=True)]
+            r = pushforward(lambda *args: make(*args)(x), *args)(*tangents)
+            return FixedPoint.apply(along, solve, norm(r.detach(), solve.dims), r, r, x, *args)
+
+    @staticmethod
+    def vmap(info, in_dims, make, solve, scale, start, *args):
+        def made(*args):
+            return lambda x: torch.func.vmap(lambda x, *args: make(*args)(x), in_dims=(0, *in_dims[4:]))(x, *args)
+
+        scale, start = (
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in ((scale, in_dims[2]), (start, in_dims[3]))
+        )
+        return FixedPoint.apply(made, solve, scale, start, *args), 0
 
 
 class Residual(OverChannels):
@@ -952,25 +1096,29 @@ class Residual(OverChannels):
     `ResidualConv2d`. With ``out_ch`` below ``in_ch`` the last channels of ``x + h(x)`` are its latent, whose natural
     value is 0.
 
-    The inverse is the limit of ``x <- y - h(x)``. It is within ``lipschitz / (1 - lipschitz)`` times the last step
-    (Banach), and stops where that is at most ``tolerance`` times the largest entry; `inverse_error` holds the bound
-    that the last inverse reached. Its gradient is the implicit one, of first order.
+    The inverse is the limit of ``x <- y - h(x)``, iterated for each image until the step is down to rounding, at any
+    scale. It is within ``lipschitz / (1 - lipschitz)`` times the last step (Banach); `inverse_error` holds that bound
+    for the last inverse, relative to the largest of y and what h computes of it. See `FixedPoint` for its derivatives.
 
     The log-determinant is exact where an image has at most ``exact_below`` entries. Above, it is an unbiased estimate
     (Chen et al., "Residual flows", arXiv 1906.02735, theorem 1) of ``sum_k (-1)^(k+1) tr(J^k) / k``: traces as
     ``v^T J^k v`` with v standard normal, and after the first ``series_terms`` each term is reached with probability
     ``lipschitz`` and divided by it. A smaller probability would give an infinite variance once below lipschitz^2.
 
+    h is computed in float32 at least, also under autocast and with weights of half precision: in fewer bits it would
+    be no contraction.
+
     Args:
         in_ch, out_ch: channels; out_ch is in_ch by default.
         hidden: width of h.
         lipschitz: bound of h's Lipschitz constant, above 0 and below 1.
-        norm: "exact", the layers' true norms (for convolutions see `Contraction`), which guarantees the bound; or
-            "power", torch's spectral_norm: estimated by power iteration in training mode, cheaper for wide layers, any
-            map size. Then h contracts as far as the estimate holds; where it does not, inverse and series say so.
+        norm: "exact", the layers' true norms, which guarantees the bound: a convolution padded with zeros is a part of
+            the circular one on maps wider by the kernel less one, so its norm is at most that one's. Or "power", one
+            step of a power iteration in each forward pass of training, cheaper for wide layers, any map size: then h
+            contracts as far as the estimate holds; where it does not, inverse and series say so.
         size: H = W of the map, or (H, W), for norm "exact".
         kernel_size, padding_mode: of the convolutions; odd; "zeros" or "circular".
-        tolerance: of the inverse, relative; by default 128 times the type's rounding.
+        tolerance: largest `inverse_error`; by default as small as rounding allows.
     """
 
     dims = 0
@@ -1015,23 +1163,17 @@ class Residual(OverChannels):
         self.lipschitz, self.tolerance = lipschitz, tolerance
         self.exact_below, self.series_terms = exact_below, series_terms
         self.inverse_error: float | None = None
+        self.padding, self.circular = kernel_size // 2, padding_mode == "circular"
 
-        wider = (kernel_size - 1) * (padding_mode == "zeros")
-        options = {"kernel_size": kernel_size, "padding": kernel_size // 2, "padding_mode": padding_mode}
-        layers: list[nn.Module] = []
-        for before, after in ((in_ch, hidden), (hidden, hidden), (hidden, in_ch)):
-            layer = LAYERS[self.dims](before, after, **(options if self.dims else {}))
-            bound = lipschitz ** (1 / 3)  # ELU has Lipschitz constant 1, so the layers' bounds multiply
-            if norm == "exact":
-                shape = [n + wider for n in self.size] if self.dims else None
-                parametrize.register_parametrization(layer, "weight", Contraction(bound, shape))
-            else:
-                # the norm of a convolution is at most sqrt(k^dims) times that of its weight as a matrix
-                parametrizations.spectral_norm(layer)
-                scaled = Scaled(bound / math.sqrt(kernel_size**self.dims))
-                parametrize.register_parametrization(layer, "weight", scaled)
-            layers += [layer, nn.ELU()]
-        self.h = nn.Sequential(*layers[:-1])
+        kernel = {"kernel_size": kernel_size} if self.dims else {}
+        channels = (in_ch, hidden, hidden, in_ch)
+        self.layers = nn.ModuleList(LAYERS[self.dims](*channels[i : i + 2], **kernel) for i in range(3))
+        self.power = norm == "power"
+        if self.power:
+            for i, layer in enumerate(self.layers):
+                self.register_buffer(f"left{i}", torch.randn(len(layer.weight)))
+            for _ in range(15):
+                self._iterate()
 
     def extra_repr(self) -> str:
         return f"{self.channels}->{self.out_ch}"
@@ -1047,89 +1189,128 @@ class Residual(OverChannels):
     def natural_latent(self, y: Tensor) -> Tensor | None:
         return y.new_zeros(len(y), self.channels - self.out_ch, *y.shape[2:]) if self.lossy else None
 
+    @torch.no_grad()
+    def _iterate(self) -> None:
+        """One step of the power iteration."""
+        for i, layer in enumerate(self.layers):
+            left, weight = getattr(self, f"left{i}"), at_least_float32(layer.weight).flatten(1)  # (out, in k^dims)
+            left.copy_(F.normalize(weight @ F.normalize(weight.T @ at_least_float32(left), dim=0), dim=0))
+
+    def _norm(self, i: int, weight: Tensor) -> Tensor:
+        """The norm of layer i, or its estimate."""
+        if self.power:
+            # the norm of a convolution is at most sqrt(k^dims) times that of its weight as a matrix
+            left = F.normalize(at_least_float32(getattr(self, f"left{i}")), dim=0)
+            return (weight.flatten(1).T @ left).norm() * math.sqrt(math.prod(weight.shape[2:]))
+        if self.size is None:
+            return torch.linalg.matrix_norm(weight, ord=2)
+        wider = 0 if self.circular else 2 * self.padding
+        return circular_conv_norm(weight, [n + wider for n in self.size])
+
+    def weights(self) -> list[Tensor]:
+        """Weight and bias of each layer of h: scaled down where the layer's norm is above its bound, else as it is."""
+        found = []
+        for i, layer in enumerate(self.layers):
+            weight = at_least_float32(layer.weight)
+            with full_precision(weight.device):
+                # ELU has Lipschitz constant 1, so the layers' bounds multiply
+                factor = (self._norm(i, weight) / self.lipschitz ** (1 / 3)).clamp_min(1)
+            found += [weight / factor, at_least_float32(layer.bias)]
+        return found
+
+    def _layers(self, x: Tensor, weights: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The outputs of the three layers."""
+        f = (F.linear, F.conv1d, F.conv2d)[self.dims]
+        for i in range(0, 6, 2):
+            x = F.elu(x) if i else x
+            if self.dims and self.circular:
+                x = F.pad(x, [self.padding] * 2 * self.dims, mode="circular")
+            x = f(x, *weights[i : i + 2], **({"padding": self.padding} if self.dims and not self.circular else {}))
+            yield x
+
+    def h(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """h(x), (B, in_ch, *), with ``weights`` as they are by default (see `weights`)."""
+        with full_precision(x.device):
+            *_, h = self._layers(x, weights or self.weights())
+        return h
+
+    def _arriving(self, x: Tensor) -> Tensor:
+        self.output_shape(x.shape[1:])
+        if self.power and self.training and not _held.get():
+            self._iterate()
+        return at_least_float32(x)
+
     def _cut(self, whole: Tensor) -> tuple[Tensor, Tensor | None]:
         return (whole[:, : self.out_ch], whole[:, self.out_ch :]) if self.lossy else (whole, None)
 
     def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        self.output_shape(x.shape[1:])
+        x = self._arriving(x)
         y, z = self._cut(x + self.h(x))
         return (y, z) if return_latent else y
 
     def forward_log_det(self, x: Tensor) -> Completed:
-        self.output_shape(x.shape[1:])
-        exact = x[0].numel() <= self.exact_below
-        h, log_det = self._exact_log_det(x) if exact else self._estimated_log_det(x)
+        x, differentiate = self._arriving(x), torch.is_grad_enabled()
+        exact = math.prod(x.shape[1:]) <= self.exact_below
+        # the Jacobian needs a graph, which inference mode refuses to make
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiate), full_precision(x.device):
+            x, *weights = (t.clone() if t.is_inference() else t for t in (x, *self.weights()))
+            if not len(x):
+                return *self._cut(x), no_volume(x)
+            h, log_det = (self._exact_log_det if exact else self._estimated_log_det)(x, weights)
         return *self._cut(x + h), log_det
 
-    def _exact_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _exact_log_det(self, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
         """h(x) and log |det(I + J)|, from the Jacobian J of h."""
-        with parametrize.cached():
-            h = self.h(x)
-            jacobian = torch.func.vmap(torch.func.jacrev(lambda v: self.h(v[None])[0].flatten()))(x)  # (B, n, *)
+
+        def one(v: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.h(v[None], *weights)[0]
+            return h.flatten(), h
+
+        jacobian, h = torch.func.vmap(torch.func.jacrev(one, has_aux=True))(x)  # (B, n, *), (B, *)
         jacobian = jacobian.flatten(2)  # (B, n, n)
         return h, torch.linalg.slogdet(torch.eye(jacobian.shape[-1]).to(jacobian) + jacobian).logabsdet
 
-    def _estimated_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _estimated_log_det(self, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
         """h(x) and the estimate of the series; its gradient is that of the estimate, unbiased as well."""
-        differentiate = torch.is_grad_enabled()
-        with torch.enable_grad(), parametrize.cached():
-            at = x if x.requires_grad else x.detach().requires_grad_()
-            h = self.h(at)
-            v = torch.randn_like(x)
-            product, total, reached, k = v, x.new_zeros(len(x)), 1.0, 0
-            while k < self.series_terms or torch.rand(()).item() < self.lipschitz:
-                k += 1
-                reached *= 1 if k <= self.series_terms else self.lipschitz  # the probability of reaching term k
-                (following,) = torch.autograd.grad(h, at, product, retain_graph=True, create_graph=differentiate)
-                growth = (per_image(following.detach() ** 2) / per_image(product.detach() ** 2)).sqrt().max().item()
-                if growth > 1 + 1e-4:
-                    raise ValueError(
-                        f"{self.name}: the series of the log-determinant diverges: J stretches by {growth:.4f}, so h "
-                        f"has a Lipschitz constant above 1, where {self.lipschitz} was asked for"
-                    )
-                product = following
-                total = total + (-1) ** (k + 1) / (k * reached) * per_image(product * v)
-        return (h, total) if differentiate else (h.detach(), total.detach())
+        h, pull = torch.func.vjp(lambda x: self.h(x, *weights), x)
+        v = torch.randn_like(x)
+        product, total, reached, k = v, no_volume(x), 1.0, 0
+        while k < self.series_terms or torch.rand((), device="cpu").item() < self.lipschitz:
+            k += 1
+            reached *= 1 if k <= self.series_terms else self.lipschitz  # the probability of reaching term k
+            (following,) = pull(product)
+            growth = (norm(following.detach(), self.dims + 1) / norm(product.detach(), self.dims + 1)).max().item()
+            if growth > 1 + 1e-4:
+                raise ValueError(
+                    f"{self.name}: the series of the log-determinant diverges: J stretches by {growth:.4f}, so h "
+                    f"has a Lipschitz constant above 1, where {self.lipschitz} was asked for"
+                )
+            product = following
+            total = total + (-1) ** (k + 1) / (k * reached) * per_image(product * v)
+        return h, total
 
-    def _fixed_point(self, step, start: Tensor) -> tuple[Tensor, float]:
-        """The x with ``x = step(x)`` for a contraction, and a bound of its error, both as `tolerance` says."""
-        tolerance = self.tolerance or 128 * torch.finfo(start.dtype).eps
-        tail = self.lipschitz / (1 - self.lipschitz)
-        # enough for any h that keeps its bound: lipschitz^n (1 + tail) <= tolerance; a margin for small solutions
-        iterations = math.ceil(math.log(tolerance / (1 + tail)) / math.log(self.lipschitz)) + 50
-        x, error = start, 0.0
-        for _ in range(iterations):
-            x, before = step(x), x
-            error = tail * (x - before).abs().max().item() / max(x.abs().max().item(), 1e-30) if x.numel() else 0.0
-            if error <= tolerance:
-                return x, error
-        raise ValueError(
-            f"{self.name}: the inverse is no fixed point within {tolerance:.1e} after {iterations} iterations (error "
-            f"{error:.1e}): h has a Lipschitz constant above {self.lipschitz}, or the tolerance is below rounding"
-        )
+    @torch.no_grad()
+    def _scale(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        """The size of what h computes with, (B,): of x, the layers' outputs and their biases."""
+        scale = norm(x, self.dims + 1)
+        with full_precision(x.device):
+            for out, bias in zip(self._layers(x, weights), weights[1::2], strict=True):
+                scale = scale.maximum(norm(out, self.dims + 1)).maximum(norm(bias, 1) * math.sqrt(positions(x)))
+        return scale
 
     def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
         if self.lossy:
             y = torch.cat([y, self.natural_latent(y) if latent is None else latent], dim=1)  # (B, in_ch, *)
-        with parametrize.cached():
-            for layer in self.h[::2]:
-                _ = layer.weight  # fill the cache here, where gradients may be on, and not under no_grad
-            with torch.no_grad():
-                x, self.inverse_error = self._fixed_point(lambda x: y - self.h(x), y)
-            if not torch.is_grad_enabled():
-                return x
-            at = x.requires_grad_()
-            h = self.h(at)
-        x = y - h
-        if x.requires_grad:
-            # x = y - h(x), so a gradient v by x is one of w by y and h, where w = v - J^T w
-            def implicit(v: Tensor | None) -> Tensor | None:
-                if v is None:  # autograd's word for zero
-                    return None
-                return self._fixed_point(lambda w: v - torch.autograd.grad(h, at, w, retain_graph=True)[0], v)[0]
+        y, weights = at_least_float32(y), self.weights()
 
-            x.register_hook(implicit)
-        return x
+        def make(y: Tensor, *weights: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda x: y - self.h(x, *weights)
+
+        solve = Banach(self.name, self.lipschitz, self.dims + 1, self.tolerance, self._report)
+        return FixedPoint.apply(make, solve, self._scale(y.detach(), weights), y.detach(), y, *weights)
+
+    def _report(self, bound: float) -> None:
+        self.inverse_error = bound
 
 
 class ResidualFC(Residual):
