@@ -1,164 +1,452 @@
-"""SPNN checkpoints: the weights as a plain state dict, the architecture beside them as JSON."""
+"""Weights in and out: files, folders and the Hugging Face hub.
 
+    model = SPNN.from_pretrained("yamitehr/SPNN")    # a hub id, a folder, or a file
+    model.save_pretrained("my_spnn")                 # model.safetensors and config.json
+    python checkpoints.py convert best_model.pth best_model.safetensors --dtype float16
+
+A file holds a plain state dict: safetensors, or torch's own format, of which no code is run. The architecture lies
+beside it as JSON, ``{"model": settings, "attributes": names, ...}``. This module knows no network: `Pretrained` gives
+one the methods above.
+"""
+
+import argparse
+import hashlib
 import json
+import pickle
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
+import safetensors.torch
 import torch
-from torch import Tensor
+from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+from torch import Tensor, nn
 
-from models import BUILT_IN, SPNN
-from utils import InputError, atomic_write
-from weights import check_fits, load_strictly, read_weights, write_weights
+from utils import InputError, InputErrors, atomic_write, run_command
+
+ROOT = Path(__file__).resolve().parent
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+WRAPPERS = ("state_dict", "model", "model_state_dict", "ema", "weights", "params", "net")
+PREFIXES = ("module.", "model.", "_orig_mod.")  # of DataParallel and averaged models, Lightning, torch.compile
+# what the weights are called in a folder or on the hub; the first that is there is taken
+WEIGHTS_NAMES = ("model.safetensors", "spnn.safetensors", "best_model_r_opt_real.pth", "best_model.pth",
+                 "spnn_celebahq_256.pth")  # fmt: skip
+
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, on the CPU: .safetensors, or anything ``torch.save`` wrote.
+
+    A dict that wraps one state dict (``{"model": {...}, "epoch": 3}``) is unwrapped, and `PREFIXES` that all names
+    share are taken off. No code in the file is run.
+
+    Raises:
+        InputError: no such file, a damaged one, one that would run code, or one that holds no state dict of plain,
+            finite tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"weights {path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
+    state, size = _load(path), path.stat().st_size
+    if not _is_state_dict(state):
+        inner = {k: v for k, v in state.items() if _is_state_dict(v)} if isinstance(state, Mapping) else {}
+        if len(inner) > 1:  # an optimiser's tensors, say, beside the model's
+            inner = {k: v for k, v in inner.items() if k in WRAPPERS}
+        if len(inner) != 1:
+            what = f"keys {[str(k) for k in state][:4]}" if isinstance(state, Mapping) else type(state).__name__
+            raise InputError(f"weights {path}: expected a state dict (name -> tensor), found {what}")
+        (state,) = inner.values()
+    for name, tensor in state.items():
+        plain = tensor.layout == torch.strided and tensor.dtype in (*DTYPES.values(), *WHOLE)
+        # what is larger than the file is one number, repeated by its strides
+        plain = plain and tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= size
+        if not plain:
+            found = f"{tensor.dtype}, {tensor.layout}, {list(tensor.shape)}"
+            raise InputError(f"weights {path}: {name} is no plain tensor of real numbers ({found})")
+        if not tensor.isfinite().all():
+            raise InputError(f"weights {path}: {name} holds NaN or infinity")
+    return _without_prefixes(state)
+
+
+def _load(path: Path) -> object:
+    """The object in ``path``, read without running any code that the file may carry."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start != b"PK" and start[:1] != pickle.PROTO:  # tar archives too: torch < 2.6 runs code in them
+            raise pickle.UnpicklingError("not in torch's format")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets without end
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got a {type(content).__name__}")
-    return content
+        raise InputError(f"weights {path}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # torch.load and safetensors raise almost anything on damaged bytes
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split()) or type(error).__name__
+        raise InputError(
+            f"weights {path}: damaged, or not a plain state dict ({path.stat().st_size:,} bytes; no code in a weight "
+            f"file is run): {reason[:200]}"
+        ) from None
 
 
-def read_config(path: str | Path) -> tuple[dict, Path] | None:
-    """What lies beside the weights at ``path``, and its file: X.json for X.pth, else config.json in the same folder.
+def _is_state_dict(value: object) -> bool:
+    """Whether it maps names to tensors, at least one."""
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    return len(pairs) > 0 and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs)
 
-    A config.json that describes no SPNN (no ``model`` in it) belongs to somebody else and counts as none.
+
+def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = {name.replace("._orig_mod.", "."): tensor for name, tensor in state.items()}  # compiled parts
+    if any(name.startswith("module.") for name in state):
+        state.pop("n_averaged", None)  # the counter of torch's AveragedModel, no weight
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def write_weights(path: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write a state dict atomically: safetensors if the suffix says so, else ``torch.save``.
+
+    Args:
+        state: name -> tensor on any device; written contiguous, from the CPU.
+        dtype: what floating-point tensors are stored as (None keeps each as it is).
+
+    Raises:
+        InputError: the file cannot be written, or ``dtype`` cannot hold a number.
+    """
+    path, tensors = Path(path), {}
+    for name, tensor in state.items():
+        tensor = _converted(path, name, tensor.detach().cpu(), dtype if tensor.is_floating_point() else None)
+        # clone: safetensors refuses tensors that share memory, torch.save would write the whole storage of a view
+        tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+    with atomic_write(path) as temporary:
+        try:
+            if path.suffix == ".safetensors":
+                safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+            else:
+                torch.save(tensors, temporary)
+        except (RuntimeError, safetensors.SafetensorError) as error:  # what a full disk looks like from there
+            raise OSError(str(error)) from error
+
+
+def _converted(path: str | Path, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    lost = tensor.isfinite() & ~converted.isfinite() if dtype.is_floating_point else converted != tensor
+    if lost.any():
+        raise InputError(f"weights {path}: {name} holds {tensor[lost].flatten()[0]:.4g}, which {dtype} cannot")
+    return converted
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load ``state`` into ``module``: every name and shape must match. Floats take the module's own dtype.
+
+    A module on the meta device takes nothing, but is checked: what settings from a stranger ask for is known that way
+    before it costs memory.
+
+    Raises:
+        InputError: names what does not fit, and ``path``, where the state came from.
+    """
+    own = module.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in state]
+    for name, tensor in state.items():
+        if name not in own:
+            wrong.append(f"unexpected {name}")
+        elif tensor.shape != own[name].shape:
+            wrong.append(f"{name} has shape {list(tensor.shape)}, needs {list(own[name].shape)}")
+    if wrong:
+        more = f"; {len(wrong)} in all" if len(wrong) > 4 else ""
+        said = "; ".join(wrong[:2] + wrong[2:][-2:])
+        raise InputError(f"weights {path}: do not fit {type(module).__name__}: {said}{more}")
+    state = {name: _converted(path, name, tensor, own[name].dtype) for name, tensor in state.items()}
+    if not any(tensor.is_meta for tensor in own.values()):
+        module.load_state_dict(state)
+
+
+def read_config(path: str | Path) -> dict | None:
+    """What lies beside the weights at ``path``: X.json for X.pth, else config.json in the same folder.
+
+    A config.json that describes no network (no ``model`` in it) belongs to something else and counts as none.
 
     Raises:
         InputError: one that cannot be read, or an X.json without ``model``.
     """
     path = Path(path)
     own, shared = path.with_suffix(".json"), path.parent / "config.json"
-    if own.is_file() and own != shared:
-        content = _read_json(own)
-        if not isinstance(content.get("model"), dict):
-            raise InputError(f"{own}: has no 'model', the settings of the SPNN that {path.name} belongs to")
-        return content, own
-    if shared.is_file():
-        content = _read_json(shared)
-        if isinstance(content.get("model"), dict):
-            return content, shared
-    return None
-
-
-def recognise(state: Mapping[str, Tensor]) -> dict | None:
-    """The settings of the built-in architecture (hidden 128) that ``state`` belongs to, or None.
-
-    Names and shapes decide. scale_bound is in no weight: it is taken to be the published 2.0.
-    """
-    biases = [m for name in state if (m := re.fullmatch(r"pinn\.blocks\.(\d+)\.t\.net\.(\d+)\.bias", name))]
-    if not biases:
-        return None
-    num_classes = len(state[max(biases, key=lambda m: (int(m[1]), int(m[2])))[0]])
-    mix_type = "householder" if any(name.endswith(".mix.V") for name in state) else "cayley"
-    shapes = {name: tensor.shape for name, tensor in state.items()}
-    for img_size in BUILT_IN:
-        config = {"img_ch": 3, "num_classes": num_classes, "hidden": 128, "scale_bound": 2.0}
-        config |= {"img_size": img_size, "mix_type": mix_type}
-        try:
-            with torch.device("meta"):
-                built = SPNN(**config)
-        except ValueError:  # so many classes that the last block would drop nothing
+    for file in (own, shared):
+        if not file.is_file():
             continue
-        if {name: tensor.shape for name, tensor in built.state_dict().items()} == shapes:
-            return config
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8
+            raise InputError(f"{file}: not valid JSON: {error}") from None
+        if isinstance(content, dict) and isinstance(content.get("model"), dict):
+            return content
+        if file != shared:
+            raise InputError(f"{file}: has no 'model', the settings of the network that {path.name} belongs to")
     return None
 
 
-def load_spnn(path: str | Path) -> tuple[SPNN, dict]:
-    """The network in a weight file, on the CPU in eval mode, with what its JSON says.
+def save_spnn(path: str | Path, model: "Pretrained", notes: Mapping | None = None) -> None:
+    """Write a network's weights, and ``{"model": model.config, **notes}`` beside them, each atomically.
 
-    The architecture comes from the JSON beside the file (see `read_config`); without one, a built-in architecture is
-    recognised from names and shapes, which is how the published weights come.
-
-    Args:
-        path: a .pth or .safetensors file.
-
-    Returns:
-        The network, and ``{"model": its settings, ...}`` with whatever `save_spnn` was given besides, such as
-        ``attributes`` (the names of the logits).
-
-    Raises:
-        InputError: no such file, a damaged one, settings that make no network, or weights that do not fit it.
-    """
-    path = Path(path)
-    state = read_weights(path)
-    found = read_config(path)
-    if found is None:
-        config = recognise(state)
-        if config is None:
-            raise InputError(
-                f"weights {path}: config.json is missing beside it, and these are no built-in architecture's weights: "
-                f"copy it, or {path.stem}.json, from where the weights come from"
-            )
-        found = {"model": config}, path
-    content, source = found
-    try:
-        with torch.device("meta"):
-            frame = SPNN(**content["model"])
-    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:  # torch's, of sizes too
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{source}: its 'model' makes no network: {reason[:300]}") from None
-    _check_notes(content, frame.num_classes, source)
-    check_fits(frame, state, path)
-    model = SPNN(**content["model"])
-    load_strictly(model, state, path)
-    return model.eval(), content
-
-
-def _check_notes(content: Mapping, num_classes: int, source: Path) -> None:
-    """Refuse attribute names and typical logits that are none: whoever uses them need not look again."""
-    names, typical = content.get("attributes"), content.get("typical_logits")
-    if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
-        raise InputError(f"{source}: its 'attributes' must be a list of names")
-    if typical is not None:
-        try:
-            fits = torch.tensor(typical, dtype=torch.float32).isfinite().all() and len(typical) == num_classes
-            fits = fits and all(len(pair) == 2 for pair in typical)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            fits = False
-        if not fits:
-            raise InputError(f"{source}: its 'typical_logits' must be {num_classes} pairs of finite numbers")
-
-
-def save_spnn(path: str | Path, model: SPNN, extra: Mapping | None = None) -> None:
-    """Write a network's weights, and ``{"model": model.config, **extra}`` beside them, each atomically.
-
-    The JSON goes to config.json, which the checkpoints of one run share. Where the folder's config.json describes
-    another network or other attributes, or X.pth has an X.json already, it goes to X.json: nobody else's changes.
+    The JSON goes to config.json, which the checkpoints of one run share. If the folder's config.json describes another
+    network or other attributes, or X.pth has an X.json already, it goes to X.json: no other file's meaning changes.
 
     Args:
-        path: .pth, or .safetensors.
-        extra: what else to remember, JSON values: ``attributes``, ``typical_logits``, ...
+        path: .pth or .safetensors.
+        notes: what else to remember, JSON values: ``attributes``, ``typical_logits``, ... None: the model's own.
 
     Raises:
         InputError: the folder cannot be written.
-        ValueError: path is config.json's or X.json's own.
-        TypeError: ``extra`` or the model's settings are no JSON.
     """
     path = Path(path)
     if path.suffix == ".json":
         raise ValueError(f"save_spnn writes weights to {path} and JSON beside it: use .pth or .safetensors")
-    content = {**(extra or {}), "model": model.config}
-    text = json.dumps(content, indent=2) + "\n"
-    own, target = path.with_suffix(".json"), path.parent / "config.json"
-    if own.is_file():
-        target = own
-    elif target.is_file():
+    text = json.dumps({**(model.notes if notes is None else notes), "model": model.config}, indent=2) + "\n"
+    target, own = path.parent / "config.json", path.with_suffix(".json")
+    if target.is_file():
         try:
-            there = _read_json(target)
+            there = read_config(target) or {}
         except InputError:
+            there = {}
+        if any(there.get(key) != json.loads(text).get(key) for key in ("model", "attributes")):
             target = own
-        else:
-            same = json.loads(text)
-            if any(there.get(key) != same.get(key) for key in ("model", "attributes")):
-                target = own
-    with atomic_write(target) as temporary:
+    with atomic_write(own if own.is_file() else target) as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_weights(path, model.state_dict())
+
+
+# --- The hub, and what is published ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnownWeights:
+    """A published file: its hub repository, further addresses for people, and its place in the project, where it may
+    be put by hand and is looked for first."""
+
+    name: str
+    repo: str
+    filename: str
+    manual_path: str
+    mirrors: tuple[str, ...] = ()
+    sha256: str | None = None
+
+
+KNOWN = (
+    KnownWeights("SPNN classifier (CelebA-HQ, 256x256)", "yamitehr/SPNN", "spnn_celebahq_256.pth",
+                 "DDNM/exp/logs/celeba/spnn_celebahq_256.pth"),
+    KnownWeights("diffusion prior (CelebA-HQ, 256x256)", "gwang-kim/DiffusionCLIP-CelebA_HQ", "celeba_hq.ckpt",
+                 "DDNM/exp/logs/celeba/celeba_hq.ckpt",
+                 ("https://drive.google.com/file/d/1wSoA5fm_d6JBZk4RZ1SzWLMgev4WqH21/view",),
+                 "6cbb630eb856ff3ebe4854fe87af3c21a052765678955999db97ea15b5eeb8a5"),
+)  # fmt: skip
+
+
+class NotCached(InputError):
+    """Offline, a file of a hub repository that the cache neither has nor knows to be absent."""
+
+
+def hub_file(repo: str, filename: str, **hub: Any) -> Path | None:
+    """A file of a hub repository, from huggingface_hub's cache or fetched into it; None if the repository lacks it.
+
+    Args:
+        hub: what ``huggingface_hub.hf_hub_download`` takes besides, such as ``revision`` or ``cache_dir``.
+
+    Raises:
+        InputError: no such repository, or no way to ask (`NotCached`, if that is because the environment says so).
+    """
+    if not hub.get("force_download"):  # what is there is not asked for again: a cluster's nodes have no network
+        cached = huggingface_hub.try_to_load_from_cache(repo, filename, hub.get("cache_dir"), hub.get("revision"))
+        if cached is not None:
+            return Path(cached) if isinstance(cached, str) else None
+    what = f"{repo}: {filename}"
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, filename, **hub))
+    except LocalEntryNotFoundError as error:
+        if hub.get("local_files_only") or huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise NotCached(f"{what} is not in the cache, and the hub is not asked (HF_HUB_OFFLINE)") from None
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise InputError(f"{what} is not in the cache, and the hub cannot be reached: {reason}") from None
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # no such repository, no permission, a broken connection: of three libraries
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{what} cannot be fetched: {type(error).__name__}: {reason}") from None
+
+
+def opener(source: str | Path, **hub: Any) -> Callable[[str], Path | None]:
+    """A function from the name of a file in ``source``, a folder or a hub id, to its path; None for one it lacks."""
+    folder = Path(source)
+    if folder.is_dir():
+        return lambda name: folder / name if (folder / name).is_file() else None
+    if not HUB_ID.fullmatch(str(source)):
+        raise InputError(f"weights {source}: no such file or folder, and not a hub id like owner/repo")
+    return partial(hub_file, str(source), **hub)
+
+
+def first(get: Callable[[str], Path | None], names: Sequence[str]) -> Path | None:
+    """The first of these files that an `opener` has. Raises NotCached if it has none here, but may have one online."""
+    unknown = None
+    for name in names:
+        try:
+            if (path := get(name)) is not None:
+                return path
+        except NotCached as error:
+            unknown = unknown or error
+    if unknown is not None:
+        raise unknown
+    return None
+
+
+class MissingWeights(InputErrors):
+    """Published files that are neither here nor to be fetched: for each its addresses and where to put it by hand."""
+
+    def __init__(self, missing: Mapping[KnownWeights, object]) -> None:
+        lines = [f"{len(missing)} weight file{'s' if len(missing) != 1 else ''} could not be found or fetched:"]
+        for known, reason in missing.items():
+            hub = f"{huggingface_hub.constants.ENDPOINT}/{known.repo}/resolve/main/{known.filename}"
+            lines += [f"  {known.name}: {known.filename} ({reason})", f"    put it at {ROOT / known.manual_path}, from"]
+            lines += [f"      {address}" for address in (hub, *known.mirrors)]
+            lines += [f"      (sha256 {known.sha256})"] if known.sha256 is not None else []
+        super().__init__("\n".join(lines))
+
+
+def locate(*sources: str | Path) -> list[str]:
+    """Each source as it is or, if it names a `KNOWN` file (by hub id, file name or place), the path of that file.
+
+    Raises:
+        MissingWeights: published files that cannot be had, all of them in one message.
+        InputError: one that is not the published file.
+    """
+    found, missing = [], {}
+    for source in map(str, sources):
+        known = next((k for k in KNOWN if source in (k.repo, k.filename, k.manual_path)), None)
+        if known is not None and not Path(source).exists():
+            try:
+                path = ROOT / known.manual_path
+                path = path if path.is_file() else hub_file(known.repo, known.filename)
+            except InputError as error:
+                missing[known] = error
+                continue
+            if path is None:
+                missing[known] = "the repository does not have it any more"
+                continue
+            with open(path, "rb") as file:
+                if known.sha256 is not None and (digest := _sha256(file)) != known.sha256:
+                    raise InputError(f"weights {path}: SHA-256 {digest}, the published file has {known.sha256}")
+            source = str(path)
+        found.append(source)
+    if missing:
+        raise MissingWeights(missing)
+    return found
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Pretrained(huggingface_hub.PyTorchModelHubMixin, library_name="spnn", tags=["arxiv:2602.06042"]):
+    """What a network with ``config``, its settings, and ``notes``, JSON values beside them, is loaded and saved by.
+
+    ``save_pretrained(FOLDER)`` and ``push_to_hub(ID)`` are huggingface_hub's, which documents their options.
+    """
+
+    config: dict
+    notes: dict
+
+    @classmethod
+    def config_of(cls, state: Mapping[str, Tensor]) -> dict | None:
+        """The settings that weights without any belong to, or None."""
+        return None
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **hub: Any):
+        """The network in ``source``, on the CPU in eval mode; its ``notes`` hold what was saved beside its settings.
+
+        Args:
+            source: a file, a folder that holds one of `WEIGHTS_NAMES`, or a hub id. The settings come from the JSON
+                beside the weights (see `read_config`); without one, from names and shapes, if these are the published
+                ones.
+            hub: for a hub id, what ``huggingface_hub.hf_hub_download`` takes: ``revision``, ``token``, ...
+
+        Raises:
+            InputError: nothing there, a damaged file, settings that make no network, or weights that do not fit it.
+        """
+        (source,) = locate(source)
+        path = Path(source)
+        if not path.is_file():
+            get = opener(source, **hub)
+            path = first(get, WEIGHTS_NAMES)
+            if path is None:
+                raise InputError(f"weights {source}: has none of {', '.join(WEIGHTS_NAMES)}")
+            first(get, (f"{path.stem}.json", "config.json"))  # from the hub to beside the weights
+        state = read_weights(path)
+        content = read_config(path)
+        if content is None and (settings := cls.config_of(state)) is not None:
+            content = {"model": settings}
+        if content is None:
+            raise InputError(
+                f"weights {path}: config.json is missing beside it, and these are no built-in architecture's weights: "
+                f"copy it, or {path.stem}.json, from where the weights come from"
+            )
+        try:
+            with torch.device("meta"):
+                frame = cls(**content["model"])
+            load_strictly(frame, state, path)
+            model = cls(**content["model"])
+        except InputError:
+            raise
+        except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"weights {path}: the settings beside it make no network: {reason}") from None
+        load_strictly(model, state, path)
+        model.notes = {key: value for key, value in content.items() if key != "model"}
+        return model.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_spnn(save_directory / WEIGHTS_NAMES[0], self)
+
+
+def load_spnn(path: str | Path) -> tuple[Pretrained, dict]:
+    """The network and ``{"model": its settings, **notes}``, from `Pretrained.from_pretrained`."""
+    from models import SPNN
+
+    model = SPNN.from_pretrained(path)
+    return model, {**model.notes, "model": model.config}
+
+
+# --- Command ---------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Convert weight files between torch's format and safetensors.")
+    convert = parser.add_subparsers(dest="command", required=True).add_parser(
+        "convert", help="read SRC, write DST; the suffix of DST decides the format"
+    )
+    convert.add_argument("source", type=Path, metavar="SRC")
+    convert.add_argument("target", type=Path, metavar="DST", help=".safetensors, or .pth for torch's own format")
+    convert.add_argument("--dtype", choices=sorted(DTYPES), help="store floats as this (default: as they are)")
+    args = parser.parse_args(argv)
+    state = read_weights(args.source)
+    write_weights(args.target, state, DTYPES[args.dtype] if args.dtype is not None else None)
+    count = sum(tensor.numel() for tensor in state.values())
+    print(f"{args.target}: {len(state)} tensors, {count:,} numbers, {args.target.stat().st_size:,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

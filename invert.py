@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints import load_spnn
+from checkpoints import load_spnn, load_strictly, read_weights, write_weights
 from data_loader import find_images, load_image, to_uint8
 from DDNM.guided_diffusion.diffusion import Guidance, guide
 from inversion import Loss, MappingNet, invert, invert_through, perceptual_loss, squared_error, train_mapping
@@ -56,7 +56,6 @@ from utils import (
     seed_everything,
     write_json,
 )
-from weights import load_strictly, read_weights, write_weights
 
 ROOT = Path(__file__).resolve().parent
 FACES = ROOT / "DDNM" / "exp" / "logs" / "faces"

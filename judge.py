@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from checkpoints import DTYPES, load_strictly, read_weights, write_weights
 from data_loader import ATTRIBUTES, CelebAMaskHQ, download_dataset, make_loader
 from logger import get_logger
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
@@ -36,7 +37,6 @@ from utils import (
     run_command,
     seed_everything,
 )
-from weights import DTYPES, check_fits, load_strictly, read_weights, write_weights
 
 
 class Judge(nn.Module):
@@ -122,7 +122,7 @@ def load_judge(path: str | Path) -> Judge:
         reason = next(iter(repr(error).splitlines()))[:300]
         raise InputError(f"judge {path}: {file} holds no architecture of a judge: {reason}") from None
     state = read_weights(path)
-    check_fits(frame, state, path)
+    load_strictly(frame, state, path)  # what the JSON asks for, before it costs memory
     judge = Judge(**content["architecture"])
     load_strictly(judge, state, path)
     judge.attributes = tuple(attributes)

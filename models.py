@@ -9,7 +9,8 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 Letters: B batch, C channels, H and W size, d classes; x an image, y logits, z a latent, u a mixed feature map.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ from blocks import (
     check_whole,
     solved_once,
 )
+from checkpoints import Pretrained
 
 __all__ = [
     "BUILT_IN",
@@ -266,7 +268,7 @@ def custom_blocks(layer_channels: Sequence, mix_type: str) -> list[Surjection]:
     return blocks
 
 
-class SPNN(nn.Module):
+class SPNN(nn.Module, Pretrained):
     """A surjective classifier g from images to logits, with its pseudo-inverse g' from logits to images.
 
     Args:
@@ -278,6 +280,10 @@ class SPNN(nn.Module):
         img_size: H = W. 32, 64 and 256 have a built-in architecture.
         mix_type: "cayley" or "householder"; for custom blocks, that of those which do not name one.
         layer_channels: a custom architecture, a list of (block class or its name, its arguments).
+
+    Attributes:
+        config: these arguments as JSON values.
+        notes: what `save_pretrained` keeps beside them, JSON values: ``attributes``, the names of the logits, ...
 
     Raises:
         ValueError: a chain that does not fit: the block, what it got and what it needs are named.
@@ -308,6 +314,7 @@ class SPNN(nn.Module):
                 f"block {len(blocks) - 1}: num_classes is {num_classes}, but the chain ends with {c} channels"
             )
         self.img_size, self.num_classes = img_size, num_classes
+        self.notes = {}
         self.config = {
             "img_ch": img_ch,
             "num_classes": num_classes,
@@ -322,6 +329,30 @@ class SPNN(nn.Module):
                 [kind if isinstance(kind, str) else names.get(kind, kind.__name__), dict(arguments)]
                 for kind, arguments in layer_channels
             ]
+
+    @classmethod
+    def config_of(cls, state: Mapping[str, Tensor]) -> dict | None:
+        """The settings of the built-in architecture (hidden 128) that weights belong to, or None.
+
+        Names and shapes decide. scale_bound is in no weight: it is taken to be the published 2.0.
+        """
+        last = max((int(name.split(".")[2]) for name in state if re.match(r"pinn\.blocks\.\d+\.t\.", name)), default=0)
+        biases = [name for name in state if re.fullmatch(rf"pinn\.blocks\.{last}\.t\.net\.\d+\.bias", name)]
+        if not biases:
+            return None
+        num_classes = len(state[max(biases, key=lambda name: int(name.split(".")[5]))])
+        mix_type = "householder" if any(name.endswith(".mix.V") for name in state) else "cayley"
+        for img_size in (32, 64, 256):
+            config = {"img_ch": 3, "num_classes": num_classes, "hidden": 128, "scale_bound": 2.0}
+            config |= {"img_size": img_size, "mix_type": mix_type}
+            try:
+                with torch.device("meta"):
+                    own = cls(**config).state_dict()
+            except ValueError:  # so many classes that the last block would drop nothing
+                continue
+            if {name: tensor.shape for name, tensor in own.items()} == {name: t.shape for name, t in state.items()}:
+                return config
+        return None
 
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.pinn.in_shape:

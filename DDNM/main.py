@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from checkpoints import load_spnn  # noqa: E402
+from checkpoints import load_spnn, locate  # noqa: E402
 from data_loader import ATTRIBUTES, find_images, load_image, save_image  # noqa: E402
 from DDNM.guided_diffusion.compiled import compile_for_cpu  # noqa: E402
 from DDNM.guided_diffusion.diffusion import Guidance, image_generator, sample  # noqa: E402
@@ -56,7 +56,6 @@ from utils import (  # noqa: E402
     LARGEST_BATCH,
     LARGEST_SEED,
     InputError,
-    InputErrors,
     file_name,
     nearest,
     number,
@@ -64,7 +63,6 @@ from utils import (  # noqa: E402
     remove_temporaries,
     run_command,
 )
-from weights import KNOWN, KnownWeights, MissingWeights, fetch, locate, missing_message  # noqa: E402
 
 DDNM = ROOT / "DDNM"
 SAMPLES = DDNM / "exp" / "image_samples"
@@ -287,46 +285,24 @@ def parse_set(
 # --- Networks --------------------------------------------------------------------------------------------------------
 
 
-def find_weights(args: argparse.Namespace) -> tuple[Path, str]:
-    """Where the SPNN's and the prior's weights are: local paths, or for a diffusers prior a hub id.
+def find_weights(args: argparse.Namespace) -> list[str]:
+    """The SPNN's and the prior's weights: paths, or hub ids.
 
     Raises:
         InputError: one message for all that is missing: addresses, and where to put the files.
     """
-    missing: dict[KnownWeights, Mapping[str, str]] = {}
-    found, problems = {}, []
-    for flag, source in (("spnn", args.spnn), ("prior", args.prior)):
-        if source is None:
+    for flag in ("spnn", "prior"):
+        if getattr(args, flag) is None:
             raise InputError(f"--{flag}: give the weights, here or in the config")
-        source = from_ddnm(source)
-        known = next((k for k in KNOWN.values() if source in (k.repo, k.filename, k.manual_path)), None)
-        path = Path(source)
-        try:
-            if flag == "prior" and (path.exists() or known is None or not known.filename.endswith(".ckpt")):
-                found[flag] = source  # a diffusers folder or hub id too: load_prior reads them
-            elif path.is_file():
-                found[flag] = source
-            elif known is not None:
-                found[flag] = str(fetch(known))
-            else:
-                found[flag] = str(locate(source, "spnn.safetensors"))
-        except MissingWeights as error:
-            missing[error.known] = error.reasons
-        except InputError as error:
-            problems.append(f"--{flag}: {error}")
-    if missing:
-        problems.insert(0, missing_message(missing))
-    if problems:
-        raise InputErrors("\n".join(problems))
-    return Path(found["spnn"]), found["prior"]
+    return locate(from_ddnm(args.spnn), from_ddnm(args.prior))
 
 
 def load_networks(
     args: argparse.Namespace, others: dict, device: torch.device
 ) -> tuple[SPNN, dict, Prior, nn.Module | None]:
     """The SPNN with its config.json, the prior and the judge, in eval mode on ``device``, sizes checked."""
-    spnn_path, prior_source = find_weights(args)
-    model, notes = load_spnn(spnn_path)
+    spnn_source, prior_source = find_weights(args)
+    model, notes = load_spnn(spnn_source)
     image_size = others.get("prior_image_size", model.img_size)
     autocast = torch.bfloat16 if args.precision == "bf16" else None
     prior = load_prior(prior_source, others.get("prior_model"), image_size, autocast, channels_last=True)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoints import DTYPES
 from data_loader import find_images, grid, load_image, save_image, to_uint8
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
@@ -60,7 +61,6 @@ from utils import (
     shown,
     write_json,
 )
-from weights import DTYPES
 
 METRICS_NAME, CURVE_NAME, SAMPLES_NAME = "metrics.csv", "curves.png", "samples"
 SAMPLE_STEPS = 50  # of the pictures at each save

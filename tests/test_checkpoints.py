@@ -1,14 +1,32 @@
-"""Saving and loading an SPNN with its architecture beside the weights."""
+"""Weights in and out: files of every kind, folders, and a hub on the loopback address."""
 
+import hashlib
 import json
+import os
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import diy12, random, randomise, seeded, tiny
+from torch import nn
 
-from checkpoints import load_spnn, read_config, recognise, save_spnn
+import checkpoints
+from checkpoints import hub_file, load_strictly, locate, read_config, read_weights, save_spnn, write_weights
 from models import SPNN
 from utils import InputError
+
+
+@pytest.fixture
+def state():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a.weight": torch.randn(3, 5, generator=generator).t(),  # not contiguous
+        "a.bias": torch.randn(5, generator=generator),
+        "count": torch.tensor([7, 8]),
+    }
 
 
 @pytest.fixture
@@ -16,25 +34,150 @@ def model() -> SPNN:
     return randomise(tiny(), seeded(0))
 
 
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.ckpt", "w.bin", "w.safetensors"])
+def test_what_is_written_is_read(tmp_path, state, name):
+    write_weights(tmp_path / name, {**state, "shared": state["a.bias"]})
+    loaded = read_weights(tmp_path / name)
+    assert same(loaded, {**state, "shared": state["a.bias"]}) and all(t.is_contiguous() for t in loaded.values())
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_half_the_size_or_a_named_overflow(tmp_path, state):
+    write_weights(tmp_path / "w.safetensors", state, torch.float16)
+    loaded = read_weights(tmp_path / "w.safetensors")
+    assert loaded["a.bias"].dtype == torch.float16 and loaded["count"].dtype == torch.int64
+    with pytest.raises(InputError, match="b holds -7e.04, which torch.float16 cannot"):
+        write_weights(tmp_path / "x.safetensors", {"b": torch.tensor([1.0, -7e4])}, torch.float16)
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: {"model": s, "epoch": 3},
+    lambda s: {"state_dict": s},
+    lambda s: {"model": s, "optimizer": {"m": torch.ones(1)}},
+    lambda s: {f"module.{k}": v for k, v in s.items()},
+    lambda s: {"state_dict": {f"model._orig_mod.{k}": v for k, v in s.items()}},
+    lambda s: {f"_orig_mod.module.{k}".replace("a.", "a._orig_mod."): v for k, v in s.items()},
+    lambda s: {"n_averaged": torch.tensor(9), **{f"module.{k}": v for k, v in s.items()}},
+])  # fmt: skip
+def test_wrapped_state_dicts_are_unwrapped(tmp_path, state, wrap):
+    torch.save(wrap(state), tmp_path / "w.pth")
+    assert same(read_weights(tmp_path / "w.pth"), state)
+
+
+def test_the_prefixes_are_those_of_torch(tmp_path, model):
+    """What these wrappers call the weights, read back as the network's own."""
+    wrapped = torch.optim.swa_utils.AveragedModel(torch.compile(nn.DataParallel(model), backend="eager"))
+    torch.save(wrapped.state_dict(), tmp_path / "w.pth")
+    load_strictly(tiny(), read_weights(tmp_path / "w.pth"), "w.pth")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malicious()}, "w.pth")
+    with pytest.raises(InputError, match="w.pth.*no code in a weight file is run"):
+        read_weights("w.pth")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_one_clear_line(tmp_path, state, suffix, keep):
+    path = tmp_path / f"w{suffix}"
+    write_weights(path, state)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(InputError, match="damaged") as caught:
+        read_weights(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_no_state_dict_is_named(tmp_path):
+    (tmp_path / "page.pth").write_bytes(b"<html>404</html>")
+    torch.save([torch.ones(2)], tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "epoch.pth")
+    two = {"gan": {"w": torch.ones(1)}, "critic": {"w": torch.ones(1)}}
+    torch.save(two, tmp_path / "two.pth")
+    torch.save({"w": torch.tensor([1.0, float("nan")])}, tmp_path / "nan.pth")
+    said = {"page": "damaged", "list": "found list", "epoch": "epoch", "two": "critic", "nan": "w holds NaN"}
+    for name, words in said.items():
+        with pytest.raises(InputError, match=f"{name}.pth: .*{words}"):
+            read_weights(tmp_path / f"{name}.pth")
+    with pytest.raises(InputError, match="no such file"):
+        read_weights(tmp_path / "none.pth")
+    with pytest.raises(InputError, match="is a folder"):
+        read_weights(tmp_path)
+
+
+def test_strict_loading_converts_and_names_what_does_not_fit():
+    module = nn.Linear(2, 3)
+    load_strictly(module, {"weight": torch.ones(3, 2).half(), "bias": torch.zeros(3).double()}, "f.pth")
+    assert module.weight.dtype == torch.float32 and (module.weight == 1).all()
+    for change, said in [
+        ({"bias": None, "other": torch.ones(1)}, "f.pth.*Linear: missing bias; unexpected other"),
+        ({"weight": torch.ones(2, 2)}, r"f.pth.*weight has shape \[2, 2\].*\[3, 2\]"),
+        ({"bias": torch.full((3,), 1e300, dtype=torch.float64)}, r"f.pth: bias holds 1e\+300"),
+    ]:
+        given = {"weight": torch.ones(3, 2), "bias": torch.zeros(3)} | change
+        for target in (module, nn.Linear(2, 3, device="meta")):
+            with pytest.raises(InputError, match=said):
+                load_strictly(target, {k: v for k, v in given.items() if v is not None}, "f.pth")
+
+
+def test_the_command_converts(tmp_path, state, capsys):
+    write_weights(tmp_path / "a.pth", state)
+    arguments = ["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors"), "--dtype", "float16"]
+    assert checkpoints.main(arguments) == 0 and "3 tensors" in capsys.readouterr().out
+    assert checkpoints.main(["convert", str(tmp_path / "b.safetensors"), str(tmp_path / "c.pth")]) == 0
+    torch.testing.assert_close(read_weights(tmp_path / "c.pth")["a.weight"], state["a.weight"].half())
+
+
+# --- A network with its settings -------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("build", [tiny, diy12], ids=lambda build: build.__name__)
-def test_round_trip(tmp_path, build, suffix):
+def test_a_file_with_its_settings_round_trips(tmp_path, build, suffix):
     model = randomise(build(), seeded(0))
-    path, typical = tmp_path / "new" / f"best_model{suffix}", [[-2.0, 3.0]] * model.num_classes
-    save_spnn(path, model, {"attributes": ["Bald"], "typical_logits": typical})
-    loaded, notes = load_spnn(path)
-    assert not loaded.training and notes["typical_logits"] == typical
-    assert notes["model"] == json.loads(json.dumps(model.config))
+    path, notes = tmp_path / "new" / f"best_model{suffix}", {"attributes": ["Bald"], "typical_logits": [[-2.0, 3.0]]}
+    save_spnn(path, model, notes)
+    loaded = SPNN.from_pretrained(path)
+    assert not loaded.training and loaded.notes == notes and loaded.config == json.loads(json.dumps(model.config))
     x = random((2, *model.pinn.in_shape), 1, torch.float32)
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x)) and torch.equal(loaded.pinv(model(x)), model.pinv(model(x)))
     assert sorted(p.name for p in path.parent.iterdir()) == [f"best_model{suffix}", "config.json"]
+    if suffix == ".pth":
+        assert list(torch.load(path, weights_only=True)) == list(model.state_dict())
 
 
-def test_the_weights_are_a_plain_state_dict(tmp_path, model):
-    save_spnn(tmp_path / "m.pth", model)
-    state = torch.load(tmp_path / "m.pth", weights_only=True)
-    assert list(state) == list(model.state_dict())
+def test_save_pretrained_and_back(tmp_path, model):
+    model.notes = {"attributes": ["A", "B", "C"]}
+    model.save_pretrained(tmp_path / "a")
+    loaded = SPNN.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    again = SPNN.from_pretrained(tmp_path / "b" / "model.safetensors")
+    assert same(again.state_dict(), model.state_dict()) and again.notes == model.notes
+    assert {"model.safetensors", "config.json"} <= {p.name for p in (tmp_path / "b").iterdir()}
+
+
+def test_the_demo_is_one_line_away():
+    folder = checkpoints.ROOT / "DDNM" / "exp" / "logs" / "faces"
+    model = SPNN.from_pretrained(folder)
+    assert model.img_size == 64 and len(model.notes["attributes"]) == model.num_classes == 40
+    assert same(model.state_dict(), SPNN.from_pretrained(folder / "spnn.safetensors").state_dict())
 
 
 def test_checkpoints_of_one_run_share_config_json(tmp_path, model):
@@ -43,124 +186,196 @@ def test_checkpoints_of_one_run_share_config_json(tmp_path, model):
     assert [p.name for p in tmp_path.glob("*.json")] == ["config.json"]
 
 
-def test_another_network_in_the_folder_keeps_its_settings(tmp_path, model):
-    save_spnn(tmp_path / "a.pth", model)
-    other = tiny(num_classes=2, mix_type="householder")
-    save_spnn(tmp_path / "b.pth", other)
-    assert load_spnn(tmp_path / "a.pth")[0].num_classes == 3
-    assert load_spnn(tmp_path / "b.pth")[0].num_classes == 2
-    save_spnn(tmp_path / "b.pth", model)  # its own JSON, read first, must not stay behind
-    assert load_spnn(tmp_path / "b.pth")[0].num_classes == 3
-    save_spnn(tmp_path / "c.pth", model, {"attributes": ["A", "B", "C"]})
-    assert "attributes" not in load_spnn(tmp_path / "a.pth")[1]
+@pytest.mark.parametrize("there", ["of another network", "[1]", "{", '{"model_type": "of another tool"}'])
+def test_another_config_in_the_folder_stays(tmp_path, model, there):
+    if there == "of another network":
+        save_spnn(tmp_path / "a.pth", tiny(num_classes=2, mix_type="householder"))
+    else:
+        (tmp_path / "config.json").write_text(there)
+    before = (tmp_path / "config.json").read_bytes()
+    save_spnn(tmp_path / "b.pth", model)
+    save_spnn(tmp_path / "b.pth", model, {"attributes": ["A", "B", "C"]})  # its own JSON must not stay behind
+    assert SPNN.from_pretrained(tmp_path / "b.pth").notes == {"attributes": ["A", "B", "C"]}
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_a_file_of_its_own_comes_before_config_json(tmp_path, model):
+def test_a_failed_write_leaves_the_old_files(tmp_path, model):
     save_spnn(tmp_path / "m.pth", model)
-    (tmp_path / "config.json").rename(tmp_path / "m.json")
-    (tmp_path / "config.json").write_text('{"model": {"img_size": 31}}')
-    content, source = read_config(tmp_path / "m.pth")
-    assert source.name == "m.json" and content["model"]["img_size"] == 4
-    load_spnn(tmp_path / "m.pth")
+    before = (tmp_path / "m.pth").read_bytes(), (tmp_path / "config.json").read_bytes()
+    with pytest.raises(TypeError):
+        save_spnn(tmp_path / "m.pth", model, {"attributes": object()})
+    with pytest.raises(ValueError, match="use .pth or .safetensors"):
+        save_spnn(tmp_path / "m.json", model)
+    assert ((tmp_path / "m.pth").read_bytes(), (tmp_path / "config.json").read_bytes()) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "m.pth"]
 
 
 @pytest.mark.parametrize("img_size", [32, 64, 256])
 @pytest.mark.parametrize("mix_type", ["cayley", "householder"])
-def test_built_in_architectures_are_recognised(img_size, mix_type):
+def test_published_architectures_are_recognised(img_size, mix_type):
     """By names and shapes, which tensors on the meta device have too."""
     with torch.device("meta"):
         built = SPNN(num_classes=7, img_size=img_size, mix_type=mix_type)
-    assert recognise(built.state_dict()) == built.config
+        thin = SPNN(num_classes=7, hidden=64, img_size=img_size)
+    assert SPNN.config_of(built.state_dict()) == built.config
+    trimmed = dict(list(built.state_dict().items())[1:])
+    for other in (thin.state_dict(), trimmed, tiny().state_dict(), {"conv.weight": torch.zeros(3)}):
+        assert SPNN.config_of(other) is None
 
 
-def test_others_are_not_recognised():
+def test_published_weights_load_without_settings(tmp_path):
     with torch.device("meta"):
-        thin = SPNN(hidden=64, img_size=32)
-        trimmed = SPNN(img_size=32).state_dict()
-    trimmed.pop("pinn.blocks.1.mix.A_unconstrained")
-    for state in (thin.state_dict(), trimmed, tiny().state_dict(), {"conv.weight": torch.zeros(3)}):
-        assert recognise(state) is None
-
-
-def test_recognised_weights_load_without_config_json(tmp_path, monkeypatch):
-    """The way the published weights come. A thin network stands for them: the real one has 54 M parameters."""
-    import checkpoints
-
-    model = randomise(tiny(), seeded(0))
-    save_spnn(tmp_path / "m.pth", model)
-    (tmp_path / "config.json").write_text('{"model_type": "of some other tool"}')
-    monkeypatch.setattr(checkpoints, "recognise", lambda state: model.config)
-    loaded, notes = load_spnn(tmp_path / "m.pth")
-    assert notes == {"model": model.config} and loaded.num_classes == 3
-
-
-def test_missing_settings_are_named(tmp_path, model):
-    save_spnn(tmp_path / "m.pth", model)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(InputError, match=r"m\.pth: config\.json is missing"):
-        load_spnn(tmp_path / "m.pth")
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{", "not valid JSON"),
-        ("[1]", "expected a JSON object"),
-        ('{"attributes": []}', "has no 'model'"),
-        ('{"model": {"img_size": 31}}', "img_size 31 has no built-in architecture"),
-        ('{"model": {"colour": 3}}', "colour"),
-        ('{"model": {"layer_channels": [3], "img_size": 4}}', "block 0"),
-        ('{"model": {"img_size": "big"}}', "makes no network"),
-        ('{"model": {"layer_channels": 4, "img_size": 4}}', "makes no network"),
-    ],
-)
-def test_bad_settings_are_named(tmp_path, model, text, message):
-    save_spnn(tmp_path / "m.pth", model)
-    (tmp_path / "m.json").write_text(text)
-    with pytest.raises(InputError, match=message) as error:
-        load_spnn(tmp_path / "m.pth")
-    assert "m.json" in str(error.value)
-
-
-def test_weights_of_another_network_are_named(tmp_path, model):
-    save_spnn(tmp_path / "m.pth", model)
-    state = torch.load(tmp_path / "m.pth", weights_only=True)
-    torch.save({**state, "pinn.blocks.1.t.net.0.bias": torch.zeros(9)}, tmp_path / "m.pth")
-    with pytest.raises(InputError, match=r"pinn\.blocks\.1\.t\.net\.0\.bias has shape \[9\]"):
-        load_spnn(tmp_path / "m.pth")
-    state.pop("pinn.blocks.1.mix.A_unconstrained")
-    torch.save(state, tmp_path / "m.pth")
-    with pytest.raises(InputError, match=r"missing pinn\.blocks\.1\.mix\.A_unconstrained"):
-        load_spnn(tmp_path / "m.pth")
-
-
-def test_a_truncated_file_is_named(tmp_path, model):
-    for name in ("m.pth", "m.safetensors"):
-        path = tmp_path / name
-        save_spnn(path, model)
-        path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(InputError, match=name):
-            load_spnn(path)
-    with pytest.raises(InputError, match="no such file"):
-        load_spnn(tmp_path / "absent.pth")
-
-
-def test_a_failed_write_leaves_the_old_files(tmp_path, model):
-    path = tmp_path / "m.pth"
-    save_spnn(path, model)
-    before = path.read_bytes(), (tmp_path / "config.json").read_bytes()
-    with pytest.raises(TypeError):
-        save_spnn(path, model, {"attributes": object()})
-    with pytest.raises(ValueError, match="use .pth or .safetensors"):
-        save_spnn(tmp_path / "m.json", model)
-    assert (path.read_bytes(), (tmp_path / "config.json").read_bytes()) == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "m.pth"]
-
-
-def test_half_precision_weights_load(tmp_path, model):
-    from weights import write_weights
-
-    save_spnn(tmp_path / "m.pth", model)
-    write_weights(tmp_path / "m.pth", model.state_dict(), torch.float16)
-    loaded, _ = load_spnn(tmp_path / "m.pth")
+        config = SPNN(num_classes=5, img_size=32).config
+    built = SPNN(**config)
+    write_weights(tmp_path / "m.pth", built.state_dict(), torch.float16)
+    (tmp_path / "config.json").write_text('{"model_type": "of another tool"}')
+    loaded = SPNN.from_pretrained(tmp_path / "m.pth")
+    assert loaded.config == config and loaded.notes == {}
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("text, message", [
+    (None, r"m\.pth: config\.json is missing"),
+    ("{", "m.json: not valid JSON"),
+    ("[1]", "m.json: has no 'model'"),
+    ('{"attributes": []}', "m.json: has no 'model'"),
+    ('{"model": {"img_size": 31}}', "m.pth.*makes? no network.*img_size 31"),
+    ('{"model": {"colour": 3}}', "colour"),
+    ('{"model": {"layer_channels": [3], "img_size": 4}}', "block 0"),
+    ('{"model": {"img_size": "big"}}', "make no network"),
+    ('{"model": {"img_size": 32}}', r"m\.pth.*SPNN: missing pinn.*has shape .*in all"),
+    ('{"model": {"img_size": 64, "hidden": 1000000}}', r"m\.pth"),  # known before it costs memory
+])  # fmt: skip
+def test_bad_settings_are_one_clear_line(tmp_path, model, text, message):
+    write_weights(tmp_path / "m.pth", model.state_dict())
+    if text is not None:
+        (tmp_path / "m.json").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        SPNN.from_pretrained(tmp_path / "m.pth")
+    assert "\n" not in str(error.value)
+
+
+# --- The hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub on the loopback address that serves the files in a folder: what to give `from_pretrained` besides the id.
+
+    Its ``files`` are the folder, its ``asked`` the requests.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            server.asked.append((self.command, self.path))
+            repo, _, name = self.path.strip("/").partition("/resolve/main/")
+            file = server.files / repo / name
+            content = file.read_bytes() if file.is_file() else b""
+            self.send_response(200 if file.is_file() else 404)
+            self.send_header("X-Repo-Commit", "a" * 40)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Content-Length", str(len(content)))
+            if not file.is_file():
+                known = (server.files / repo).is_dir()
+                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            self.end_headers()
+            self.wfile.write(content if self.command == "GET" else b"")
+
+        do_HEAD = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.asked = tmp_path / "hub", []
+    server.options = {"endpoint": f"http://127.0.0.1:{server.server_port}", "cache_dir": str(tmp_path / "cache")}
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_network_comes_from_the_hub_once(hub, model):
+    model.notes = {"attributes": ["A", "B", "C"]}
+    model.save_pretrained(hub.files / "me" / "net")
+    loaded = SPNN.from_pretrained("me/net", **hub.options)
+    assert same(loaded.state_dict(), model.state_dict()) and loaded.notes == model.notes
+    asked = len(hub.asked)
+    SPNN.from_pretrained("me/net", **hub.options)
+    SPNN.from_pretrained("me/net", local_files_only=True, **hub.options)
+    assert len(hub.asked) == asked
+
+
+def test_a_repository_may_hold_a_pth_file_alone(hub):
+    published = SPNN(num_classes=5, img_size=32)
+    write_weights(hub.files / "me" / "net" / "best_model.pth", published.state_dict())
+    loaded = SPNN.from_pretrained("me/net", **hub.options)
+    assert same(loaded.state_dict(), published.state_dict())
+    SPNN.from_pretrained("me/net", local_files_only=True, **hub.options)  # the cache knows what is not there
+
+
+def test_what_the_hub_cannot_give_is_one_clear_line(hub, tmp_path):
+    (hub.files / "me" / "empty").mkdir(parents=True)
+    assert hub_file("me/empty", "nothing.json", **hub.options) is None
+    nowhere = {**hub.options, "endpoint": "http://127.0.0.1:9", "etag_timeout": 0.1}
+    for source, options, said in [
+        ("me/empty", hub.options, "me/empty: has none of model.safetensors"),
+        ("me/none", hub.options, "me/none: model.safetensors cannot be fetched: RepositoryNotFoundError"),
+        ("me/other", {**hub.options, "local_files_only": True}, "not in the cache, and the hub is not asked"),
+        (tmp_path / "a" / "b" / "c", {}, "no such file or folder, and not a hub id"),
+        (tmp_path, {}, "has none of model.safetensors"),
+    ]:
+        with pytest.raises(InputError, match=said) as error:
+            SPNN.from_pretrained(source, **options)
+        assert "\n" not in str(error.value)
+    with pytest.MonkeyPatch.context() as patch:  # without the pauses between the client's attempts
+        patch.setattr("time.sleep", lambda seconds: None)
+        with pytest.raises(InputError, match="not in the cache, and the hub cannot be reached: .*refused"):
+            SPNN.from_pretrained("me/other", **nowhere)
+
+
+def test_published_files_that_are_missing_are_named_all_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(checkpoints, "ROOT", tmp_path)
+    assert locate("mine.pth", tmp_path) == ["mine.pth", str(tmp_path)]
+    with pytest.raises(InputError) as error:
+        locate("yamitehr/SPNN", "mine.pth", "celeba_hq.ckpt")
+    message = str(error.value)
+    assert message.startswith("2 weight files could not be found")
+    for known in checkpoints.KNOWN:
+        hub = f"https://huggingface.co/{known.repo}/resolve/main/{known.filename}"
+        for text in (
+            known.filename,
+            str(tmp_path / known.manual_path),
+            hub,
+            *known.mirrors,
+            known.sha256 or "",
+            "OFFLINE",
+        ):
+            assert text in message
+    with pytest.raises(InputError, match="^1 weight file could not"):
+        SPNN.from_pretrained("yamitehr/SPNN")
+
+
+def test_a_published_file_that_was_put_by_hand_is_taken_and_its_hash_checked(tmp_path, monkeypatch):
+    file = tmp_path / checkpoints.KNOWN[1].manual_path
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    known = replace(checkpoints.KNOWN[1], sha256=hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(checkpoints, "ROOT", tmp_path)
+    monkeypatch.setattr(checkpoints, "KNOWN", [known])
+    assert locate(known.repo, known.filename, known.manual_path) == [str(file)] * 3
+    file.write_bytes(b"Weights")
+    with pytest.raises(InputError, match="celeba_hq.ckpt: SHA-256 .*, the published file has"):
+        locate(known.filename)
+
+
+def test_read_config_prefers_a_file_of_its_own(tmp_path, model):
+    save_spnn(tmp_path / "m.pth", model)
+    (tmp_path / "config.json").rename(tmp_path / "m.json")
+    (tmp_path / "config.json").write_text('{"model": {"img_size": 31}}')
+    assert read_config(tmp_path / "m.pth")["model"]["img_size"] == 4

@@ -11,11 +11,11 @@ from test_main import assets, figures_of, pictures  # noqa: F401  (a fixture)
 from test_resume import faces, spnn_arguments  # noqa: F401  (a fixture)
 
 import train_celeba
+from checkpoints import read_weights
 from data_loader import EpochBatches, make_loaders
 from DDNM import main
 from distributed import World, world
 from utils import InputError
-from weights import read_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 

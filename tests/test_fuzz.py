@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from test_data_loader import annotation_text
 from test_laws import LAWS, LAWS_OF_NETWORKS, Case
 
+import checkpoints
 import train_celeba
-import weights
-from checkpoints import load_spnn, save_spnn
+from checkpoints import load_spnn, read_weights, save_spnn
 from data_loader import load_image, read_annotations
 from DDNM import main as reconstruct
 from DDNM.guided_diffusion.results import read_logits, write_logits
@@ -31,7 +31,6 @@ from DDNM.train_prior import STATE_PARTS
 from models import SPNN
 from resume import fitting, load_state, restore_adam, save_state
 from utils import InputError, InputErrors
-from weights import read_weights
 
 
 def sizes(few: int, many: int):
@@ -290,7 +289,7 @@ def test_damaged_weights_are_converted_whole_or_not_at_all(tmp_path, checkpoint,
         source.write_bytes(harm(checkpoint[f"m{suffix}"]))
         target.unlink(missing_ok=True)
         with survives(), contextlib.redirect_stdout(io.StringIO()):
-            weights.main(["convert", str(source), str(target)])
+            checkpoints.main(["convert", str(source), str(target)])
         left = [path.name for path in target.parent.iterdir()] if target.parent.exists() else []
         assert left in ([], ["t.safetensors"])
         if left:

@@ -15,13 +15,12 @@ from PIL import Image
 from test_data_loader import write_dataset
 from torch import nn
 
-from checkpoints import load_spnn, save_spnn
+from checkpoints import load_spnn, read_weights, save_spnn
 from data_loader import CelebAMaskHQ, find_images, load_image
 from DDNM import main as reconstruct
 from DDNM.guided_diffusion.prior import Prior, load_prior, save_prior, small_unet
 from DDNM.guided_diffusion.results import read_logits
 from utils import InputError, read_yaml
-from weights import read_weights
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
@@ -55,7 +54,7 @@ def test_code_in_a_weight_file_is_not_run(tmp_path, monkeypatch, write, name):
     write(tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(InputError, match=f"{name}: (holds more than tensors|not a weight file|truncated)") as error:
+        with pytest.raises(InputError, match=f"{name}: damaged, or not a plain state dict") as error:
             read_weights(tmp_path / name)
     assert not (tmp_path / "pwned").exists() and "\n" not in str(error.value)
 

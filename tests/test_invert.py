@@ -10,14 +10,13 @@ from torch import nn
 
 import invert as command
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
-from checkpoints import save_spnn
+from checkpoints import save_spnn, write_weights
 from data_loader import ATTRIBUTES, load_image
 from inversion import MappingNet, invert_through
 from invert import Target, as_picture, fixed_problems, load_target, main, read_images
 from judge import Judge
 from models import SPNN
 from utils import InputError, run_command
-from weights import write_weights
 
 CPU = torch.device("cpu")
 

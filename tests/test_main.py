@@ -12,15 +12,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 
-import weights
+import checkpoints
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
-from checkpoints import save_spnn
+from checkpoints import save_spnn, write_weights
 from data_loader import ATTRIBUTES
 from DDNM import main as reconstruct
 from DDNM.guided_diffusion import prior as prior_module
@@ -30,7 +31,6 @@ from DDNM.guided_diffusion.schedule import Schedule
 from judge import Judge
 from models import SPNN
 from utils import InputError, run_command
-from weights import write_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("agreement", "judge_agreement", "prob_error", "psnr", "lpips", "seconds", "steps", "seed")
@@ -98,12 +98,8 @@ def assets(tmp_path_factory):
 def samples(tmp_path, monkeypatch):
     """Results go below the test's own folder, and nothing asks the network."""
 
-    def no_network(repo, filename):
-        raise InputError(f"{repo}/{filename}: cannot be fetched from the hub: there is none here")
-
     monkeypatch.setattr(reconstruct, "SAMPLES", tmp_path / "image_samples")
-    monkeypatch.setattr(weights, "download", no_network)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "image_samples"
 
 
@@ -905,10 +901,9 @@ def test_the_shipped_configs_parse():
 @pytest.fixture
 def nothing_local(monkeypatch, tmp_path):
     """The published weights, at manual paths where there is nothing."""
-    moved = {n: replace(k, manual_path=str(tmp_path / "manual" / k.filename)) for n, k in weights.KNOWN.items()}
-    for module in (weights, reconstruct):
-        monkeypatch.setattr(module, "KNOWN", moved)
-    return list(moved.values())
+    moved = [replace(k, manual_path=str(tmp_path / "manual" / k.filename)) for k in checkpoints.KNOWN]
+    monkeypatch.setattr(checkpoints, "KNOWN", moved)
+    return moved
 
 
 def known_for(known, filename):
@@ -920,7 +915,7 @@ def test_missing_weights_are_named_all_at_once_with_addresses_and_places(run, no
     for name in ("spnn_celebahq_256.pth", "celeba_hq.ckpt"):
         known = known_for(nothing_local, name)
         assert known.name in message and name in message and known.manual_path in message
-        assert all(address in message for address in known.addresses)
+        assert all(address in message for address in known.mirrors)
         if known.sha256 is not None:
             assert known.sha256 in message
     assert "https://huggingface.co/yamitehr/SPNN" in message

@@ -11,6 +11,7 @@ import train
 import train_celeba
 from benchmarks.speed import randomise
 from blocks import ConvPINNBlock, solved_once
+from checkpoints import read_weights
 from models import SPNN, concatenated
 from performance import (
     Col2imConvTranspose2d,
@@ -24,7 +25,6 @@ from performance import (
 )
 from train import Settings, forward_losses, natural_losses
 from utils import InputError
-from weights import read_weights
 
 CPU = torch.device("cpu")
 CHAIN = [

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.unets.unet_2d import UNet2DModel
 
+from checkpoints import read_weights, write_weights
 from DDNM.guided_diffusion.prior import Prior, load_prior, prior_from_ddpm, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
 from utils import InputError
-from weights import read_weights, write_weights
 
 TINY = {
     "type": "simple", "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4], "in_channels": 3,

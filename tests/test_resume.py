@@ -24,10 +24,10 @@ import resume
 import train
 import train_celeba
 import utils
+from checkpoints import read_weights
 from DDNM import train_prior
 from resume import Stopped, check_settings, from_batch, load_state, locked, save_state, stop_signals
 from utils import InputError, remove_temporaries, run_command
-from weights import read_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32

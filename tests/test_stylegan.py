@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checkpoints import write_weights
 from experiments.train_stylegan import Discriminator, main, mixed_styles, spread_in_groups
 from stylegan import (
     Blur,
@@ -19,7 +20,6 @@ from stylegan import (
     truncate,
 )
 from utils import InputError
-from weights import write_weights
 
 PUBLISHED = json.loads((Path(__file__).parent / "golden" / "stylegan.json").read_text())
 

@@ -12,11 +12,10 @@ from PIL import Image
 
 import train
 import train_celeba
-from checkpoints import load_spnn
+from checkpoints import load_spnn, read_weights
 from data_loader import ATTRIBUTES
 from train_celeba import main
 from utils import InputError, run_command
-from weights import read_weights
 
 CHAIN = [
     ["PixelUnshuffleBlock", {"r": 4}],

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from checkpoints import read_weights
 from data_loader import grid
 from DDNM import train_prior
 from DDNM.guided_diffusion.prior import Prior, load_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
 from utils import InputError
-from weights import read_weights
 
 MODEL = "diffusion_pytorch_model.safetensors"
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
+from checkpoints import HUB_ID, hub_file, read_weights, write_weights
 from DDNM.guided_diffusion.schedule import Schedule
 from utils import InputError, atomic_write, shown
-from weights import HUB_ID, download, read_weights, write_weights
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -375,13 +375,8 @@ def _check_size(folder: Path) -> None:
 
 def _read_scheduler(source: str | Path, local: bool) -> tuple[str, Schedule]:
     """What a diffusers prior predicts, and its schedule: eps and DDPM's, unless its scheduler_config.json says so."""
-    try:
-        path = Path(source) / SCHEDULER_NAME if local else download(str(source), SCHEDULER_NAME)
-    except InputError as error:
-        if "EntryNotFound" not in str(error):
-            raise
-        return "epsilon", Schedule()  # a repository without one
-    if not path.is_file():
+    path = Path(source) / SCHEDULER_NAME if local else hub_file(str(source), SCHEDULER_NAME)
+    if path is None or not path.is_file():
         return "epsilon", Schedule()
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
