@@ -8,6 +8,10 @@ Image ``index`` of ``seed`` is the same whatever the number of images or process
 first draws the attributes, then the `Variation` (pose, light, colours, shape within the ranges), both free of the size
 in pixels.
 
+With ``--masks`` the classes of what is seen are written too, the 19 of CelebAMask-HQ (`data_loader.MASK_CLASSES`), as
+palette pictures masks/0.png ... Left is the person's own left, as there. A beard is skin; lenses belong to the glasses,
+eyes and brows behind them do not.
+
 Rules for the names that are not drawn as such, or that depend on others:
 
 * Attractive: Young, and none of Bags_Under_Eyes, Big_Nose, Chubby, Double_Chin.
@@ -21,12 +25,11 @@ Rules for the names that are not drawn as such, or that depend on others:
 
 ::
 
-    python procedural_faces.py --out DIR --count N --size S --seed K [--workers W] [--overwrite] [--sheet FILE.png]
+    python procedural_faces.py --out DIR --count N --size S --seed K [--masks] [--overwrite] [--sheet FILE.png]
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import multiprocessing
@@ -40,8 +43,8 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER
-from utils import LARGEST_CREW, LARGEST_SEED, LARGEST_SIDE, InputError, atomic_write, number, run_command, write_json
+from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, MASK_CLASSES, MASK_FOLDER
+from utils import InputError, atomic_write, option, parse, run_command, write_json
 
 SMALLEST_SIZE = 16  # pixels
 MARK = "procedural_faces.json"  # says that a folder's pictures were drawn here
@@ -93,6 +96,7 @@ MAKEUP = ((40, 70, 235), (130, 40, 225), (20, 140, 230))
 LIPSTICKS = ((208, 8, 44), (224, 10, 84), (176, 4, 30))
 FRAMES = ((24, 22, 26), (96, 16, 24), (20, 34, 84))
 BLACK, WHITE, INK = (0, 0, 0), (255, 255, 255), (34, 22, 22)
+MASK_COLOURS = [value for k in range(len(MASK_CLASSES)) for value in (k * 67 % 256, k * 151 % 256, k * 211 % 256)]
 
 
 # ---------------------------------------------------------------- what is drawn: attributes and variation
@@ -355,6 +359,7 @@ class Canvas:
         self.pixels = size * (4 if size <= 96 else 3 if size <= 192 else 2)
         self.image = Image.new("RGB", (self.pixels, self.pixels))
         self.draw = ImageDraw.Draw(self.image)
+        self.classes = Image.new("L", self.image.size)  # of what is seen, as numbers
         self.yaw = between(-0.026, 0.026, v.yaw)
         angle = np.deg2rad(between(-6, 6, v.roll))
         self.turn = between(0.95, 1.05, v.scale) * np.array(
@@ -366,14 +371,39 @@ class Canvas:
         """Map points of the head, (n, 2), to the unit square."""
         return (np.asarray(points, float) + (self.yaw * depth, 0)) @ self.turn + self.origin
 
+    def mark(self, shapes, part: str, depth: float | None = None, spare: tuple[str, ...] = ()) -> None:
+        """Say what outlines show, by its name in `data_loader.MASK_CLASSES`; what shows a class to ``spare`` stays.
+
+        ``part`` "_eye" stands for a pair, of which the right half of the picture shows the left one.
+        """
+        for shape in shapes if isinstance(shapes, list) else [shapes]:
+            shape = shape if depth is None else self.head(shape, depth)
+            side = ("l" if shape[:, 0].mean() > self.head([(0, 0)])[0, 0] else "r") if part[0] == "_" else ""
+            number = MASK_CLASSES.index(side + part)
+            if spare:
+                kept = [MASK_CLASSES.index(name) for name in spare]
+                free = self.classes.point([0 if k in kept else 255 for k in range(256)])
+                self.classes.paste(number, mask=ImageChops.multiply(self.mask(shape, None), free))
+            else:
+                ImageDraw.Draw(self.classes).polygon((shape * self.pixels).ravel().tolist(), fill=number)
+
     def fill(
-        self, shapes, colour, depth: float | None = None, alpha: float = 1.0, blur: float = 0.0, clip=None
+        self,
+        shapes,
+        colour,
+        depth: float | None = None,
+        alpha: float = 1.0,
+        blur: float = 0.0,
+        clip=None,
+        part: str | None = None,
     ) -> None:
         """Fill one outline, or several at once; of the head at this depth, or of the unit square when depth is None.
 
-        ``alpha`` is the opacity, ``blur`` the standard deviation of a soft edge as a part of the picture's width, and
-        ``clip`` a mask (see `mask`) outside which nothing is drawn.
+        ``alpha`` is the opacity, ``blur`` the standard deviation of a soft edge as a part of the picture's width,
+        ``clip`` a mask (see `mask`) outside which nothing is drawn, and ``part`` what it shows, see `mark`.
         """
+        if part is not None:
+            self.mark(shapes, part, depth)
         shapes = shapes if isinstance(shapes, list) else [shapes]
         shapes = [(s if depth is None else self.head(s, depth)) * self.pixels for s in shapes]
         if alpha == 1 and not blur and clip is None:
@@ -406,10 +436,12 @@ class Canvas:
             draw.polygon((shape * self.pixels).ravel().tolist(), fill=255)
         return mask
 
-    def finish(self, blurry: bool) -> Image.Image:
-        """The picture at its final size."""
+    def finish(self, blurry: bool) -> tuple[Image.Image, Image.Image]:
+        """The picture and its mask at their final size."""
         image = self.image.resize((self.size, self.size), Image.Resampling.BOX)
-        return image.filter(ImageFilter.GaussianBlur(1.15 * self.size / 64)) if blurry else image
+        mask = self.classes.resize(image.size, Image.Resampling.NEAREST)
+        mask.putpalette(MASK_COLOURS)
+        return image.filter(ImageFilter.GaussianBlur(1.15 * self.size / 64)) if blurry else image, mask
 
 
 # ---------------------------------------------------------------- the plan of a face
@@ -526,19 +558,20 @@ def draw_body(c: Canvas, f: Face) -> None:
         return np.asarray(points, float) + (centre, 0)
 
     right = [(0.9 * neck, 0.80), (neck + 0.05, drop + 0.005), (0.72 * shoulder, drop + 0.035), (shoulder, 1.02)]
-    c.fill(at(np.concatenate([spline(right), mirror(spline(right))[::-1]])), cloth)
+    c.fill(at(np.concatenate([spline(right), mirror(spline(right))[::-1]])), cloth, part="cloth")
     fold = stroke([(0.62 * shoulder, drop + 0.06), (0.58 * shoulder, 0.96), (0.60 * shoulder, 1.03)], 0.02)
     c.fill([at(s) for s in both(fold)], mix(cloth, BLACK, 0.4), alpha=0.6, blur=0.008)
     left, right = c.head([(-neck * 0.96, 0.15), (neck * 0.96, 0.15)])
     throat = np.array([left, right, (centre + neck, 0.85), (centre, 0.90), (centre - neck, 0.85)])
-    c.fill(throat, f.skin)
+    c.fill(throat, f.skin, part="neck")
     if male:
-        c.fill(at(loop([(0, 0.875), (neck + 0.02, 0.84), (0, 0.915)])), f.skin)
+        c.fill(at(loop([(0, 0.875), (neck + 0.02, 0.84), (0, 0.915)])), f.skin, part="neck")
         collar = ribbon(arch([(0, 0.912), (0.06, 0.895), (neck + 0.025, 0.835)]), 0.022, 0.8)
-        c.fill(at(collar), mix(cloth, WHITE, 0.25))
+        c.fill(at(collar), mix(cloth, WHITE, 0.25), part="cloth")
         c.fill(at(ellipse(0, 0.835, 0.020, 0.030)), f.shadow, alpha=0.75, blur=0.010)  # Adam's apple
     else:
-        c.fill(at(loop([(0, 0.85), (neck, 0.86), (0.19, drop + 0.02), (0.11, 0.975), (0, 0.995)])), f.skin)
+        chest = loop([(0, 0.85), (neck, 0.86), (0.19, drop + 0.02), (0.11, 0.975), (0, 0.995)])
+        c.fill(at(chest), f.skin, part="neck")
         bone = stroke([(0.03, 0.912), (0.08, 0.902), (0.14, 0.895)], 0.012)
         c.fill([at(s) for s in both(bone)], f.shadow, alpha=0.6, blur=0.006)
     under_chin = ellipse(-0.02 * f.lit_side, f.chin + 0.005, 0.95 * f.jaw, 0.062)
@@ -552,16 +585,18 @@ def draw_body(c: Canvas, f: Face) -> None:
 def _draw_necktie(c: Canvas, at, colour) -> None:
     white = (246, 246, 250)
     for flap in both([(0, 0.885), (0.115, 0.815), (0.150, 0.86), (0.085, 0.965)]):
-        c.fill(at(flap), white)
+        c.fill(at(flap), white, part="cloth")
         c.fill(at(ribbon(np.array([flap[0], flap[3], flap[2]]), 0.007, 1)), (120, 120, 140), alpha=0.7)
-    c.fill(at([(-0.036, 0.872), (0.036, 0.872), (0.026, 0.925), (-0.026, 0.925)]), mix(colour, BLACK, 0.25))
-    c.fill(at([(-0.026, 0.925), (0.026, 0.925), (0.062, 1.02), (-0.062, 1.02)]), colour)
+    knot = at([(-0.036, 0.872), (0.036, 0.872), (0.026, 0.925), (-0.026, 0.925)])
+    c.fill(knot, mix(colour, BLACK, 0.25), part="cloth")
+    c.fill(at([(-0.026, 0.925), (0.026, 0.925), (0.062, 1.02), (-0.062, 1.02)]), colour, part="cloth")
 
 
 def _draw_necklace(c: Canvas, at, neck: float) -> None:
     t = np.linspace(-1, 1, 11)
     x, y = (neck + 0.03) * t, 0.935 - 0.085 * t**2
-    c.fill([at(ellipse(*p, 0.0185, 0.0185, 14)) for p in zip(x, y, strict=True)], (40, 30, 60))
+    beads = [at(ellipse(*p, 0.0185, 0.0185, 14)) for p in zip(x, y, strict=True)]
+    c.fill(beads, (40, 30, 60), part="neck_l")
     c.fill([at(ellipse(*p, 0.0150, 0.0150, 14)) for p in zip(x, y, strict=True)], (70, 236, 250))
     c.fill([at(ellipse(p - 0.004, q - 0.004, 0.006, 0.006, 10)) for p, q in zip(x, y, strict=True)], WHITE)
 
@@ -593,7 +628,8 @@ def hair_outline(f: Face, end: float) -> np.ndarray:
 def draw_back_hair(c: Canvas, f: Face) -> None:
     """The hair behind neck and ears."""
     if not f.a["Bald"]:
-        c.fill(hair_outline(f, f.hair_end), f.hair_dark if f.hair_end > LONG_HAIR else f.hair, depth=-0.1)
+        colour = f.hair_dark if f.hair_end > LONG_HAIR else f.hair
+        c.fill(hair_outline(f, f.hair_end), colour, depth=-0.1, part="hair")
 
 
 def hairline(f: Face) -> np.ndarray:
@@ -652,7 +688,7 @@ def draw_front_hair(c: Canvas, f: Face) -> None:
     if not f.a["Wearing_Hat"]:
         outer, inner = hair_outline(f, 0.0), hairline(f)
         cap = np.concatenate([outer, inner[::-1]])
-        c.fill(cap, f.hair, depth=0.1)
+        c.fill(cap, f.hair, depth=0.1, part="hair")
         clip = c.mask(cap, 0.1)
         side = f.lit_side * 0.4 * f.width
         c.fill(ellipse(side, TOP + 0.01, 0.13, 0.055), f.hair_light, depth=0.1, alpha=0.55, blur=0.025, clip=clip)
@@ -674,7 +710,7 @@ def _draw_locks(c: Canvas, f: Face) -> None:
     for side in (1, -1):
         edge, inside = outer * (side, 1), inner * (side, 1)
         lock = np.concatenate([edge, inside[::-1]])
-        c.fill(lock, f.hair, depth=0.1)
+        c.fill(lock, f.hair, depth=0.1, part="hair")
         clip = c.mask(lock, 0.1)
         away = 0.60 if side != f.lit_side else 0.35
         tip = ellipse(side * (f.width + 0.02), end, 0.07, 0.15)
@@ -692,7 +728,7 @@ def _draw_bangs(c: Canvas, f: Face) -> None:
     upper = [(0.93 * w, -0.16), (0.6 * w, -0.245), (0, -0.27), (-0.6 * w, -0.245), (-0.93 * w, -0.16)]
     shape = np.array(lower + upper)
     c.fill(shape + (0, 0.018), f.shadow, depth=0.3, alpha=0.55, blur=0.008)
-    c.fill(shape, f.hair, depth=0.3)
+    c.fill(shape, f.hair, depth=0.3, part="hair")
     lines = [ribbon([(0.75 * u, -0.24), (0.95 * u, -0.17), (u, -0.115)], 0.009, 0.4) for u in tips[1:-1]]
     c.fill(lines, f.hair_dark, depth=0.3, alpha=0.8)
     if f.a["Straight_Hair"]:
@@ -706,7 +742,7 @@ def draw_hat(c: Canvas, f: Face) -> None:
     w = f.width + f.volume
     crown = arch([(0, -0.425), (0.55 * w, -0.410), (0.95 * w, -0.32), (w + 0.025, -0.17)])
     c.fill(ellipse(0, -0.125, w, 0.05), f.shadow, depth=0.2, alpha=0.6, blur=0.012)
-    c.fill(crown, colour, depth=0.1)
+    c.fill(crown, colour, depth=0.1, part="hat")
     clip = c.mask(crown, 0.1)
     shine = ellipse(f.lit_side * 0.09, -0.34, 0.06, 0.09)
     c.fill(shine, mix(colour, WHITE, 0.6), depth=0.1, alpha=0.6, blur=0.03, clip=clip)
@@ -714,7 +750,7 @@ def draw_hat(c: Canvas, f: Face) -> None:
     band = np.array([(-w - 0.03, -0.245), (w + 0.03, -0.245), (w + 0.03, -0.16), (-w - 0.03, -0.16)])
     c.fill(band, mix(colour, WHITE, 0.75), depth=0.1, clip=clip)
     brim = loop([(0, -0.205), (w + 0.115, -0.165), (0.6 * w, -0.135), (0, -0.128)])
-    c.fill(brim, mix(colour, BLACK, 0.22), depth=0.1)
+    c.fill(brim, mix(colour, BLACK, 0.22), depth=0.1, part="hat")
 
 
 # ---------------------------------------------------------------- the head and its shading
@@ -724,7 +760,7 @@ def draw_ears(c: Canvas, f: Face) -> None:
     """Both ears; the head covers what yaw turns away."""
     for side in (-1, 1):
         x = side * (f.width + 0.010)
-        c.fill(ellipse(x, 0.03, 0.030, 0.058), f.skin, depth=-0.3)
+        c.fill(ellipse(x, 0.03, 0.030, 0.058), f.skin, depth=-0.3, part="_ear")
         c.fill(ellipse(x + side * 0.002, 0.026, 0.016, 0.036), f.shadow, depth=-0.3, alpha=0.7, blur=0.006)
 
 
@@ -732,7 +768,7 @@ def draw_head(c: Canvas, f: Face) -> Image.Image:
     """The head's skin and its modelling by the light; returns the mask of the face."""
     if f.a["Double_Chin"]:
         _draw_second_chin(c, f)
-    c.fill(f.outline, f.skin, depth=0.2)
+    c.fill(f.outline, f.skin, depth=0.2, part="skin")
     clip = c.mask(f.outline, 0.2)
     w, jaw = f.width, f.jaw
     shade = [
@@ -761,7 +797,7 @@ def _draw_second_chin(c: Canvas, f: Face) -> None:
     roll = [(half + 0.02, f.chin - 0.09), (half, f.chin), (0.6 * half, f.chin + 0.052), (0, f.chin + 0.064)]
     roll = loop(roll)
     c.fill(roll + (0, 0.022), mix(f.shadow, BLACK, 0.35), depth=0.2, alpha=0.8, blur=0.008)
-    c.fill(roll, mix(f.skin, f.light, 0.4), depth=0.2)
+    c.fill(roll, mix(f.skin, f.light, 0.4), depth=0.2, part="skin")
     crease = arch([(0, f.chin + 0.020), (0.5 * half, f.chin + 0.008), (half, f.chin - 0.05)])
     c.fill(ribbon(crease, 0.030, 0.4), mix(f.shadow, BLACK, 0.45), depth=0.2, blur=0.004)
 
@@ -820,13 +856,13 @@ def draw_beard(c: Canvas, f: Face, clip) -> None:
         edge = np.stack([f.half_width(heights) + 0.010, heights], 1)
         tip = [(0.75 * f.chin_width, f.chin + 0.020), (0, f.chin + 0.036)]
         inner = [(0, 0.262), (0.055, 0.256), (0.105, 0.225), (0.80 * edge[1, 0], 0.180), (edge[0, 0] - 0.02, 0.10)]
-        c.fill(both(np.concatenate([spline([*edge, *tip]), spline(inner)])), f.beard, depth=0.4)
+        c.fill(both(np.concatenate([spline([*edge, *tip]), spline(inner)])), f.beard, depth=0.4, part="skin")
         hairs = [ribbon([(u, 0.27), (0.97 * u, f.chin + 0.012)], 0.007) for u in np.linspace(-0.1, 0.1, 7)]
         c.fill(hairs, mix(f.beard, WHITE, 0.25), depth=0.5, alpha=0.6)
     if a["Goatee"]:
         tip = [(0.062, f.chin - 0.015), (0.032, f.chin + 0.030), (0, f.chin + 0.044)]
         patch = loop([(0, 0.262), (0.058, 0.250), *tip])
-        c.fill(patch, f.beard, depth=0.8)
+        c.fill(patch, f.beard, depth=0.8, part="skin")
         hairs = [ribbon([(u, 0.265), (0.7 * u, f.chin + 0.028)], 0.006) for u in (-0.036, -0.012, 0.012, 0.036)]
         c.fill(hairs, mix(f.beard, WHITE, 0.25), depth=0.8, alpha=0.6)
 
@@ -837,7 +873,7 @@ def draw_mustache(c: Canvas, f: Face) -> None:
         return
     lower = [(0.112, 0.196), (0.074, 0.186), (0.03, 0.180), (0, 0.176)]
     half = spline([(0, 0.140), (0.045, 0.138), (0.085, 0.158), *lower])
-    c.fill(both(half), f.beard, depth=1.1)
+    c.fill(both(half), f.beard, depth=1.1, part="skin")
     hairs = [ribbon([(0.012 + 0.5 * u, 0.146), (u + 0.012, 0.176)], 0.005) for u in (0.015, 0.035, 0.055)]
     c.fill([s for h in hairs for s in both(h)], mix(f.beard, WHITE, 0.25), depth=1.1, alpha=0.6)
 
@@ -861,7 +897,7 @@ def draw_eye(c: Canvas, f: Face, side: int) -> None:
     if a["Bags_Under_Eyes"]:
         bag = ribbon(arch([(0, 0.056), (0.026, 0.050), (0.052, 0.026)]) + (x, 0), 0.030, 0.4)
         c.fill(bag, (74, 46, 92), depth=0.95, alpha=0.82, blur=0.004)
-    c.fill(almond, (252, 250, 248), depth=1)
+    c.fill(almond, (252, 250, 248), depth=1, part="_eye")
     clip = c.mask(almond, 1)
     iris = pick(EYE_COLOURS, v.eye_colour)
     gaze = x + 0.35 * c.yaw
@@ -894,9 +930,9 @@ def draw_brows(c: Canvas, f: Face) -> None:
         curve = spline([(0.042, y + 0.003), (0.075, y - 0.003), (0.110, y - 0.004), (0.152, y + 0.006)])
     colour = mix(f.hair_dark if not a["Gray_Hair"] else f.hair, INK, 0.35)
     if a["Bushy_Eyebrows"]:
-        c.fill(both(ribbon(curve, 0.044, 0.65)), mix(colour, (20, 14, 12), 0.7), depth=1)
+        c.fill(both(ribbon(curve, 0.044, 0.65)), mix(colour, (20, 14, 12), 0.7), depth=1, part="_brow")
     else:
-        c.fill(both(ribbon(curve, between(0.0135, 0.0165, v.brows), 0.35)), colour, depth=1)
+        c.fill(both(ribbon(curve, between(0.0135, 0.0165, v.brows), 0.35)), colour, depth=1, part="_brow")
 
 
 def draw_nose(c: Canvas, f: Face) -> None:
@@ -908,21 +944,23 @@ def draw_nose(c: Canvas, f: Face) -> None:
     dark = -f.lit_side
     strong = mix(f.shadow, (60, 16, 16), 0.45)
     bridge = stroke([(dark * 0.020, -0.035), (dark * 0.018, 0.02), (dark * 0.7 * half, 0.085)], 0.020, 0.5)
+    c.mark(np.array([(-0.016, -0.03), (0.016, -0.03), (half, tip - 0.01), (0, tip), (-half, tip - 0.01)]), "nose", 1.3)
     c.fill(bridge, f.shadow, depth=1.2, alpha=0.6, blur=0.008)
     c.fill(ribbon([(0, -0.03), (0, 0.03), (0, 0.075)], 0.016, 0.5), f.light, depth=1.35, alpha=0.7, blur=0.006)
     if pointy:
         tip += 0.022
         left, right, top = (-half - 0.012, tip - 0.024), (half + 0.012, tip - 0.024), (0, -0.020)
-        c.fill(np.array([top, left, (0, tip), right]), f.light, depth=1.4)
+        c.fill(np.array([top, left, (0, tip), right]), f.light, depth=1.4, part="nose")
         c.fill(np.array([top, (dark * (half + 0.012), tip - 0.024), (0, tip)]), strong, depth=1.4)
         nostril = 0.45 * half
         c.fill(both(ellipse(nostril + 0.008, tip - 0.016, 0.30 * half, 0.007)), mix(strong, BLACK, 0.55), depth=1.3)
         return
     c.fill(ellipse(0, tip + 0.010, 1.25 * half, 0.016), f.shadow, depth=1.2, alpha=0.7, blur=0.007)
     wing = 0.026 if big else 0.014
-    c.fill(both(ellipse(half - 0.5 * wing, tip - wing, wing, 1.05 * wing)), mix(f.skin, f.shadow, 0.55), depth=1.25)
+    wings = both(ellipse(half - 0.5 * wing, tip - wing, wing, 1.05 * wing))
+    c.fill(wings, mix(f.skin, f.shadow, 0.55), depth=1.25, part="nose")
     ball = 0.046 if big else 0.024
-    c.fill(ellipse(0, tip - 0.62 * ball, ball, 0.86 * ball), mix(f.skin, f.shadow, 0.18), depth=1.45)
+    c.fill(ellipse(0, tip - 0.62 * ball, ball, 0.86 * ball), mix(f.skin, f.shadow, 0.18), depth=1.45, part="nose")
     shade = ellipse(dark * 0.4 * ball, tip - 0.5 * ball, 0.6 * ball, 0.6 * ball)
     c.fill(shade, f.shadow, depth=1.45, alpha=0.55, blur=0.006)
     shine = ellipse(-dark * 0.25 * ball, tip - 0.95 * ball, 0.36 * ball, 0.28 * ball)
@@ -953,13 +991,13 @@ def draw_mouth(c: Canvas, f: Face) -> None:
     outer_low = arch([(0, low_edge + 1.1 * low), full, corner])[::-1]
     lip = pick(LIPSTICKS, v.mouth) if a["Wearing_Lipstick"] else mix(f.skin, (204, 68, 84), 0.6)
     c.fill(outer_low + (0, 0.016), f.shadow, depth=1, alpha=0.5, blur=0.008)
-    c.fill(np.concatenate([outer_up, outer_low]), lip, depth=1)
-    c.fill(np.concatenate([outer_up, inner_up[::-1]]), mix(lip, BLACK, 0.22), depth=1)
+    c.fill(np.concatenate([outer_up, outer_low]), lip, depth=1, part="l_lip")
+    c.fill(np.concatenate([outer_up, inner_up[::-1]]), mix(lip, BLACK, 0.22), depth=1, part="u_lip")
     shine = ellipse(f.lit_side * 0.012, y + 1.3 * gap + 0.55 * low, 0.024, 0.30 * low)
     c.fill(shine, mix(lip, WHITE, 0.65), depth=1, alpha=0.75, blur=0.004)
     if gap:
         hole = np.concatenate([inner_up, inner_low])
-        c.fill(hole, (52, 8, 14), depth=1)
+        c.fill(hole, (52, 8, 14), depth=1, part="mouth")
         teeth = np.concatenate([inner_up, 0.45 * inner_low + 0.55 * inner_up[::-1]])
         c.fill(teeth * (0.86, 1), (250, 248, 242), depth=1, clip=c.mask(hole, 1))
     else:
@@ -977,15 +1015,20 @@ def draw_glasses(c: Canvas, f: Face) -> None:
     ring = spline([*top, (0.150, 0.058), (0.096, 0.066), (0.042, 0.056), (0.024, 0.020)], closed=True)
     c.fill(both(ring), (225, 240, 255), depth=1.1, alpha=0.16)
     closed = np.concatenate([ring, ring[:2]])
+    bridge = stroke([(-0.026, -0.012), (0, -0.020), (0.026, -0.012)], 0.017, 1)
+    temples = both(ribbon([(0.168, -0.015), (f.width, -0.012)], 0.015, 1))
     c.fill(both(ribbon(closed, 0.017, 1)), colour, depth=1.1)
-    c.fill(stroke([(-0.026, -0.012), (0, -0.020), (0.026, -0.012)], 0.017, 1), colour, depth=1.2)
-    c.fill(both(ribbon([(0.168, -0.015), (f.width, -0.012)], 0.015, 1)), colour, depth=0.8)
+    c.fill(bridge, colour, depth=1.2)
+    c.fill(temples, colour, depth=0.8)
+    behind = ("l_eye", "r_eye", "l_brow", "r_brow")
+    for shapes, depth in ((both(ring), 1.1), (both(ribbon(closed, 0.017, 1)), 1.1), ([bridge], 1.2), (temples, 0.8)):
+        c.mark(shapes, "eye_g", depth, spare=behind)
 
 
 def draw_earrings(c: Canvas, f: Face) -> None:
     """Golden discs below the ears."""
     x, y = f.width + 0.022, 0.118
-    c.fill(both(ellipse(x, y, 0.041, 0.041)), (110, 66, 0), depth=-0.3)
+    c.fill(both(ellipse(x, y, 0.041, 0.041)), (110, 66, 0), depth=-0.3, part="ear_r")
     c.fill(both(ellipse(x, y, 0.034, 0.034)), (255, 206, 20), depth=-0.3)
     for side in (-1, 1):
         c.fill(ellipse(side * x - 0.010, y - 0.011, 0.012, 0.012), (255, 255, 220), depth=-0.3)
@@ -995,7 +1038,15 @@ def draw_earrings(c: Canvas, f: Face) -> None:
 
 
 def render(attributes: dict[str, bool], variation: Variation, size: int) -> Image.Image:
-    """Draw the face with these attributes, ``size`` pixels square, RGB. Free of chance.
+    """The picture of `render_with_mask`."""
+    return render_with_mask(attributes, variation, size)[0]
+
+
+def render_with_mask(attributes: dict[str, bool], variation: Variation, size: int) -> tuple[Image.Image, Image.Image]:
+    """Draw the face with these attributes, ``size`` pixels square, RGB; and what is seen there. Free of chance.
+
+    Returns:
+        picture, mask: the mask as a palette picture of the classes `data_loader.MASK_CLASSES`.
 
     Raises:
         ValueError: when ``size`` is below `SMALLEST_SIZE`.
@@ -1031,27 +1082,43 @@ def render(attributes: dict[str, bool], variation: Variation, size: int) -> Imag
     return c.finish(a["Blurry"])
 
 
+def sample_face(seed: int, index: int) -> tuple[dict[str, bool], Variation]:
+    """What image ``index`` of ``seed`` (both 0 or more) shows. Raises ValueError when one is negative."""
+    rng = np.random.default_rng([seed, index])
+    return sample_attributes(rng), sample_variation(rng)
+
+
 def draw_face(seed: int, index: int, size: int) -> tuple[Image.Image, dict[str, bool]]:
     """Image ``index`` of ``seed`` (both 0 or more), ``size`` pixels square, with its 40 attributes.
 
     Raises:
         ValueError: when seed or index is negative, or ``size`` is below `SMALLEST_SIZE`.
     """
-    rng = np.random.default_rng([seed, index])
-    attributes = sample_attributes(rng)
-    return render(attributes, sample_variation(rng), size), attributes
+    attributes, variation = sample_face(seed, index)
+    return render(attributes, variation, size), attributes
 
 
-def _write_face(index: int, folder: Path, seed: int, size: int) -> str:
-    image, attributes = draw_face(seed, index, size)
-    image.save(folder / f"{index}.jpg", quality=95, subsampling=0)
+def _write_face(index: int, out: Path, seed: int, size: int, masks: bool) -> str:
+    attributes, variation = sample_face(seed, index)
+    image, mask = render_with_mask(attributes, variation, size)
+    image.save(out / IMAGE_FOLDER / f"{index}.jpg", quality=95, subsampling=0)
+    if masks:
+        mask.save(out / MASK_FOLDER / f"{index}.png")
     return f"{index}.jpg  " + " ".join("1" if attributes[name] else "-1" for name in ATTRIBUTES)
 
 
 def write_dataset(
-    out: str | Path, count: int, size: int, seed: int, workers: int | None = None, overwrite: bool = False
+    out: str | Path,
+    count: int,
+    size: int,
+    seed: int,
+    workers: int | None = None,
+    overwrite: bool = False,
+    masks: bool = False,
 ) -> None:
     """Write ``count`` faces and their annotation into the folder ``out``, laid out as CelebAMask-HQ is.
+
+    With ``masks`` the mask of each is written beside them.
 
     procedural_faces.json says what was drawn, and that it was: only such a folder is ever overwritten.
 
@@ -1071,8 +1138,8 @@ def write_dataset(
         if value < low:
             raise InputError(f"{name} {value} is out of range, must be at least {low}")
     out = Path(out)
-    folder = _prepare_folder(out, overwrite, {"count": count, "size": size, "seed": seed})
-    write = functools.partial(_write_face, folder=folder, seed=seed, size=size)
+    _prepare_folder(out, overwrite, {"count": count, "size": size, "seed": seed}, masks)
+    write = functools.partial(_write_face, out=out, seed=seed, size=size, masks=masks)
     progress = functools.partial(tqdm, total=count, unit="face", desc="drawing faces")
     if workers == 1:
         lines = list(progress(map(write, range(count))))
@@ -1090,25 +1157,27 @@ def write_dataset(
         file.write_text("\n".join([str(count), " ".join(ATTRIBUTES), *lines]) + "\n", encoding="utf-8")
 
 
-def _prepare_folder(out: Path, overwrite: bool, settings: dict) -> Path:
-    """The folder for the pictures, without pictures of an earlier run (those beyond a smaller count would linger)."""
-    folder = out / IMAGE_FOLDER
+def _prepare_folder(out: Path, overwrite: bool, settings: dict, masks: bool) -> None:
+    """Make the folders for the pictures, without those of an earlier run (beyond a smaller count they would linger)."""
+    folders = {IMAGE_FOLDER: "*.jpg", MASK_FOLDER: "*.png"}
     try:
         if out.is_dir() and any(out.iterdir()):
             if not overwrite:
                 raise InputError(f"--out {out}: not empty; name another folder, or replace its faces with --overwrite")
-            if folder.is_symlink() or folder.exists() and not (out / MARK).is_file():
-                # real photographs have the same names
-                raise InputError(f"--out {out}: its pictures were not drawn here ({MARK} is missing); name another")
-        folder.mkdir(parents=True, exist_ok=True)
+            for folder in (out / name for name in folders):
+                if folder.is_symlink() or folder.exists() and not (out / MARK).is_file():
+                    # real photographs have the same names
+                    raise InputError(f"--out {out}: its pictures were not drawn here ({MARK} is missing); name another")
+        (out / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
+        if masks:
+            (out / MASK_FOLDER).mkdir(exist_ok=True)
         write_json(out / MARK, settings)  # before the first picture: an interrupted run may be replaced too
         (out / ANNOTATION_FILE).unlink(missing_ok=True)
-        for old in folder.glob("*.jpg"):
+        for old in (old for name, pattern in folders.items() for old in (out / name).glob(pattern)):
             if old.stem.isdecimal():
                 old.unlink()
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there: {error.strerror}") from None
-    return folder
 
 
 def sheet_attributes(name: str) -> dict[str, bool]:
@@ -1159,27 +1228,26 @@ def contact_sheet(path: str | Path, size: int = 104, seed: int = 0, columns: int
         sheet.save(file, format="PNG")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Draw labelled faces in the layout of CelebAMask-HQ.")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; new or empty")
-    parser.add_argument("--count", type=number(int, 1), required=True, metavar="N", help="number of faces")
-    size = number(int, SMALLEST_SIZE, LARGEST_SIDE)
-    parser.add_argument("--size", type=size, default=64, metavar="S", help="width and height in pixels (64)")
-    parser.add_argument(
-        "--seed", type=number(int, 0, LARGEST_SEED), default=0, metavar="K", help="same seed, same faces (0)"
-    )
-    parser.add_argument("--workers", type=number(int, 1, LARGEST_CREW), metavar="W", help="processes (one a core)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the faces in a folder that is not empty")
-    parser.add_argument("--sheet", metavar="FILE.png", help="also write a contact sheet of the 40 attributes")
-    return parser
+@dataclasses.dataclass
+class Options:
+    """What to draw, and where to."""
+
+    out: Path = option(..., "folder to write; new or empty")
+    count: int = option(..., "number of faces", 1)
+    size: int = option(64, "width and height in pixels", SMALLEST_SIZE, 4096)
+    seed: int = option(0, "same seed, same faces", 0, 2**63 - 1)
+    workers: int | None = option(None, "processes; none: one for each core", 1, 1024)
+    overwrite: bool = option(False, "replace the faces in a folder that is not empty")
+    masks: bool = option(False, "also write the mask of each face, 19 classes")
+    sheet: Path | None = option(None, "also write a contact sheet of the 40 attributes, a PNG")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; see ``--help``."""
-    args = _parser().parse_args(argv)
-    write_dataset(args.out, args.count, args.size, args.seed, args.workers, args.overwrite)
-    if args.sheet is not None:
-        contact_sheet(args.sheet)
+    (o, _) = parse("Draw labelled faces in the layout of CelebAMask-HQ.", Options, argv=argv)
+    write_dataset(o.out, o.count, o.size, o.seed, o.workers, o.overwrite, o.masks)
+    if o.sheet is not None:
+        contact_sheet(o.sheet)
     return 0
 
 

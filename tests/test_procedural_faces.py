@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import procedural_faces as faces
-from data_loader import ATTRIBUTES, read_annotations
+from data_loader import ATTRIBUTES, MASK_CLASSES, CelebAMaskHQ, read_annotations
 from utils import InputError
 
 SCRIPT = Path(faces.__file__)
@@ -177,11 +177,9 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "value"), [("--size", "15"), ("--count", "0"), ("--seed", "-1"), ("--workers", "0"), ("--count", "many")]
 )
-def test_bad_values_are_refused_in_one_line(flag, value, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_bad_values_are_refused_in_one_line(flag, value, tmp_path):
+    with pytest.raises(InputError, match=flag):
         faces.main(["--out", str(tmp_path / "new"), "--count", "1", flag, value])
-    assert stop.value.code == 2
-    assert f"argument {flag}: " in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "new").exists()
 
 
@@ -207,6 +205,75 @@ def test_a_script_without_a_guard_ends_with_one_message(tmp_path):
         assert done.stderr.count("Traceback") == status
         assert ("__main__" in done.stderr.splitlines()[-1]) == bool(status)
     assert len(read_annotations(tmp_path / "faces" / faces.ANNOTATION_FILE).files) == 4
+
+
+# Masks ---------------------------------------------------------------------------------------------------------------
+
+
+def classes(changes: dict[str, bool], size: int = 128) -> dict[str, np.ndarray]:
+    """Where each class shows on a plain man's face with some attributes changed."""
+    plain = {**dict.fromkeys(ATTRIBUTES, False), "Male": True, "Young": True, "No_Beard": True, "Brown_Hair": True}
+    _, mask = faces.render_with_mask({**plain, **changes}, faces.sample_variation(np.random.default_rng(1)), size)
+    return {name: np.asarray(mask) == number for number, name in enumerate(MASK_CLASSES)}
+
+
+def test_every_class_of_the_masks_is_drawn():
+    seen = np.zeros(len(MASK_CLASSES))
+    for index in range(120):
+        _, mask = faces.render_with_mask(*faces.sample_face(0, index), 64)
+        assert mask.mode == "P" and mask.size == (64, 64)
+        seen += np.bincount(np.asarray(mask).ravel(), minlength=len(MASK_CLASSES)) > 0
+    assert {name: n for name, n in zip(MASK_CLASSES, seen, strict=True) if n < 5} == {}
+    always = ("background", "skin", "nose", "l_eye", "r_eye", "u_lip", "l_lip", "neck", "cloth")
+    assert all(seen[MASK_CLASSES.index(name)] > 100 for name in always)
+
+
+def test_left_is_the_persons_own_left():
+    where = classes({})
+    for part in ("eye", "brow", "ear"):
+        left, right = (np.argwhere(where[f"{side}_{part}"])[:, 1].mean() for side in "lr")
+        assert right < 64 < left
+
+
+@pytest.mark.parametrize(
+    ("attribute", "name"),
+    [
+        ("Wearing_Hat", "hat"), ("Eyeglasses", "eye_g"), ("Wearing_Earrings", "ear_r"), ("Wearing_Necklace", "neck_l"),
+        ("Mouth_Slightly_Open", "mouth"),
+    ],
+)  # fmt: skip
+def test_what_is_worn_or_open_has_its_class_and_only_then(attribute, name):
+    assert not classes({})[name].any() and classes({attribute: True})[name].sum() > 40
+
+
+def test_a_bald_head_has_no_hair_and_glasses_hide_no_eye():
+    assert not classes({"Bald": True, "Brown_Hair": False})["hair"].any()
+    assert (classes({"Eyeglasses": True})["l_eye"] == classes({})["l_eye"]).all()
+
+
+def test_masks_belong_to_the_pictures(tmp_path):
+    """The same faces as without masks, and the loader reads what was drawn."""
+    for name, masks in (("with", True), ("without", False)):
+        faces.write_dataset(tmp_path / name, 4, 48, seed=2, workers=1, masks=masks)
+    plain = files_of(tmp_path / "without")
+    assert {name: data for name, data in files_of(tmp_path / "with").items() if not name.startswith("masks/")} == plain
+    data = CelebAMaskHQ(tmp_path / "with", "all", 48, mask_size=48)
+    assert len(data) == 4
+    for index in range(4):
+        _, mask = faces.render_with_mask(*faces.sample_face(2, index), 48)
+        assert (data[index][1].numpy() == np.asarray(mask)).all()
+    faces.write_dataset(tmp_path / "with", 2, 48, seed=2, workers=1, overwrite=True)
+    assert list((tmp_path / "with" / "masks").iterdir()) == []
+
+
+def test_hair_in_the_mask_has_the_colour_of_hair():
+    red = {"Brown_Hair": False, "Wavy_Hair": False}
+    plain = {**dict.fromkeys(ATTRIBUTES, False), "Male": True, "Young": True, "No_Beard": True, **red}
+    image, mask = faces.render_with_mask(plain, faces.sample_variation(np.random.default_rng(1)), 128)
+    hue = np.asarray(image.convert("HSV"))[..., 0].astype(int)
+    is_hair = np.asarray(mask) == MASK_CLASSES.index("hair")
+    inside = np.median(hue[is_hair])
+    assert np.abs(hue[is_hair] - inside).mean() < 6 < np.abs(hue[np.asarray(mask) == 0] - inside).mean()
 
 
 def test_contact_sheet(tmp_path):
