@@ -12,10 +12,11 @@ Letters: B batch, T steps of a trajectory, N samples of a buffer, X the input sp
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blocks import PLAIN, POINTWISE, UNET, conv_mlp
@@ -42,6 +43,39 @@ def perceptual_loss(distance: Network | nn.Module, weight: float = 1.0) -> Loss:
     return loss
 
 
+class FeatureDistance(nn.Module):
+    """Squared distance of a network's features at several depths: images in [-1, 1], (B, 3, S, S) twice -> (B,).
+
+    With the layers of VGG-16 and ``pixels`` it is the loss of Image2StyleGAN (Abdal et al. 2019, arXiv 1904.03189): the
+    network sees images in [0, 1] of 256x256 at most, and pixels are compared at their own size.
+
+    Args:
+        layers: applied in turn; ``nn.Sequential`` of convolutions and so on.
+        taps: numbers of the layers after which features are compared.
+        weights: of the taps.
+        pixels: weight of the pixels' mean squared error.
+    """
+
+    def __init__(self, layers: nn.Sequential, taps: Sequence[int], weights: Sequence[float], pixels: float = 1.0):
+        super().__init__()
+        if not taps or not 0 <= min(taps) <= max(taps) < len(layers) or len(weights) != len(taps):
+            raise ValueError(f"taps {list(taps)} with weights {list(weights)}: expected layers 0 to {len(layers) - 1}")
+        self.layers, self.pixels = layers[: max(taps) + 1], pixels
+        self.weights = dict(zip(taps, weights, strict=True))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = (a + 1) / 2, (b + 1) / 2
+        total = self.pixels * squared_error(a, b)
+        if a.shape[-1] > 256:
+            a, b = (F.interpolate(x, size=(256, 256), mode="bilinear") for x in (a, b))
+        for i, layer in enumerate(self.layers):
+            a, b = layer(a), layer(b)
+            if i in self.weights:  # a clone: the ReLU that follows may write in place
+                a, b = a.clone(), b.clone()
+                total = total + self.weights[i] * squared_error(a, b)
+        return total
+
+
 # --- Plain inversion -------------------------------------------------------------------------------------------------
 
 
@@ -57,6 +91,7 @@ class Inversion:
         stopped: (B,), the step at which a loss or a gradient was not finite, where the sample's search ended; -1: none.
         trajectory: (T + 1, B, ...), the input after each number of updates, where it was asked for.
         z: (B, ...), with ``x = theta(z, x0)``, for an inversion through a landscape.
+        state: what `invert` needs to go on from here with more steps.
     """
 
     x: Tensor
@@ -66,6 +101,7 @@ class Inversion:
     stopped: Tensor
     trajectory: Tensor | None = None
     z: Tensor | None = None
+    state: dict[str, Tensor] | None = None
 
     def problems(self) -> list[str]:
         """A line for each sample whose search ended early."""
@@ -96,6 +132,7 @@ def invert(
     bounds: tuple[float, float] | None = None,
     keep_trajectory: bool = False,
     on_step: Callable[[int], None] | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Inversion:
     """Find x with f(x) near y by Adam on x, from x0, and return the best x met. Samples do not influence each other.
 
@@ -109,6 +146,7 @@ def invert(
         clip: largest norm of a sample's gradient; None: no limit.
         bounds: range that every element of x is kept in, the start included; None: no limit.
         on_step: called with the number of updates made so far.
+        state: of an earlier call with fewer steps, to go on from there. The trajectory then begins there.
 
     Returns:
         See `Inversion`. A sample whose loss or gradient is not finite stops there and keeps its best.
@@ -136,8 +174,15 @@ def invert(
         best, best_loss = x.detach().clone(), torch.full((batch,), math.inf, dtype=x.dtype, device=x.device)
         best_step = torch.zeros(batch, dtype=torch.long, device=x.device)
         stopped = torch.full_like(best_step, -1)
-        curve, trajectory = [], []
-        for step in range(steps + 1):
+        curve, trajectory, first = [], [], 0
+        if state is not None:
+            s = {name: tensor.to(x.device, copy=True) for name, tensor in state.items()}
+            x.data, best, best_loss, best_step, stopped = s["x"], s["best"], s["loss"], s["best_step"], s["stopped"]
+            first, curve = len(s["curve"]) - 1, [*s["curve"][:-1]]  # where it ended is evaluated once more
+            if first > 0:
+                moments = {"exp_avg": s["exp_avg"], "exp_avg_sq": s["exp_avg_sq"], "step": torch.tensor(float(first))}
+                optimiser.state[x] = moments
+        for step in range(first, steps + 1):
             losses = loss(f(x), y)
             if losses.shape != (batch,):
                 raise ValueError(f"invert: the loss must be one value a sample, ({batch},), got {tuple(losses.shape)}")
@@ -166,8 +211,11 @@ def invert(
                 x.copy_(torch.where(_per_sample(alive, x), x, best))
             if on_step is not None:
                 on_step(step + 1)
+        rows = torch.stack(curve)
+        ended = {"x": x.detach(), "best": best, "loss": best_loss, "best_step": best_step, "stopped": stopped}
+        ended |= {"curve": rows, **{name: optimiser.state[x][name] for name in ("exp_avg", "exp_avg_sq") if steps}}
     return Inversion(
-        best, best_loss, best_step, torch.stack(curve), stopped, torch.stack(trajectory) if keep_trajectory else None
+        best, best_loss, best_step, rows, stopped, torch.stack(trajectory) if keep_trajectory else None, state=ended
     )
 
 
@@ -302,6 +350,7 @@ def train_mapping(
     updates: int | None = None,
     seed: int = 0,
     on_step: Callable[[], None] | None = None,
+    state: dict | None = None,
 ) -> Iterator[dict]:
     """Train theta by turns: collect the trajectories of a buffer with theta fixed, then fit theta on them.
 
@@ -319,6 +368,8 @@ def train_mapping(
         batch_size, updates: points (z_t, x0, y) an update, and updates a buffer; None: one pass over the buffer.
         seed: of all draws.
         on_step: called after each step of an inversion and each update.
+        state: filled with what a later call needs to go on after the last buffer, beside theta; where it is filled
+            already, training goes on from there.
 
     Yields:
         After each buffer: its number from 1, the mean loss where its trajectories start and the best on them, with
@@ -329,7 +380,11 @@ def train_mapping(
     """
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(theta.parameters(), lr=lr, weight_decay=weight_decay)
-    for number in range(1, buffers + 1):
+    state = {} if state is None else state
+    if state:
+        optimiser.load_state_dict(state["optimiser"])
+        generator.set_state(state["generator"])
+    for number in range(state.get("buffer", 0) + 1, buffers + 1):
         y, x0 = draw(samples, generator)
         step = None if on_step is None else lambda _: on_step()
         theta.eval().requires_grad_(False)
@@ -351,5 +406,6 @@ def train_mapping(
                 on_step()
         if not seen:
             raise InputError(f"landscape: no loss of buffer {number} is finite; lower the learning rate")
+        state |= {"buffer": number, "optimiser": optimiser.state_dict(), "generator": generator.get_state()}
         yield {"buffer": number, "start_loss": buffer.start, "end_loss": buffer.end, "fit_loss": total / seen}
     theta.eval().requires_grad_(False)

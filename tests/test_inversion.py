@@ -275,6 +275,17 @@ def test_a_buffer_draws_in_passes():
     assert len(points) == 12 and sorted(points[:6]) == sorted(points[6:]) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_a_search_goes_on_where_it_ended(first):
+    f = network()
+    y, x0 = drawn(f)(5, generator(3))
+    whole = invert(f, y, x0, steps=9)
+    begun = invert(f, y, x0, steps=first)
+    ended = invert(f, y, torch.zeros_like(x0), steps=9, state=begun.state)
+    for name in ("x", "loss", "best_step", "curve", "stopped"):
+        assert torch.equal(getattr(ended, name), getattr(whole, name)), name
+
+
 def test_broken_trajectories_stay_out_of_a_buffer():
     theta = MappingNet((1,)).double()
     x0 = torch.tensor([[0.5], [4.0]], dtype=torch.float64)
