@@ -1,11 +1,13 @@
-"""Invert a network by optimisation, through a learned landscape, and in closed form where it has one.
+"""Invert a network: by optimisation, through a learned landscape, and in closed form if it has one.
 
-    python invert.py train --data data/faces_1k --out check_points/landscape
-    python invert.py eval --data data/heldout --out check_points/inversion \\
-        --theta check_points/landscape/theta.safetensors
+    python invert.py find --data portrait.png --out check_points/found           # its latent in StyleGAN
+    python invert.py find --morph a.safetensors b.safetensors --out check_points/morph
+    python invert.py train --data data/faces_1k --out check_points/landscape     # a landscape for later inversions
+    python invert.py eval --data data/heldout --theta check_points/landscape/theta.safetensors --out check_points/table
 
 The network, --network:
 
+    stylegan            StyleGAN v1's generator (--weights): an image from a latent in one of --spaces, z, w or w+.
     g                   an SPNN's classifier: an image from the logits of another one. The baseline of back-projection.
     pinv                its pseudo-inverse g': logits from an image.
     completion-inverse  its G^-1: logits and latents, as one vector, from an image.
@@ -13,297 +15,116 @@ The network, --network:
                         any other: ``factory()`` returns an nn.Module with ``in_shape``, the shape of one input. This
                         imports, and so runs, that module.
 
-Where the input is an image, starts are images of --data and wanted outputs those of other images. Where the output is
-one, wanted outputs are images of --data and starts are zero. Otherwise wanted outputs are those of standard normal
+If the input is an image, starts are images of --data and wanted outputs those of other images. If the output is one,
+wanted outputs are images of --data and starts are --start. Otherwise wanted outputs are those of standard normal
 inputs, starts are zero, and --data is not needed.
 """
 
-import argparse
 import csv
-import importlib
+import dataclasses
 import json
 import math
-import os
+import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints import load_spnn, load_strictly, read_weights, write_weights
-from data_loader import find_images, load_image, to_uint8
-from DDNM.guided_diffusion.diffusion import Guidance, guide
-from inversion import Loss, MappingNet, invert, invert_through, perceptual_loss, squared_error, train_mapping
+from checkpoints import load_strictly, read_weights, write_weights
+from data_loader import grid, load_image, save_image, to_uint8
+from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
 from logger import MetricsTable, get_logger, plot_curves
-from metrics import agreement
-from models import SPNN
+from metrics import agreement, psnr
+from stylegan import SPACES, Latents
+from targets import (
+    FACES,
+    READY,
+    Problems,
+    Settings,
+    Target,
+    fixed_problems,
+    load_targets,
+    lpips_or_none,
+    make_loss,
+    outputs,
+    problem_source,
+    read_images,
+    spnn_beside,
+    starts,
+)
 from utils import (
     LARGEST_BATCH,
-    LARGEST_SEED,
     LARGEST_WIDTH,
     InputError,
     atomic_write,
     nearest,
-    number,
+    option,
+    parse,
     resolve_device,
     run_command,
     seed_everything,
     write_json,
 )
 
-ROOT = Path(__file__).resolve().parent
-FACES = ROOT / "DDNM" / "exp" / "logs" / "faces"
 SHEET_ROWS = 6
-SWITCH = argparse.BooleanOptionalAction
-
-
-# --- The network that is inverted ------------------------------------------------------------------------------------
-
-
-class PseudoInverse(nn.Module):
-    """An SPNN's g', logits (B, d) -> images."""
-
-    def __init__(self, model: SPNN):
-        super().__init__()
-        self.model = model
-        self.in_shape = (model.num_classes,)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.model.pinv(y)
-
-
-class CompletionInverse(nn.Module):
-    """An SPNN's G^-1 from logits and latents as one vector, (B, D) -> images; `encode` is G."""
-
-    def __init__(self, model: SPNN):
-        super().__init__()
-        self.model = model
-        with torch.no_grad():
-            at_zero = model.complete(torch.zeros(1, *model.pinn.in_shape))
-        self.shapes = [None if z is None else tuple(z.shape[1:]) for z in at_zero.z]
-        self.in_shape = (self.encode(torch.zeros(1, *model.pinn.in_shape)).shape[1],)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """``G(x)``, (B, D): the logits, then the latents in the order of the blocks."""
-        with torch.no_grad():
-            point = self.model.complete(x)
-        return torch.cat([point.y, *(z.flatten(1) for z in point.z if z is not None)], dim=1)
-
-    def forward(self, v: Tensor) -> Tensor:
-        sizes = [self.model.num_classes, *(math.prod(s) for s in self.shapes if s is not None)]
-        y, *flat = v.split(sizes, dim=1)
-        parts = iter(flat)
-        z = [None if s is None else next(parts).unflatten(1, s) for s in self.shapes]
-        return self.model.pinv(y, latents=z)
+TRAIN_FILES = ("theta.safetensors", "theta.json", "state.pth", "metrics.csv", "curves.png", "log.txt")
+EVAL_FILES = ("results.json", "results.csv", "curves.csv", "curves.png", "sheet.png", "log.txt")
+FIND_FILES = ("settings.json", "results.csv", "state.safetensors", "curves.csv", "curves.png", "sheet.png", "log.txt")
 
 
 @dataclass
-class Target:
-    """A network to invert, with what is known about it.
+class Find:
+    """Of find."""
 
-    Attributes:
-        f: the network, frozen, in eval mode.
-        in_shape, out_shape: of one input and one output.
-        x_lr: Adam's default step on x.
-        closed_form: inversions without optimisation, (y, x0) -> x, by name.
-        bounds: range of x; None: none.
-        attributes: names of the logits where the judge can be asked.
-    """
-
-    name: str
-    f: nn.Module
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    x_lr: float
-    closed_form: dict[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
-    bounds: tuple[float, float] | None = None
-    attributes: Sequence[str] | None = None
-
-    @staticmethod
-    def _is_image(shape: tuple[int, ...]) -> bool:
-        return len(shape) == 3 and shape[0] == 3 and shape[1] == shape[2]
-
-    @property
-    def from_image(self) -> bool:
-        """Whether x is an image."""
-        return self._is_image(self.in_shape)
-
-    @property
-    def to_image(self) -> bool:
-        """Whether only f(x) is an image."""
-        return not self.from_image and self._is_image(self.out_shape)
-
-    @property
-    def img_size(self) -> int | None:
-        """S of the images on either side."""
-        return self.in_shape[1] if self.from_image else self.out_shape[1] if self.to_image else None
-
-
-def imported(source: str) -> nn.Module:
-    """What the factory at ``package.module:factory`` returns. Importing runs the module's code.
-
-    Raises:
-        InputError: it cannot be imported or called, or returns no module with an ``in_shape``.
-    """
-    module_name, _, factory_name = source.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-        f = factory()
-    except Exception as error:  # somebody else's code: anything may come
-        raise InputError(f"--network {source}: {type(error).__name__}: {error}") from error
-    shape = getattr(f, "in_shape", None)
-    if not isinstance(f, nn.Module) or not shape or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise InputError(
-            f"--network {source}: the factory must return an nn.Module with in_shape, the shape of one input "
-            f"such as (3, 64, 64); got a {type(f).__name__} with in_shape {shape!r}"
-        )
-    return f
-
-
-READY = ("g", "pinv", "completion-inverse")
-
-
-def load_target(network: str, spnn: str | Path, device: torch.device) -> Target:
-    """The network called ``network`` (see the module's text), frozen, on ``device``.
-
-    Raises:
-        InputError: an unknown name, weights that cannot be read, or a network that does not run on its own in_shape.
-    """
-    if ":" in network:
-        f, attributes, x_lr, closed = imported(network), None, None, {}
-    elif network not in READY:
-        hint = nearest(network, READY)
-        raise InputError(f"--network {network}: expected {', '.join(READY)} or package.module:factory{hint}")
-    else:
-        model, notes = load_spnn(spnn)
-        model.to(device).requires_grad_(False)
-        attributes = notes.get("attributes")
-        if network == "g":
-            model.in_shape = model.pinn.in_shape
-            f, x_lr = model, 0.03
-
-            def in_moves(y: Tensor, x0: Tensor) -> Tensor:
-                goal, rule = model.natural(y), Guidance(nlbp_stop_cond=0.0)
-                for _ in range(20):
-                    x0 = guide(model, x0, goal, 1.0, rule)
-                return x0
-
-            closed = {
-                "closed form g'(y)": lambda y, x0: model.pinv(y),
-                "NLBP": lambda y, x0: model.back_project(x0, y),
-                "NLBP in 20 short moves": in_moves,
-            }
-        elif network == "pinv":
-            f, x_lr, closed = PseudoInverse(model), 1.0, {"closed form g(y)": lambda y, x0: model(y)}
-        else:
-            f = CompletionInverse(model.cpu()).to(device)
-            x_lr, closed = 0.1, {"closed form G(y)": lambda y, x0: f.encode(y)}
-    f = f.to(device).eval().requires_grad_(False)
-    in_shape = tuple(f.in_shape)
-    try:
-        with torch.no_grad():
-            output = f(torch.zeros(2, *in_shape, device=device))
-        if output.shape[0] != 2:
-            raise ValueError(f"2 inputs gave an output of shape {tuple(output.shape)}")
-    except Exception as error:
-        raise InputError(f"--network {network}: does not take inputs of shape {in_shape}: {error}") from error
-    target = Target(network, f, in_shape, tuple(output.shape[1:]), x_lr or 0.1, closed, None, attributes)
-    if target.from_image:
-        target.bounds, target.x_lr = (-1.0, 1.0), x_lr or 0.03
-    return target
-
-
-# --- Problems: wanted outputs and starts -----------------------------------------------------------------------------
-
-
-def read_images(data: Path | None, size: int | None, count: int | None) -> tuple[list[str], Tensor | None]:
-    """Names and images (N, 3, S, S) in [-1, 1] of a folder; none where the network has no image on either side.
-
-    Raises:
-        InputError: no folder given, nothing in it, or an image that cannot be read.
-    """
-    if size is None:
-        return [], None
-    if data is None:
-        raise InputError("--data: this network needs a folder of images")
-    paths = find_images(data)[:count]
-    images = [load_image(path, size) for path in tqdm(paths, desc="images", unit="image", leave=False, disable=None)]
-    return [path.stem for path in paths], torch.stack(images)
-
-
-@torch.no_grad()
-def outputs(f: nn.Module, x: Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """f of every input, (N, ...), on the CPU."""
-    return torch.cat([f(batch.to(device)).cpu() for batch in x.split(batch_size)])
-
-
-def problem_source(
-    target: Target, images: Tensor | None, batch_size: int, device: torch.device
-) -> Callable[[int, torch.Generator], tuple[Tensor, Tensor]]:
-    """What `inversion.train_mapping` draws from: (y, x0) of random pairs of images, or of random inputs."""
-    goals = outputs(target.f, images, batch_size, device) if target.from_image else images
-
-    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        if goals is None:
-            x = torch.randn(count, *target.in_shape, generator=generator).to(device)
-            with torch.no_grad():
-                return target.f(x), torch.zeros_like(x)
-        chosen = torch.randint(len(goals), (count,), generator=generator)
-        if target.from_image:
-            start = images[torch.randint(len(images), (count,), generator=generator)]
-        else:
-            start = torch.zeros(count, *target.in_shape)
-        return goals[chosen].to(device), start.to(device)
-
-    return draw
+    network: str = option("stylegan", f"{', '.join(READY)}, or package.module:factory (is imported)")
+    steps: int = option(1000, "in each space", 1)
+    save_steps: int = option(100, "between two saves of the running search", 1)
+    resume: bool = option(False, "go on with what is in --out")
+    morph: tuple[Path, ...] | None = option(None, "two latents, to mix instead of finding one")
+    frames: int = option(20, "from the first to the second", 1, 10_000)
 
 
 @dataclass
-class Problems:
-    """N inversions to measure: wanted outputs y and starts x0, and the images (or inputs) the outputs belong to."""
+class Train:
+    """Of train."""
 
-    names: list[str]
-    y: Tensor
-    x0: Tensor
-    wanted: Tensor
+    network: str = option("g", f"{', '.join(READY)}, or package.module:factory (is imported)")
+    buffers: int = option(24, "replay buffers; 500 in the paper", 1)
+    samples: int = option(16, "inversions a buffer", 1, LARGEST_BATCH)
+    steps: int = option(20, "steps of an inversion", 1)
+    z_lr: float = option(0.1, "Adam on z", 1e-12)
+    lr: float = option(1e-4, "AdamW on theta", 1e-12)
+    weight_decay: float = option(0.1, "AdamW on theta", 0.0)
+    updates: int | None = option(None, "of theta, a buffer; default: one pass over it", 1)
+    width: int = option(16, "channels of theta's first layer", 1, LARGEST_WIDTH)
+    resume: bool = option(False, "go on with what is in --out")
 
 
-def fixed_problems(
-    target: Target, names: list[str], images: Tensor | None, count: int, seed: int, batch_size: int, device
-) -> Problems:
-    """The problems of an evaluation: each image is moved to the output of the one that follows in a random order."""
-    generator = torch.Generator().manual_seed(seed)
-    if images is None:
-        wanted = torch.randn(count, *target.in_shape, generator=generator)
-        y = outputs(target.f, wanted, batch_size, device)
-        return Problems([str(i) for i in range(count)], y, torch.zeros_like(wanted), wanted)
-    if target.to_image:
-        return Problems(names, images, torch.zeros(len(images), *target.in_shape), images)
-    if len(images) < 2:
-        raise InputError("--data: one image has no other one to be moved to; two are enough")
-    order = torch.randperm(len(images), generator=generator)
-    following = torch.empty_like(order)
-    following[order] = order.roll(-1)  # a cycle, so nobody gets its own
-    wanted = images[following]
-    return Problems(names, outputs(target.f, wanted, batch_size, device), images, wanted)
+@dataclass
+class Eval:
+    """Of eval."""
+
+    network: str = option("g", f"{', '.join(READY)}, or package.module:factory (is imported)")
+    theta: Path | None = option(None, "weights of a trained mapping net; none: no landscape's row")
+    steps: tuple[int, ...] = option((20, 200), "of plain optimisation, a row each", 1)
+    theta_steps: int = option(20, "through the landscape", 1)
+    judge: Path | None = option(None, "weights of the independent judge; default: the demo's if it fits")
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
 
-TRAIN_FILES = ("theta.safetensors", "theta.json", "metrics.csv", "curves.png", "log.txt")
-EVAL_FILES = ("results.json", "results.csv", "images.csv", "curves.csv", "curves.png", "sheet.png", "log.txt")
-
 
 def check_folder(out: Path, overwrite: bool) -> None:
-    """Raise InputError where the content of a result folder would be lost, or it is a file."""
+    """Raise InputError if the content of a result folder would be lost, or it is a file."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: not a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -312,34 +133,42 @@ def check_folder(out: Path, overwrite: bool) -> None:
 
 def clear(out: Path, own: Sequence[str]) -> None:
     """Delete what an earlier run of the same command wrote, by name, and nothing else."""
-    try:
-        for name in own:
-            (out / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
+    for name in own:
+        (out / name).unlink(missing_ok=True)
 
 
-def settings_of(args: argparse.Namespace) -> dict:
+def settings_of(*settings) -> dict:
     """The flags as JSON values."""
-    return {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if key != "run"}
+    merged = {key: value for each in settings for key, value in vars(each).items()}
+    return json.loads(json.dumps(merged, default=str))
 
 
-def save_theta(path: Path, theta: MappingNet, notes: dict) -> None:
-    """Write theta's weights, and its architecture with ``notes`` beside them as JSON."""
-    write_json(path.with_suffix(".json"), {"theta": theta.config(), **notes})
-    write_weights(path, theta.state_dict())
+def check_same(file: Path, found: dict, wanted: dict, free: Sequence[str]) -> None:
+    """Raise InputError if a run is to be resumed with other settings than it began with, ``free`` ones apart."""
+    for name, value in wanted.items():
+        if name not in free and found.get(name) != value:
+            raise InputError(f"--resume: --{name} was {found.get(name)} and is {value} now ({file})")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises InputError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return content
 
 
 def load_theta(path: Path, target: Target) -> tuple[MappingNet, dict]:
-    """The theta at ``path`` and its notes. Raises InputError where it is damaged or belongs to another network."""
+    """The theta at ``path`` and its notes. Raises InputError if it is damaged or belongs to another network."""
     file = path.with_suffix(".json")
-    state = read_weights(path)
+    state, notes = read_weights(path), read_json(file)
     try:
-        notes = json.loads(file.read_text(encoding="utf-8"))
-        settings = notes["theta"]
-        theta = MappingNet(**{**settings, "shape": tuple(settings["shape"])})
-    except OSError as error:
-        raise InputError(f"--theta {path}: cannot read its architecture {file}: {error.strerror}") from None
+        theta = MappingNet(**{**notes["theta"], "shape": tuple(notes["theta"]["shape"])})
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"--theta {path}: {file} holds no architecture of a theta: {error!r}") from None
     if theta.shape != target.in_shape or notes.get("network") != target.name:
@@ -351,120 +180,166 @@ def load_theta(path: Path, target: Target) -> tuple[MappingNet, dict]:
     return theta.eval().requires_grad_(False), notes
 
 
-def make_loss(target: Target, use_lpips: bool, device: torch.device, log) -> Loss:
-    """Mean squared error; for images plus LPIPS (Zhang et al. 2018) where wanted and its weights can be had."""
-    if not target.to_image or not use_lpips:
-        return squared_error
-    from DDNM.main import load_lpips  # imports much, and only this needs it
-
-    lpips = load_lpips(device, log)  # says so in one line where there is none
-    if lpips is None:
-        return squared_error
-    return perceptual_loss(lpips.requires_grad_(False))
-
-
 # --- train -----------------------------------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace) -> int:
+def train(s: Settings, own: Train) -> int:
     """Train theta, and write it with its table and curves."""
-    device = resolve_device(args.device)
-    check_folder(args.out, args.overwrite)
-    target = load_target(args.network, args.spnn, device)
-    _, images = read_images(args.data, target.img_size, args.images)
-    seed_everything(args.seed)
-    x_lr = args.x_lr if args.x_lr is not None else target.x_lr
-    try:
-        theta = MappingNet(target.in_shape, args.width, x_lr / args.z_lr, target.bounds).to(device)
-    except ValueError as error:
-        raise InputError(f"--network {target.name}: {error}") from None
-    clear(args.out, TRAIN_FILES)
-    log = get_logger("invert", args.out)
-    loss = make_loss(target, args.lpips, device, log)
-    draw = problem_source(target, images, args.batch_size, device)
+    device = resolve_device(s.device)
+    check_folder(s.out, s.overwrite or own.resume)
+    target = load_targets(own.network, s, device)[-1]
+    _, images = read_images(s.data, target.img_size, s.images)
+    seed_everything(s.seed)
+    x_lr = s.x_lr if s.x_lr is not None else target.x_lr
+    file, state, seconds = s.out / "theta.safetensors", {}, 0.0
+    notes = {"network": target.name, "settings": settings_of(s, own)}
+    if own.resume:
+        theta, found = load_theta(file, target)
+        check_same(file, found["settings"], notes["settings"], ("out", "resume", "overwrite", "buffers", "device"))
+        state, seconds = torch.load(s.out / "state.pth", weights_only=True), found["seconds"]
+    else:
+        try:
+            theta = MappingNet(target.in_shape, own.width, x_lr / own.z_lr, target.bounds)
+        except ValueError as error:
+            raise InputError(f"--network {target.name}: {error}") from None
+        clear(s.out, TRAIN_FILES)
+    theta.to(device)
+    log = get_logger("invert", s.out)
+    loss = make_loss(target, s, device)
+    draw = problem_source(target, images, s, loss, device)
     count = sum(p.numel() for p in theta.parameters())
     log.info("inverting %s, theta has %s parameters, on %s", target.name, f"{count:,}", device)
 
-    updates = args.updates or math.ceil((args.steps + 1) * args.samples / args.batch_size)
-    table = MetricsTable(args.out / "metrics.csv")
-    notes = {"network": target.name, "settings": settings_of(args)}
-    started = time.perf_counter()
-    with tqdm(total=args.buffers * (args.steps + updates), unit="step", dynamic_ncols=True, disable=None) as bar:
-        history = train_mapping(
-            theta,
-            target.f,
-            draw,
-            loss,
-            buffers=args.buffers,
-            samples=args.samples,
-            steps=args.steps,
-            z_lr=args.z_lr,
-            clip=args.clip,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            batch_size=args.batch_size,
-            updates=updates,
-            seed=args.seed,
-            on_step=bar.update,
-        )
+    updates = own.updates or math.ceil((own.steps + 1) * own.samples / s.batch_size)
+    table = MetricsTable(s.out / "metrics.csv")
+    first, started = state.get("buffer", 0), time.perf_counter() - seconds
+    with tqdm(
+        total=(own.buffers - first) * (own.steps + updates), unit="step", dynamic_ncols=True, disable=None
+    ) as bar:
+        fixed = {key: getattr(own, key) for key in ("buffers", "samples", "steps", "z_lr", "lr", "weight_decay")}
+        history = train_mapping(theta, target.f, draw, loss, **fixed, clip=s.clip, batch_size=s.batch_size,
+                                updates=updates, seed=s.seed, on_step=bar.update, state=state)  # fmt: skip
         for row in history:
-            seconds = time.perf_counter() - started
             bar.set_description(f"buffer {row['buffer']}, best loss {row['end_loss']:.3g}")
             table.append({"step": row["buffer"], **{k: v for k, v in row.items() if k != "buffer"}})
-            save_theta(args.out / "theta.safetensors", theta, {**notes, "buffers": row["buffer"], "seconds": seconds})
-    plot_curves(table.path, args.out / "curves.png")
-    log.info("best loss of a trajectory: %.4g in the first buffer, %.4g in the last; %.1f minutes; %s",
-             float(table.rows[0]["end_loss"]), float(table.rows[-1]["end_loss"]), seconds / 60, args.out)  # fmt: skip
+            notes |= {"theta": theta.config(), "buffers": row["buffer"], "seconds": time.perf_counter() - started}
+            notes["peak_memory_mb"] = peak_memory(device)
+            write_json(file.with_suffix(".json"), notes)
+            write_weights(file, theta.state_dict())
+            with atomic_write(s.out / "state.pth") as temporary:
+                torch.save(state, temporary)
+    plot_curves(table.path, s.out / "curves.png")
+    log.info("best loss of a trajectory: %s in the first buffer, %s in the last; %.1f minutes, at most %.0f MB; %s",
+             table.rows[0]["end_loss"], table.rows[-1]["end_loss"], (time.perf_counter() - started) / 60,
+             peak_memory(device), s.out)  # fmt: skip
     return 0
+
+
+def peak_memory(device: torch.device) -> float:
+    """MB: of the device's tensors on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 # --- eval ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
+class Method:
+    """A way of inverting f: ``run(y, x0)`` yields names with an x (B, ...) or an `inversion.Inversion`, each of which
+    may go on from the one before."""
+
+    f: nn.Module
+    x0: Tensor
+    run: Callable[[Tensor, Tensor], Iterator[tuple[str, Tensor | Inversion]]]
+
+
+@dataclass
 class Result:
-    """One method on all problems.
+    """What a method found on all problems.
 
     Attributes:
         x: (N, ...).
+        output: f(x).
         seconds: an image.
         curve: mean loss after each number of steps, over the samples that stay finite; None without steps.
         stopped: a line for each sample whose search ended early.
     """
 
     x: Tensor
+    x0: Tensor
+    output: Tensor
     seconds: float
     curve: list[float] | None = None
     stopped: list[str] = field(default_factory=list)
 
 
-def run_method(method: Callable, problems: Problems, batch_size: int, device: torch.device, label: str) -> Result:
-    """Run a method over all problems in batches. It takes (y, x0) and returns x or an `inversion.Inversion`."""
-    xs, curves, stopped, seconds = [], [], [], 0.0
-    starts = range(0, len(problems.y), batch_size)
-    for start in tqdm(starts, desc=label, unit="batch", leave=False, dynamic_ncols=True, disable=None):
+def run_method(method: Method, problems: Problems, batch_size: int, device: torch.device) -> dict[str, Result]:
+    """Run a method over all problems in batches."""
+    parts: dict[str, list] = {}
+    seconds: dict[str, float] = {}
+    for start in range(0, len(problems.y), batch_size):
         part = slice(start, start + batch_size)
-        y, x0 = problems.y[part].to(device), problems.x0[part].to(device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        found = method(y, x0)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - began
-        if isinstance(found, Tensor):
-            xs.append(found.detach().cpu())
-            continue
-        xs.append(found.x.cpu())
-        curves.append(found.curve.cpu())
-        named = zip(problems.names[part], found.stopped.tolist(), strict=True)
-        stopped += [f"{name}: loss or gradient not finite at step {step}" for name, step in named if step >= 0]
-    curve = None
-    if curves:
-        whole = torch.cat(curves, dim=1)  # (T + 1, N)
-        whole = whole[:, whole.isfinite().all(0)]
-        curve = whole.mean(1).tolist() if whole.shape[1] else None
-    return Result(torch.cat(xs), seconds / len(problems.y), curve, stopped)
+        search = method.run(problems.y[part].to(device), method.x0[part].to(device))
+        spent = 0.0
+        while True:
+            began = time.perf_counter()
+            name, found = next(search, (None, None))
+            if name is None:
+                break
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            spent += time.perf_counter() - began
+            parts.setdefault(name, []).append(found)
+            seconds[name] = seconds.get(name, 0.0) + spent
+    results = {}
+    for name, found in parts.items():
+        x = torch.cat([f.x if isinstance(f, Inversion) else f for f in found]).detach().cpu()
+        result = Result(x, method.x0, outputs(method.f, x, batch_size, device), seconds[name] / len(x))
+        if isinstance(found[0], Inversion):
+            curve = torch.cat([f.curve for f in found], dim=1).cpu()  # (T + 1, N)
+            curve = curve[:, curve.isfinite().all(0)]
+            result.curve = curve.mean(1).tolist() if curve.shape[1] else None
+            ends = zip(problems.names, torch.cat([f.stopped for f in found]).tolist(), strict=True)
+            result.stopped = [f"{n}: loss or gradient not finite at step {step}" for n, step in ends if step >= 0]
+        results[name] = result
+    return results
+
+
+def methods_of(
+    targets: Sequence[Target], problems: Problems, theta: MappingNet | None, z_lr: float, clip: float, s: Settings,
+    own: Eval, loss: Loss, device: torch.device,
+) -> list[Method]:  # fmt: skip
+    """Every way of inverting the targets, in the order of the table."""
+    methods = []
+    for target in targets:
+        label = f"{target.name.partition(' ')[2]}, " if target.to_image and isinstance(target.f, Latents) else ""
+        x0 = problems.x0 if problems.x0 is not None else starts(target, problems.y, s, loss, device)
+        x_lr = s.x_lr if s.x_lr is not None else theta.scale * z_lr if theta is not None else target.x_lr
+
+        def once(name: str, closed: Callable, f: nn.Module = target.f, x0: Tensor = x0) -> Method:
+            return Method(f, x0, lambda y, x: iter([(name, torch.no_grad()(closed)(y, x))]))
+
+        def plain(y: Tensor, x: Tensor, target: Target = target, x_lr: float = x_lr, label: str = label):
+            found = None
+            for steps in sorted(own.steps):
+                state = None if found is None else found.state
+                found = invert(target.f, y, x, loss, steps, x_lr, s.clip, target.bounds, state=state)
+                yield f"{label}optimisation, {steps} steps", found
+
+        def through(y: Tensor, x: Tensor, f: nn.Module = target.f, label: str = label):
+            found = invert_through(theta, f, y, x, loss, steps=own.theta_steps, lr=z_lr, clip=clip)
+            yield f"{label}landscape, {own.theta_steps} steps", found
+
+        methods.append(once(f"{label}start", lambda y, x: x))
+        methods += [once(name, closed) for name, closed in target.closed_form.items()]
+        if target is targets[-1]:
+            methods += [once(n, c, nn.Identity()) for n, c in spnn_beside(target, s, device).items()]
+        methods.append(Method(target.f, x0, plain))
+        if theta is not None and target is targets[-1]:
+            methods.append(Method(target.f, x0, through))
+    return methods
 
 
 def as_picture(images: Tensor) -> Tensor:
@@ -473,30 +348,45 @@ def as_picture(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(target: Target, problems: Problems, x: Tensor, judge: nn.Module | None, batch_size: int, device) -> dict:
+def measure(
+    target: Target, problems: Problems, result: Result, judge: nn.Module | None, s: Settings, device: torch.device
+) -> dict[str, list[float]]:
     """The figures of each sample: name -> N numbers.
 
     ``error`` is mean |f(x) - y|, ``picture_error`` the same once x is an 8-bit picture, ``distance`` the root mean
     square of x - x0, ``judge`` the share of attributes on which the judge says the same of the picture (x, or f(x)) and
-    of the one that y belongs to.
+    of the one that y belongs to. Of pictures f(x) there is their ``psnr`` in dB, and ``lpips`` if it can be had.
     """
-    output = outputs(target.f, x, batch_size, device)
-    found = {
-        "error": (output - problems.y).abs().flatten(1).mean(1),
-        "distance": (x - problems.x0).square().flatten(1).mean(1).sqrt(),
-    }
+    found = {"error": (result.output - problems.y).abs().flatten(1).mean(1)}
+    picture = as_picture(result.x if target.from_image else result.output)
     if target.from_image:
-        rounded = outputs(target.f, as_picture(x), batch_size, device)
+        rounded = outputs(target.f, picture, s.batch_size, device)
         found["picture_error"] = (rounded - problems.y).abs().flatten(1).mean(1)
+    if target.to_image:
+        found |= picture_figures(picture, problems.y, s, device)
+    elif result.x.shape == result.x0.shape:
+        found["distance"] = (result.x - result.x0).square().flatten(1).mean(1).sqrt()
     if judge is not None:
-        picture = as_picture(x if target.from_image else output)
-        said, wanted = (outputs(judge, images, batch_size, device) for images in (picture, problems.wanted))
+        said, wanted = (outputs(judge, images, s.batch_size, device) for images in (picture, problems.wanted))
         found["judge"] = agreement(said, wanted)
     return {name: values.tolist() for name, values in found.items()}
 
 
+def picture_figures(picture: Tensor, wanted: Tensor, s: Settings, device: torch.device) -> dict[str, Tensor]:
+    """PSNR in dB of images (N, 3, S, S) to others, and LPIPS unless only the squared error is asked for."""
+    found = {"psnr": psnr(picture, wanted)}
+    lpips = lpips_or_none(device) if s.loss != "mse" else None
+    if lpips is not None:
+        pairs = zip(picture.split(s.batch_size), wanted.split(s.batch_size), strict=True)
+        found["lpips"] = torch.cat([lpips(a.to(device), b.to(device)).flatten().cpu() for a, b in pairs])
+    return found
+
+
 COLUMNS = {
+    "loss": ("loss", ".4f"),
     "error": ("error", ".3g"),
+    "psnr": ("PSNR", ".1f"),
+    "lpips": ("LPIPS", ".3f"),
     "picture_error": ("as a picture", ".3g"),
     "distance": ("distance", ".3f"),
     "judge": ("judge", ".3f"),
@@ -505,52 +395,53 @@ COLUMNS = {
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Of the finite ones; None where there is none."""
+    """Of the finite ones; None if there is none."""
     finite = [v for v in values if math.isfinite(v)]
     return sum(finite) / len(finite) if finite else None
 
 
-def format_table(rows: Sequence[dict]) -> str:
-    """The means as a Markdown table, without the columns that nobody has."""
+def format_table(rows: Sequence[dict], first: str = "method") -> str:
+    """Figures as a Markdown table, without the columns that nobody has."""
     used = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    lines = ["| method | " + " | ".join(COLUMNS[key][0] for key in used) + " |", "|---" * (len(used) + 1) + "|"]
+    lines = [f"| {first} | " + " | ".join(COLUMNS[key][0] for key in used) + " |", "|---" * (len(used) + 1) + "|"]
     for row in rows:
-        cells = ["-" if row.get(key) is None else format(row[key], COLUMNS[key][1]) for key in used]
-        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+        cells = ["-" if row.get(key) is None else format(float(row[key]), COLUMNS[key][1]) for key in used]
+        lines.append(f"| {row[first]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def write_sheet(path: Path, rows: Sequence[Sequence[Tensor]], headings: Sequence[str], captions) -> None:
+def write_sheet(path: Path, rows: Sequence[Sequence[Tensor]], headings: Sequence[str], captions=None) -> None:
     """A row a problem, a picture (3, S, S) a column with its caption below, whatever lies outside [-1, 1] clipped."""
-    side, gap, top, below = 128, 8, 40, 26
+    side, gap, top, below = 128, 8, 40, 26 if captions is not None else 8
     font = ImageFont.load_default(12)
     sheet = Image.new("RGB", (gap + (side + gap) * len(headings), top + (side + below) * len(rows) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for column, heading in enumerate(headings):
         draw.multiline_text((gap + column * (side + gap), 6), heading, "black", font, spacing=2)
-    for line, (pictures, texts) in enumerate(zip(rows, captions, strict=True)):
-        for column, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+    for line, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
             left, upper = gap + column * (side + gap), top + line * (side + below)
             pixels = Image.fromarray(to_uint8(picture).permute(1, 2, 0).contiguous().numpy())
             even = side % pixels.width == 0  # whole pixels stay sharp, and compress well
             resample = Image.Resampling.NEAREST if even else Image.Resampling.BICUBIC
             sheet.paste(pixels.resize((side, side), resample), (left, upper))
-            draw.text((left, upper + side + 1), text, "black", font)
+            if captions is not None:
+                draw.text((left, upper + side + 1), captions[line][column], "black", font)
     with atomic_write(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
 
 
-def find_judge(args: argparse.Namespace, target: Target, device: torch.device, log) -> nn.Module | None:
-    """The judge for the network's images; the demo's where it fits and none is given.
+def find_judge(path: Path | None, target: Target, device: torch.device, log) -> nn.Module | None:
+    """The judge for the network's images; the demo's if it fits and none is given.
 
     Raises:
         InputError: the given one does not fit.
     """
     if target.img_size is None:
-        if args.judge is not None:
-            raise InputError(f"--judge {args.judge}: {target.name} has no image to judge")
+        if path is not None:
+            raise InputError(f"--judge {path}: {target.name} has no image to judge")
         return None
-    judge = load_judge(args.judge if args.judge is not None else FACES / "judge.safetensors")
+    judge = load_judge(path if path is not None else FACES / "judge.safetensors")
     reason = None
     if judge.img_size != target.img_size:
         reason = f"takes {judge.img_size}x{judge.img_size} images, not {target.img_size}x{target.img_size}"
@@ -558,100 +449,82 @@ def find_judge(args: argparse.Namespace, target: Target, device: torch.device, l
         reason = "knows other attributes than the network"
     if reason is None:
         return judge.to(device).requires_grad_(False)
-    if args.judge is not None:
-        raise InputError(f"--judge {args.judge}: {reason}")
+    if path is not None:
+        raise InputError(f"--judge {path}: {reason}")
     log.info("no judge: the demo's %s", reason)
     return None
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def evaluate(s: Settings, own: Eval) -> int:
     """Measure every way of inverting the network, and write tables, curves and pictures."""
-    device = resolve_device(args.device)
-    check_folder(args.out, args.overwrite)
-    target = load_target(args.network, args.spnn, device)
-    theta, notes = load_theta(args.theta, target) if args.theta is not None else (None, {})
-    trained = notes.get("settings", {})
+    device = resolve_device(s.device)
+    check_folder(s.out, s.overwrite)
+    targets = load_targets(own.network, s, device)
+    target = targets[-1]
+    theta, notes = load_theta(own.theta, target) if own.theta is not None else (None, {})
     if theta is not None:
         theta.to(device)
-    judge = find_judge(args, target, device, get_logger("invert"))
-    names, images = read_images(args.data, target.img_size, args.images)
-    count = args.images if args.images is not None else 100
-    problems = fixed_problems(target, names, images, count, args.seed, args.batch_size, device)
-    clear(args.out, EVAL_FILES)
-    log = get_logger("invert", args.out)
-    loss = make_loss(target, args.lpips, device, log)
-    z_lr, clip = float(trained.get("z_lr", 0.1)), float(trained.get("clip", args.clip))
-    x_lr = args.x_lr if args.x_lr is not None else theta.scale * z_lr if theta is not None else target.x_lr
+    judge = find_judge(own.judge, target, device, get_logger("invert"))
+    names, images = read_images(s.data, target.img_size, s.images)
+    problems = fixed_problems(target, names, images, s.images if s.images is not None else 100, s, device)
+    loss = make_loss(target, s, device)
+    clear(s.out, EVAL_FILES)
+    log = get_logger("invert", s.out)
+    trained = notes.get("settings", {})
+    z_lr, clip = float(trained.get("z_lr", 0.1)), float(trained.get("clip", s.clip))
+    methods = methods_of(targets, problems, theta, z_lr, clip, s, own, loss, device)
+    results: dict[str, Result] = {}
+    for method in tqdm(methods, unit="method", leave=False, dynamic_ncols=True, disable=None):
+        results |= run_method(method, problems, s.batch_size, device)
 
-    def optimise(steps: int) -> Callable:
-        return lambda y, x0: invert(target.f, y, x0, loss, steps=steps, lr=x_lr, clip=args.clip, bounds=target.bounds)
-
-    def frozen(closed: Callable) -> Callable:
-        return torch.no_grad()(closed)
-
-    methods: dict[str, Callable] = {"start": lambda y, x0: x0}
-    methods |= {name: frozen(closed) for name, closed in target.closed_form.items()}
-    methods |= {f"optimisation, {steps} steps": optimise(steps) for steps in args.steps}
-    if theta is not None:
-        methods[f"landscape, {args.theta_steps} steps"] = lambda y, x0: invert_through(
-            theta, target.f, y, x0, loss, steps=args.theta_steps, lr=z_lr, clip=clip
-        )
-
-    results = {name: run_method(method, problems, args.batch_size, device, name) for name, method in methods.items()}
     rows, by_image = [], []
     for name, result in results.items():
         for line in result.stopped:
             log.warning("%s: %s", name, line)
-        figures = measure(target, problems, result.x, judge, args.batch_size, device)
-        seconds = None if name == "start" else result.seconds
+        figures = measure(target, problems, result, judge, s, device)
+        seconds = None if name.split(", ")[-1] == "start" else result.seconds
         rows.append({"method": name, **{key: mean(values) for key, values in figures.items()}, "seconds": seconds})
         for i, image in enumerate(problems.names):
             values = {key: v[i] if math.isfinite(v[i]) else None for key, v in figures.items()}
             by_image.append({"method": name, "image": image, **values})
-
-    write_json(args.out / "results.json", {"settings": {**settings_of(args), "x_lr": x_lr, "device": str(device)},
-                                           "theta": notes, "methods": rows, "images": by_image})  # fmt: skip
-    for file, content in (("results.csv", rows), ("images.csv", by_image)):
-        with atomic_write(args.out / file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as opened:
-            writer = csv.DictWriter(opened, list(content[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(content)
-    curves = {name: result.curve for name, result in results.items() if result.curve is not None}
-    # a shorter plain run is the beginning of the longest one
-    plain = max((name for name in curves if name.startswith("optimisation")), key=lambda n: len(curves[n]), default="")
-    curves = {name: curve for name, curve in curves.items() if name == plain or not name.startswith("optimisation")}
+    record = {"settings": {**settings_of(s, own), "device": str(device)}, "theta": notes, "methods": rows}
+    # a shorter plain run is the beginning of the next one, which takes its place
+    curves = {name.rpartition(",")[0]: r.curve for name, r in results.items() if r.curve is not None}
+    if through := next((name for name in curves if name.endswith("landscape")), None):
+        goal, plain = min(curves[through]), curves[through.replace("landscape", "optimisation")]
+        steps = next((step for step, value in enumerate(plain) if value <= goal), None)
+        record["landscape"] = {"loss": goal, "steps": own.theta_steps, "plain_steps": steps}
+        log.info("a mean loss of %.4g: %d steps through the landscape, plain %s", goal, own.theta_steps, steps)
+    write_json(s.out / "results.json", {**record, "images": by_image})
+    with atomic_write(s.out / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     if curves:
-        table = MetricsTable(args.out / "curves.csv")
-        labels = {name: "loss_" + name.split(",")[0] for name in curves}
-        for step in range(max(map(len, curves.values()))):
-            table.append({"step": step, **{labels[n]: c[step] for n, c in curves.items() if step < len(c)}})
-        plot_curves(table.path, args.out / "curves.png")
+        write_curves(s.out, curves)
     if target.img_size is not None:
-        draw_results(args.out / "sheet.png", target, problems, results, by_image, args.batch_size, device)
+        draw_results(s.out / "sheet.png", target, problems, results, by_image)
     print(format_table(rows))
-    log.info("%d problems, %s, on %s; %s", len(problems.y), target.name, device, args.out)
+    log.info("%d problems, %s, on %s; %s", len(problems.y), target.name, device, s.out)
     return 0
 
 
-def draw_results(
-    path: Path,
-    target: Target,
-    problems: Problems,
-    results: dict[str, Result],
-    by_image: Sequence[dict],
-    batch_size: int,
-    device: torch.device,
-) -> None:
-    """The sheet: the start where it is an image, every method, and the image that the wanted output belongs to."""
+def write_curves(out: Path, curves: dict[str, Sequence[float]]) -> None:
+    """curves.csv and curves.png: losses after each number of steps, by name."""
+    table = MetricsTable(out / "curves.csv", rows=[])
+    for step in range(max(map(len, curves.values()))):
+        table.append({"step": step, **{f"loss_{n}": curve[step] for n, curve in curves.items() if step < len(curve)}})
+    plot_curves(table.path, out / "curves.png")
+
+
+def draw_results(path: Path, target: Target, problems: Problems, results: dict[str, Result], by_image) -> None:
+    """The sheet: the start if it is an image, every method, and the image that the wanted output belongs to."""
     count = min(SHEET_ROWS, len(problems.y))
-    shown = {name: r for name, r in results.items() if target.from_image or name != "start"}
+    shown = {name: r for name, r in results.items() if target.from_image or name.split(", ")[-1] != "start"}
     headings = [name.replace(", ", ",\n").replace(" g'", "\ng'").replace("NLBP in ", "NLBP in\n") for name in shown]
     headings.append("face whose\noutput is wanted" if target.from_image else "wanted")
-    columns = []
-    for result in shown.values():
-        x = result.x[:count]
-        columns.append(x if target.from_image else outputs(target.f, x, batch_size, device))
-    columns.append(problems.wanted[:count])
+    columns = [result.x if target.from_image else result.output for result in shown.values()]
+    columns.append(problems.wanted)
     told = {(row["method"], row["image"]): row.get("judge") for row in by_image}
     captions = []
     for name in problems.names[:count]:
@@ -660,69 +533,184 @@ def draw_results(
     write_sheet(path, [[column[i] for column in columns] for i in range(count)], headings, captions)
 
 
+# --- find ------------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:
+    """Write tensors with ``notes``, JSON values, as the file's metadata."""
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in notes.items()})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """What `save_tensors` wrote. Raises InputError if it is no such file."""
+    try:
+        with safe_open(path, "pt") as file:
+            notes = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+            return {name: file.get_tensor(name) for name in file.keys()}, notes
+    except Exception as error:  # of safetensors' own types, or the system's
+        raise InputError(f"{path}: not a latent or a damaged one: {error}") from None
+
+
+def search(
+    targets: Sequence[Target], names: Sequence[str], y: Tensor, loss: Loss, s: Settings, own: Find, bar: tqdm
+) -> tuple[Inversion, Tensor, float]:
+    """Find inputs for a batch, space by space, each from the best of the one before.
+
+    Every ``own.save_steps`` the state goes to state.safetensors, from which a resumed run goes on.
+
+    Returns:
+        The inversion in the last space, the losses of all spaces one after another, and the seconds.
+    """
+    file, device = s.out / "state.safetensors", y.device
+    stage, seconds, state, before, x = 0, 0.0, None, [], None
+    if own.resume and file.is_file():
+        tensors, notes = read_tensors(file)
+        if notes.get("names") == list(names):
+            stage, seconds = notes["stage"], notes["seconds"]
+            before = [tensors.pop("before")] if "before" in tensors else []
+            state, x = tensors, tensors["x"].to(device)
+            bar.update(sum(map(len, before)) + len(state["curve"]) - 1)
+    if x is None:
+        x = starts(targets[0], y.cpu(), s, loss, device).to(device)
+    for number, target in enumerate(targets[stage:], start=stage):
+        lr = s.x_lr if s.x_lr is not None else target.x_lr
+        while True:
+            done = 0 if state is None else len(state["curve"]) - 1
+            began = time.perf_counter()
+            seed_everything(s.seed + 1000 * number + done)  # new noise is the same after a resume
+            found = invert(target.f, y, x, loss, min(own.steps, done + own.save_steps), lr, s.clip, target.bounds,
+                           on_step=lambda step, done=done: bar.update(step > done), state=state)  # fmt: skip
+            state = found.state
+            seconds += time.perf_counter() - began
+            bar.set_postfix_str(f"{target.name}, loss {found.loss.mean().item():.4g}")
+            tensors = {**state, **({"before": torch.cat(before)} if before else {})}
+            save_tensors(file, tensors, {"names": list(names), "stage": number, "seconds": seconds})
+            if len(state["curve"]) > own.steps:
+                break
+        before.append(found.curve.cpu())
+        if target is not targets[-1]:
+            x, state = targets[number + 1].f.enter(target.f.w_plus(found.x)).detach(), None
+    return found, torch.cat(before), seconds
+
+
+def find(s: Settings, own: Find) -> int:
+    """Find the inputs of images, one batch after another, and write each with its picture."""
+    if own.morph is not None:
+        return morph(s, own)
+    device = resolve_device(s.device)
+    check_folder(s.out, s.overwrite or own.resume)
+    if list(s.spaces) != sorted(set(s.spaces), key=SPACES.index):
+        raise InputError(f"--spaces {' '.join(s.spaces)}: a search can only go on from z to w to w+")
+    targets = load_targets(own.network, s, device)
+    target = targets[-1]
+    if not target.to_image:
+        raise InputError(f"--network {own.network}: gives no image; use eval")
+    names, images = read_images(s.data, target.img_size, s.images)
+    loss = make_loss(target, s, device)
+    settings = settings_of(s, own)
+    if own.resume and (s.out / "settings.json").is_file():
+        free = ("out", "resume", "overwrite", "device", "images", "save_steps")
+        check_same(s.out / "settings.json", read_json(s.out / "settings.json"), settings, free)
+    else:
+        clear(s.out, FIND_FILES)
+    write_json(s.out / "settings.json", settings)
+    log = get_logger("invert", s.out)
+    table = MetricsTable(s.out / "results.csv")
+    done = {row["image"] for row in table.rows}
+    left = [i for i, name in enumerate(names) if name not in done]
+    with tqdm(total=len(targets) * own.steps * math.ceil(len(left) / s.batch_size), unit="step", dynamic_ncols=True,
+              disable=None) as bar:  # fmt: skip
+        for start in range(0, len(left), s.batch_size):
+            part = left[start : start + s.batch_size]
+            chosen, y = [names[i] for i in part], images[part]
+            found, curves, seconds = search(targets, chosen, y.to(device), loss, s, own, bar)
+            for line in found.problems():
+                log.warning("%s, batch of %s: %s", target.name, chosen[0], line)
+            for row in keep(target, chosen, y, found, curves, s, device):
+                table.append({**row, "seconds": seconds / len(part)})
+            (s.out / "state.safetensors").unlink(missing_ok=True)
+    curves = {name: read_tensors(s.out / f"{name}.safetensors")[0]["curve"].tolist() for name in names}
+    if len(names) > 10:
+        curves = {"mean": torch.tensor(list(curves.values())).mean(0).tolist()}
+    write_curves(s.out, curves)
+    size = target.img_size
+    rows = [(wanted, load_image(s.out / f"{name}.png", size)) for name, wanted in zip(names, images, strict=True)]
+    rows = [(wanted, got, (got - wanted).abs() - 1) for wanted, got in rows[:SHEET_ROWS]]
+    write_sheet(s.out / "sheet.png", rows, ("input", "found", "difference"))
+    shown = [
+        {k: float(v) if k != "image" else v for k, v in row.items()} for row in table.rows if row["image"] in names
+    ]
+    print(format_table(shown, "image"))
+    return 0
+
+
+@torch.no_grad()
+def keep(
+    target: Target, names: Sequence[str], wanted: Tensor, found: Inversion, curves: Tensor, s: Settings, device
+) -> list[dict]:
+    """Write each image and latent that was found; a row of figures for each."""
+    pictures = outputs(target.f, found.x, s.batch_size, device)
+    figures = picture_figures(as_picture(pictures), wanted, s, device)
+    rows = []
+    for i, name in enumerate(names):
+        row = {
+            "image": name,
+            "loss": found.loss[i].item(),
+            **{key: values[i].item() for key, values in figures.items()},
+        }
+        latent = {"x": found.x[i], "curve": curves[:, i]}
+        if isinstance(target.f, Latents):
+            latent["w_plus"] = target.f.w_plus(found.x[i : i + 1])[0]
+        save_image(pictures[i].clamp(-1, 1), s.out / f"{name}.png")
+        notes = {**row, "network": target.name, "weights": s.weights, "noise": s.noise, "seed": s.seed}
+        save_tensors(s.out / f"{name}.safetensors", latent, notes)
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def morph(s: Settings, own: Find) -> int:
+    """Write the frames between two latents that `find` found, the mix of their w+ going from 0 to 1, and all as one."""
+    if len(own.morph) != 2:
+        raise InputError(f"--morph: takes two latents, got {len(own.morph)}")
+    device = resolve_device(s.device)
+    check_folder(s.out, s.overwrite)
+    target = load_targets("stylegan", dataclasses.replace(s, spaces=("w+",)), device)[0]
+    ends = []
+    for path in own.morph:
+        w_plus = read_tensors(path)[0].get("w_plus")
+        shape = (target.f.generator.layers, target.f.generator.dim)
+        if w_plus is None or tuple(w_plus.shape) != shape:
+            got = "no w_plus" if w_plus is None else f"a w_plus of shape {tuple(w_plus.shape)}"
+            raise InputError(f"--morph {path}: {got}, the generator needs {shape}")
+        ends.append(w_plus.float().flatten())
+    mixes = torch.stack([ends[0].lerp(ends[1], i / own.frames) for i in range(own.frames + 1)])
+    pictures = outputs(target.f, mixes, s.batch_size, device).clamp(-1, 1)
+    for i, picture in enumerate(pictures):
+        save_image(picture, s.out / f"frame_{i:04d}.png")
+    save_image(grid(pictures, 7), s.out / "frames.png")
+    return 0
+
+
 # --- Command line ----------------------------------------------------------------------------------------------------
 
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    commands = p.add_subparsers(dest="command", required=True)
-    whole, positive = number(int, 1), number(float, 1e-12)
-    for name, run, text in (
-        ("train", train, "train a mapping net theta, so that later inversions converge in few steps"),
-        ("eval", evaluate, "invert with every method, and measure"),
-    ):
-        c = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        c.set_defaults(run=run)
-        c.add_argument("--network", default="g", help=f"{', '.join(READY)}, or package.module:factory (is imported)")
-        c.add_argument("--spnn", type=Path, default=FACES / "spnn.safetensors", help="the SPNN's weights")
-        c.add_argument("--data", type=Path, help="folder of images, flat or nested")
-        c.add_argument(
-            "--images", type=whole, help="take this many of them (eval without images: random problems, 100)"
-        )
-        c.add_argument("--out", type=Path, required=True, help="result folder")
-        c.add_argument("--overwrite", action="store_true", help="replace the results in a folder that has some")
-        c.add_argument("--x_lr", type=positive, help="step of Adam on x; default: by the network, or theta's")
-        c.add_argument("--clip", type=positive, default=10.0, help="largest norm of a sample's gradient")
-        c.add_argument("--batch_size", type=number(int, 1, LARGEST_BATCH), default=16, help="samples at once")
-        c.add_argument("--lpips", action=SWITCH, default=True, help="LPIPS in the loss where outputs are images")
-        c.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0, help="of weights and draws")
-        c.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-        if name == "train":
-            c.add_argument("--buffers", type=whole, default=24, help="replay buffers; 500 in the paper")
-            c.add_argument("--samples", type=number(int, 1, LARGEST_BATCH), default=16, help="inversions a buffer")
-            c.add_argument("--steps", type=whole, default=20, help="steps of an inversion")
-            c.add_argument("--z_lr", type=positive, default=0.1, help="Adam on z")
-            c.add_argument("--lr", type=positive, default=1e-4, help="AdamW on theta")
-            c.add_argument("--weight_decay", type=number(float, 0), default=0.1, help="AdamW on theta")
-            c.add_argument("--updates", type=whole, help="of theta, a buffer; default: one pass over it")
-            c.add_argument(
-                "--width", type=number(int, 1, LARGEST_WIDTH), default=16, help="channels of theta's first layer"
-            )
-        else:
-            c.add_argument("--theta", type=Path, help="weights of a trained mapping net; none: no landscape's row")
-            c.add_argument(
-                "--steps", type=whole, nargs="+", default=[20, 200], help="of plain optimisation, a row each"
-            )
-            c.add_argument("--theta_steps", type=whole, default=20, help="through the landscape")
-            c.add_argument(
-                "--judge", type=Path, help="weights of the independent judge; default: the demo's if it fits"
-            )
-    return p
+COMMANDS = {"find": (find, Find), "train": (train, Train), "eval": (evaluate, Eval)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see ``--help``."""
-    args = parser().parse_args(argv)
-    return args.run(args)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv else ""
+    if command in ("-h", "--help"):
+        print(f"usage: invert.py {{{','.join(COMMANDS)}}} [--help] ...\n\n{__doc__}")
+        return 0
+    if command not in COMMANDS:
+        raise InputError(f"{command or 'no command'}: expected {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+    run, kind = COMMANDS[command]
+    s, own, _ = parse(f"invert.py {command}\n\n{__doc__}", Settings, kind, argv=argv[1:])
+    return run(s, own)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from checkpoints import HUB_ID, first, opener
 from utils import InputError
 
-PUBLISHED = "karras2019stylegan-ffhq-1024x1024.for_g_all.pt"
+FILES = ("karras2019stylegan-ffhq-1024x1024.for_g_all.pt", "stylegan.safetensors", "model.safetensors")
 SLOPE = 0.2
 TURNED_FROM = 128  # blocks of this resolution and above were trained with the kernel turned
 
@@ -250,6 +251,54 @@ def truncate(w_plus: Tensor, w_avg: Tensor, psi: float = 0.7, cutoff: int = 8) -
     return torch.cat([torch.lerp(w_avg.expand_as(w_plus), w_plus, psi)[:, :cutoff], w_plus[:, cutoff:]], dim=1)
 
 
+SPACES = ("z", "w", "w+")
+
+
+class Latents(nn.Module):
+    """The generator as a network from one of its spaces to images: vectors (B, D) -> (B, 3, R, R).
+
+    D is d in z and w, and L * d in w+.
+
+    Args:
+        space: ``"z"``, ``"w"`` or ``"w+"``.
+        noise: as for `StyleGAN.synthesis`; None: drawn anew at every call.
+    """
+
+    def __init__(self, generator: StyleGAN, space: str, noise: Sequence[Tensor] | None = None):
+        super().__init__()
+        self.generator, self.space, self.noise = generator, space, noise
+        self.in_shape = (generator.dim * (generator.layers if space == "w+" else 1),)
+
+    def w_plus(self, x: Tensor) -> Tensor:
+        """The latent of every layer, (B, L, d)."""
+        if self.space == "w+":
+            return x.unflatten(1, (self.generator.layers, self.generator.dim))
+        return self.generator.spread(self.generator.mapping(x) if self.space == "z" else x)
+
+    def enter(self, w_plus: Tensor) -> Tensor:
+        """w+ (B, L, d) as a vector of this space, w or w+: of all layers' w the first is taken for w."""
+        return w_plus.flatten(1) if self.space == "w+" else w_plus[:, 0]
+
+    @torch.no_grad()
+    def average(self) -> Tensor:
+        """The average latent as a vector of this space, (D,); in z that of a thousand whose w comes nearest to it."""
+        w = self.generator.average()
+        if self.space == "z":
+            z = self.draw(1000, torch.Generator().manual_seed(0))
+            return z[(self.generator.mapping(z) - w).square().sum(1).argmin()]
+        return self.enter(self.generator.spread(w[None]))[0]
+
+    @torch.no_grad()
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random latents, (count, D)."""
+        like = next(self.generator.parameters())
+        z = torch.randn(count, self.generator.dim, generator=generator).to(like)
+        return z if self.space == "z" else self.enter(self.generator.spread(self.generator.mapping(z)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.generator.synthesis(self.w_plus(x), self.noise)
+
+
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 _BLOCK = re.compile(r"g_synthesis\.blocks\.(\d+)x\1\.")
@@ -331,16 +380,29 @@ def from_tensorflow(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def load_generator(path: str | Path, resolution: int | None = None) -> StyleGAN:
+def load_generator(source: str | Path, resolution: int | None = None) -> StyleGAN:
     """The generator in a weight file (.safetensors, or what ``torch.save`` wrote), on the CPU in eval mode.
 
     The list of three dicts with TensorFlow names, which the conversion of NVIDIA's pickle leaves under the same file
     name, is recognised and its third, the averaged generator, converted.
 
+    Args:
+        source: a file; or a folder or hub id ``owner/repo`` that has one of `FILES`.
+
     Raises:
         InputError: no such file, a damaged one, or as `generator_from_state_dict`.
     """
-    path = Path(path)
+    path = Path(source)
+    if not path.is_file():
+        found = None
+        if path.is_dir() or HUB_ID.fullmatch(str(source)):
+            found = first(opener(source), FILES)
+        if found is None:
+            raise InputError(
+                f"weights {source}: no such file, and no folder or hub id with {' or '.join(FILES)}; the published "
+                f"weights are {FILES[0]}, which github.com/lernapparat/lernapparat offers under Releases"
+            )
+        path = found
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except OSError as error:

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +10,16 @@ from PIL import Image
 from torch import nn
 
 import invert as command
+import targets
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from checkpoints import save_spnn, write_weights
 from data_loader import ATTRIBUTES, load_image
 from inversion import MappingNet, invert_through
-from invert import Target, as_picture, fixed_problems, load_target, main, read_images
+from invert import Result, as_picture, main
 from judge import Judge
 from models import SPNN
+from stylegan import StyleGAN
+from targets import Settings, Target, fixed_problems, load_targets, make_loss, read_images
 from utils import InputError, run_command
 
 CPU = torch.device("cpu")
@@ -48,14 +52,46 @@ def here(tmp_path_factory):
 
 def train_arguments(here, out, *more):
     small = ["--buffers", "2", "--samples", "4", "--steps", "3", "--width", "4", "--batch_size", "4", "--lr", "1e-2"]
-    given = ["--spnn", str(here / "spnn.safetensors"), "--data", str(here / "faces"), "--device", "cpu", "--no-lpips"]
-    return ["train", *given, *small, "--out", str(out), *more]
+    given = [
+        "--spnn",
+        str(here / "spnn.safetensors"),
+        "--data",
+        str(here / "faces"),
+        "--device",
+        "cpu",
+        "--loss",
+        "mse",
+    ]
+    return ["train", *given, "--loss", "mse", *small, "--out", str(out), *more]
 
 
 def eval_arguments(here, out, *more):
-    given = ["--spnn", str(here / "spnn.safetensors"), "--data", str(here / "faces"), "--device", "cpu", "--no-lpips"]
+    given = [
+        "--spnn",
+        str(here / "spnn.safetensors"),
+        "--data",
+        str(here / "faces"),
+        "--device",
+        "cpu",
+        "--loss",
+        "mse",
+    ]
     judge = ["--judge", str(here / "judge.safetensors")]
-    return ["eval", *given, *judge, "--steps", "3", "6", "--theta_steps", "3", "--out", str(out), *more]
+    return [
+        "eval",
+        *given,
+        "--loss",
+        "mse",
+        *judge,
+        "--steps",
+        "3",
+        "6",
+        "--theta_steps",
+        "3",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +105,20 @@ def test_training_leaves_its_record(trained):
     assert {p.name for p in trained.iterdir()} == set(command.TRAIN_FILES)
     notes = json.loads((trained / "theta.json").read_text())
     assert notes["network"] == "g" and notes["buffers"] == 2 and notes["settings"]["samples"] == 4
+    assert notes["peak_memory_mb"] > 10
     assert notes["theta"] == {"shape": [3, 8, 8], "width": 4, "scale": pytest.approx(0.3), "bounds": [-1, 1]}
     rows = list(csv.DictReader(open(trained / "metrics.csv")))
     assert [row["step"] for row in rows] == ["1", "2"]
     assert all(float(row["end_loss"]) < float(row["start_loss"]) for row in rows)
     Image.open(trained / "curves.png").verify()
+
+
+def settings(here, **more):
+    return Settings(out=here / "out", spnn=here / "spnn.safetensors", batch_size=4, loss="mse", device="cpu", **more)
+
+
+def load_target(network, here):
+    return load_targets(network, settings(here), CPU)[0]
 
 
 def test_evaluation_measures_every_method(here, trained, tmp_path, capsys):
@@ -99,9 +144,8 @@ def test_evaluation_measures_every_method(here, trained, tmp_path, capsys):
     assert all(0 <= row["judge"] <= 1 and row["picture_error"] > 0 for row in rows.values())
     assert all(row["seconds"] > 0 for name, row in rows.items() if name != "start")
 
-    by_image = list(csv.DictReader(open(out / "images.csv")))
-    assert len(by_image) == 7 * 6
-    errors = [float(row["error"]) for row in by_image if row["method"] == "optimisation, 6 steps"]
+    assert len(record["images"]) == 7 * 6
+    errors = [row["error"] for row in record["images"] if row["method"] == "optimisation, 6 steps"]
     assert sum(errors) / 6 == pytest.approx(rows["optimisation, 6 steps"]["error"])
     curves = list(csv.DictReader(open(out / "curves.csv")))
     assert len(curves) == 7 and set(curves[0]) == {"step", "loss_optimisation", "loss_landscape"}
@@ -113,33 +157,35 @@ def test_evaluation_measures_every_method(here, trained, tmp_path, capsys):
 
 
 def test_the_figures_are_what_they_say(here, trained):
-    target = load_target("g", here / "spnn.safetensors", CPU)
+    target = load_target("g", here)
     names, images = read_images(here / "faces", 8, None)
-    problems = fixed_problems(target, names, images, 0, 3, 4, CPU)
+    problems = fixed_problems(target, names, images, 0, settings(here, seed=3), CPU)
     for x0, wanted, y in zip(problems.x0, problems.wanted, problems.y, strict=True):
         assert not torch.equal(x0, wanted)  # nobody is moved to its own output
         torch.testing.assert_close(target.f(wanted[None])[0], y)
     assert sorted(problems.wanted.flatten(1).sum(1).tolist()) == sorted(images.flatten(1).sum(1).tolist())
     moved = problems.x0 + 0.1
-    figures = command.measure(target, problems, moved, None, 4, CPU)
+    result = Result(moved, problems.x0, target.f(moved), 0.0)
+    figures = command.measure(target, problems, result, None, settings(here), CPU)
     assert figures["distance"] == pytest.approx([0.1] * 6, rel=1e-4) and "judge" not in figures
     expected = (target.f(moved) - problems.y).abs().mean(1).tolist()
     assert figures["error"] == pytest.approx(expected, rel=1e-4)
     judge = Judge(40, 8, 2).eval()
-    assert command.measure(target, problems, problems.wanted, judge, 4, CPU)["judge"] == [1.0] * 6
+    perfect = Result(problems.wanted, problems.x0, problems.y, 0.0)
+    assert command.measure(target, problems, perfect, judge, settings(here), CPU)["judge"] == [1.0] * 6
     rounded = as_picture(moved)
     assert rounded.abs().max() <= 1 and not torch.equal(rounded, moved)
     assert figures["picture_error"] == pytest.approx((target.f(rounded) - problems.y).abs().mean(1).tolist(), rel=1e-4)
 
 
 def test_theta_reads_back_and_belongs_to_its_network(here, trained):
-    target = load_target("g", here / "spnn.safetensors", CPU)
+    target = load_target("g", here)
     theta, _ = command.load_theta(trained / "theta.safetensors", target)
     x0 = load_image(here / "faces" / "0.png")[None]
     found = invert_through(theta, target.f, target.f(x0 * 0), x0, steps=2)
     fresh = invert_through(MappingNet(**theta.config()), target.f, target.f(x0 * 0), x0, steps=2)
     assert not torch.equal(found.x, fresh.x)  # it is not the untrained one
-    other = load_target("pinv", here / "spnn.safetensors", CPU)
+    other = load_target("pinv", here)
     with pytest.raises(InputError, match="trained for g"):
         command.load_theta(trained / "theta.safetensors", other)
 
@@ -167,7 +213,7 @@ def test_latents_from_images(here, tmp_path, network, closed):
 
 
 def test_the_completion_is_one_vector(here):
-    target = load_target("completion-inverse", here / "spnn.safetensors", CPU)
+    target = load_target("completion-inverse", here)
     assert target.in_shape == (3 * 8 * 8,) and target.to_image and not target.from_image
     x = torch.rand(3, 3, 8, 8) * 2 - 1
     torch.testing.assert_close(target.f(target.f.encode(x)), x, rtol=1e-4, atol=1e-5)
@@ -287,12 +333,12 @@ def test_a_judge_that_does_not_fit(here, tmp_path):
 def test_a_damaged_theta(here, trained, tmp_path):
     copy = tmp_path / "theta.safetensors"
     copy.write_bytes((trained / "theta.safetensors").read_bytes())
-    target = load_target("g", here / "spnn.safetensors", CPU)
-    with pytest.raises(InputError, match="cannot read its architecture"):
+    target = load_target("g", here)
+    with pytest.raises(InputError, match="theta.json: cannot be read"):
         command.load_theta(copy, target)
     for text in ("{", "[]", "{}", '{"theta": {"shape": 3}}', '{"theta": {"shape": [3, 8, 8], "width": 0}}'):
         copy.with_suffix(".json").write_text(text)
-        with pytest.raises(InputError, match="no architecture of a theta"):
+        with pytest.raises(InputError, match="no architecture of a theta|no JSON|a JSON object"):
             command.load_theta(copy, target)
     config = {"theta": {"shape": [3, 8, 8], "width": 5}, "network": "g"}
     copy.with_suffix(".json").write_text(json.dumps(config))
@@ -301,17 +347,20 @@ def test_a_damaged_theta(here, trained, tmp_path):
 
 
 def test_the_exit_status_says_what_happened(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: main(["eval", "--network", "nonsense", "--out", "none"]))
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --network nonsense: expected g, pinv")
-    with pytest.raises(SystemExit):
-        main(["eval", "--out", "none", "--x_lr", "nan"])
+    for arguments, words in (
+        (["eval", "--network", "nonsense", "--out", "none"], "--network nonsense: expected g, pinv"),
+        (["eval", "--out", "none", "--x_lr", "nan"], "argument --x_lr"),
+        (["fnd"], "fnd: expected find, train, eval, did you mean 'find'?"),
+        ([], "no command: expected find"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run_command(lambda arguments=arguments: main(arguments))
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith(f"error: {words}")
+    assert main(["--help"]) == 0 and "find,train,eval" in capsys.readouterr().out
 
 
-def test_lpips_joins_the_loss_where_it_can_be_had(monkeypatch):
-    import DDNM.main
-
+def test_lpips_joins_the_loss_if_it_can_be_had(here, monkeypatch):
     target = Target("f", nn.Identity(), (5,), (3, 8, 8), 0.1)
     a, b = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)
 
@@ -319,12 +368,215 @@ def test_lpips_joins_the_loss_where_it_can_be_had(monkeypatch):
         def forward(self, a, b):
             return (a - b).abs().mean((1, 2, 3), keepdim=True) * 3
 
-    monkeypatch.setattr(DDNM.main, "load_lpips", lambda device, log: Distance())
-    assert command.make_loss(target, True, CPU, None)(a, b).tolist() == [4.0, 4.0]
-    assert command.make_loss(target, False, CPU, None)(a, b).tolist() == [1.0, 1.0]
-    monkeypatch.setattr(DDNM.main, "load_lpips", lambda device, log: None)
-    assert command.make_loss(target, True, CPU, None)(a, b).tolist() == [1.0, 1.0]
+    def loss(kind, **more):
+        return make_loss(target, replace(settings(here), loss=kind, **more), CPU)(a, b).tolist()
+
+    monkeypatch.setattr(targets, "lpips_or_none", lambda device: Distance())
+    assert loss("auto") == loss("lpips") == [4.0, 4.0]
+    assert loss("lpips", perceptual_weight=2.0) == [7.0, 7.0] and loss("mse") == [1.0, 1.0]
+    monkeypatch.setattr(targets, "lpips_or_none", lambda device: None)
+    assert loss("auto") == [1.0, 1.0]
+    with pytest.raises(InputError, match="--loss lpips: its weights cannot be had"):
+        loss("lpips")
+
+
+def test_the_features_of_vgg_join_the_loss(here, monkeypatch):
+    """By hand for a network of two layers, and torchvision's that cannot be fetched."""
+    import torchvision
+
+    target = Target("f", nn.Identity(), (5,), (3, 8, 8), 0.1)
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
+    monkeypatch.setattr(targets, "load_vgg", lambda device: layers.requires_grad_(False))
+    a, b = torch.rand(2, 2, 3, 8, 8) * 2 - 1
+    s = replace(settings(here), loss="vgg", vgg_layers=(0, 2), perceptual_weight=3.0)
+    zero_one = [(x + 1) / 2 for x in (a, b)]
+    shallow, deep = ([f(x) for x in zero_one] for f in (layers[0], layers))
+    expected = sum(
+        weight * (x - y).square().flatten(1).mean(1) for weight, (x, y) in ((1, zero_one), (3, shallow), (3, deep))
+    )
+    torch.testing.assert_close(make_loss(target, s, CPU)(a, b), expected)
+    with pytest.raises(InputError, match="--vgg_layers"):
+        make_loss(target, replace(s, vgg_layers=(3,)), CPU)
+    monkeypatch.undo()
+
+    def unreachable(weights):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torchvision.models, "vgg16", unreachable)
+    with pytest.raises(InputError, match="--loss vgg: VGG-16's weights cannot be had .*no route.*put"):
+        make_loss(target, s, CPU)
 
 
 def test_the_mean_is_over_what_is_finite():
     assert command.mean([1.0, math.nan, 3.0, math.inf]) == 2 and command.mean([math.nan]) is None
+
+
+# --- StyleGAN --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def generator(here):
+    """The path of a small generator of 8x8 images whose biases and noise show."""
+    torch.manual_seed(0)
+    g = StyleGAN(8, (8, 6), dim=5, depth=2)
+    with torch.no_grad():
+        for p in g.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    write_weights(here / "g.safetensors", g.state_dict())
+    return g.eval()
+
+
+def find_arguments(here, out, *more):
+    given = ["--weights", str(here / "g.safetensors"), "--data", str(here / "faces"), "--device", "cpu"]
+    return ["find", *given, "--loss", "mse", "--batch_size", "4", "--steps", "9", "--out", str(out), *more]
+
+
+def latent(path):
+    return command.read_tensors(path)[0]
+
+
+@pytest.mark.parametrize("space, rows", [("z", 1), ("w", 1), ("w+", 4)])
+def test_the_latent_of_an_image(here, generator, tmp_path, space, rows):
+    out = tmp_path / "out"
+    assert main(find_arguments(here, out, "--spaces", space, "--images", "2")) == 0
+    images = [f"{i}.{kind}" for i in range(2) for kind in ("png", "safetensors")]
+    assert {p.name for p in out.iterdir()} == {*command.FIND_FILES, *images} - {"state.safetensors"}
+    found = latent(out / "1.safetensors")
+    assert found["w_plus"].shape == (4, 5) and len(found["w_plus"].unique(dim=0)) == rows
+    assert found["curve"].shape == (10,) and found["curve"].min() < found["curve"][0]
+    noise = generator.draw_noise(1, torch.Generator().manual_seed(0))
+    picture = as_picture(generator.synthesis(found["w_plus"][None], noise)[0])
+    assert torch.equal(picture, load_image(out / "1.png"))
+    row = list(csv.DictReader(open(out / "results.csv")))[1]
+    error = (generator.synthesis(found["w_plus"][None], noise)[0] - load_image(here / "faces" / "1.png")).square()
+    assert row["image"] == "1" and float(row["loss"]) == pytest.approx(error.mean().item(), rel=1e-4)
+    assert float(row["loss"]) == pytest.approx(found["curve"].min().item())
+    assert Image.open(out / "sheet.png").size == (8 + 3 * 136, 40 + 2 * 136 + 8)
+
+
+def test_one_space_after_another_and_resumed(here, generator, tmp_path, monkeypatch):
+    """A search that is killed in its second space, and goes on, finds what one that is not finds, noise drawn anew."""
+    arguments = ["--spaces", "z", "w", "w+", "--noise", "new", "--save_steps", "4", "--start", "best", "--draws", "5"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(find_arguments(here, whole, *arguments)) == 0
+    saves, save = [], command.save_tensors
+
+    def killed(path, tensors, notes):
+        save(path, tensors, notes)
+        saves.append(path)
+        if len(saves) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "save_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(find_arguments(here, parts, *arguments))
+    assert (parts / "state.safetensors").is_file() and not (parts / "0.png").exists()
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="not empty"):
+        main(find_arguments(here, parts, *arguments))
+    with pytest.raises(InputError, match="--resume: --spaces was"):
+        main(find_arguments(here, parts, "--resume", "--spaces", "w+"))
+    assert main(find_arguments(here, parts, *arguments, "--resume")) == 0
+    for i in range(6):
+        a, b = (latent(folder / f"{i}.safetensors") for folder in (whole, parts))
+        assert all(torch.equal(a[key], b[key]) for key in ("x", "w_plus", "curve"))
+        assert len(a["curve"]) == 30
+    time = (parts / "0.png").stat().st_mtime_ns
+    assert main(find_arguments(here, parts, *arguments, "--resume")) == 0  # nothing is left to do
+    assert (parts / "0.png").stat().st_mtime_ns == time
+
+
+def test_starts(here, generator):
+    target = load_targets("stylegan", replace(settings(here), weights=str(here / "g.safetensors")), CPU)[0]
+    y = target.f(target.f.draw(2, torch.Generator().manual_seed(0)))
+    s = settings(here, draws=3)
+    loss = make_loss(target, s, CPU)
+
+    def start(kind):
+        return targets.starts(target, y, replace(s, start=kind), loss, CPU)
+
+    torch.testing.assert_close(start("best"), target.f.draw(2, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(start("average"), generator.average().repeat(2, 4))
+    assert not start("zero").any()
+
+
+def test_the_landscape_of_stylegan(here, generator, tmp_path):
+    theta, out = tmp_path / "theta", tmp_path / "out"
+    of_stylegan = ["--network", "stylegan", "--weights", str(here / "g.safetensors")]
+    assert main(train_arguments(here, theta, *of_stylegan)) == 0
+    notes = json.loads((theta / "theta.json").read_text())
+    assert notes["network"] == "stylegan w+" and notes["theta"]["shape"] == [20]
+    more = [*of_stylegan, "--theta", str(theta / "theta.safetensors"), "--spaces", "z", "w+"]
+    assert main(eval_arguments(here, out, *more)) == 0
+    record = json.loads((out / "results.json").read_text())
+    rows = {row["method"]: row for row in record["methods"]}
+    assert list(rows) == [
+        "z, start",
+        "z, optimisation, 3 steps",
+        "z, optimisation, 6 steps",
+        "w+, start",
+        "SPNN, g'(g(x))",
+        "SPNN, NLBP of the start",
+        "w+, optimisation, 3 steps",
+        "w+, optimisation, 6 steps",
+        "w+, landscape, 3 steps",
+    ]
+    for space in ("z", "w+"):
+        figures = [rows[f"{space}, {method}"]["psnr"] for method in ("start", "optimisation, 3 steps")]
+        assert figures[0] < figures[1] < rows[f"{space}, optimisation, 6 steps"]["psnr"]
+    assert rows["w+, optimisation, 6 steps"]["seconds"] > rows["w+, optimisation, 3 steps"]["seconds"] > 0
+    assert "distance" not in rows["z, start"] and 0 <= rows["w+, start"]["judge"] <= 1
+    assert record["landscape"]["steps"] == 3
+    header = next(csv.reader(open(out / "curves.csv")))
+    assert header == ["step", "loss_z, optimisation", "loss_w+, optimisation", "loss_w+, landscape"]
+
+
+def test_training_a_landscape_is_resumed(here, tmp_path):
+    """Two buffers, then two more, are four."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(train_arguments(here, whole, "--buffers", "4")) == 0
+    assert main(train_arguments(here, parts)) == 0
+    with pytest.raises(InputError, match="--resume: --width was 4 and is 5 now"):
+        main(train_arguments(here, parts, "--buffers", "4", "--resume", "--width", "5"))
+    assert main(train_arguments(here, parts, "--buffers", "4", "--resume")) == 0
+    for name in ("theta.safetensors", "metrics.csv"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+def test_a_morph(here, generator, tmp_path):
+    for i in range(2):
+        tensors = {"w_plus": torch.randn(4, 5, generator=torch.Generator().manual_seed(i))}
+        command.save_tensors(tmp_path / f"{i}.safetensors", tensors, {})
+    ends = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
+    out = tmp_path / "out"
+    assert main(find_arguments(here, out, "--morph", *ends, "--frames", "4")) == 0
+    assert {p.name for p in out.iterdir()} == {*(f"frame_{i:04d}.png" for i in range(5)), "frames.png"}
+    noise = generator.draw_noise(1, torch.Generator().manual_seed(0))
+    middle = torch.stack([latent(path)["w_plus"] for path in ends]).mean(0, keepdim=True)
+    assert torch.equal(load_image(out / "frame_0002.png"), as_picture(generator.synthesis(middle, noise)[0]))
+    command.save_tensors(tmp_path / "1.safetensors", {"w_plus": torch.zeros(3, 5)}, {})
+    for path, words in (
+        (ends[1], r"shape \(3, 5\), the generator needs \(4, 5\)"),
+        (here / "g.safetensors", "no w_plus"),
+    ):
+        with pytest.raises(InputError, match=words):
+            main(find_arguments(here, tmp_path / "other", "--morph", ends[0], str(path)))
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--weights", "none.pt"], "none.pt: no such file"),
+        (["--spaces", "w+", "w"], "from z to w to w"),
+        (["--spaces", "v"], "must be one of z, w, w"),
+        (["--network", "g"], "gives no image"),
+        (["--morph", "one.safetensors"], "takes two latents, got 1"),
+        (["--morph", "one.safetensors", "two.safetensors"], "one.safetensors: not a latent"),
+        (["--data", "no_such_image.png"], "no_such_image.png"),
+    ],
+)
+def test_mistakes_in_finding_are_one_line(here, generator, tmp_path, more, words):
+    with pytest.raises(InputError, match=words) as raised:
+        main([*find_arguments(here, tmp_path / "out"), "--spnn", str(here / "spnn.safetensors"), *more])
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ SNIPPETS = [
     for i, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]
 COMMANDS = "DDNM.main train_celeba DDNM.train_prior diagnostics procedural_faces judge benchmarks.growth".split()
-COMMANDS += "benchmarks.speed benchmarks.throughput benchmarks.peak_memory".split()
+COMMANDS += "experiments.train_stylegan benchmarks.speed benchmarks.throughput benchmarks.peak_memory".split()
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -33,7 +33,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_flag_named_exists(capsys):
-    for module, *command in [*zip(COMMANDS), ("invert", "train"), ("invert", "eval")]:
+    for module, *command in [*zip(COMMANDS), *(("invert", name) for name in ("find", "train", "eval"))]:
         with pytest.raises(SystemExit) as left:
             importlib.import_module(module).main([*command, "--help"])
         assert left.value.code == 0, module

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from checkpoints import write_weights
 from experiments.train_stylegan import Discriminator, main, mixed_styles, spread_in_groups
 from stylegan import (
+    SPACES,
     Blur,
+    Latents,
     StyleGAN,
     UpConvolution,
     from_tensorflow,
@@ -155,11 +157,12 @@ def test_truncation_pulls_to_an_average_that_is_kept(small):
     assert not torch.allclose(small.average(count=100), average)
 
 
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_weights_read_back(small, tmp_path, suffix):
-    path = tmp_path / f"g.{suffix}"
-    write_weights(path, small.state_dict(), torch.float16)
-    again = load_generator(path)
+@pytest.mark.parametrize("name", ["karras2019stylegan-ffhq-1024x1024.for_g_all.pt", "stylegan.safetensors"])
+def test_weights_read_back(small, tmp_path, name):
+    write_weights(tmp_path / name, small.state_dict(), torch.float16)
+    again = load_generator(tmp_path / name)
+    of_folder = load_generator(tmp_path).state_dict()
+    assert all(torch.equal(of_folder[key], tensor) for key, tensor in again.state_dict().items())
     assert (again.resolution, again.channels, again.dim, len(again.g_mapping)) == (16, (6, 5, 4), 7, 2)
     noise, z = small.draw_noise(2), torch.randn(2, 7)
     torch.testing.assert_close(again(z, noise=noise), small(z, noise=noise), rtol=2e-2, atol=2e-2)
@@ -224,8 +227,11 @@ def test_weights_that_do_not_fit_are_named(small, tmp_path):
         (tmp_path / "g.pt").write_bytes(content)
         with pytest.raises(InputError, match="g.pt"):
             load_generator(tmp_path / "g.pt")
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="no such file, and no folder or hub id with .*Releases"):
         load_generator(tmp_path / "none.pt")
+    (tmp_path / "g.pt").unlink()
+    with pytest.raises(InputError, match="no folder or hub id with"):
+        load_generator(tmp_path)
 
 
 def test_latents_of_another_shape(small):
@@ -273,3 +279,23 @@ def test_the_discriminator_and_styles():
     w = mixed_styles(g, 50, 0.5, torch.device("cpu"))
     changes = (w[:, 1:] != w[:, :-1]).all(2).sum(1)  # one crossing for the mixed, none for the others
     assert w.shape == (50, 4, 7) and changes.max() == 1 and 10 < changes.sum() < 40
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_spaces_of_latents(small, space):
+    noise = small.draw_noise(1)
+    latents = Latents(small, space, noise)
+    assert latents.in_shape == ((42,) if space == "w+" else (7,))
+    x = latents.draw(3, torch.Generator().manual_seed(0))
+    z = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(latents(x), small(z, noise=noise))
+    assert latents.w_plus(x).shape == (3, 6, 7) and latents.average().shape == latents.in_shape
+    if space == "z":
+        w = small.mapping(latents.draw(1000, torch.Generator().manual_seed(0)))
+        distance = (w - small.average()).norm(dim=1)
+        found = (small.mapping(latents.average()[None])[0] - small.average()).norm()
+        torch.testing.assert_close(found, distance.min())
+    else:
+        assert torch.equal(latents.enter(latents.w_plus(x)), x)
+        torch.testing.assert_close(latents.w_plus(latents.average()[None])[0], small.average().expand(6, 7))
+    assert not torch.equal(Latents(small, space)(x), Latents(small, space)(x))  # noise drawn anew

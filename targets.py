@@ -1,0 +1,381 @@
+"""The networks that invert.py inverts, where searches in them start, and the losses they minimise."""
+
+import functools
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoints import load_spnn
+from data_loader import find_images, load_image
+from DDNM.guided_diffusion.diffusion import Guidance, guide
+from inversion import FeatureDistance, Loss, perceptual_loss, squared_error
+from logger import get_logger
+from models import SPNN
+from stylegan import SPACES, Latents, load_generator
+from utils import LARGEST_BATCH, LARGEST_SEED, InputError, file_name, nearest, option
+
+FACES = Path(__file__).resolve().parent / "DDNM" / "exp" / "logs" / "faces"
+READY = ("g", "pinv", "completion-inverse", "stylegan")
+
+
+@dataclass
+class Settings:
+    """Of every command."""
+
+    out: Path = option(..., "result folder")
+    data: Path | None = option(None, "an image, or a folder of images, flat or nested")
+    images: int | None = option(None, "take this many of them (eval without images: random problems, 100)", 1)
+    spnn: Path = option(FACES / "spnn.safetensors", "the SPNN's weights")
+    weights: str = option(str(FACES / "stylegan.safetensors"), "StyleGAN's: a file, a folder or a hub id")
+    spaces: tuple[str, ...] = option(("w+",), "of StyleGAN's latents", choices=SPACES)
+    noise: Literal["fixed", "new"] = option("fixed", "StyleGAN's: drawn once, or anew in every step")
+    start: Literal["zero", "average", "best"] = option("average", "best: of --draws random latents")
+    draws: int = option(64, "random latents to choose the start from", 1)
+    loss: Literal["auto", "mse", "lpips", "vgg"] = option(
+        "auto", "with the squared error; auto: LPIPS if it can be had"
+    )
+    perceptual_weight: float = option(1.0, "of LPIPS, or of VGG's features", 0.0)
+    vgg_layers: tuple[int, ...] = option((1, 3, 13, 20), "of VGG-16's features, compared after these", 0)
+    x_lr: float | None = option(None, "step of Adam on x; default: by the network, or theta's", 1e-12)
+    clip: float = option(10.0, "largest norm of a sample's gradient", 1e-12)
+    batch_size: int = option(16, "samples at once", 1, LARGEST_BATCH)
+    overwrite: bool = option(False, "replace the results in a folder that has some")
+    seed: int = option(0, "of weights and draws", 0, LARGEST_SEED)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+
+
+# --- The network that is inverted ------------------------------------------------------------------------------------
+
+
+class PseudoInverse(nn.Module):
+    """An SPNN's g', logits (B, d) -> images."""
+
+    def __init__(self, model: SPNN):
+        super().__init__()
+        self.model = model
+        self.in_shape = (model.num_classes,)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.model.pinv(y)
+
+
+class CompletionInverse(nn.Module):
+    """An SPNN's G^-1 from logits and latents as one vector, (B, D) -> images; `encode` is G."""
+
+    def __init__(self, model: SPNN):
+        super().__init__()
+        self.model = model
+        with torch.no_grad():
+            at_zero = model.complete(torch.zeros(1, *model.pinn.in_shape))
+        self.shapes = [None if z is None else tuple(z.shape[1:]) for z in at_zero.z]
+        self.in_shape = (self.encode(torch.zeros(1, *model.pinn.in_shape)).shape[1],)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """``G(x)``, (B, D): the logits, then the latents in the order of the blocks."""
+        with torch.no_grad():
+            point = self.model.complete(x)
+        return torch.cat([point.y, *(z.flatten(1) for z in point.z if z is not None)], dim=1)
+
+    def forward(self, v: Tensor) -> Tensor:
+        sizes = [self.model.num_classes, *(math.prod(s) for s in self.shapes if s is not None)]
+        y, *flat = v.split(sizes, dim=1)
+        parts = iter(flat)
+        z = [None if s is None else next(parts).unflatten(1, s) for s in self.shapes]
+        return self.model.pinv(y, latents=z)
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether this is the shape of a square image with three channels."""
+    return len(shape) == 3 and shape[0] == 3 and shape[1] == shape[2]
+
+
+@dataclass
+class Target:
+    """A network to invert, with what is known about it.
+
+    Attributes:
+        name: of the network, and of StyleGAN's space.
+        f: the network, frozen, in eval mode.
+        x_lr: Adam's default step on x.
+        closed_form: inversions without optimisation, (y, x0) -> x, by name.
+        bounds: range of x; None: none.
+        attributes: names of the logits if the judge can be asked.
+    """
+
+    name: str
+    f: nn.Module
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    x_lr: float
+    closed_form: dict[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
+    bounds: tuple[float, float] | None = None
+    attributes: Sequence[str] | None = None
+
+    @property
+    def from_image(self) -> bool:
+        """Whether x is an image."""
+        return is_image(self.in_shape)
+
+    @property
+    def to_image(self) -> bool:
+        """Whether only f(x) is an image."""
+        return not self.from_image and is_image(self.out_shape)
+
+    @property
+    def img_size(self) -> int | None:
+        """S of the images on either side."""
+        return self.in_shape[1] if self.from_image else self.out_shape[1] if self.to_image else None
+
+
+def imported(source: str) -> nn.Module:
+    """What the factory at ``package.module:factory`` returns. Importing runs the module's code.
+
+    Raises:
+        InputError: it cannot be imported or called, or returns no module with an ``in_shape``.
+    """
+    module_name, _, factory_name = source.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        f = getattr(importlib.import_module(module_name), factory_name)()
+    except Exception as error:  # somebody else's code: anything may come
+        raise InputError(f"--network {source}: {type(error).__name__}: {error}") from error
+    shape = getattr(f, "in_shape", None)
+    if not isinstance(f, nn.Module) or not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise InputError(
+            f"--network {source}: the factory must return an nn.Module with in_shape, the shape of one input "
+            f"such as (3, 64, 64); got a {type(f).__name__} with in_shape {shape!r}"
+        )
+    return f
+
+
+def of_spnn(network: str, s: Settings, device: torch.device) -> Target:
+    """One of an SPNN's networks; the shapes are filled in later."""
+    model, notes = load_spnn(s.spnn)
+    model.to(device).requires_grad_(False)
+    if network == "pinv":
+        f, x_lr, closed = PseudoInverse(model), 1.0, {"closed form g(y)": lambda y, x0: model(y)}
+    elif network == "completion-inverse":
+        f = CompletionInverse(model.cpu()).to(device)
+        x_lr, closed = 0.1, {"closed form G(y)": lambda y, x0: f.encode(y)}
+    else:
+        model.in_shape, f, x_lr = model.pinn.in_shape, model, 0.03
+
+        def in_moves(y: Tensor, x0: Tensor) -> Tensor:
+            goal, rule = model.natural(y), Guidance(nlbp_stop_cond=0.0)
+            for _ in range(20):
+                x0 = guide(model, x0, goal, 1.0, rule)
+            return x0
+
+        closed = {
+            "closed form g'(y)": lambda y, x0: model.pinv(y),
+            "NLBP": lambda y, x0: model.back_project(x0, y),
+            "NLBP in 20 short moves": in_moves,
+        }
+    return Target(network, f, (), (), x_lr, closed, attributes=notes.get("attributes"))
+
+
+def load_targets(network: str, s: Settings, device: torch.device) -> list[Target]:
+    """The network called ``network`` (see the module's text), frozen, on ``device``: one target, or one for each of
+    StyleGAN's spaces.
+
+    Raises:
+        InputError: an unknown name, weights that cannot be read, or a network that does not run on its own in_shape.
+    """
+    if ":" in network:
+        targets = [Target(network, imported(network), (), (), 0.1)]
+    elif network not in READY:
+        hint = nearest(network, READY)
+        raise InputError(f"--network {network}: expected {', '.join(READY)} or package.module:factory{hint}")
+    elif network == "stylegan":
+        generator = load_generator(s.weights).to(device)
+        noise = generator.draw_noise(1, torch.Generator().manual_seed(s.seed)) if s.noise == "fixed" else None
+        targets = [Target(f"stylegan {space}", Latents(generator, space, noise), (), (), 0.05) for space in s.spaces]
+    else:
+        targets = [of_spnn(network, s, device)]
+    for target in targets:
+        target.f = target.f.to(device).eval().requires_grad_(False)
+        target.in_shape = tuple(target.f.in_shape)
+        try:
+            with torch.no_grad():
+                output = target.f(torch.zeros(2, *target.in_shape, device=device))
+            if output.shape[0] != 2:
+                raise ValueError(f"2 inputs gave an output of shape {tuple(output.shape)}")
+        except Exception as error:
+            raise InputError(
+                f"--network {network}: does not take inputs of shape {target.in_shape}: {error}"
+            ) from error
+        target.out_shape = tuple(output.shape[1:])
+        if target.from_image:
+            target.bounds, target.x_lr = (-1.0, 1.0), min(target.x_lr, 0.03)
+    return targets
+
+
+def spnn_beside(target: Target, s: Settings, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """What an SPNN of the same size makes of an image's own logits, as images: (y, x0) -> images, by name."""
+    try:
+        model = load_spnn(s.spnn)[0].to(device).requires_grad_(False)
+    except InputError:
+        return {}
+    if not isinstance(target.f, Latents) or tuple(model.pinn.in_shape) != target.out_shape:
+        return {}
+    return {
+        "SPNN, g'(g(x))": lambda y, x0: model.pinv(model(y)),
+        "SPNN, NLBP of the start": lambda y, x0: model.back_project(target.f(x0), model(y)),
+    }
+
+
+# --- Starts ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def outputs(f: nn.Module, x: Tensor, batch_size: int, device: torch.device) -> Tensor:
+    """f of every input, (N, ...), on the CPU."""
+    return torch.cat([f(batch.to(device)).cpu() for batch in x.split(batch_size)])
+
+
+def starts(target: Target, y: Tensor, s: Settings, loss: Loss, device: torch.device) -> Tensor:
+    """Where searches for the images y (B, 3, S, S) begin, (B, ...), on the CPU; zero where there are no latents."""
+    if s.start == "average" and isinstance(target.f, Latents):
+        return target.f.average().cpu().repeat(len(y), 1)
+    if s.start != "best":
+        return torch.zeros(len(y), *target.in_shape)
+    draws = torch.Generator().manual_seed(s.seed)
+    if isinstance(target.f, Latents):
+        drawn = target.f.draw(s.draws, draws).cpu()
+    else:
+        drawn = torch.randn(s.draws, *target.in_shape, generator=draws)
+    pictures = outputs(target.f, drawn, s.batch_size, device)
+    best = []
+    for one in y:
+        parts = pictures.split(s.batch_size)
+        with torch.no_grad():
+            losses = [loss(part.to(device), one.to(device).expand_as(part)).cpu() for part in parts]
+        best.append(torch.cat(losses).argmin())
+    return drawn[torch.stack(best)]
+
+
+# --- Problems: wanted outputs and starts -----------------------------------------------------------------------------
+
+
+def read_images(data: Path | None, size: int | None, count: int | None) -> tuple[list[str], Tensor | None]:
+    """Names and images (N, 3, S, S) in [-1, 1] of a folder or file; none if the network has no image on either side.
+
+    Raises:
+        InputError: no folder given, nothing in it, or an image that cannot be read.
+    """
+    if size is None:
+        return [], None
+    if data is None:
+        raise InputError("--data: this network needs an image or a folder of images")
+    paths = find_images(data)[:count]
+    images = [load_image(path, size) for path in tqdm(paths, desc="images", unit="image", leave=False, disable=None)]
+    within = data if data.is_dir() else data.parent
+    names = [file_name("_".join(path.relative_to(within).with_suffix("").parts)) for path in paths]
+    return names, torch.stack(images)
+
+
+def problem_source(
+    target: Target, images: Tensor | None, s: Settings, loss: Loss, device: torch.device
+) -> Callable[[int, torch.Generator], tuple[Tensor, Tensor]]:
+    """What `inversion.train_mapping` draws from: (y, x0) of random pairs of images, or of random inputs."""
+    goals = outputs(target.f, images, s.batch_size, device) if target.from_image else images
+
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if goals is None:
+            x = torch.randn(count, *target.in_shape, generator=generator).to(device)
+            with torch.no_grad():
+                return target.f(x), torch.zeros_like(x)
+        y = goals[torch.randint(len(goals), (count,), generator=generator)]
+        if target.from_image:
+            start = images[torch.randint(len(images), (count,), generator=generator)]
+        else:
+            start = starts(target, y, s, loss, device)
+        return y.to(device), start.to(device)
+
+    return draw
+
+
+@dataclass
+class Problems:
+    """N inversions to measure: wanted outputs y, and the images (or inputs) they belong to; starts x0 unless the
+    network's outputs are images."""
+
+    names: list[str]
+    y: Tensor
+    x0: Tensor | None
+    wanted: Tensor
+
+
+def fixed_problems(
+    target: Target, names: list[str], images: Tensor | None, count: int, s: Settings, device: torch.device
+) -> Problems:
+    """The problems of an evaluation: each image is moved to the output of the one that follows in a random order."""
+    generator = torch.Generator().manual_seed(s.seed)
+    if images is None:
+        wanted = torch.randn(count, *target.in_shape, generator=generator)
+        y = outputs(target.f, wanted, s.batch_size, device)
+        return Problems([str(i) for i in range(count)], y, torch.zeros_like(wanted), wanted)
+    if target.to_image:
+        return Problems(names, images, None, images)
+    if len(images) < 2:
+        raise InputError("--data: one image has no other one to be moved to; two are enough")
+    order = torch.randperm(len(images), generator=generator)
+    following = torch.empty_like(order)
+    following[order] = order.roll(-1)  # a cycle, so nobody gets its own
+    wanted = images[following]
+    return Problems(names, outputs(target.f, wanted, s.batch_size, device), images, wanted)
+
+
+# --- Losses ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def lpips_or_none(device: torch.device) -> nn.Module | None:
+    """LPIPS (Zhang et al. 2018), or None, said in one line, if its weights cannot be had."""
+    from DDNM.main import load_lpips  # imports much, and only this needs it
+
+    lpips = load_lpips(device, get_logger("invert"))
+    return None if lpips is None else lpips.requires_grad_(False)
+
+
+def load_vgg(device: torch.device) -> nn.Sequential:
+    """VGG-16's convolutions with ImageNet's weights. Raises InputError if they cannot be had."""
+    import torchvision
+
+    try:
+        vgg = torchvision.models.vgg16(weights="IMAGENET1K_V1")
+    except Exception as error:  # torch.hub fetches them: any network error may come
+        where = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
+        raise InputError(
+            f"--loss vgg: VGG-16's weights cannot be had ({error}); put torchvision's file at {where}"
+        ) from None
+    return vgg.features.eval().requires_grad_(False).to(device)
+
+
+def make_loss(target: Target, s: Settings, device: torch.device) -> Loss:
+    """Mean squared error; for images plus LPIPS, or VGG's features as Image2StyleGAN has them, by ``--loss``.
+
+    Raises:
+        InputError: weights that were asked for cannot be had.
+    """
+    if not target.to_image or s.loss == "mse":
+        return squared_error
+    if s.loss == "vgg":
+        try:
+            return FeatureDistance(load_vgg(device), s.vgg_layers, [s.perceptual_weight] * len(s.vgg_layers))
+        except ValueError as error:
+            raise InputError(f"--vgg_layers: {error}") from None
+    lpips = lpips_or_none(device)
+    if lpips is None and s.loss == "lpips":
+        raise InputError("--loss lpips: its weights cannot be had; use --loss mse, or auto, which goes on without")
+    return squared_error if lpips is None else perceptual_loss(lpips, s.perceptual_weight)
