@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from align import align_face, warn_unaligned
 from utils import InputError, atomic_write, nearest
 
 ATTRIBUTES: tuple[str, ...] = (
@@ -215,14 +216,18 @@ def square(image: Image.Image, size: int, path: str | Path, resampling: Image.Re
     return image if image.size == (size, size) else image.resize((size, size), resampling)
 
 
-def _read_pixels(files: Sequence[Path], size: int | None) -> np.ndarray:
-    """(3, H, W) uint8 of the one file: (3, S, S) if there is a size."""
-    image = _read_rgb(files[0])
-    image = image if size is None else square(image, size, files[0])
+def _pixels(image: Image.Image, size: int | None, path: str | Path) -> np.ndarray:
+    """(3, H, W) uint8; (3, S, S) if there is a size."""
+    image = image if size is None else square(image, size, path)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
-def load_image(path: str | Path, size: int | None = None) -> Tensor:
+def _read_pixels(files: Sequence[Path], size: int) -> np.ndarray:
+    """(3, S, S) uint8 of the one file."""
+    return _pixels(_read_rgb(files[0]), size, files[0])
+
+
+def load_image(path: str | Path, size: int | None = None, align: bool | None = False) -> Tensor:
     """Read any picture as a (3, H, W) float32 tensor in [-1, 1].
 
     EXIF rotation is applied, every mode becomes 8-bit RGB, alpha is laid over white, and of an animation the first
@@ -231,11 +236,17 @@ def load_image(path: str | Path, size: int | None = None) -> Tensor:
     Args:
         path: the file.
         size: when given, the picture is made size x size, see `square`.
+        align: find the face and cut it as CelebA-HQ does, see `align.align_face`; None: only warn if that is needed.
 
     Raises:
-        InputError: the file is missing, unreadable or cut short.
+        InputError: the file is missing, unreadable or cut short; to be aligned, and without a face or with several.
     """
-    return _to_float(torch.from_numpy(_read_pixels([Path(path)], size)))
+    image = _read_rgb(Path(path))
+    if align:
+        image = align_face(image, path)
+    elif align is None:
+        warn_unaligned(image, path)
+    return _to_float(torch.from_numpy(_pixels(image, size, path)))
 
 
 def to_uint8(images: Tensor) -> Tensor:
