@@ -25,21 +25,34 @@ import json
 import logging
 import os
 import re
-import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from align import align_face, warn_unaligned
+from images import (  # noqa: F401, those that others import from here
+    IMAGE_SUFFIXES,
+    RESAMPLING,
+    find_images,
+    grid,
+    listed,
+    load_image,
+    natural_key,
+    read_picture,
+    read_rgb,
+    save_image,
+    square,
+    to_float,
+    to_pixels,
+    to_uint8,
+)
 from utils import InputError, atomic_write, nearest
 
 ATTRIBUTES: tuple[str, ...] = (
@@ -55,10 +68,6 @@ ATTRIBUTES: tuple[str, ...] = (
 IMAGE_FOLDER = "CelebA-HQ-img"
 ANNOTATION_FILE = "CelebAMask-HQ-attribute-anno.txt"
 KAGGLE_DATASET = "liusonghua/celebamaskhq"
-Image.init()
-# by content, whatever the suffix says; Pillow knows others, one of which (EPS) runs another program
-_FORMATS = tuple({"JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF"} & Image.OPEN.keys())
-IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS))
 SPLITS = ("train", "val", "test", "all")
 MASK_CLASSES = (
     "background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip",
@@ -67,209 +76,14 @@ MASK_CLASSES = (
 """The 19 classes of a mask, by their number. CelebAMask-HQ has a picture of each; later ones cover earlier ones."""
 PART_FOLDER, MASK_FOLDER = "CelebAMask-HQ-mask-anno", "masks"
 
-_RESAMPLING = Image.Resampling.LANCZOS  # Pillow widens its kernel when it shrinks: antialiased
 _CACHE_VERSION = 2  # raise it when the way a cached pixel is computed changes
 _LAYOUT = (
     f"expected a folder with {IMAGE_FOLDER}/ and {ANNOTATION_FILE}, or with img_align_celeba/, list_attr_celeba and "
     "list_eval_partition (.txt or .csv), or with images/ and masks/"
 )
 _NO_DATA_SETS = {IMAGE_FOLDER, PART_FOLDER, MASK_FOLDER, "img_align_celeba", "images"}
-_CELEBA_SIZE, _CELEBA_BOX = (178, 218), (11, 37, 167, 193)  # left, upper, right, lower; see `square`
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """A sorting key that puts ``2.jpg`` before ``10.jpg``."""
-    parts = re.split(r"(\d+)", name)  # text at even places, digits at odd ones
-    return [(0, int(part), part) if i % 2 else (1, 0, part.lower()) for i, part in enumerate(parts) if part]
-
-
-def find_images(path: str | Path) -> list[Path]:
-    """The images at ``path``: one file, or a flat or nested folder, sorted naturally by their path.
-
-    Suffixes are compared without case. Hidden files and folders are skipped; files with other suffixes are left out,
-    and a warning names them.
-
-    Raises:
-        InputError: no such path, or no image in it.
-    """
-    path = Path(path)
-    if path.is_file():
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise InputError(f"{path}: not an image; expected one of {', '.join(IMAGE_SUFFIXES)}")
-        return [path]
-    if not path.is_dir():
-        raise InputError(f"{path}: no such file or folder")
-    found, others, visited = [], [], set()
-    for folder, folders, files in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link that leads back up
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith("."):
-                (found if name.lower().endswith(IMAGE_SUFFIXES) else others).append(Path(folder, name))
-    if found and others:
-        log.warning("%s: left out what has no picture's suffix: %s", path, _listed(sorted(p.name for p in others)))
-    if not found:
-        raise InputError(f"{path}: no images found; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-    return sorted(found, key=lambda p: [natural_key(part) for part in p.relative_to(path).parts])
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _to_rgb(image: Image.Image, png: bool = False) -> Image.Image:
-    """Any Pillow mode to 8-bit RGB; transparent pixels show white.
-
-    Args:
-        png: it comes from one, whose integers have 16 bits, which older versions of Pillow do not say.
-    """
-    if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips these at 255 instead of scaling them
-        values = np.asarray(image).astype(np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("it holds values that are not finite")
-        if image.mode == "F":
-            most = 1 if values.max() <= 1 else 255
-        else:
-            most = 65535 if png or image.mode.startswith("I;16") or values.max() > 255 else 255
-        if values.min() < 0 or values.max() > most:
-            raise ValueError(f"its values reach from {values.min():g} to {values.max():g}, expected 0 to {most}")
-        image = Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _read(path: Path, use: Callable[[Image.Image], T] = Image.Image.copy) -> T:
-    """What ``use`` makes of a picture in a file: by default its pixels as they are, of an animation the first frame.
-
-    Raises:
-        InputError: it cannot be read, is cut short, or is a decompression bomb (179 million pixels).
-    """
-    if path.exists() and not path.is_file():  # reading a pipe would wait forever
-        raise InputError(f"{path}: not a file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # half a bomb is a large photograph; oddities of the file are no concern
-            with Image.open(path, formats=_FORMATS) as image:
-                return use(image)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
-        reason = "not a picture that can be read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise InputError(f"{path}: cannot read image: {' '.join(reason.split())[:200]}") from error
-
-
-def _read_rgb(path: Path) -> Image.Image:
-    """The upright 8-bit RGB picture in a file. Raises InputError as `_read`."""
-
-    def upright(image: Image.Image) -> Image.Image:
-        image.load()
-        png = image.format == "PNG"
-        try:
-            image = ImageOps.exif_transpose(image)
-        except Exception as error:  # damaged EXIF does not make the pixels unusable
-            log.warning("%s: EXIF data ignored: %s", path, error)
-        return _to_rgb(image, png)
-
-    return _read(path, upright)
-
-
-def _to_float(images: Tensor) -> Tensor:
-    """uint8 in [0, 255] to float32 in [-1, 1]: the one place where this is decided."""
-    return (images / 127.5).sub_(1)
-
-
-_CROPPED = threading.Lock()
-
-
-def square(image: Image.Image, size: int, path: str | Path, resampling: Image.Resampling = _RESAMPLING) -> Image.Image:
-    """A picture as the square that networks see, resized (antialiased) to size x size.
-
-    It is the largest centred square, of training pictures and of any others: nothing here changes proportions. The
-    first picture that loses something is named in a warning.
-
-    Pictures of 178x218 are CelebA's aligned ones: of these it is the square that CelebA-HQ's rule gives for the mean
-    eyes (69.5, 111) and (107.5, 111) and mouth (88.5, 152), of 156 pixels around (89, 115), so that networks may be
-    trained on either set and used on the other: eyes a quarter of the width apart, at 48 % of the height.
-    """
-    if image.size == _CELEBA_SIZE:
-        image = image.crop(_CELEBA_BOX)
-    elif image.width != image.height:
-        if _CROPPED.acquire(blocking=False):  # taken once, never given back
-            log.warning("%s is %dx%d: of pictures that are not square, the middle is used", path, *image.size)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    return image if image.size == (size, size) else image.resize((size, size), resampling)
-
-
-def _pixels(image: Image.Image, size: int | None, path: str | Path) -> np.ndarray:
-    """(3, H, W) uint8; (3, S, S) if there is a size."""
-    image = image if size is None else square(image, size, path)
-    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
-
-
-def _read_pixels(files: Sequence[Path], size: int) -> np.ndarray:
-    """(3, S, S) uint8 of the one file."""
-    return _pixels(_read_rgb(files[0]), size, files[0])
-
-
-def load_image(path: str | Path, size: int | None = None, align: bool | None = False) -> Tensor:
-    """Read any picture as a (3, H, W) float32 tensor in [-1, 1].
-
-    EXIF rotation is applied, every mode becomes 8-bit RGB, alpha is laid over white, and of an animation the first
-    frame is taken.
-
-    Args:
-        path: the file.
-        size: when given, the picture is made size x size, see `square`.
-        align: find the face and cut it as CelebA-HQ does, see `align.align_face`; None: only warn if that is needed.
-
-    Raises:
-        InputError: the file is missing, unreadable or cut short; to be aligned, and without a face or with several.
-    """
-    image = _read_rgb(Path(path))
-    if align:
-        image = align_face(image, path)
-    elif align is None:
-        warn_unaligned(image, path)
-    return _to_float(torch.from_numpy(_pixels(image, size, path)))
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1], any shape, to uint8 in [0, 255]: clamped and rounded; the inverse of reading. NaN is black."""
-    return torch.nan_to_num((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def save_image(image: Tensor, path: str | Path) -> None:
-    """Write a (3, H, W) image in [-1, 1] as PNG; the file appears whole or not at all."""
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"save_image: expected (3, H, W), got {tuple(image.shape)}")
-    picture = Image.fromarray(to_uint8(image).cpu().permute(1, 2, 0).contiguous().numpy())
-    with atomic_write(path) as temporary:
-        picture.save(temporary, format="PNG")
-
-
-def grid(images: Tensor, columns: int = 8) -> Tensor:
-    """Images (B, 3, H, W) side by side as one: (3, rows * H, columns * W); empty places are white."""
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    blank = images.new_ones(rows * columns - len(images), *images.shape[1:])
-    filled = torch.cat([images, blank]).unflatten(0, (rows, columns))  # (rows, columns, 3, H, W)
-    return filled.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,9 +143,7 @@ def read_annotations(path: str | Path) -> Annotations:
             raise InputError(f"{path}, line {at}: expected the number of images, got {got!r}")
         count = (at, int(words[0][:18]))  # nobody has more; int() refuses thousands of digits
         if not lines:
-            raise InputError(
-                f"{path}, line {at + 1}: expected the {len(ATTRIBUTES)} attribute names, the file ends here"
-            )
+            raise InputError(f"{path}, line {at + 1}: expected the 40 attribute names, the file ends here")
     at, names = lines.pop(0)
     names = names[1:] if comma else names
     for i, name in enumerate(names):
@@ -340,10 +152,8 @@ def read_annotations(path: str | Path) -> Annotations:
         if name in names[:i]:
             raise InputError(f"{path}, line {at}: attribute {name!r} is named twice")
     if missing := [name for name in ATTRIBUTES if name not in names]:
-        have = len(ATTRIBUTES) - len(missing)
-        raise InputError(
-            f"{path}, line {at}: {have} attribute names, expected {len(ATTRIBUTES)}; missing {', '.join(missing)}"
-        )
+        expected = f"{len(ATTRIBUTES) - len(missing)} attribute names, expected {len(ATTRIBUTES)}"
+        raise InputError(f"{path}, line {at}: {expected}; missing {', '.join(missing)}")
 
     columns = [names.index(name) for name in ATTRIBUTES]
     values_of = {**_VALUES, "": _UNKNOWN} if comma else _VALUES
@@ -430,9 +240,7 @@ def _find(root: Path) -> tuple[Path, dict[str, Path]]:
                 if not missing:
                     return folder, parts
                 if len(missing) < len(layout.needs):
-                    partial.append(
-                        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in {folder}"
-                    )
+                    partial += [f"{name} is missing in {folder}" for name in missing]
             try:  # not into a folder of images: it holds 30,000 files and no data set
                 inner = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
             except OSError:
@@ -440,7 +248,7 @@ def _find(root: Path) -> tuple[Path, dict[str, Path]]:
             below += [folder / name for name in inner if name not in _NO_DATA_SETS]
         level = below
     archives = sorted(p.name for p in root.iterdir() if p.suffix in (".zip", ".tar", ".gz", ".tgz", ".7z"))
-    unpack = [f"unpack {_listed(archives)} first"] if archives else []
+    unpack = [f"unpack {listed(archives)} first"] if archives else []
     raise InputError(f"data set {root}: " + "; ".join([*partial[:3], *unpack, _LAYOUT]))
 
 
@@ -511,17 +319,15 @@ def read_records(parts: dict[str, Path]) -> Records:
     order = sorted(range(len(files)), key=lambda i: natural_key(files[i]))
     if "partition" in parts:
         published = read_partition(parts["partition"])
-        lacking = [name for name in names if name not in published]
-        if lacking:
-            raise InputError(
-                f"{parts['partition']}: no split for {_listed(lacking)}, which {parts['labels'].name} lists"
-            )
+        if lacking := [name for name in names if name not in published]:
+            said = f"no split for {listed(lacking)}, which {parts['labels'].name} lists"
+            raise InputError(f"{parts['partition']}: {said}")
         splits = np.array([published[names[i]] for i in order], dtype=np.int8)
     else:
         bounds = [split_indices(len(order), split) for split in SPLITS[:3]]
         splits = np.repeat(np.arange(3, dtype=np.int8), [len(part) for part in bounds])
     if extra := sorted(set(there) - set(files), key=natural_key):
-        log.warning("%s: left out %d pictures without labels: %s", folder, len(extra), _listed(extra))
+        log.warning("%s: left out %d pictures without labels: %s", folder, len(extra), listed(extra))
     return Records([folder / files[i] for i in order], labels[order], splits)
 
 
@@ -545,9 +351,8 @@ def mask_files(folder: Path, images: Sequence[Path]) -> list[tuple[Path, ...]]:
     there = {k: {e.name for e in os.scandir(folder / k)} for k in os.listdir(folder) if (folder / k).is_dir()}
     sources = []
     for image in images:
-        number = int(image.stem)
-        k = str(number // 2000)
-        names = [f"{number:05d}_{part}.png" for part in MASK_CLASSES[1:]]
+        k = str(int(image.stem) // 2000) if image.stem.isdecimal() else "0"
+        names = [f"{image.stem:0>5}_{part}.png" for part in MASK_CLASSES[1:]]
         found = tuple(folder / k / name for name in names if name in there.get(k, ()))
         sources.append(found or (folder / k / names[0],))  # of a face without any part: the one that is missing
     return sources
@@ -562,7 +367,7 @@ def read_mask(files: Sequence[Path], size: int) -> np.ndarray:
         InputError: a file that is missing or unreadable, other classes, or other proportions than the image's.
     """
     image, *files = files
-    pictures = [_read(file) for file in files]
+    pictures = [read_picture(file) for file in files]
     if files[0].parent.parent.name == PART_FOLDER:
         mask = np.zeros(pictures[0].size[::-1], dtype=np.uint8)
         for file, picture in zip(files, pictures, strict=True):
@@ -573,7 +378,7 @@ def read_mask(files: Sequence[Path], size: int) -> np.ndarray:
         raise InputError(f"{files[0]}: not a mask; expected a palette picture of classes 0 to {len(MASK_CLASSES) - 1}")
     else:
         mask = np.asarray(pictures[0])
-    width, height = _read(image, lambda opened: opened.size)
+    width, height = read_picture(image, lambda opened: opened.size)
     if width * mask.shape[0] != height * mask.shape[1]:
         raise InputError(f"{files[0]}: a mask of {mask.shape[1]}x{mask.shape[0]} for an image of {width}x{height}")
     return np.asarray(square(Image.fromarray(mask), size, files[0], Image.Resampling.NEAREST))
@@ -607,7 +412,7 @@ class _Store:
         self._map: np.ndarray | None = None  # opened once in a process: a pickled memory map would be a full copy
         bad = None
         if folder is not None:
-            key = [_CACHE_VERSION, name, int(_RESAMPLING), [_state(files) for files in sources]]
+            key = [_CACHE_VERSION, name, int(RESAMPLING), [_state(files) for files in sources]]
             bad = self._keep(folder, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
         if bad is None:
             bad = {i: row for i, row in enumerate(self._read(sources)) if isinstance(row, str)}
@@ -704,6 +509,11 @@ def _state(files: Sequence[Path]) -> list:
         return [file.name for file in files]
 
 
+def _read_pixels(files: Sequence[Path], size: int) -> np.ndarray:
+    """(3, S, S) uint8 of the one file."""
+    return to_pixels(read_rgb(files[0]), size, files[0])
+
+
 class CelebAMaskHQ(Dataset):
     """Labelled faces: item i is ``(image (3, S, S) float32 in [-1, 1], labels (40,) float32 in {0, 1})``.
 
@@ -748,7 +558,7 @@ class CelebAMaskHQ(Dataset):
         folder = self.root / ".cache" if cache else None
 
         if strict and (missing := [f"{file}: no such file" for file in files if not file.is_file()]):
-            raise InputError(_listed(missing, 1))  # before an hour of resizing
+            raise InputError(listed(missing, 1))  # before an hour of resizing
         shape = (3, img_size, img_size)
         self._images = _Store(folder, f"{split}_{img_size}", [(file,) for file in files], shape, _read_pixels)
         bad = dict(self._images.bad)
@@ -763,15 +573,14 @@ class CelebAMaskHQ(Dataset):
             self._masks = _Store(folder, f"{split}_masks_{mask_size}", sources, (mask_size, mask_size), read_mask)
             bad = self._masks.bad | bad
         if bad:
-            why = _listed([bad[i] for i in sorted(bad)], 1 if strict else 5)
+            why = listed([bad[i] for i in sorted(bad)], 1 if strict else 5)
             if strict:
                 raise InputError(why)
             log.warning("%s split: left out %d of %d images: %s", split, len(bad), len(files), why)
         keep = [i for i in range(len(files)) if i not in bad]
         if not keep:
-            raise InputError(
-                f"{parts['images']}: no image of the {split} split can be used: {next(iter(bad.values()))}"
-            )
+            why = next(iter(bad.values()))
+            raise InputError(f"{parts['images']}: no image of the {split} split can be used: {why}")
         self._rows = np.array(keep)  # item -> row of the stores
         self.paths = [files[i] for i in keep]
         self.files = [path.name for path in self.paths]
@@ -788,7 +597,7 @@ class CelebAMaskHQ(Dataset):
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) in [-1, 1] of ``indices``, and their labels (B, 40) in {0, 1}, or masks (B, M, M)."""
         images, targets = self.batch_uint8(indices)
-        return _to_float(images), targets if self._masks is None else targets.long()
+        return to_float(images), targets if self._masks is None else targets.long()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not -len(self) <= index < len(self):
@@ -888,7 +697,7 @@ class FaceLoader(DataLoader):
                 images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
                 targets = torch.where(mirrored[:, None, None], mirror_masks(targets), targets) if masks else targets
             # (B, 3, S, S) in [-1, 1]; (B, 40) in {0, 1}, or (B, M, M)
-            yield _to_float(images), targets.long() if masks else targets
+            yield to_float(images), targets.long() if masks else targets
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """See `EpochBatches.set_epoch`."""
