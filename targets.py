@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from checkpoints import load_spnn
 from data_loader import find_images, load_image
-from DDNM.guided_diffusion.diffusion import Guidance, guide
+from DDNM.guided_diffusion.guidance import guide
 from inversion import FeatureDistance, Loss, perceptual_loss, squared_error
 from logger import get_logger
 from models import SPNN
+from operators import SPNNOperator
 from stylegan import SPACES, Latents, load_generator
 from utils import LARGEST_BATCH, LARGEST_SEED, InputError, file_name, nearest, option
 
@@ -171,9 +172,9 @@ def of_spnn(network: str, s: Settings, device: torch.device) -> Target:
         model.in_shape, f, x_lr = model.pinn.in_shape, model, 0.03
 
         def in_moves(y: Tensor, x0: Tensor) -> Tensor:
-            goal, rule = model.natural(y), Guidance(nlbp_stop_cond=0.0)
+            move, far = SPNNOperator(model).towards(y), torch.ones(len(x0), dtype=torch.bool)
             for _ in range(20):
-                x0 = guide(model, x0, goal, 1.0, rule)
+                x0 = guide(move(x0), x0, far, 1.0, max_move=0.15)
             return x0
 
         closed = {

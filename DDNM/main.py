@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,8 @@ from tqdm import tqdm  # noqa: E402
 from checkpoints import load_spnn, locate  # noqa: E402
 from data_loader import ATTRIBUTES, find_images, load_image, save_image  # noqa: E402
 from DDNM.guided_diffusion.compiled import compile_for_cpu  # noqa: E402
-from DDNM.guided_diffusion.diffusion import Guidance, image_generator, sample  # noqa: E402
+from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sample  # noqa: E402
+from DDNM.guided_diffusion.guidance import RuleSettings, Unguided  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior, load_prior  # noqa: E402
 from DDNM.guided_diffusion.results import (  # noqa: E402
     SHEET_LIMIT,
@@ -43,13 +44,13 @@ from DDNM.guided_diffusion.results import (  # noqa: E402
     write_sheet,
     write_tables,
 )
-from DDNM.guided_diffusion.schedule import time_travel_steps  # noqa: E402
 from distributed import World  # noqa: E402
 from distributed import world as join_world  # noqa: E402
 from judge import load_judge  # noqa: E402
 from logger import get_logger  # noqa: E402
 from metrics import agreement, prob_error, psnr  # noqa: E402
 from models import SPNN  # noqa: E402
+from operators import SPNNOperator  # noqa: E402
 from performance import compile_networks, inner_networks, prepare_networks  # noqa: E402
 from resume import is_empty, locked, plain, stop_signals  # noqa: E402
 from utils import (  # noqa: E402
@@ -82,7 +83,7 @@ SWITCH = argparse.BooleanOptionalAction  # --no-... takes back what a config swi
 
 def parser() -> argparse.ArgumentParser:
     """The command line; every flag but --config may also stand in the config file."""
-    rule = Guidance()
+    rule = RuleSettings()
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -104,14 +105,17 @@ def parser() -> argparse.ArgumentParser:
                       "target; 0 or 1 for the typical logit without or with it, or a logit such as +4")  # fmt: skip
 
     nlbp = p.add_argument_group("non-linear back-projection")
-    nlbp.add_argument("--guidance", choices=("nlbp", "none"), default="nlbp", help="none: plain samples of the prior")
+    nlbp.add_argument("--guidance", default="nlbp", help="none: plain samples of the prior")
+    for name in ("switch", "gradient_scale", "clean_scale", "mean_scale", "recurrences", "recur_from", "recur_to"):
+        kind = type(getattr(rule, name))
+        nlbp.add_argument(f"--{name}", type=number(kind, 0, 1000), default=getattr(rule, name))
     nlbp.add_argument("--min_bp_step", type=number(int, 0), default=rule.min_bp_step,
                       help="lambda2 at steps from here on, lambda1 below (default %(default)s)")  # fmt: skip
     nlbp.add_argument("--lambda1", type=number(float, 0), default=rule.lambda1, help="default %(default)s")
     nlbp.add_argument("--lambda2", type=number(float, 0), default=rule.lambda2, help="default %(default)s")
     nlbp.add_argument("--nlbp_stop_cond", type=number(float, 0, 1), default=rule.nlbp_stop_cond,
                       help="no back-projection below this mean attribute error (default %(default)s)")  # fmt: skip
-    nlbp.add_argument("--clip_x0", action=argparse.BooleanOptionalAction, default=rule.clip_x0,
+    nlbp.add_argument("--clip_x0", action=argparse.BooleanOptionalAction, default=True,
                       help="keep x0 in [-1, 1]; --no-clip_x0 is the published rule (default: on)")  # fmt: skip
     nlbp.add_argument("--max_move", type=number(float, 0), default=rule.max_move,
                       help="largest root mean square move of a back-projection; 0: no limit, the published rule "
@@ -427,7 +431,10 @@ def reconstruct(
     args: argparse.Namespace, others: dict, device: torch.device, source: Path, folder: Path, world: World
 ) -> int:
     """Draw what is not finished yet, and write the results of all that is; the exit status."""
+    rule = {field.name: getattr(args, field.name) for field in fields(RuleSettings)}
+    guidance = RuleSettings(**rule).build()
     model, notes, prior, judge = load_networks(args, others, device)
+    operator = SPNNOperator(model)
     attributes = notes.get("attributes") or (ATTRIBUTES if model.num_classes == len(ATTRIBUTES) else None)
     if attributes is None or len(attributes) != model.num_classes:
         raise InputError(f"{args.spnn}: config.json does not name its {model.num_classes} attributes")
@@ -472,40 +479,37 @@ def reconstruct(
     for line in skipped:
         log.warning("skipped: %s", line)
 
-    guidance = Guidance(args.lambda1, args.lambda2, args.min_bp_step, args.nlbp_stop_cond, args.clip_x0,
-                        args.max_move if args.max_move else None, args.last_bp_step)  # fmt: skip
     lpips = load_lpips(device, log) if args.lpips and files is not None else None
-    walk = time_travel_steps(args.steps, args.travel_length, args.travel_repeat)
-    evaluations = sum(b < a for a, b in zip(walk, walk[1:], strict=False))
-    log.info("%d targets, %d steps, guidance %s, on %s", len(names), evaluations, args.guidance, device)
+    walk = {"steps": args.steps, "travel_length": args.travel_length, "travel_repeat": args.travel_repeat}
+    count = evaluations(prior, guidance, **walk)
+    log.info("%d targets, %d steps, guidance %s, on %s", len(names), count, args.guidance, device)
     if kept := sum(entry is not None for entry in done):
         log.info("resumed: %d are finished", kept)
 
     def draw(part: slice, inputs: Sequence[Tensor | None], guided: bool, label: str):
         """Images of a part of the targets, on the CPU, their figures and logits."""
         target = targets[part].to(device)
-        bar = tqdm(total=evaluations, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=not world.leads)
+        rule = guidance if guided else Unguided()
+        count = evaluations(prior, rule, **walk)
+        bar = tqdm(total=count, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=not world.leads)
         started = time.perf_counter()
         with bar:
             images = sample(
                 prior,
-                prior.schedule,
                 [image_generator(args.seed, name) for name in names[part]],
-                (3, model.img_size, model.img_size),
                 device,
-                steps=args.steps,
-                travel_length=args.travel_length,
-                travel_repeat=args.travel_repeat,
+                operator,
+                target,
+                rule,
                 eta=args.eta,
-                operator=model if guided else None,
-                target=target if guided else None,
-                guidance=guidance,
+                clip_x0=args.clip_x0,
                 on_step=lambda *_: bar.update(),
+                **walk,
             )
         seconds = (time.perf_counter() - started) / len(images)
         judged = None if judge_targets is None else judge_targets[part].to(device)
         figures, logits = measure(names[part], images, inputs, target, model, judge, judged, lpips,
-                                  seconds=seconds, steps=evaluations, seed=args.seed)  # fmt: skip
+                                  seconds=seconds, steps=count, seed=args.seed)  # fmt: skip
         broken = [name for name, ok in zip(names[part], images.isfinite().flatten(1).all(1), strict=True) if not ok]
         if broken:
             log.warning("not finite: %s; --clip_x0 and --max_move keep images in range", ", ".join(broken))
@@ -520,8 +524,8 @@ def reconstruct(
             size = model.img_size
             inputs = [None] * len(names[part]) if files is None else [load_image(file, size) for file in files[part]]
             counter = f"batch {index + 1}/{len(parts)}"
-            drawn = {"reconstruction": draw(part, inputs, args.guidance == "nlbp", counter)}
-            if args.base_rate and args.guidance == "nlbp":
+            drawn = {"reconstruction": draw(part, inputs, args.guidance != "none", counter)}
+            if args.base_rate and args.guidance != "none":
                 drawn["unguided"] = draw(part, inputs, False, f"{counter}, unguided")
             new = []
             for i, name in enumerate(names[part]):

@@ -35,10 +35,12 @@ from benchmarks import plain  # noqa: E402
 from blocks import solved_once  # noqa: E402
 from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, CelebAMaskHQ, make_loader  # noqa: E402
 from DDNM.guided_diffusion.compiled import compile_for_cpu  # noqa: E402
-from DDNM.guided_diffusion.diffusion import Guidance, guide, predict_x0, renoise  # noqa: E402
+from DDNM.guided_diffusion.diffusion import renoise  # noqa: E402
+from DDNM.guided_diffusion.guidance import NLBP, Denoiser  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
 from models import SPNN, BackProjection  # noqa: E402
+from operators import SPNNOperator  # noqa: E402
 from performance import prepare_networks  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from train import step as take_step  # noqa: E402
@@ -201,41 +203,40 @@ def sampling_step(args: argparse.Namespace, device: torch.device) -> Iterable[di
     model, schedule = network(size, args.hidden, device), Schedule()
     prepared = prepare_networks(copy.deepcopy(model), device)
     unet = published_unet(size, args.prior_channels).to(device)
-    pairs = {
-        "ours": (Prior(copy.deepcopy(unet), channels_last=True), prepared),
-        "ours, bf16": (Prior(copy.deepcopy(unet), torch.bfloat16, channels_last=True), prepared),
+    priors = {
+        "ours": Prior(copy.deepcopy(unet), channels_last=True),
+        "ours, bf16": Prior(copy.deepcopy(unet), torch.bfloat16, channels_last=True),
     }
     if device.type == "cpu":
-        for name in tuple(pairs):
-            prior, operator = copy.deepcopy(pairs[name])
+        for name, plainly in tuple(priors.items()):
+            prior = copy.deepcopy(plainly)
             try:
                 hint = compile_for_cpu(prior)
             except InputError as error:
                 print(f"no row for --compile: {error}", file=sys.stderr)
                 break
             if (hint == "bf16") == ("bf16" in name):
-                pairs[f"{name}, compiled"] = prior, operator
+                priors[f"{name}, compiled"] = prior
     clean, noise = images(batch, size, device), torch.randn(batch, 3, size, size).to(device)
     t, t_next = STEP
     x = schedule.add_noise(clean, noise, t)
     target = torch.randn(batch, model.num_classes).to(device)
-    goal = prepared.natural(target)
     abar, abar_next = schedule.abar(t).to(device), schedule.abar(t_next).to(device)
-    always = Guidance(nlbp_stop_cond=0.0, max_move=None)  # every image, the whole way: what the plain step does
+    # every image, the whole way: what the plain step does
+    steer = NLBP(nlbp_stop_cond=0.0, max_move=None).towards(SPNNOperator(prepared), target)
 
-    def ours(prior: Prior, operator: SPNN) -> Tensor:
-        eps = prior(x, t)
-        x0 = guide(operator, predict_x0(x, eps, abar).clamp(-1, 1), goal, 1.0, always)
+    def ours(prior: Prior) -> Tensor:
+        x0, eps, _ = steer(Denoiser(prior), x, t)
         return renoise(x0, eps, noise, abar, abar_next, None)
 
     ways: dict[str, Callable[[], Tensor]] = {
         "plain": lambda: plain.sampling_step(unet, model, x, target, noise, t, abar, abar_next)
     }
-    ways |= {name: lambda pair=pair: ours(*pair) for name, pair in pairs.items()}
+    ways |= {name: lambda prior=prior: ours(prior) for name, prior in priors.items()}
     with solved_once():  # around a whole run of the sampler
         results = {name: compute() for name, compute in ways.items()}
         medians = take_turns(ways, device, args.repeats)
-    for name in pairs:
+    for name in priors:
         difference, kind = _distance(results["plain"], results[name]), name.removeprefix("ours")
         note = f"{size}x{size}, batch {batch}, prior included, {'bf16' if 'bf16' in kind else 'float32'} prior"
         yield row("sampling_step", medians, difference, _size(results["plain"]), note, kind)

@@ -24,8 +24,10 @@ import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from benchmarks.speed import add_common_flags, images, network, provenance, published_unet, seconds  # noqa: E402
-from DDNM.guided_diffusion.diffusion import Guidance, image_generator, sample  # noqa: E402
+from DDNM.guided_diffusion.diffusion import image_generator, sample  # noqa: E402
+from DDNM.guided_diffusion.guidance import NLBP, Unguided  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior  # noqa: E402
+from operators import SPNNOperator  # noqa: E402
 from performance import (  # noqa: E402
     PRECISIONS,
     checkpoint_activations,
@@ -129,17 +131,17 @@ def sampling(args: argparse.Namespace, device: torch.device, rate: float, batch:
     prior = Prior(unet, torch.bfloat16, channels_last=True)
     target = torch.randn(batch, model.num_classes).to(device)
     generators = [image_generator(0, str(i)) for i in range(batch)]
-    always = Guidance(nlbp_stop_cond=0.0, max_move=None)
+    always = NLBP(nlbp_stop_cond=0.0, max_move=None)
 
-    def draw(steps: int, **guided) -> None:
-        sample(prior, prior.schedule, generators, model.pinn.in_shape, device, steps, guidance=always, **guided)
+    def draw(steps: int, guidance=Unguided()) -> None:  # noqa: B008
+        sample(prior, generators, device, SPNNOperator(model), target, guidance, steps=steps)
 
     def a_step(cost: Callable[[Callable[[], object]], float], **guided) -> float:
         """What one more step costs, whatever is paid once a run; a step costs the same wherever it is."""
         short, long = (cost(partial(draw, n, **guided)) for n in (args.timed_steps, 2 * args.timed_steps))
         return (long - short) / args.timed_steps
 
-    guided = {"operator": model, "target": target}
+    guided = {"guidance": always}
     count = a_step(operations, **guided)
     if args.compile:
         compile_networks([unet, *inner_networks(model)], device)

@@ -7,16 +7,17 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
-from DDNM.guided_diffusion import diffusion
-from DDNM.guided_diffusion.diffusion import Guidance, guide, image_generator, predict_x0, renoise, sample
+from DDNM.guided_diffusion import guidance as rules
+from DDNM.guided_diffusion.diffusion import BEST, evaluations, image_generator, reconstruct, renoise, sample
+from DDNM.guided_diffusion.guidance import NLBP, Unguided, predict_x0
 from DDNM.guided_diffusion.prior import Prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
 from models import SPNN, BackProjection, Completion
+from operators import SPNNOperator
 
 CPU = torch.device("cpu")
 SHAPE = (3, 8, 8)
 SCHEDULE = Schedule()
-PLAIN_RULE = Guidance(clip_x0=False, max_move=None)
 
 
 def tiny_spnn(seed: int = 0, strength: float = 1.0) -> SPNN:
@@ -39,12 +40,19 @@ def tiny_spnn(seed: int = 0, strength: float = 1.0) -> SPNN:
     return model.eval().requires_grad_(False)
 
 
+def as_prior(predict):
+    predict.schedule, predict.image_size = SCHEDULE, SHAPE[-1]
+    return predict
+
+
+@as_prior
 def gaussian_prior(x, t):
     """The exact noise predictor of images whose pixels are independent, of mean 0.1 and deviation 0.3."""
     abar = SCHEDULE.abar(t).view(-1, 1, 1, 1)
     return (1 - abar).sqrt() * (x - abar.sqrt() * 0.1) / (abar * 0.3**2 + 1 - abar)
 
 
+@as_prior
 def zero_prior(x, t):
     return torch.zeros_like(x)
 
@@ -57,9 +65,24 @@ def logits(count: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
     return torch.randn(count, 5, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def draw(names, prior=gaussian_prior, seed=0, steps=10, **settings):
+def draw(names, prior=gaussian_prior, seed=0, steps=10, model=None, target=None, guidance=None, **settings):
+    """With a model and no rule: NLBP."""
     generators = [image_generator(seed, name) for name in names]
-    return sample(prior, SCHEDULE, generators, SHAPE, CPU, steps=steps, **settings)
+    operator = None if model is None else SPNNOperator(model)
+    guidance = guidance or (Unguided() if model is None else NLBP())
+    return sample(prior, generators, CPU, operator, target, guidance, steps=steps, **settings)
+
+
+def moved(model, x0, target, strength, rule, clip=True):
+    """x0 after one step of a rule, as it is for a prior that sees x0 in anything."""
+
+    def same(x, t):
+        return x
+
+    same.in_range = lambda x: x.clamp(-1, 1) if clip else x
+    project = SPNNOperator(model).towards(target)(x0)
+    far = (project.y.sigmoid() - target.sigmoid()).abs().mean(1) > rule.nlbp_stop_cond
+    return rules.guide(project, x0, far, strength, rule.max_move, same.in_range)
 
 
 def probability_error(model, x, target):
@@ -121,7 +144,7 @@ def test_eta_0_is_deterministic_but_for_the_first_noise():
     assert not torch.equal(*(renoise(x0, eps, images(1, seed=s), abar, abar_next, None) for s in (2, 3)))
     # DDIM on a Gaussian: an affine function of the first noise, whose slope is the data's deviation
     noise = torch.randn(SHAPE, generator=image_generator(0, "a"))
-    drawn = draw("a", steps=1000, eta=0.0, guidance=PLAIN_RULE)[0]
+    drawn = draw("a", steps=1000, eta=0.0, clip_x0=False)[0]
     slope = ((drawn - drawn.mean()) * (noise - noise.mean())).sum() / (noise - noise.mean()).square().sum()
     torch.testing.assert_close(drawn, drawn.mean() + slope * (noise - noise.mean()), rtol=1e-3, atol=1e-3)
     assert slope.item() == pytest.approx(0.3, abs=0.01)
@@ -165,18 +188,17 @@ TRAVELLING = [9, 8, 7, 6, 7, 8, 7, 6, 5, 4, 5, 6, 5, 4, 3, 2, 3, 4, 3, 2, 1, 0, 
 @pytest.mark.parametrize("eta", [None, 0.5])
 @pytest.mark.parametrize("walk, length, repeat", [(DOWN, 1, 1), (TRAVELLING, 2, 2)])
 def test_without_guidance_it_is_the_plain_sampler(clip, eta, walk, length, repeat):
-    rule = Guidance(clip_x0=clip)
     expected = plain_sampler("ab", gaussian_prior, 0, 10, walk, eta, clip)[-1]
-    drawn = draw("ab", eta=eta, travel_length=length, travel_repeat=repeat, guidance=rule)
+    drawn = draw("ab", eta=eta, travel_length=length, travel_repeat=repeat, clip_x0=clip)
     torch.testing.assert_close(drawn, expected)
 
 
 @pytest.mark.parametrize("clip", [True, False])
 def test_with_strength_0_it_is_the_plain_sampler(clip):
     """Exactly so but for the rounding of G^-1(G(x)): the operator is asked, and moves nothing."""
-    rule = Guidance(lambda1=0.0, lambda2=0.0, clip_x0=clip, max_move=None)
+    rule = NLBP(lambda1=0.0, lambda2=0.0, max_move=None)
     expected = plain_sampler("ab", gaussian_prior, 0, 10, DOWN, None, clip)[-1]
-    drawn = draw("ab", operator=tiny_spnn(), target=logits(2), guidance=rule)
+    drawn = draw("ab", model=tiny_spnn(), target=logits(2), guidance=rule, clip_x0=clip)
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -189,6 +211,7 @@ def test_the_exact_prior_of_a_gaussian_gives_its_samples():
 def test_the_walk_with_time_travel_is_what_the_prior_sees():
     seen, stepped = [], []
 
+    @as_prior
     def prior(x, t):
         seen.append(t)
         return gaussian_prior(x, t)
@@ -211,7 +234,7 @@ def test_on_step_is_called_once_a_step():
 
 def test_clipping_keeps_the_picture_in_range():
     assert draw("ab", zero_prior).abs().max() <= 1
-    assert draw("ab", zero_prior, guidance=PLAIN_RULE).abs().max() > 1
+    assert draw("ab", zero_prior, clip_x0=False).abs().max() > 1
 
 
 # --- Noise -----------------------------------------------------------------------------------------------------------
@@ -234,9 +257,9 @@ def test_an_image_is_the_same_alone_in_a_batch_and_in_another_order():
 
 def test_a_guided_image_is_the_same_alone_in_a_batch_and_in_another_order():
     model, target = tiny_spnn(), logits(3)
-    together = draw("abc", operator=model, target=target)
-    alone = torch.cat([draw([name], operator=model, target=target[i : i + 1]) for i, name in enumerate("abc")])
-    turned = draw("cab", operator=model, target=target[[2, 0, 1]])
+    together = draw("abc", model=model, target=target)
+    alone = torch.cat([draw([name], model=model, target=target[i : i + 1]) for i, name in enumerate("abc")])
+    turned = draw("cab", model=model, target=target[[2, 0, 1]])
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(turned, together[[2, 0, 1]], rtol=1e-5, atol=1e-5)
 
@@ -250,10 +273,8 @@ def test_guidance_brings_every_image_nearer_to_its_target(prior):
     target = logits(6, scale=1.0)
     names = "abcdef"
     unguided = probability_error(model, draw(names, prior, steps=10), target)
-    rule = Guidance(nlbp_stop_cond=0.02)
-    guided = probability_error(
-        model, draw(names, prior, steps=10, operator=model, target=target, guidance=rule), target
-    )
+    rule = NLBP(nlbp_stop_cond=0.02)
+    guided = probability_error(model, draw(names, prior, steps=10, model=model, target=target, guidance=rule), target)
     assert guided.mean() < 0.5 * unguided.mean()
     assert (guided < unguided).all()
 
@@ -261,16 +282,16 @@ def test_guidance_brings_every_image_nearer_to_its_target(prior):
 def test_the_published_rule_ends_on_the_target_exactly():
     """At strength 1 the last step reaches y, whatever the prior says: the law of back-projection."""
     model, target = tiny_spnn(strength=0.5), logits(3, scale=0.5)
-    rule = Guidance(nlbp_stop_cond=0.0, clip_x0=False, max_move=None)
-    drawn = draw("abc", operator=model, target=target, guidance=rule)
+    rule = NLBP(nlbp_stop_cond=0.0, max_move=None)
+    drawn = draw("abc", model=model, target=target, guidance=rule, clip_x0=False)
     torch.testing.assert_close(model(drawn), target, rtol=1e-3, atol=1e-3)
 
 
 def test_the_strength_is_lambda1_below_min_bp_step_and_lambda2_from_there_on(monkeypatch):
     used = []
-    monkeypatch.setattr(diffusion, "guide", lambda operator, x0, goal, strength, rule: used.append(strength) or x0)
-    rule = Guidance(lambda1=0.9, lambda2=0.4, min_bp_step=300)
-    draw("a", operator=tiny_spnn(), target=logits(1), guidance=rule)
+    monkeypatch.setattr(rules, "guide", lambda project, x0, far, strength, *others: used.append(strength) or x0)
+    rule = NLBP(lambda1=0.9, lambda2=0.4, min_bp_step=300)
+    draw("a", model=tiny_spnn(), target=logits(1), guidance=rule)
     assert used == [0.4] * 7 + [0.9] * 3  # t = 900 ... 300, then 200 ... 0
 
 
@@ -285,7 +306,7 @@ def test_the_target_is_descended_once_a_run():
             calls.append(y)
             return honest(y)
 
-    draw("ab", operator=Counting(), target=logits(2), steps=5)
+    draw("ab", model=Counting(), target=logits(2), steps=5)
     assert len(calls) == 6  # the target's, and one for the logits of every step
 
 
@@ -293,50 +314,48 @@ def test_an_image_near_its_target_is_left_alone_bit_for_bit():
     model, x0 = tiny_spnn(), images(3)
     target = logits(3, scale=4)
     target[1] = model(x0)[1]
-    moved = guide(model, x0, model.natural(target), 1.0, Guidance())
-    assert torch.equal(moved[1], x0[1])
-    assert not torch.equal(moved[0], x0[0]) and not torch.equal(moved[2], x0[2])
+    after = moved(model, x0, target, 1.0, NLBP())
+    assert torch.equal(after[1], x0[1])
+    assert not torch.equal(after[0], x0[0]) and not torch.equal(after[2], x0[2])
 
 
 def test_the_stop_condition_is_each_images_own_mean_probability_error():
     model, x0, target = tiny_spnn(), images(6), logits(6)
     error = probability_error(model, x0, target)
     threshold = error.sort().values[2:4].mean().item()  # between the third and the fourth
-    moved = guide(model, x0, model.natural(target), 0.5, Guidance(nlbp_stop_cond=threshold))
-    stayed = (moved == x0).flatten(1).all(1)
+    after = moved(model, x0, target, 0.5, NLBP(nlbp_stop_cond=threshold))
+    stayed = (after == x0).flatten(1).all(1)
     assert stayed.tolist() == (error <= threshold).tolist() and stayed.sum() == 3
 
 
 @pytest.mark.parametrize("limit", [0.02, 0.15, 0.4])
 def test_no_image_moves_further_than_max_move(limit):
     model, x0, target = tiny_spnn(strength=0.4), images(8) * 0.9, logits(8)
-    goal = model.natural(target)
-    moved = guide(model, x0, goal, 1.0, Guidance(max_move=limit, nlbp_stop_cond=0.0))
-    distance = (moved - x0).square().mean((1, 2, 3)).sqrt()
+    after = moved(model, x0, target, 1.0, NLBP(max_move=limit, nlbp_stop_cond=0.0))
+    distance = (after - x0).square().mean((1, 2, 3)).sqrt()
     assert (distance <= limit * (1 + 1e-6)).all() and (distance > 0).sum() >= 6
-    assert moved.abs().max() <= 1
-    free = guide(model, x0, goal, 1.0, Guidance(max_move=None, nlbp_stop_cond=0.0))
+    assert after.abs().max() <= 1
+    free = moved(model, x0, target, 1.0, NLBP(max_move=None, nlbp_stop_cond=0.0))
     assert ((free - x0).square().mean((1, 2, 3)).sqrt() > 0.02).all()
 
 
 def test_max_move_halves_the_strength_and_nothing_else():
     model, x0 = tiny_spnn(), images(4)
-    goal = model.natural(logits(4, scale=4))
-    rule = Guidance(max_move=0.1, nlbp_stop_cond=0.0)
-    project = BackProjection(model, x0, goal)
-    for i, moved in enumerate(guide(model, x0, goal, 1.0, rule)):
+    target = logits(4, scale=4)
+    rule = NLBP(max_move=0.1, nlbp_stop_cond=0.0)
+    project = BackProjection(model, x0, model.natural(target))
+    for i, after in enumerate(moved(model, x0, target, 1.0, rule)):
         one = slice(i, i + 1)
-        proposals = [project(0.5**k, one).clamp(-1, 1)[0] for k in range(diffusion.HALVINGS + 1)]
+        proposals = [project(0.5**k, one).clamp(-1, 1)[0] for k in range(rules.HALVINGS + 1)]
         allowed = [p for p in proposals if (p - x0[i]).square().mean().sqrt() <= 0.1]
-        torch.testing.assert_close(moved, allowed[0] if allowed else x0[i], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(after, allowed[0] if allowed else x0[i], rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_limit_and_a_clamp_it_is_the_published_back_projection():
     model, x0, target = tiny_spnn(), images(4) * 3, logits(4, scale=4)
-    rule = Guidance(nlbp_stop_cond=0.0, clip_x0=False, max_move=None)
-    moved = guide(model, x0, model.natural(target), 0.5, rule)
-    torch.testing.assert_close(moved, model.back_project(x0, target, 0.5), rtol=1e-5, atol=1e-5)
-    assert moved.abs().max() > 1
+    after = moved(model, x0, target, 0.5, NLBP(nlbp_stop_cond=0.0, max_move=None), clip=False)
+    torch.testing.assert_close(after, model.back_project(x0, target, 0.5), rtol=1e-5, atol=1e-5)
+    assert after.abs().max() > 1
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -348,11 +367,11 @@ def test_the_loop_never_asks_for_a_number_that_a_gpu_would_have_to_be_waited_for
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet = small_unet(8, channels=(8, 16), norm_groups=4, attention_size=2)
         prior = Prior(unet, prediction_type=prediction_type, schedule=SCHEDULE)
-        free = Guidance(max_move=None)
-        drawn = draw("ab", prior, operator=tiny_spnn(), target=logits(2), guidance=free, travel_repeat=2)
+        free = NLBP(max_move=None)
+        drawn = draw("ab", prior, model=tiny_spnn(), target=logits(2), guidance=free, travel_repeat=2)
         assert drawn.shape == (2, *SHAPE)
         with pytest.raises(DynamicOutputShapeException):  # the search for a shorter move has to look
-            draw("ab", prior, operator=tiny_spnn(), target=logits(2), guidance=Guidance(max_move=0.1))
+            draw("ab", prior, model=tiny_spnn(), target=logits(2), guidance=NLBP(max_move=0.1))
 
 
 class Broken:
@@ -382,8 +401,8 @@ class Broken:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("clip", [True, False])
 def test_nan_of_an_operator_never_passes_where_moves_are_limited(where, value, clip):
-    rule = Guidance(max_move=0.15, clip_x0=clip, nlbp_stop_cond=0.0)
-    drawn = draw("abcdefgh", operator=Broken(where, value), target=logits(8), guidance=rule)
+    rule = NLBP(max_move=0.15, nlbp_stop_cond=0.0)
+    drawn = draw("abcdefgh", model=Broken(where, value), target=logits(8), guidance=rule, clip_x0=clip)
     assert drawn.isfinite().all()
 
 
@@ -391,11 +410,36 @@ def test_one_broken_image_does_not_keep_the_others_from_moving():
     x0, target = images(4) * 0.3, torch.full((4, 5), 0.5)
     x0[:, 0, 0, 4], target[:, 4] = 0.4, 0.5  # the pixel that breaks the inverse
     x0[1, 0, 0, 4], target[1, 4] = -0.4, -0.5
-    moved = guide(Broken("inverse", math.nan), x0, Broken("", 0.0).natural(target), 1.0, Guidance(max_move=0.3))
-    assert moved.isfinite().all()
-    assert torch.equal(moved[[0, 2, 3]], x0[[0, 2, 3]]) and not torch.equal(moved[1], x0[1])
+    after = moved(Broken("inverse", math.nan), x0, target, 1.0, NLBP(max_move=0.3))
+    assert after.isfinite().all()
+    assert torch.equal(after[[0, 2, 3]], x0[[0, 2, 3]]) and not torch.equal(after[1], x0[1])
 
 
 def test_no_gradient_is_kept():
     model = tiny_spnn().requires_grad_(True)
-    assert not draw("a", operator=model, target=logits(1), steps=2).requires_grad
+    assert not draw("a", model=model, target=logits(1), steps=2).requires_grad
+
+
+# --- From Python -----------------------------------------------------------------------------------------------------
+
+
+def test_reconstruct_draws_what_the_sampler_draws_and_leaves_the_networks_as_they_are():
+    """With weights that want gradients, as a network has them that was just trained."""
+    torch.manual_seed(0)
+    prior = Prior(small_unet(8, channels=(8, 16), norm_groups=4, attention_size=2))
+    model, target = tiny_spnn().requires_grad_(True), logits(2)
+    drawn = reconstruct(model, prior, target, steps=5, seed=3)
+    expected = draw("01", prior, 3, 5, model, target, BEST, eta=0.5)
+    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+    assert not drawn.requires_grad and all(p.requires_grad and p.grad is None for p in model.parameters())
+    named = reconstruct(model, prior, target, steps=5, seed=3, names=["1", "0"])
+    assert not torch.equal(named[0], drawn[0])
+
+
+def test_evaluations_counts_what_the_prior_is_asked():
+    assert evaluations(gaussian_prior, Unguided(), 10) == 10
+    assert evaluations(gaussian_prior, Unguided(), 10, 2, 2) == sum(
+        b < a for a, b in zip(TRAVELLING, TRAVELLING[1:], strict=False)
+    )
+    with pytest.raises(ValueError, match="1001|1000"):
+        evaluations(gaussian_prior, Unguided(), 1001)

@@ -497,16 +497,16 @@ def test_settings_reach_the_sampler(run, monkeypatch):
     calls, honest = [], reconstruct.sample
 
     def sample(*arguments, **settings):
-        calls.append(settings)
+        calls.append((arguments[-1], settings))
         return honest(*arguments, **settings)
 
     monkeypatch.setattr(reconstruct, "sample", sample)
     flags = "--lambda1 0.7 --lambda2 0.3 --min_bp_step 400 --nlbp_stop_cond 0.2 --no-clip_x0 --max_move 0 --eta 0.5"
     folder = run("out", None, *flags.split(), *"--steps 4 --travel_length 2 --travel_repeat 2".split())
-    rule = calls[0]["guidance"]
+    rule, settings = calls[0]
     assert (rule.lambda1, rule.lambda2, rule.min_bp_step, rule.nlbp_stop_cond) == (0.7, 0.3, 400, 0.2)
-    assert rule.clip_x0 is False and rule.max_move is None
-    assert calls[0]["eta"] == 0.5 and calls[0]["travel_length"] == calls[0]["travel_repeat"] == 2
+    assert settings["clip_x0"] is False and rule.max_move is None
+    assert settings["eta"] == 0.5 and settings["travel_length"] == settings["travel_repeat"] == 2
     settings = record_of(folder)["settings"]
     assert settings["lambda1"] == 0.7 and settings["clip_x0"] is False and settings["eta"] == 0.5
     assert record_of(folder)["images"][0]["steps"] == 6  # 3 2 1 0 . . 1 0 -1: the jump costs two more
@@ -850,7 +850,7 @@ def test_a_config_that_is_not_there_lists_what_there_is(run):
         ({"lamda1": 1.0}, "unknown key 'lamda1', did you mean 'lambda1'"),
         ({"steps": 0}, "steps: 0 is refused"),
         ({"steps": 1001}, "steps: 1001 is refused"),
-        ({"guidance": "ddrm"}, "guidance must be one of"),
+        ({"guidance": "ddrm"}, "no rule 'ddrm'; known are none, nlbp"),
         ({"clip_x0": 1}, "clip_x0 must be true or false"),
         ({"beta_start": 0.5}, "beta_start"),
         ({"beta_start": 0.0}, "beta_start"),
@@ -951,9 +951,9 @@ def test_the_sampler_takes_the_schedule_that_the_prior_was_trained_with(run, pre
     """A prior's own scheduler_config.json decides, or a contradiction is refused; it is not overlooked."""
     schedules, honest = [], reconstruct.sample
 
-    def sample(prior, schedule, *arguments, **settings):
-        schedules.append(schedule)
-        return honest(prior, schedule, *arguments, **settings)
+    def sample(prior, *arguments, **settings):
+        schedules.append(prior.schedule)
+        return honest(prior, *arguments, **settings)
 
     monkeypatch.setattr(reconstruct, "sample", sample)
     unet = tiny_prior().unet

@@ -1,103 +1,25 @@
-"""The sampler: a frozen diffusion prior, steered towards given logits by non-linear back-projection.
+"""The sampler: a frozen diffusion prior, steered towards given measurements by a guidance.
 
 Symbols: ``x_t`` the noisy image at step t, ``x0`` the clean image the prior sees in it, ``eps`` the noise it predicts,
-``abar`` the schedule (abar_{-1} = 1), ``y`` the target logits, lambda the strength of a back-projection. B images of
-shape (3, H, W), d logits.
+``abar`` the schedule (abar_{-1} = 1), ``y`` the target. B images of shape (3, H, W).
 
-Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), DDNM (Wang et al. 2023) for the walk with its time travel, and
-Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042, for the back-projection.
+Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), DDNM (Wang et al. 2023) for the walk with its time travel; the
+rules of guidance.py state their own.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blocks import solved_once
-from DDNM.guided_diffusion.schedule import Schedule, time_pairs
-from models import BackProjection, Completion
-from performance import networks_in
+from DDNM.guided_diffusion.guidance import NLBP, Denoiser, Gradient, Guidance, Switched, Unguided
+from DDNM.guided_diffusion.schedule import time_pairs
+from operators import Operator, as_operator
 
-
-class Operator(Protocol):
-    """What the sampler needs of g: `models.SPNN` has it."""
-
-    def complete(self, x: Tensor) -> Completion: ...
-
-    def natural(self, logits: Tensor) -> Completion: ...
-
-    def pinv(self, logits: Tensor, latents=None) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How a clean image is steered.
-
-    Attributes:
-        lambda1: strength of a back-projection at steps t below ``min_bp_step``, the later, cleaner ones.
-        lambda2: strength at the other steps.
-        min_bp_step: in training-time steps, 0 to 1000.
-        nlbp_stop_cond: an image is left alone where mean |sigmoid(g(x0)) - sigmoid(y)| is at most this.
-        clip_x0: clamp x0 to [-1, 1] before and after. g has seen nothing outside, and G^-1 amplifies.
-        max_move: lambda is halved, at most `HALVINGS` times, until the image moves by at most this (root mean square);
-            where it still moves further, the image is left alone. None: no limit.
-        last_bp_step: no back-projection at steps below this one: the prior alone finishes the picture. 0: to the end.
-    """
-
-    lambda1: float = 1.0
-    lambda2: float = 0.5
-    min_bp_step: int = 600
-    nlbp_stop_cond: float = 0.11
-    clip_x0: bool = True
-    max_move: float | None = 0.15
-    last_bp_step: int = 0
-
-
-HALVINGS = 6
-
-
-def predict_x0(x: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
-    """``(x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)``: the clean image that ``eps`` stands for, (B, 3, H, W)."""
-    return (x - (1 - abar).sqrt() * eps) / abar.sqrt()
-
-
-def guide(operator: Operator, x0: Tensor, goal: Completion, strength: float, guidance: Guidance) -> Tensor:
-    """Back-project those of the images x0, (B, 3, H, W), whose logits are not near the target yet.
-
-    Without ``max_move`` the choice is a mask, and a GPU's queue is never waited for. With it, the search for a strength
-    asks the device once a halving which images are still to move.
-
-    Args:
-        goal: ``operator.natural(y)`` for the targets y, (B, d).
-        strength: lambda.
-
-    Returns:
-        x0', (B, 3, H, W).
-    """
-    project = BackProjection(operator, x0, goal)
-    error = (project.start.y.sigmoid() - goal.y.sigmoid()).abs().mean(dim=1)  # (B,)
-    far = error > guidance.nlbp_stop_cond  # (B,)
-    if guidance.max_move is None:
-        moved = project(strength)
-        if guidance.clip_x0:
-            moved = moved.clamp(-1, 1)
-        return torch.where(far[:, None, None, None], moved, x0)
-    images = far.nonzero()[:, 0]  # those still to move
-    moved = x0.clone()
-    for halving in range(HALVINGS + 1):
-        if len(images) == 0:
-            break
-        proposed = project(strength / 2**halving, images)
-        if guidance.clip_x0:
-            proposed = proposed.clamp(-1, 1)
-        distance = (proposed - x0[images]).square().mean(dim=(1, 2, 3)).sqrt()
-        accepted = distance <= guidance.max_move  # never for NaN
-        moved[images[accepted]] = proposed[accepted]
-        images = images[~accepted]
-    return moved
+# the best rule measured on the demo (docs/guidance.md), for 50 steps and eta 0.5
+BEST = Switched(NLBP(max_move=0.06, nlbp_stop_cond=0.05), Gradient(0.03), switch=400)
 
 
 def renoise(x0: Tensor, eps: Tensor, noise: Tensor, abar: Tensor, abar_next: Tensor, eta: float | None) -> Tensor:
@@ -120,67 +42,112 @@ def image_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def evaluations(prior, guidance: Guidance, steps: int, travel_length: int = 1, travel_repeat: int = 1) -> int:
+    """How often `sample` evaluates the prior. Raises ValueError: more steps than the prior was trained with."""
+    pairs = time_pairs(prior.schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat)
+    return sum(guidance.recurrences(t) for t, t_next in pairs if t_next < t)
+
+
 @torch.no_grad()
 def sample(
     prior: Callable[[Tensor, int], Tensor],
-    schedule: Schedule,
     generators: Sequence[torch.Generator],
-    shape: tuple[int, int, int],
     device: torch.device,
-    steps: int = 100,
-    travel_length: int = 1,
-    travel_repeat: int = 1,
-    eta: float | None = None,
     operator: Operator | None = None,
     target: Tensor | None = None,
-    guidance: Guidance = Guidance(),  # noqa: B008  (frozen)
+    guidance: Guidance = Unguided(),  # noqa: B008  (frozen)
+    *,
+    steps: int = 100,
+    eta: float | None = None,
+    travel_length: int = 1,
+    travel_repeat: int = 1,
+    clip_x0: bool = True,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draw one image a generator from the prior; with ``operator`` and ``target``, images of these logits.
+    """Draw one image per generator from the prior, steered by ``guidance`` towards ``target``.
 
     ::
 
         1  eps = prior(x_t, t)
-        2  x0  = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)
-        3  x0' = back-projection of x0 towards y with strength lambda, where g(x0) is still far from y     (guide)
-        4  x_next = sqrt(abar_next) x0' + c eps + sqrt(s2) noise                                           (renoise)
+        2  x0  = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                          (guidance.Denoiser)
+        3  x0' = x0 moved towards y                                                  (guidance.Guidance)
+        4  x_next = sqrt(abar_next) x0' + c eps + sqrt(s2) noise  (+ the guidance's correction)   (renoise)
            a jump back: x_next = sqrt(abar_next) x0' + sqrt(1 - abar_next) noise
+           a recurrence: x_t = sqrt(abar_t / abar_next) x_next + sqrt(1 - abar_t / abar_next) noise, and again from 1
 
     Args:
-        prior: ``eps(x_t, t)``, (B, 3, H, W) and a number -> (B, 3, H, W).
+        prior: ``eps(x_t, t)``, (B, 3, H, W) and a number -> (B, 3, H, W), with its ``schedule`` and ``image_size``.
         generators: B noise sources on the CPU, see `image_generator`.
-        shape: (3, H, W).
-        steps: T_sampling, of ``schedule.num_diffusion_timesteps``.
+        device: where the networks are.
+        operator, target: A and y, (B, *out_shape). A rule that needs none ignores them.
+        steps: T_sampling, of the schedule's ``num_diffusion_timesteps``.
         eta: see `renoise`.
-        operator, target: g and the logits y, (B, d). Without them the sampler is the plain one.
-        on_step: called with (t, x0') after each step.
+        clip_x0: keep x0 in [-1, 1], before and after it is moved.
+        on_step: called with (t, x0') after each evaluation of the prior.
 
     Returns:
-        The last x0', (B, 3, H, W); in [-1, 1] where ``guidance.clip_x0``.
+        The last x0', (B, 3, H, W); in [-1, 1] if ``clip_x0``. An image that a network breaks is not finite, the others
+        are what they are without it.
+
+    Raises:
+        ValueError: more steps than the prior was trained with.
     """
+    shape = (3, prior.image_size, prior.image_size)
 
     def noise() -> Tensor:
         drawn = torch.stack([torch.randn(shape, generator=g) for g in generators])
         return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
-    x = noise()  # (B, 3, H, W)
-    x0 = x
+    denoise = Denoiser(prior, clip_x0)
+    x = x0 = noise()  # (B, 3, H, W)
     with solved_once():
-        goal = operator.natural(target) if operator is not None else None
-        for t, t_next in time_pairs(schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat):
-            abar, abar_next = schedule.abar(t), schedule.abar(t_next)  # on the CPU: numbers, for which no copy waits
+        steer = guidance.towards(operator, target)
+        for t, t_next in time_pairs(prior.schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat):
+            abar, abar_next = denoise.abar(t), denoise.abar(t_next)
             if t_next > t:
                 x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * noise()
                 continue
-            eps = prior(x, t)
-            x0 = predict_x0(x, eps, abar)
-            if guidance.clip_x0:
-                x0 = x0.clamp(-1, 1)
-            if goal is not None and t >= guidance.last_bp_step:
-                strength = guidance.lambda1 if t < guidance.min_bp_step else guidance.lambda2
-                with networks_in("float32", device):  # that the logits are reached to rounding
-                    x0 = guide(operator, x0, goal, strength, guidance)
-            x = renoise(x0, eps, noise(), abar, abar_next, eta)
-            if on_step is not None:
-                on_step(t, x0)
+            for again in reversed(range(guidance.recurrences(t))):
+                x0, eps, correction = steer(denoise, x, t)  # 1, 2, 3
+                x_next = renoise(x0, eps, noise(), abar, abar_next, eta)  # 4
+                if correction is not None:
+                    x_next = x_next + correction
+                if again:
+                    back = abar / abar_next
+                    x_next = back.sqrt() * x_next + (1 - back).sqrt() * noise()
+                x = x_next
+                if on_step is not None:
+                    on_step(t, x0)
     return x0
+
+
+def reconstruct(
+    spnn: nn.Module,
+    prior: nn.Module,
+    logits: Tensor,
+    *,
+    guidance: Guidance = BEST,
+    steps: int = 50,
+    eta: float | None = 0.5,
+    seed: int = 1234,
+    names: Sequence[str] | None = None,
+    **settings,
+) -> Tensor:
+    """Images of given logits: what DDNM/main.py draws, from Python.
+
+    Args:
+        spnn: an `models.SPNN`, or any `operators.Operator`; prior: see `prior.load_prior`. On one device.
+        logits: targets, (N, d), all drawn at once.
+        guidance: a rule of guidance.py. The defaults are the best ones measured on the demo.
+        names: each image's noise comes of the seed and its name; by default its number, from 0.
+        settings: of `sample`.
+
+    Returns:
+        (N, 3, H, W) in [-1, 1], on the logits' device.
+    """
+    device = next(prior.parameters()).device
+    names = [str(i) for i in range(len(logits))] if names is None else names
+    generators = [image_generator(seed, name) for name in names]
+    target, operator = logits.to(device), as_operator(spnn)
+    images = sample(prior, generators, device, operator, target, guidance, steps=steps, eta=eta, **settings)
+    return images.to(logits.device)

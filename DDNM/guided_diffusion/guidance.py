@@ -1,0 +1,339 @@
+"""How a sampler is steered: rules that are handed the prior, x_t and t, and give back what it goes on with.
+
+A rule knows nothing of the loop that calls it, nor of the schedule's walk. ``guidance.towards(operator, y)`` is the
+rule for one batch of targets; called with (denoise, x_t, t) it makes steps 1 to 3 of `diffusion.sample`:
+
+    1, 2  x0, eps = denoise(x_t, t)
+    3     x0'     = x0 moved towards y;  and what is added to x_next
+
+Symbols: ``x_t`` the noisy images at step t, ``x0`` the clean ones that the prior sees in them, ``eps`` the noise it
+predicts, ``abar`` the schedule, A the operator, y the target, ``unit(v) = v / rms(v)``, image by image. A gradient that
+is not finite makes its image not finite, and no other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from operators import LinearOperator, Move, Operator
+from utils import InputError, nearest, option
+
+
+class Denoised(NamedTuple):
+    """What the sampler goes on with: (B, 3, H, W) each.
+
+    Attributes:
+        x0: the clean images, moved.
+        eps: the noise.
+        correction: to be added to x_next; None for nothing.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    correction: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The clean images that a prior sees in x_t.
+
+    Attributes:
+        prior: ``eps(x_t, t)``, with the schedule it was trained with.
+        clip_x0: keep x0 in [-1, 1]: g has seen nothing outside, and G^-1 amplifies.
+    """
+
+    prior: Callable[[Tensor, int], Tensor]
+    clip_x0: bool = True
+
+    def __call__(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """``x0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)``, and eps."""
+        eps = self.prior(x, t)
+        return self.in_range(predict_x0(x, eps, self.abar(t))), eps
+
+    def abar(self, t: int) -> Tensor:
+        return self.prior.schedule.abar(t)  # on the CPU: a number, for which no copy waits
+
+    def in_range(self, x0: Tensor) -> Tensor:
+        return x0.clamp(-1, 1) if self.clip_x0 else x0
+
+
+def predict_x0(x: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
+    """``(x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)``: the clean image that ``eps`` stands for, (B, 3, H, W)."""
+    return (x - (1 - abar).sqrt() * eps) / abar.sqrt()
+
+
+Steer = Callable[[Denoiser, Tensor, int], Denoised]
+
+
+class Guidance(Protocol):
+    """A rule with its settings."""
+
+    def towards(self, operator: Operator | None, y: Tensor | None) -> Steer:
+        """The rule for targets y, (B, *out_shape)."""
+
+    def recurrences(self, t: int) -> int:
+        """How often the step from t is made; before each but the first, noise takes x_next back to t."""
+
+
+class Once:
+    """A rule that makes every step once."""
+
+    def recurrences(self, t: int) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class Unguided(Once):
+    """``none``: plain samples of the prior."""
+
+    def towards(self, operator: Operator | None = None, y: Tensor | None = None) -> Steer:
+        return lambda denoise, x, t: Denoised(*denoise(x, t))
+
+
+# --- Back-projection -------------------------------------------------------------------------------------------------
+
+HALVINGS = 6
+
+
+@dataclass(frozen=True)
+class NLBP(Once):
+    """``nlbp``: non-linear back-projection, ``G(x0') = G(x0) + lambda (G(g'(y)) - G(g'(g(x0))))``.
+
+    Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042. With an operator that is
+    linear, ``x0' = x0 + lambda A+(y - A x0)``.
+
+    Attributes:
+        lambda1: strength at steps t below ``min_bp_step``, the later, cleaner ones.
+        lambda2: strength at the other steps.
+        min_bp_step: in training-time steps, 0 to 1000.
+        nlbp_stop_cond: an image is left alone if its ``operator.distance`` to y is at most this.
+        max_move: lambda is halved, at most `HALVINGS` times, until the image moves by at most this (root mean square);
+            if it still moves further, the image is left alone. None: no limit.
+        last_bp_step: no back-projection at steps below this one: the prior alone finishes the picture. 0: to the end.
+    """
+
+    lambda1: float = 1.0
+    lambda2: float = 0.5
+    min_bp_step: int = 600
+    nlbp_stop_cond: float = 0.11
+    max_move: float | None = 0.15
+    last_bp_step: int = 0
+
+    def towards(self, operator: Operator, y: Tensor) -> Steer:
+        move = operator.towards(y)
+
+        def steer(denoise: Denoiser, x: Tensor, t: int) -> Denoised:
+            x0, eps = denoise(x, t)
+            if t >= self.last_bp_step:
+                strength = self.lambda1 if t < self.min_bp_step else self.lambda2
+                project = move(x0)
+                far = operator.distance(project.y, y) > self.nlbp_stop_cond  # (B,)
+                x0 = guide(project, x0, far, strength, self.max_move, denoise.in_range)
+            return Denoised(x0, eps)
+
+        return steer
+
+
+def guide(
+    project: Move,
+    x0: Tensor,
+    far: Tensor,
+    strength: float,
+    max_move: float | None,
+    in_range: Callable[[Tensor], Tensor] = lambda x: x.clamp(-1, 1),
+) -> Tensor:
+    """Back-project those of the images x0, (B, 3, H, W), that are still ``far``, (B,), by a limited move.
+
+    Without ``max_move`` the choice is a mask, and a GPU's queue is never waited for. With it, the search for a strength
+    asks the device once per halving which images are still to move.
+
+    Args:
+        project: the back-projection of x0.
+        strength: lambda. max_move: see `NLBP`.
+
+    Returns:
+        x0', (B, 3, H, W).
+    """
+    if max_move is None:
+        return torch.where(far[:, None, None, None], in_range(project(strength)), x0)
+    images = far.nonzero()[:, 0]  # those still to move
+    moved = x0.clone()
+    for halving in range(HALVINGS + 1):
+        if len(images) == 0:
+            break
+        proposed = in_range(project(strength / 2**halving, images))
+        distance = (proposed - x0[images]).square().mean(dim=(1, 2, 3)).sqrt()
+        accepted = distance <= max_move  # never for NaN
+        moved[images[accepted]] = proposed[accepted]
+        images = images[~accepted]
+    return moved
+
+
+@dataclass(frozen=True)
+class Linear(Once):
+    """``linear``: ``x0' = x0 + A+(y - A x0)``, the range-null space decomposition of a linear operator.
+
+    Source: Wang et al. 2023, "Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model" (DDNM),
+    equation 13.
+    """
+
+    def towards(self, operator: Operator, y: Tensor) -> Steer:
+        if not isinstance(operator, LinearOperator):
+            raise InputError("--guidance linear is for linear operators; nlbp is the same for a network")
+        move = operator.towards(y)
+
+        def steer(denoise: Denoiser, x: Tensor, t: int) -> Denoised:
+            x0, eps = denoise(x, t)
+            return Denoised(denoise.in_range(move(x0)(1.0)), eps)
+
+        return steer
+
+
+# --- Gradients -------------------------------------------------------------------------------------------------------
+
+
+def unit(v: Tensor) -> Tensor:
+    """``v / rms(v)``, image by image; 0 stays 0, and what is not finite becomes NaN in its whole image."""
+    rms = v.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    return v / rms.clamp_min(torch.finfo(v.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Gradients of ``loss(A(x0), y)``, by x_t through the prior, by x0, or both, with recurrences.
+
+    ::
+
+        x_next <- x_next - through sqrt(1 - abar_t) unit(d loss(A(x0(x_t)), y) / d x_t)       (variance guidance)
+        x0'     = x0     - clean   sqrt(1 - abar_t) unit(d loss(A(x0), y) / d x0)             (mean guidance)
+
+    Source: Ye et al. 2024, "TFG: Unified Training-Free Guidance for Diffusion Models", of which these are cases:
+
+    - ``gradient``: ``through`` alone. Chung et al. 2023, "Diffusion Posterior Sampling for General Noisy Inverse
+      Problems" (DPS), algorithm 1, with a step whose length does not depend on the loss.
+    - ``clean_gradient``: ``clean`` alone. He et al. 2024, "Manifold Preserving Guided Diffusion" (MPGD), without its
+      autoencoder. The prior is evaluated without gradients.
+    - ``freedom``: ``through`` with several recurrences at the steps where content is decided. Yu et al. 2023,
+      "FreeDoM: Training-Free Energy-Guided Conditional Diffusion Model", algorithm 2.
+    - ``tfg``: all of them.
+
+    Through the prior, the activations of its network are kept for a backward pass, some ten times the memory of a
+    forward pass; `diffusers.UNet2DModel.enable_gradient_checkpointing` recomputes them instead.
+
+    Attributes:
+        through: step of the gradient by x_t; 0 for none.
+        clean: step of the gradient by x0; 0 for none.
+        repeats: how often a step is made for ``repeat_to <= t < repeat_from``.
+    """
+
+    through: float = 0.03
+    clean: float = 0.0
+    repeats: int = 1
+    repeat_from: int = 700
+    repeat_to: int = 300
+
+    def recurrences(self, t: int) -> int:
+        return self.repeats if self.repeat_to <= t < self.repeat_from else 1
+
+    def towards(self, operator: Operator, y: Tensor) -> Steer:
+        def gradient(x0: Tensor, by: Tensor) -> Tensor:
+            return unit(torch.autograd.grad(operator.loss(operator.A(x0), y).sum(), by)[0])
+
+        def steer(denoise: Denoiser, x: Tensor, t: int) -> Denoised:
+            scale, correction = (1 - denoise.abar(t)).sqrt(), None
+            if self.through:
+                with torch.enable_grad():
+                    x = x.detach().requires_grad_()
+                    x0, eps = denoise(x, t)
+                    correction = -self.through * scale * gradient(x0, x)
+                x0, eps = x0.detach(), eps.detach()
+            else:
+                x0, eps = denoise(x, t)
+            if self.clean:
+                with torch.enable_grad():
+                    x0 = x0.detach().requires_grad_()
+                    step = self.clean * scale * gradient(x0, x0)
+                x0 = denoise.in_range(x0.detach() - step)
+            return Denoised(x0, eps, correction)
+
+        return steer
+
+
+# --- Composition, and rules by name ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Switched:
+    """``A+B``: ``noisy`` at steps t >= switch, where the face is decided; ``clean`` below, where details are."""
+
+    noisy: Guidance
+    clean: Guidance
+    switch: int = 400
+
+    def recurrences(self, t: int) -> int:
+        return (self.noisy if t >= self.switch else self.clean).recurrences(t)
+
+    def towards(self, operator: Operator, y: Tensor) -> Steer:
+        noisy, clean = self.noisy.towards(operator, y), self.clean.towards(operator, y)
+        return lambda denoise, x, t: (noisy if t >= self.switch else clean)(denoise, x, t)
+
+
+RULES: dict[str, Callable[["RuleSettings"], Guidance]] = {
+    "none": lambda s: Unguided(),
+    "nlbp": lambda s: NLBP(
+        s.lambda1, s.lambda2, s.min_bp_step, s.nlbp_stop_cond, s.max_move if s.max_move else None, s.last_bp_step
+    ),
+    "gradient": lambda s: Gradient(s.gradient_scale),
+    "clean_gradient": lambda s: Gradient(0.0, s.clean_scale),
+    "freedom": lambda s: Gradient(s.gradient_scale, 0.0, s.recurrences, s.recur_from, s.recur_to),
+    "tfg": lambda s: Gradient(s.gradient_scale, s.mean_scale, s.recurrences, s.recur_from, s.recur_to),
+    "linear": lambda s: Linear(),
+}
+THROUGH_THE_PRIOR = ("gradient", "freedom", "tfg")
+
+
+@dataclass(frozen=True)
+class RuleSettings:
+    """Guidance."""
+
+    guidance: str = option("nlbp", f"{', '.join(RULES)}, or two of them as A+B (none: plain samples of the prior)")
+    switch: int = option(400, "of A+B: A at steps from here on, B below", 0, 1000)
+    min_bp_step: int = option(NLBP.min_bp_step, "nlbp: lambda2 at steps from here on, lambda1 below", 0)
+    lambda1: float = option(NLBP.lambda1, "nlbp: strength at the cleaner steps", 0)
+    lambda2: float = option(NLBP.lambda2, "nlbp: strength at the noisier steps", 0)
+    nlbp_stop_cond: float = option(NLBP.nlbp_stop_cond, "nlbp: none below this mean attribute error", 0, 1)
+    max_move: float = option(NLBP.max_move, "nlbp: largest root mean square move; 0: no limit, the published rule", 0)
+    last_bp_step: int = option(NLBP.last_bp_step, "nlbp: none below this step", 0)
+    gradient_scale: float = option(0.03, "gradient, freedom, tfg: step of the gradient through the prior", 0, 100)
+    clean_scale: float = option(0.03, "clean_gradient: step of the gradient on x0", 0, 100)
+    mean_scale: float = option(0.005, "tfg: step of its gradient on x0", 0, 100)
+    recurrences: int = option(2, "freedom, tfg: how often a step is made between the next two", 1, 100)
+    recur_from: int = option(700, "freedom, tfg: from below this step ...", 0, 1000)
+    recur_to: int = option(300, "freedom, tfg: ... down to this one", 0, 1000)
+
+    @property
+    def rules(self) -> list[str]:
+        """The one or two rules that ``guidance`` names. Raises InputError with the nearest known one."""
+        parts = self.guidance.split("+")
+        for part in parts:
+            if part not in RULES:
+                known = f"{', '.join(RULES)}, or two of them as A+B"
+                raise InputError(
+                    f"--guidance {self.guidance}: no rule {part!r}{nearest(part, RULES)}; known are {known}"
+                )
+        if len(parts) > 2:
+            raise InputError(f"--guidance {self.guidance}: two rules at most, A+B")
+        return parts
+
+    @property
+    def through_the_prior(self) -> bool:
+        """Whether a rule differentiates the prior."""
+        return any(rule in THROUGH_THE_PRIOR for rule in self.rules)
+
+    def build(self) -> Guidance:
+        """The rule. Raises InputError as `rules`."""
+        rules = [RULES[name](self) for name in self.rules]
+        return rules[0] if len(rules) == 1 else Switched(*rules, self.switch)

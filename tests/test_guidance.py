@@ -1,0 +1,258 @@
+"""Rules of guidance against their equations, written out here, and what all of them owe the sampler."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_diffusion import CPU, SCHEDULE, SHAPE, as_prior, gaussian_prior, images, logits, tiny_spnn
+from test_operators import mean_of_blocks
+
+from DDNM.guided_diffusion.diffusion import image_generator, sample
+from DDNM.guided_diffusion.guidance import (
+    NLBP,
+    RULES,
+    Denoiser,
+    Gradient,
+    Linear,
+    RuleSettings,
+    Switched,
+    Unguided,
+    guide,
+    predict_x0,
+    unit,
+)
+from DDNM.guided_diffusion.prior import Prior, small_unet
+from operators import SPNNOperator
+from utils import InputError, parse
+
+NETWORK_RULES = [name for name in RULES if name != "linear"]
+
+
+def rule(name: str, **settings):
+    return dataclasses.replace(RuleSettings(), guidance=name, **settings).build()
+
+
+def unet_prior(dtype=None) -> Prior:
+    torch.manual_seed(0)
+    return Prior(small_unet(8, channels=(8, 16), norm_groups=4, attention_size=2), dtype).requires_grad_(False).eval()
+
+
+def draw(guidance, names="abc", prior=None, model=None, target=None, steps=6, **settings):
+    model, target = model or tiny_spnn(strength=0.4), logits(len(names), scale=1.0) if target is None else target
+    generators = [image_generator(0, name) for name in names]
+    prior = gaussian_prior if prior is None else prior
+    return sample(prior, generators, CPU, SPNNOperator(model), target, guidance, steps=steps, eta=0.5, **settings)
+
+
+# --- The equations ---------------------------------------------------------------------------------------------------
+
+
+def energy(model, x0, y):
+    said = model(x0)
+    return (F.softplus(said) - y.sigmoid() * said).mean()  # the binary cross-entropy, at any logit
+
+
+def one_by_one(model, x, y, of):
+    """Unit gradients of the energy by x, each image alone, with nothing of the module under test."""
+    found = []
+    for i in range(len(x)):
+        leaf = x[i : i + 1].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(energy(model, of(leaf), y[i : i + 1]), leaf)
+        found.append(grad / grad.square().mean().sqrt().clamp_min(1e-30))  # 0 where all of x0 is clamped
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("t", [990, 500, 10])
+def test_gradient_is_the_unit_gradient_through_the_prior(t):
+    model, prior, y, x = tiny_spnn(), unet_prior(), logits(3), images(3)
+    abar = SCHEDULE.abar(t)
+    x0, eps, correction = Gradient(0.05).towards(SPNNOperator(model), y)(Denoiser(prior), x, t)
+    expected = predict_x0(x, prior(x, t), abar).clamp(-1, 1)
+    torch.testing.assert_close(x0, expected)
+    torch.testing.assert_close(eps, prior(x, t))
+    grad = one_by_one(model, x, y, lambda x: predict_x0(x, prior(x, t), abar).clamp(-1, 1))
+    torch.testing.assert_close(correction, -0.05 * (1 - abar).sqrt() * grad, rtol=1e-3, atol=1e-5)
+    assert not (x0.requires_grad or eps.requires_grad or correction.requires_grad)
+
+
+def test_clean_gradient_moves_x0_and_asks_the_prior_for_no_gradient():
+    model, y, x, t = tiny_spnn(), logits(3), images(3), 300
+    asked = []
+
+    @as_prior
+    def prior(x, t):
+        asked.append(torch.is_grad_enabled())
+        return gaussian_prior(x, t)
+
+    with torch.no_grad():
+        x0, _, correction = Gradient(0.0, 0.05).towards(SPNNOperator(model), y)(Denoiser(prior), x, t)
+    start = predict_x0(x, gaussian_prior(x, t), SCHEDULE.abar(t)).clamp(-1, 1)
+    expected = start - 0.05 * (1 - SCHEDULE.abar(t)).sqrt() * one_by_one(model, start, y, lambda x: x)
+    torch.testing.assert_close(x0, expected.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    assert correction is None and asked == [False]
+
+
+def test_tfg_has_the_others_as_special_cases():
+    model, y, x = SPNNOperator(tiny_spnn()), logits(3), images(3)
+    both = Gradient(0.05, 0.02).towards(model, y)(Denoiser(gaussian_prior), x, 500)
+    through = Gradient(0.05).towards(model, y)(Denoiser(gaussian_prior), x, 500)
+    clean = Gradient(0.0, 0.02).towards(model, y)(Denoiser(gaussian_prior), x, 500)
+    torch.testing.assert_close(both.correction, through.correction)
+    torch.testing.assert_close(both.x0, clean.x0)
+    nothing = Gradient(0.0, 0.0)
+    torch.testing.assert_close(draw(nothing), draw(Unguided()))
+
+
+def test_recurrences_take_x_back_to_t_with_fresh_noise():
+    """Two recurrences of every step, written out."""
+    seen = []
+
+    @as_prior
+    def prior(x, t):
+        seen.append(t)
+        return gaussian_prior(x, t)
+
+    got = draw(Gradient(0.0, 0.0, 2, 1000, 0), "a", prior, steps=2)
+    source = image_generator(0, "a")
+    x = torch.randn(SHAPE, generator=source)[None]
+    for t, t_next in ((500, 0), (0, -1)) if seen == [500, 500, 0, 0] else [(t, None) for t in ()]:
+        a, b = SCHEDULE.abar(t), SCHEDULE.abar(t_next)
+        for again in (True, False):
+            eps = gaussian_prior(x, t)
+            x0 = predict_x0(x, eps, a).clamp(-1, 1)
+            s2 = 0.25 * (1 - b) / (1 - a) * (1 - a / b)
+            x = b.sqrt() * x0 + (1 - b - s2).clamp_min(0).sqrt() * eps
+            x = x + s2.sqrt() * torch.randn(SHAPE, generator=source)
+            if again:
+                x = (a / b).sqrt() * x + (1 - a / b).sqrt() * torch.randn(SHAPE, generator=source)
+    if seen == [500, 500, 0, 0]:
+        torch.testing.assert_close(got, x0)
+    else:  # a schedule that starts elsewhere: only how often
+        assert len(seen) == 4 and seen[0] == seen[1] and seen[2] == seen[3]
+
+
+def test_recurrences_are_made_in_their_range_only():
+    freedom = rule("freedom", recurrences=3, recur_from=700, recur_to=300)
+    assert [freedom.recurrences(t) for t in (999, 700, 699, 300, 299, 0)] == [1, 1, 3, 3, 1, 1]
+
+
+def test_a_composition_is_its_first_rule_at_noisy_steps_and_its_second_at_clean_ones():
+    model, y, x = SPNNOperator(tiny_spnn()), logits(2), images(2)
+    both = Switched(NLBP(), Gradient(0.05), 400).towards(model, y)
+    denoise = Denoiser(gaussian_prior)
+    for t, alone in ((400, NLBP()), (399, Gradient(0.05))):
+        for got, expected in zip(both(denoise, x, t), alone.towards(model, y)(denoise, x, t), strict=True):
+            assert got is expected is None or torch.equal(got, expected)
+    assert Switched(Unguided(), Gradient(0.1, 0.0, 4, 1000, 0), 400).recurrences(399) == 4
+
+
+def test_the_linear_rule_keeps_what_was_measured_and_refuses_a_network():
+    operator = mean_of_blocks()
+    y = operator.A(images(2, seed=3) * 0.3)
+    generators = [image_generator(0, name) for name in "ab"]
+    drawn = sample(gaussian_prior, generators, CPU, operator, y, Linear(), steps=10, clip_x0=False)
+    torch.testing.assert_close(operator.A(drawn), y, rtol=1e-4, atol=1e-4)
+    nlbp = NLBP(lambda2=1.0, nlbp_stop_cond=0.0, max_move=None)
+    generators = [image_generator(0, name) for name in "ab"]
+    same = sample(gaussian_prior, generators, CPU, operator, y, nlbp, steps=10, clip_x0=False)
+    torch.testing.assert_close(drawn, same, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="linear is for linear operators"):
+        draw(Linear())
+
+
+# --- What every rule owes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*NETWORK_RULES, "nlbp+gradient", "tfg+nlbp"])
+def test_an_image_is_the_same_alone_in_a_batch_and_in_another_order(name):
+    guidance, prior, target = rule(name), unet_prior(), logits(3)
+    together = draw(guidance, "abc", prior, target=target)
+    alone = torch.cat([draw(guidance, one, prior, target=target[i : i + 1]) for i, one in enumerate("abc")])
+    turned = draw(guidance, "cab", prior, target=target[[2, 0, 1]])
+    torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(turned, together[[2, 0, 1]], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORK_RULES if name != "none"])
+def test_every_rule_brings_images_nearer_to_their_targets(name):
+    model, target = tiny_spnn(strength=0.4), logits(6, scale=1.0)
+
+    def error(guidance):
+        drawn = draw(guidance, "abcdef", model=model, target=target, steps=20)
+        return (model(drawn).sigmoid() - target.sigmoid()).abs().mean()
+
+    guidance = rule(name, gradient_scale=0.2, clean_scale=0.2, nlbp_stop_cond=0.02)
+    assert error(guidance) < 0.8 * error(Unguided())
+
+
+@pytest.mark.parametrize("name", [*NETWORK_RULES, "nlbp+gradient"])
+def test_a_bf16_prior_works_with_every_rule(name):
+    drawn = draw(rule(name), "ab", unet_prior(torch.bfloat16), steps=4)
+    assert drawn.isfinite().all() and drawn.dtype == torch.float32 and not drawn.requires_grad
+
+
+@pytest.mark.parametrize("name", ["gradient", "clean_gradient", "tfg", "nlbp+gradient"])
+def test_a_gradient_that_is_not_finite_stops_its_image_and_no_other(name):
+    """The target of the second image is broken, so that its gradient is."""
+    target = logits(3)
+    broken = target.clone()
+    broken[1] = math.nan
+    guidance = rule(name)
+    expected, got = draw(guidance, target=target), draw(guidance, target=broken)
+    torch.testing.assert_close(got[[0, 2]], expected[[0, 2]], rtol=1e-4, atol=1e-4)
+    if name != "nlbp+gradient":
+        assert not got[1].isfinite().all()
+
+
+def test_a_gradient_of_zero_moves_nothing():
+    assert torch.equal(unit(torch.zeros(2, *SHAPE)), torch.zeros(2, *SHAPE))
+    tiny = unit(torch.full((1, *SHAPE), 1e-15))
+    torch.testing.assert_close(tiny, torch.ones(1, *SHAPE))
+
+
+def test_recomputed_activations_give_the_same_picture():
+    prior, again = unet_prior(), unet_prior()
+    again.unet.enable_gradient_checkpointing()
+    torch.testing.assert_close(draw(rule("gradient"), prior=again), draw(rule("gradient"), prior=prior))
+
+
+def test_guide_leaves_what_is_not_far_alone():
+    model, x0, y = SPNNOperator(tiny_spnn()), images(3), logits(3)
+    far = torch.tensor([True, False, True])
+    for limit in (None, 0.2):
+        after = guide(model.towards(y)(x0), x0, far, 1.0, limit)
+        assert torch.equal(after[1], x0[1]) and not torch.equal(after[0], x0[0])
+
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+
+def test_rules_by_name():
+    assert rule("none") == Unguided() and rule("nlbp") == NLBP() and rule("nlbp", max_move=0).max_move is None
+    assert rule("gradient", gradient_scale=0.1) == Gradient(0.1)
+    assert rule("freedom") == Gradient(0.03, 0.0, 2, 700, 300)
+    assert rule("nlbp+gradient", switch=300) == Switched(NLBP(), Gradient(0.03), 300)
+    assert RuleSettings(guidance="nlbp+tfg").through_the_prior
+    assert not RuleSettings(guidance="nlbp+clean_gradient").through_the_prior
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [("gradiant", "did you mean 'gradient'.*known are none, nlbp"), ("nlbp+ddrm", "no rule 'ddrm'"),
+     ("nlbp+none+tfg", "two rules at most"), ("", "no rule ''")],
+)  # fmt: skip
+def test_an_unknown_rule_is_one_line_with_the_known_ones(name, said):
+    with pytest.raises(InputError, match=said):
+        rule(name)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("gradient_scale", "-1"), ("gradient_scale", "nan"), ("switch", "1001"), ("recurrences", "0"), ("max_move", "-1"),
+     ("nlbp_stop_cond", "2")],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_one_line(flag, value):
+    with pytest.raises(InputError, match=flag):
+        parse("", RuleSettings, argv=[f"--{flag}", value])
