@@ -172,7 +172,7 @@ def of_spnn(network: str, s: Settings, device: torch.device) -> Target:
         model.in_shape, f, x_lr = model.pinn.in_shape, model, 0.03
 
         def in_moves(y: Tensor, x0: Tensor) -> Tensor:
-            move, far = SPNNOperator(model).towards(y), torch.ones(len(x0), dtype=torch.bool)
+            move, far = SPNNOperator(model).towards(y), x0.new_ones(len(x0), dtype=torch.bool)
             for _ in range(20):
                 x0 = guide(move(x0), x0, far, 1.0, max_move=0.15)
             return x0
