@@ -112,7 +112,11 @@ class Bijection(Surjection):
 
 
 class Inverted(Bijection):
-    """``block`` from its outputs to its inputs; see `Bijection.inverted`, and `inverted` for it by name."""
+    """``block`` from its outputs to its inputs; see `Bijection.inverted`, and `inverted` for it by name.
+
+    What passes through it is no data of the block's, so the block's statistics are held (`statistics_held`): they are
+    set by passes through the block itself.
+    """
 
     def __init__(self, block: Bijection):
         super().__init__()
@@ -133,10 +137,12 @@ class Inverted(Bijection):
 
     def forward_log_det(self, x: Tensor) -> Completed:
         y = self.block.pinv(x)
-        return y, None, -self.block.log_abs_det(y)
+        with statistics_held():
+            return y, None, -self.block.log_abs_det(y)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        return self.block(y)
+        with statistics_held():
+            return self.block(y)
 
     def inverted(self) -> Bijection:
         return self.block
@@ -167,9 +173,9 @@ class PerFeature(Bijection):
         return tuple(shape)
 
     def spread(self, parameter: Tensor, x: Tensor) -> Tensor:
-        """A parameter, (*features), over x, (B, *features, ...)."""
+        """A parameter, (*features), over x, (B, *features, ...), in float32 at least."""
         self.output_shape(x.shape[1:])
-        return parameter.view(*self.features, *[1] * (x.dim() - 1 - len(self.features))).expand_as(x)
+        return at_least_float32(parameter).view(*self.features, *[1] * (x.dim() - 1 - len(self.features))).expand_as(x)
 
 
 class Affine(PerFeature):
@@ -186,6 +192,7 @@ class Affine(PerFeature):
         return tuple(torch.zeros_like(one) if c is None else c for c in (self.log_scale, self.bias))
 
     def forward_log_det(self, x: Tensor) -> Completed:
+        x = at_least_float32(x)
         log_scale, bias = (self.spread(c, x) for c in self.coefficients(x))
         return x * log_scale.exp() + bias, None, per_image(log_scale)
 
@@ -209,7 +216,7 @@ class Diagonal(Affine):
 
 
 class ActNorm(Affine):
-    """`Affine`, set by the first batch in training mode to mean 0 and variance 1 a channel.
+    """`Affine`, set by the first batch in training mode to mean 0 and variance 1 per channel, over all processes.
 
     Before that, and in evaluation mode, it is what its parameters say: the identity at first. (Kingma and Dhariwal,
     "Glow", arXiv 1807.03039, section 3.1.)
@@ -222,16 +229,14 @@ class ActNorm(Affine):
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Set the parameters from x, (B, C, *)."""
-        values = x.movedim(1, 0).flatten(1)  # (C, B*...)
-        if values.shape[1] < 2:
-            raise ValueError(f"{self.name}: its first batch must hold 2 values a channel or more, got 1")
-        log_std = values.std(1, correction=0).clamp_min(1e-6).log()
+        mean, var, _ = moments(x, self.name)
+        log_std = var.sqrt().clamp_min(1e-6).log()
         self.log_scale.copy_(-log_std)
-        self.bias.copy_(-values.mean(1) * torch.exp(-log_std))
+        self.bias.copy_(-mean * torch.exp(-log_std))
         self.initialised.fill_(True)
 
     def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
-        if x is not None and self.training and not self.initialised:
+        if x is not None and self.training and not _held.get() and not self.initialised:
             self.initialise(x)
         return super().coefficients(x)
 
@@ -240,9 +245,10 @@ class BatchNorm(Affine):
     """``y = exp(log_scale) (x - mean) / sqrt(var + eps) + bias``, with the batch's statistics in training mode.
 
     It is invertible in both modes. In evaluation mode both directions use the running statistics. In training mode
-    forward uses those of its batch, and ``pinv`` those of the last batch that forward saw, as constants: so it undoes
-    that forward, and is a fixed map between two of them. The log-determinant takes the statistics as constants too
-    (Dinh et al., "Real NVP", arXiv 1605.08803, section 3.7), so in training mode it is that of one image among many.
+    forward uses those of its batch, over all processes, and ``pinv`` those of the last batch that forward saw, as
+    constants: so it undoes that forward, and is a fixed map between two of them. The log-determinant takes the
+    statistics as constants too (Dinh et al., "Real NVP", arXiv 1605.08803, section 3.7), so in training mode it is that
+    of one image among many.
     """
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5):
@@ -254,27 +260,24 @@ class BatchNorm(Affine):
         self.register_buffer("running_var", torch.ones(channels))
         self.last: tuple[Tensor, Tensor] | None = None  # mean and variance of the last batch in training mode
 
-    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        values = x.movedim(1, 0).flatten(1)  # (C, B*...)
-        if values.shape[1] < 2:
-            raise ValueError(f"{self.name}: a batch in training mode must hold 2 values a channel or more, got 1")
-        mean, var = values.mean(1), values.var(1, correction=0)
-        self.last = mean.detach(), var.detach()
-        with torch.no_grad():
-            unbiased = var * values.shape[1] / (values.shape[1] - 1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(unbiased, self.momentum)
-        return mean, var
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args, **kwargs) -> "BatchNorm":
+        self.last = None if self.last is None else tuple(fn(t) for t in self.last)  # to another device or type
+        return super()._apply(fn, *args, **kwargs)
 
     def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
         mean, var = self.running_mean, self.running_var
-        if self.training and x is not None:
+        if self.training and x is not None and not _held.get():
             self.output_shape(x.shape[1:])
-            mean, var = self._batch_statistics(x)
+            mean, var, n = moments(x, self.name)
+            with torch.inference_mode(False), torch.no_grad():  # so that any later pass may use them
+                self.last = mean.detach().clone(), var.detach().clone()
+                for running, new in ((self.running_mean, mean), (self.running_var, var * n / (n - 1))):
+                    running.lerp_(new.to(running), self.momentum)
         elif self.training and self.last is not None:
             mean, var = self.last
-        log_scale = self.log_scale - torch.log(var + self.eps) / 2
-        return log_scale, self.bias - mean * log_scale.exp()
+        mean, var, log_scale, bias = (at_least_float32(t) for t in (mean, var, self.log_scale, self.bias))
+        log_scale = log_scale - torch.log(var + self.eps) / 2
+        return log_scale, bias - mean * log_scale.exp()
 
 
 # --- Activations -----------------------------------------------------------------------------------------------------
@@ -303,10 +306,12 @@ class Activation(Bijection):
         raise NotImplementedError
 
     def forward_log_det(self, x: Tensor) -> Completed:
+        x = at_least_float32(x)
         y = self.f(x)
         return y, None, per_image(self.log_derivative(x, y))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        y = at_least_float32(y)
         if self.codomain is not constraints.real and not (inside := self.codomain.check(y)).all():
             raise ValueError(f"{self.name}: its inverse takes values of {self.codomain}, got {y[~inside][0].item():g}")
         return self.inverse(y)
@@ -424,8 +429,8 @@ class BairdActivation(PerFeature, Activation):
     """``y = asinh(sinh(x) + c)``, c learned, one a feature; its inverse is itself with -c.
 
     (Baird, Smalenberger and Ingkiriwang, "One-step neural network inversion with PDF learning and emulation", 2005.)
-    Its derivative is ``cosh(x) / cosh(y)``. Beyond |x| = 20, sinh(x) is exp(|x|) / 2 to rounding, and would overflow
-    soon after: there ``y = sign(x) (|x| + log(1 + 2 sign(x) c exp(-|x|)))``, for any |c| below 1e8.
+    Its derivative is ``cosh(x) / cosh(y)``. Beyond 20, sinh would soon overflow. There all is in units of exp(m), m the
+    larger of |x| and log(2 |c|): ``sinh(x) + c = q e^m`` and ``y = sign(q) (m + log(|q| + hypot(q, e^-m)))``.
     """
 
     far = 20.0
@@ -435,10 +440,14 @@ class BairdActivation(PerFeature, Activation):
         self.c = nn.Parameter(torch.zeros(self.features))
 
     def _shifted(self, x: Tensor, c: Tensor) -> Tensor:
-        near = torch.asinh(torch.sinh(x.clamp(-self.far, self.far)) + c)
-        size = x.abs().clamp_min(self.far)
-        far = x.sign() * (size + torch.log1p((2 * x.sign() * c * torch.exp(-size)).clamp_min(-0.5)))
-        return torch.where(x.abs() <= self.far, near, far)
+        unit = x.abs().maximum((2 * c.abs()).clamp_min(1.0).log()).detach()  # any number would do
+        near = unit <= self.far
+        direct = torch.asinh(torch.sinh(torch.where(near, x, 0.0)) + torch.where(near, c, 0.0))
+        m = unit.clamp_min(self.far)
+        q = (torch.exp(x - m) - torch.exp(-x - m)) / 2 + c * torch.exp(-m)
+        q = torch.where(near, 1.0, q)
+        scaled = q.sign() * (m + torch.log(q.abs() + torch.hypot(q, torch.exp(-m))))
+        return torch.where(near, direct, scaled)
 
     def f(self, x: Tensor) -> Tensor:
         return self._shifted(x, self.spread(self.c, x))
@@ -461,7 +470,7 @@ def positions(x: Tensor) -> int:
 def over_columns(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """f, which takes (C, n), over the channels of x, (B, C, *) -> (B, C, *)."""
     with full_precision(x.device):
-        columns = f(x.movedim(1, 0).flatten(1))  # (C, B*...)
+        columns = f(at_least_float32(x).movedim(1, 0).flatten(1))  # (C, B*...)
     return columns.unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
 
 
@@ -500,7 +509,7 @@ class Orthogonal(OverChannels):
         self.mix = MIXINGS[mix_type](channels, **({"reflections": reflections} if mix_type == "householder" else {}))
 
     def forward_log_det(self, x: Tensor) -> Completed:
-        return self.mix(x), None, x.new_zeros(len(x))
+        return self.mix(x), None, no_volume(x)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         return self.mix.inverse(y)
@@ -516,7 +525,7 @@ class SVDLinear(OverChannels):
         self.layers = nn.ModuleList(layers)
 
     def forward_log_det(self, x: Tensor) -> Completed:
-        total = x.new_zeros(len(x))
+        total = no_volume(x)
         for layer in self.layers:
             x, _, log_det = layer.forward_log_det(x)
             total = total + log_det
@@ -544,14 +553,15 @@ class Conv1x1(OverChannels):
         self.log_scale = nn.Parameter(upper.diagonal().abs().log())
 
     def _triangles(self) -> tuple[Tensor, Tensor]:
-        lower = self.lower.tril(-1) + torch.eye(self.channels).to(self.lower)
-        return lower, self.upper.triu(1) + torch.diag(self.sign * self.log_scale.exp())
+        lower, upper, log_scale = (at_least_float32(p) for p in (self.lower, self.upper, self.log_scale))
+        lower = lower.tril(-1) + torch.eye(self.channels).to(lower)
+        return lower, upper.triu(1) + torch.diag(self.sign * log_scale.exp())
 
     def forward_log_det(self, x: Tensor) -> Completed:
         self.output_shape(x.shape[1:])
         lower, upper = self._triangles()
-        y = over_columns(lambda columns: self.permutation @ lower @ upper @ columns, x)
-        return y, None, (positions(x) * self.log_scale.sum()).expand(len(x))
+        y = over_columns(lambda columns: self.permutation.to(lower) @ lower @ upper @ columns, x)
+        return y, None, (positions(x) * at_least_float32(self.log_scale).sum()).expand(len(x))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         self.output_shape(y.shape[1:])
@@ -559,7 +569,7 @@ class Conv1x1(OverChannels):
 
         def solve(columns: Tensor) -> Tensor:
             columns = torch.linalg.solve_triangular(
-                lower, self.permutation.T @ columns, upper=False, unitriangular=True
+                lower, self.permutation.T.to(lower) @ columns, upper=False, unitriangular=True
             )
             return torch.linalg.solve_triangular(upper, columns, upper=True)
 
@@ -584,28 +594,31 @@ class Whitening(OverChannels):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> "Whitening":
-        """Fit to observed x, (B, C, *), every position a sample. Raises ValueError where the covariance is singular."""
+        """Fit to observed x, (B, C, *), of all processes; positions are samples. ValueError if they span too little."""
         self.output_shape(x.shape[1:])
-        samples = x.movedim(1, 0).flatten(1).double()  # (C, n)
-        values, vectors = torch.linalg.eigh(torch.cov(samples).view(self.channels, self.channels))
+        mean, _, n = moments(x.double(), self.name)
+        samples = (x.double().movedim(1, 0).flatten(1) - mean[:, None]) / math.sqrt(n - 1)  # (C, B*...)
+        values, vectors = torch.linalg.eigh(total(samples @ samples.T))  # of the covariance
         if not values[0] > values[-1] * 1e-10:
             raise ValueError(
-                f"{self.name}: {samples.shape[1]} samples span fewer than {self.channels} dimensions "
+                f"{self.name}: {n} samples span fewer than {self.channels} dimensions "
                 f"(eigenvalues of their covariance: {values[0]:.1e} to {values[-1]:.1e})"
             )
         whiten = torch.diag(values**-0.5) @ vectors.T
-        self.mean.copy_(samples.mean(1, keepdim=True))
+        self.mean.copy_(mean[:, None])
         self.whiten.copy_(vectors @ whiten if self.kind == "zca" else whiten)
         return self
 
     def forward_log_det(self, x: Tensor) -> Completed:
         self.output_shape(x.shape[1:])
-        log_det = positions(x) * torch.linalg.slogdet(self.whiten).logabsdet
-        return over_columns(lambda columns: self.whiten @ (columns - self.mean), x), None, log_det.expand(len(x))
+        whiten, mean = at_least_float32(self.whiten), at_least_float32(self.mean)
+        log_det = positions(x) * torch.linalg.slogdet(whiten).logabsdet
+        return over_columns(lambda columns: whiten @ (columns - mean), x), None, log_det.expand(len(x))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         self.output_shape(y.shape[1:])
-        return over_columns(lambda columns: torch.linalg.solve(self.whiten, columns) + self.mean, y)
+        whiten, mean = at_least_float32(self.whiten), at_least_float32(self.mean)
+        return over_columns(lambda columns: torch.linalg.solve(whiten, columns) + mean, y)
 
 
 # --- Rearrangements --------------------------------------------------------------------------------------------------
@@ -617,14 +630,14 @@ class Shuffle(OverChannels):
     def __init__(self, channels: int, order: Sequence[int] | None = None, seed: int = 0):
         super().__init__(channels)
         if order is None:
-            order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed)).tolist()
+            order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
         if sorted(order) != list(range(channels)):
             raise ValueError(f"{self.name}: order must hold each of 0...{channels - 1} once, got {list(order)}")
         self.register_buffer("order", torch.tensor(list(order)))
 
     def forward_log_det(self, x: Tensor) -> Completed:
         self.output_shape(x.shape[1:])
-        return x[:, self.order], None, x.new_zeros(len(x))
+        return x[:, self.order], None, no_volume(x)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         self.output_shape(y.shape[1:])
@@ -655,7 +668,7 @@ class View(Bijection):
         return self.before
 
     def forward_log_det(self, x: Tensor) -> Completed:
-        return x.reshape(len(x), *self.output_shape(x.shape[1:])), None, x.new_zeros(len(x))
+        return x.reshape(len(x), *self.output_shape(x.shape[1:])), None, no_volume(x)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         return y.reshape(len(y), *self.input_shape(y.shape[1:]))
@@ -694,7 +707,7 @@ class PixelUnshuffle(Bijection):
         x = x.view(len(x), c, *(part for n in size for part in (n // self.r, self.r)))  # (B, C, H/r, r, W/r, r)
         coarse, fine = range(2, 2 + 2 * self.dims, 2), range(3, 3 + 2 * self.dims, 2)
         y = x.permute(0, 1, *fine, *coarse).reshape(len(x), *out)
-        return y, None, y.new_zeros(len(y))
+        return y, None, no_volume(y)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         c, *size = self.input_shape(y.shape[1:])
@@ -725,7 +738,43 @@ def coupling_net(in_ch: int, out_ch: int, hidden: int, dims: int) -> nn.Sequenti
     return nn.Sequential(layer(in_ch, hidden, **around), nn.ReLU(), layer(hidden, hidden, **alone), nn.ReLU(), last)
 
 
-class Coupling(OverChannels):
+class Split(OverChannels):
+    """What couplings share: channels that stay as they are, and say how the others move."""
+
+    def __init__(self, channels: int, kept: int | None, flip: bool, hidden: int, dims: int, masked: bool = False):
+        super().__init__(channels)
+        self.kept, self.flip, self.dims = channels // 2 if kept is None else kept, flip, dims
+        if not masked and not 0 < self.kept < channels:
+            raise ValueError(f"{self.name}: kept must be above 0 and below {channels}, got {self.kept}")
+        if dims not in range(4) or hidden < 1:
+            raise ValueError(f"{self.name}: dims must be 0 to 3 and hidden positive, got {dims} and {hidden}")
+
+    def output_shape(self, shape: Shape) -> Shape:
+        super().output_shape(shape)
+        if self.dims is not None and len(shape) != self.dims + 1:
+            raise ValueError(f"{self.name}: dims is {self.dims}, but {tuple(shape)} arrives")
+        return tuple(shape)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What stays and what moves."""
+        self.output_shape(x.shape[1:])
+        cut = self.channels - self.kept if self.flip else self.kept
+        first, last = at_least_float32(x).tensor_split([cut], dim=1)
+        return (last, first) if self.flip else (first, last)
+
+    def _whole(self, stays: Tensor, moved: Tensor) -> Tensor:
+        return torch.cat([moved, stays] if self.flip else [stays, moved], dim=1)
+
+    def _ask(self, net: nn.Module, stays: Tensor, shape: Sequence[int]) -> Tensor:
+        """What ``net`` says of ``stays``, of ``shape``, in the type of ``stays`` whatever the network computes in."""
+        weight = next(net.parameters(), stays) if isinstance(net, nn.Module) else stays
+        said = net(stays.to(weight.dtype)).to(stays.dtype)
+        if said.shape != shape:
+            raise ValueError(f"{self.name}: a network must give {tuple(shape)} here, it gives {tuple(said.shape)}")
+        return said
+
+
+class Coupling(Split):
     """One part of x moves by what another says, which stays as it is.
 
     ::
@@ -759,27 +808,21 @@ class Coupling(OverChannels):
         s: nn.Module | None = None,
         t: nn.Module | None = None,
     ):
-        super().__init__(channels)
-        kept = channels // 2 if kept is None else kept
-        if kind not in ("affine", "additive"):
-            raise ValueError(f"{self.name}: kind must be 'affine' or 'additive', got {kind!r}")
-        if mask is None and not 0 < kept < channels:
-            raise ValueError(f"{self.name}: kept must be above 0 and below {channels}, got {kept}")
-        if dims not in range(4) or hidden < 1 or not scale_bound > 0:
+        super().__init__(channels, kept, flip, hidden, dims, masked=mask is not None)
+        if kind not in ("affine", "additive") or not scale_bound > 0:
             raise ValueError(
-                f"{self.name}: dims must be 0 to 3, hidden and scale_bound positive, "
-                f"got {dims}, {hidden} and {scale_bound}"
+                f"{self.name}: kind must be 'affine' or 'additive', scale_bound positive, got {kind!r}, {scale_bound}"
             )
-        self.kind, self.kept, self.flip, self.scale_bound = kind, kept, flip, scale_bound
+        self.kind, self.scale_bound = kind, scale_bound
         self.checkerboard = isinstance(mask, str)
         if self.checkerboard and (mask != "checkerboard" or dims == 0):
             raise ValueError(f"{self.name}: mask must be 'checkerboard', with dims above 0, or given; got {mask!r}")
+        masked = mask is not None
         mask = None if mask is None or self.checkerboard else torch.as_tensor(mask, dtype=torch.get_default_dtype())
-        if mask is not None and not ((mask == 0) | (mask == 1)).all():
+        if mask is not None and not mask.is_meta and not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"{self.name}: a mask holds 0 and 1 only")
         self.register_buffer("mask", mask)
-        masked = self.checkerboard or mask is not None
-        before, after = (channels, channels) if masked else (kept, channels - kept)
+        before, after = (channels, channels) if masked else (self.kept, channels - self.kept)
         self.t = coupling_net(before, after, hidden, dims) if t is None else t
         if kind == "affine":
             self.s = coupling_net(before, after, hidden, dims) if s is None else s
@@ -788,8 +831,6 @@ class Coupling(OverChannels):
 
     def output_shape(self, shape: Shape) -> Shape:
         super().output_shape(shape)
-        if self.dims is not None and len(shape) != self.dims + 1:
-            raise ValueError(f"{self.name}: dims is {self.dims}, but {tuple(shape)} arrives")
         mask = (1,) * len(shape) if self.mask is None else self.mask.shape
         pairs = zip(reversed(mask), reversed(shape), strict=False)
         if len(mask) > len(shape) or not all(m in (1, n) for m, n in pairs):
@@ -800,44 +841,39 @@ class Coupling(OverChannels):
         """1 where x stays, for x of (B, C, *); None where channels are split."""
         if self.checkerboard:
             indices = torch.meshgrid(*[torch.arange(n, device=x.device) for n in x.shape[2:]], indexing="ij")
-            mask = (sum(indices) % 2).to(x.dtype)
+            mask = sum(indices) % 2
         elif self.mask is None:
             return None
         else:
-            mask = self.mask.to(x.dtype)
+            mask = self.mask
+        mask = mask.to(at_least_float32(x[:0]).dtype)
         return 1 - mask if self.flip else mask
 
-    def _parts(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What stays and what moves."""
-        self.output_shape(x.shape[1:])
-        if mask is not None:
-            return x * mask, x * (1 - mask)
-        cut = self.channels - self.kept if self.flip else self.kept
-        first, last = x[:, :cut], x[:, cut:]
-        return (last, first) if self.flip else (first, last)
-
-    def _whole(self, stays: Tensor, moved: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None:
-            return stays + moved
-        return torch.cat([moved, stays] if self.flip else [stays, moved], dim=1)
-
-    def _log_scale_and_shift(self, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        moves = 1 if mask is None else 1 - mask
-        shift = self.t(v) * moves
+    def _log_scale_and_shift(self, v: Tensor, moves: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        free = 1 if mask is None else 1 - mask
+        shift = self._ask(self.t, v, moves.shape) * free
         if self.kind == "additive":
             return torch.zeros_like(shift), shift
-        return self.scale_bound * torch.tanh(self.s(v)) * moves, shift
+        return self.scale_bound * torch.tanh(self._ask(self.s, v, moves.shape)) * free, shift
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        mask = self._mask(x)
+        if mask is None:
+            return *super()._parts(x), None
+        self.output_shape(x.shape[1:])
+        return at_least_float32(x) * mask, at_least_float32(x) * (1 - mask), mask
+
+    def _whole(self, stays: Tensor, moved: Tensor, mask: Tensor | None) -> Tensor:
+        return super()._whole(stays, moved) if mask is None else stays + moved
 
     def forward_log_det(self, x: Tensor) -> Completed:
-        mask = self._mask(x)
-        stays, moves = self._parts(x, mask)
-        log_scale, shift = self._log_scale_and_shift(stays, mask)
+        stays, moves, mask = self._parts(x)
+        log_scale, shift = self._log_scale_and_shift(stays, moves, mask)
         return self._whole(stays, moves * log_scale.exp() + shift, mask), None, per_image(log_scale)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        mask = self._mask(y)
-        stays, moved = self._parts(y, mask)
-        log_scale, shift = self._log_scale_and_shift(stays, mask)
+        stays, moved, mask = self._parts(y)
+        log_scale, shift = self._log_scale_and_shift(stays, moved, mask)
         return self._whole(stays, (moved - shift) * torch.exp(-log_scale), mask)
 
 
@@ -845,7 +881,8 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
     """A monotone spline of each entry of x on [-bound, bound], the identity outside, and its log-derivative.
 
     Between two knots it is a quotient of quadratics, in which the spline's slope and its inverse are closed forms
-    (Gregory and Delbourgo 1982; Durkan et al., arXiv 1906.04032, eq. 4 to 8 of section 3.1 and appendix A.1).
+    (Gregory and Delbourgo 1982; Durkan et al., arXiv 1906.04032, eq. 4 to 8 of section 3.1 and appendix A.1). It is
+    computed in float64: where a bin is a thousand times as high as wide, float32 leaves nothing of the closed form.
 
     Args:
         parameters: (*x.shape, 3 bins - 1): widths and heights of the bins before a softmax, and the slopes of the inner
@@ -853,29 +890,32 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
         backwards: give the inverse at x, and its log-derivative.
     """
     bins = (parameters.shape[-1] + 1) // 3
-    least = 1e-3  # of a bin's share and of a slope, which keeps both directions well conditioned
+    least = 1e-3  # of a bin's share and of a slope
+    given, x, parameters = x, x.double(), parameters.double()
 
     def knots(free: Tensor) -> Tensor:
         shares = least + (1 - least * bins) * free.softmax(-1)
-        return bound * (2 * F.pad(shares.cumsum(-1)[..., :-1], (1, 0)) - 1)  # without the last, which is bound
+        return F.pad(bound * (2 * F.pad(shares.cumsum(-1)[..., :-1], (1, 0)) - 1), (0, 1), value=bound)
 
     widths, heights, slopes = parameters.split([bins, bins, bins - 1], dim=-1)
-    starts, levels = knots(widths), knots(heights)
+    starts, levels = knots(widths), knots(heights)  # (..., bins + 1)
     slopes = least + F.softplus(slopes + math.log(math.expm1(1 - least)))
-    slopes = F.pad(slopes, (1, 1), value=1.0)
+    means = levels.diff() / starts.diff()
+    means = torch.cat([means[..., :1], means, means[..., -1:]], dim=-1)  # of the bins on both sides of each knot
+    # a knot much steeper than its bins would leave them next to flat in their middle, and there x is lost
+    slopes = F.pad(slopes, (1, 1), value=1.0).minimum(10 * means[..., :-1].minimum(means[..., 1:]))
 
-    inside = x.clamp(-bound, bound)[..., None]
-    index = torch.searchsorted((levels if backwards else starts)[..., 1:].contiguous(), inside.detach().contiguous())
-    ends = torch.full_like(starts[..., :1], bound)
+    inside = x.clamp(-bound, bound)
+    among = (levels if backwards else starts)[..., 1:-1].contiguous()
+    index = torch.searchsorted(among, inside.detach()[..., None].contiguous())
 
     def at(values: Tensor, offset: int = 0) -> Tensor:
         return values.gather(-1, index + offset).squeeze(-1)
 
-    left, low = at(starts), at(levels)
-    width, height = at(torch.cat([starts, ends], -1), 1) - left, at(torch.cat([levels, ends], -1), 1) - low
-    first, last, mean = at(slopes), at(slopes, 1), height / width
+    left, low, first, last = at(starts), at(levels), at(slopes), at(slopes, 1)
+    width, height = at(starts, 1) - left, at(levels, 1) - low
+    mean = height / width
     bend = first + last - 2 * mean
-    inside = inside.squeeze(-1)
     if backwards:
         up = inside - low
         b = height * first - up * bend
@@ -890,10 +930,10 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
     slope = mean**2 * (last * part**2 + 2 * mean * rest + first * (1 - part) ** 2) / (mean + bend * rest) ** 2
     log_slope = -slope.log() if backwards else slope.log()
     outside = x.abs() >= bound
-    return torch.where(outside, x, y), torch.where(outside, 0.0, log_slope)
+    return torch.where(outside, given, y.to(given.dtype)), torch.where(outside, 0.0, log_slope).to(given.dtype)
 
 
-class SplineCoupling(OverChannels):
+class SplineCoupling(Split):
     """`Coupling` whose moving part goes through a monotone spline, which bends and splits as no affine map can.
 
     ``y = spline(x; net(v))``, entry by entry, v the channels that stay; see `rational_quadratic` for the spline.
@@ -914,34 +954,19 @@ class SplineCoupling(OverChannels):
         bins: int = 8,
         bound: float = 4.0,
     ):
-        super().__init__(channels)
-        self.kept = channels // 2 if kept is None else kept
-        if not 0 < self.kept < channels:
-            raise ValueError(f"{self.name}: kept must be above 0 and below {channels}, got {self.kept}")
-        if dims not in range(4) or hidden < 1 or not 0 < bound < math.inf:
-            raise ValueError(
-                f"{self.name}: dims must be 0 to 3, hidden and bound positive, got {dims}, {hidden} and {bound}"
-            )
-        if not 2 <= bins <= 256:
-            raise ValueError(f"{self.name}: bins must be 2 to 256, got {bins}")
-        self.flip, self.dims, self.bins, self.bound = flip, dims, bins, bound
+        super().__init__(channels, kept, flip, hidden, dims)
+        if not 2 <= bins <= 256 or not 0 < bound < math.inf:
+            raise ValueError(f"{self.name}: bins must be 2 to 256, bound positive, got {bins} and {bound}")
+        self.bins, self.bound = bins, bound
         self.net = coupling_net(self.kept, (channels - self.kept) * (3 * bins - 1), hidden, dims)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        super().output_shape(shape)
-        if len(shape) != self.dims + 1:
-            raise ValueError(f"{self.name}: dims is {self.dims}, but {tuple(shape)} arrives")
-        return tuple(shape)
 
     def _moved(self, x: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
         """The output for x, or the input for an output x, and the log-derivative of every entry that moved."""
-        self.output_shape(x.shape[1:])
-        cut = self.channels - self.kept if self.flip else self.kept
-        moves, stays = (x[:, :cut], x[:, cut:]) if self.flip else (x[:, cut:], x[:, :cut])
-        parameters = self.net(stays).to(x.dtype).unflatten(1, (moves.shape[1], -1))
-        parameters = parameters.movedim(2, -1)  # (B, moving, *, 3 bins - 1)
+        stays, moves = self._parts(x)
+        said = self._ask(self.net, stays, (len(x), moves.shape[1] * (3 * self.bins - 1), *x.shape[2:]))
+        parameters = said.unflatten(1, (moves.shape[1], -1)).movedim(2, -1)  # (B, moving, *, 3 bins - 1)
         moved, log_slope = rational_quadratic(moves, parameters, self.bound, backwards)
-        return torch.cat([moved, stays] if self.flip else [stays, moved], dim=1), log_slope
+        return self._whole(stays, moved), log_slope
 
     def forward_log_det(self, x: Tensor) -> Completed:
         y, log_slope = self._moved(x, backwards=False)
@@ -1336,11 +1361,13 @@ class ResidualConv2d(Residual):
 
 # --- Adding and extracting noise -------------------------------------------------------------------------------------
 
+# of numbers without dimensions on the CPU, which go with any device, whatever torch's default is while this is read;
 # without validation: outside of its support a density is 0, and no error
+_zero, _one = (torch.tensor(value, dtype=torch.float32, device="cpu") for value in (0.0, 1.0))
 NOISES: dict[str, Distribution] = {
-    "normal": Normal(0.0, 1.0),
-    "uniform": Uniform(0.0, 1.0, validate_args=False),
-    "laplace": Laplace(0.0, 1.0),
+    "normal": Normal(_zero, _one),
+    "uniform": Uniform(_zero, _one, validate_args=False),
+    "laplace": Laplace(_zero, _one),
 }
 
 
@@ -1376,18 +1403,21 @@ class Concat(OverChannels):
 
     def natural_extra(self, x: Tensor) -> Tensor:
         """What is most natural for e, (B, extra, *), for x of (B, C, *)."""
-        return self.constant.view(-1, *[1] * (x.dim() - 2)).expand(len(x), self.extra, *x.shape[2:])
+        constant = self.constant.to(at_least_float32(x[:0]).dtype)
+        return constant.view(-1, *[1] * (x.dim() - 2)).expand(len(x), self.extra, *x.shape[2:])
 
     def draw(self, x: Tensor) -> Tensor:
         return self.natural_extra(x)
 
     def log_density(self, e: Tensor) -> Tensor:
         """log q(e), (B,); 0 for a constant."""
-        return e.new_zeros(len(e))
+        return no_volume(e)
 
     def forward(self, x: Tensor, return_latent: bool = False, e: Tensor | None = None) -> Tensor | tuple[Tensor, None]:
         self.output_shape(x.shape[1:])
+        x = at_least_float32(x)
         y = torch.cat([x, self.draw(x) if e is None else e], dim=1)  # (B, C + extra, *)
+        self.input_shape(y.shape[1:])
         return (y, None) if return_latent else y
 
     def split(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -1427,7 +1457,7 @@ class ConcatNoise(Concat):
         self.noise = self._noise
 
     def natural_extra(self, x: Tensor) -> Tensor:
-        return x.new_zeros(len(x), self.extra, *x.shape[2:]) + self.noise.mean.to(x)
+        return at_least_float32(x).new_zeros(len(x), self.extra, *x.shape[2:]) + self.noise.mean.to(x.device)
 
     def draw(self, x: Tensor) -> Tensor:
         return self.noise.sample((len(x), self.extra, *x.shape[2:])).to(x)
@@ -1451,7 +1481,7 @@ class Extract(Surjection):
         return (y, z) if return_latent else y
 
     def forward_log_det(self, x: Tensor) -> Completed:
-        return *self.concat.split(x), x.new_zeros(len(x))
+        return *self.concat.split(x), no_volume(x)
 
     def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
         return self.concat(y, e=self.natural_latent(y) if latent is None else latent)

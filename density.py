@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Normal, Transform, constraints
+from torch.distributions import Distribution, Transform, constraints
 
-from bijections import Concat, ConcatNoise, Extract, Shape, per_image
+from bijections import NOISES, Concat, ConcatNoise, Extract, Shape, no_volume, per_image, statistics_held
 from blocks import Surjection
 from models import PINN, SPNN
 
@@ -26,13 +26,22 @@ class Density(nn.Module):
 
     Args:
         chain: a `PINN` or an `SPNN`.
-        base: a distribution of images like y, or of single numbers for every entry of y.
+        base: a distribution of single numbers for every entry of y, or of y: its batch and event shape together are
+            y's, or (d,) for the d logits of an SPNN.
+
+    Raises:
+        ValueError: a base of another shape.
     """
 
     def __init__(self, chain: PINN | SPNN, base: Distribution | None = None, natural: bool = False):
         super().__init__()
         self.chain = chain
-        self.base, self.natural = Normal(0.0, 1.0) if base is None else base, natural
+        self.base, self.natural = NOISES["normal"] if base is None else base, natural
+        shapes = [self.pinn.out_shape] + ([(chain.num_classes,)] if isinstance(chain, SPNN) else [])
+        shape = tuple(self.base.batch_shape + self.base.event_shape)
+        if shape not in [(), *shapes]:
+            raise ValueError(f"Density: base must be of single numbers or of shape {shapes[-1]}, got {shape}")
+        self._base_shape = shape or self.pinn.out_shape
 
     @property
     def pinn(self) -> PINN:
@@ -51,22 +60,24 @@ class Density(nn.Module):
         """log p(x), (B,), of x of (B, *in_shape); in nats."""
         if tuple(x.shape[1:]) != self.pinn.in_shape:
             raise ValueError(f"Density: expected x of shape (B, {self.pinn.in_shape}), got {tuple(x.shape)}")
-        total = x.new_zeros(len(x))
+        terms = [no_volume(x)]
         for block in self.pinn.blocks:
             x, z, log_det = block.forward_log_det(x)
-            total = total + log_det
+            terms.append(log_det)
             if z is not None:
                 noise = self._noise(block)
                 z = z if noise else z - self._centre(block, x)
-                total = total + (noise.log_density(z) if noise else per_image(Normal(0.0, 1.0).log_prob(z)))
-        return total + per_image(self.base.log_prob(x))
+                terms.append(noise.log_density(z) if noise else per_image(NOISES["normal"].log_prob(z)))
+        terms.append(per_image(self.base.log_prob(x.reshape(len(x), *self._base_shape))))
+        return torch.stack(terms).sum(0)  # and not a sum of what broadcasts
 
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:
         """Draws of x, (count, *in_shape), from torch's global generator."""
         like = next(self.chain.parameters(), torch.empty(()))
         of_numbers = not self.base.batch_shape and not self.base.event_shape
-        y = self.base.sample((count, *self.pinn.out_shape) if of_numbers else (count,)).to(like)
+        y = self.base.sample((count, *self.pinn.out_shape) if of_numbers else (count,))
+        y = y.to(like).view(count, *self.pinn.out_shape)
         for block in reversed(self.pinn.blocks):
             z = None
             if block.lossy:
@@ -78,7 +89,11 @@ class Density(nn.Module):
 
 
 class BlockTransform(Transform):
-    """A block or chain that drops nothing as a `torch.distributions.Transform`; see `as_transform`."""
+    """A block or chain that drops nothing as a `torch.distributions.Transform`; see `as_transform`.
+
+    A distribution is one law, so the statistics of layers in training mode are held (`bijections.statistics_held`):
+    they are set by passes through the chain itself, such as `Density.log_prob`.
+    """
 
     bijective = True
 
@@ -100,7 +115,8 @@ class BlockTransform(Transform):
     def _over(self, f, x: Tensor, shape: Shape) -> Tensor:
         """f, which takes one batch dimension, over any number of them."""
         batch = x.shape[: x.dim() - len(shape)]
-        result = f(x.reshape(-1, *shape))
+        with statistics_held():
+            result = f(x.reshape(-1, *shape))
         return result.reshape(*batch, *result.shape[1:])
 
     def _call(self, x: Tensor) -> Tensor:

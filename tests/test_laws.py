@@ -773,8 +773,8 @@ class OppositeLogDet(ConvPINNBlock):
 class CountsAllEntries(bi.Coupling):
     """A log-determinant that counts a masked coupling's scale where nothing moves."""
 
-    def _log_scale_and_shift(self, v, mask):
-        log_scale, shift = super()._log_scale_and_shift(v, mask)
+    def _log_scale_and_shift(self, v, moves, mask):
+        log_scale, shift = super()._log_scale_and_shift(v, moves, mask)
         return self.scale_bound * torch.tanh(self.s(v)), shift
 
     def _whole(self, stays, moved, mask):
