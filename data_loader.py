@@ -20,9 +20,11 @@ Data: C.-H. Lee, Z. Liu, L. Wu, P. Luo, "MaskGAN: Towards Diverse and Interactiv
 Z. Liu, P. Luo, X. Wang, X. Tang, "Deep Learning Face Attributes in the Wild", ICCV 2015.
 """
 
+import functools
 import hashlib
 import json
 import logging
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -155,7 +157,7 @@ def read_annotations(path: str | Path) -> Annotations:
         expected = f"{len(ATTRIBUTES) - len(missing)} attribute names, expected {len(ATTRIBUTES)}"
         raise InputError(f"{path}, line {at}: {expected}; missing {', '.join(missing)}")
 
-    columns = [names.index(name) for name in ATTRIBUTES]
+    pick = operator.itemgetter(*(names.index(name) for name in ATTRIBUTES))
     values_of = {**_VALUES, "": _UNKNOWN} if comma else _VALUES
     labels = np.zeros((len(lines), len(ATTRIBUTES)), dtype=np.int8)
     rows: dict[str, int] = {}
@@ -165,13 +167,13 @@ def read_annotations(path: str | Path) -> Annotations:
             raise InputError(f"{path}, line {at}: {file} has {len(values)} values, expected {len(names)}")
         if file in rows:
             raise InputError(f"{path}, line {at}: {file} is listed twice, first on line {rows[file]}")
-        if Path(file).name != file or "\0" in file or len(file.encode()) > 255:
+        if "/" in file or "\\" in file or file in (".", "..") or "\0" in file or len(file.encode()) > 255:
             raise InputError(f"{path}, line {at}: {file[:80]!r} is not a plain file name")
         rows[file] = at
         try:
-            labels[row] = [values_of[values[column]] for column in columns]
+            labels[row] = [values_of[value] for value in pick(values)]
         except KeyError as error:
-            name = ATTRIBUTES[[values[column] for column in columns].index(error.args[0])]
+            name = ATTRIBUTES[pick(values).index(error.args[0])]
             raise InputError(f"{path}, line {at}: {name} of {file} is {error.args[0]!r}, expected 1 or -1") from None
     if count is not None and len(rows) != count[1]:
         raise InputError(f"{path}, line {count[0]}: the count says {count[1]} images, the file lists {len(rows)}")
@@ -292,6 +294,19 @@ def split_indices(n: int, split: str) -> range:
     return range(*bounds[split])
 
 
+def _state(path: Path) -> tuple:
+    """What tells that a file or folder has changed; that it is missing is a state too."""
+    try:
+        found = path.stat()
+        return path.name, found.st_size, found.st_mtime_ns
+    except OSError:
+        return (path.name,)
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
 class Records(NamedTuple):
     """Everything that a data set lists, in the order of its numbers."""
 
@@ -306,6 +321,12 @@ def read_records(parts: dict[str, Path]) -> Records:
     Raises:
         InputError: tables that cannot be read, or that do not fit each other.
     """
+    return _records(tuple(parts.items()), tuple(map(_state, parts.values())))
+
+
+@functools.lru_cache(maxsize=1)  # three splits ask for it, one after the other
+def _records(items: tuple[tuple[str, Path], ...], state: object) -> Records:
+    parts = dict(items)
     folder = parts["images"]
     there = sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(IMAGE_SUFFIXES) and e.name[0] != ".")
     if "labels" in parts:
@@ -313,9 +334,9 @@ def read_records(parts: dict[str, Path]) -> Records:
     else:
         names, labels = there, np.full((len(there), len(ATTRIBUTES)), _UNKNOWN, dtype=np.int8)
     # a CSV may list numbers, a folder hold PNG where the table says JPEG
-    by_stem = {Path(name).stem: name for name in set(there) - set(names)}
     known = set(there)
-    files = [name if name in known else by_stem.get(Path(name).stem, name) for name in names]
+    by_stem = {_stem(name): name for name in known - set(names)}
+    files = [name if name in known else by_stem.get(_stem(name), name) for name in names]
     order = sorted(range(len(files)), key=lambda i: natural_key(files[i]))
     if "partition" in parts:
         published = read_partition(parts["partition"])
@@ -326,7 +347,7 @@ def read_records(parts: dict[str, Path]) -> Records:
     else:
         bounds = [split_indices(len(order), split) for split in SPLITS[:3]]
         splits = np.repeat(np.arange(3, dtype=np.int8), [len(part) for part in bounds])
-    if extra := sorted(set(there) - set(files), key=natural_key):
+    if extra := sorted(known - set(files), key=natural_key):
         log.warning("%s: left out %d pictures without labels: %s", folder, len(extra), listed(extra))
     return Records([folder / files[i] for i in order], labels[order], splits)
 
@@ -412,7 +433,7 @@ class _Store:
         self._map: np.ndarray | None = None  # opened once in a process: a pickled memory map would be a full copy
         bad = None
         if folder is not None:
-            key = [_CACHE_VERSION, name, int(RESAMPLING), [_state(files) for files in sources]]
+            key = [_CACHE_VERSION, name, int(RESAMPLING), [list(map(_state, files)) for files in sources]]
             bad = self._keep(folder, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
         if bad is None:
             bad = {i: row for i, row in enumerate(self._read(sources)) if isinstance(row, str)}
@@ -499,14 +520,6 @@ class _Store:
                 log.warning("no cache of resized images any more, the originals are read: %s", error)
                 self.file = None
         return torch.from_numpy(np.stack([self.read(self.sources[row], self.shape[-1]) for row in rows]))
-
-
-def _state(files: Sequence[Path]) -> list:
-    """What tells that files have changed; a missing one is a state too."""
-    try:
-        return [(file.name, (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
-    except OSError:
-        return [file.name for file in files]
 
 
 def _read_pixels(files: Sequence[Path], size: int) -> np.ndarray:
