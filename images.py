@@ -25,6 +25,7 @@ Image.init()
 _FORMATS = tuple({"JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF"} & Image.OPEN.keys())
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS))
 
+_IMAGES, _MASKS = {"CelebA-HQ-img", "images"}, {"CelebAMask-HQ-mask-anno", "masks"}  # side by side in a data set
 RESAMPLING = Image.Resampling.LANCZOS  # Pillow widens its kernel when it shrinks: antialiased
 _CELEBA_SIZE, _CELEBA_BOX = (178, 218), (11, 37, 167, 193)  # left, upper, right, lower; see `square`
 
@@ -41,8 +42,8 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 def find_images(path: str | Path) -> list[Path]:
     """The images at ``path``: one file, or a flat or nested folder, sorted naturally by their path.
 
-    Suffixes are compared without case. Hidden files and folders are skipped; files with other suffixes are left out,
-    and a warning names them.
+    Suffixes are compared without case. Hidden files and folders are skipped, and the masks of a data set are; files
+    with other suffixes are left out, and a warning names them.
 
     Raises:
         InputError: no such path, or no image in it.
@@ -61,7 +62,8 @@ def find_images(path: str | Path) -> list[Path]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        masks = _MASKS if _IMAGES & set(folders) else ()
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in masks]
         for name in files:
             if not name.startswith("."):
                 (found if name.lower().endswith(IMAGE_SUFFIXES) else others).append(Path(folder, name))
@@ -125,6 +127,8 @@ def read_rgb(path: Path) -> Image.Image:
 
     def upright(image: Image.Image) -> Image.Image:
         image.load()
+        if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "is_animated", False):
+            log.warning("%s: of several frames or pages, the first is used", path)
         png = image.format == "PNG"
         try:
             image = ImageOps.exif_transpose(image)
@@ -174,7 +178,7 @@ def load_image(path: str | Path, size: int | None = None, align: bool | None = F
     """Read any picture as a (3, H, W) float32 tensor in [-1, 1].
 
     EXIF rotation is applied, every mode becomes 8-bit RGB, alpha is laid over white, and of an animation the first
-    frame is taken.
+    frame is taken, with a warning.
 
     Args:
         path: the file.

@@ -34,6 +34,15 @@ def test_find_images_takes_every_suffix_of_a_format_and_names_the_rest(tmp_path,
     assert "left out" in record.getMessage() and "a.heic, notes.txt" in record.getMessage()
 
 
+@pytest.mark.parametrize("images, masks", [("CelebA-HQ-img", "CelebAMask-HQ-mask-anno/0"), ("images", "masks")])
+def test_find_images_leaves_the_masks_of_a_data_set(tmp_path, images, masks):
+    for name in (f"{images}/0.jpg", f"{masks}/0.png", "other/masks/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    names = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
+    assert names == [f"{images}/0.jpg", "other/masks/1.png"]
+
+
 def test_find_images_failures(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="no images found"):
@@ -111,6 +120,17 @@ def test_values_that_eight_bits_cannot_hold_are_refused(tmp_path, values, said):
     Image.fromarray(values).save(tmp_path / "a.tiff")
     with pytest.raises(InputError, match=f"a.tiff.*{said}"):
         load_image(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_of_an_animation_the_first_frame_is_taken_and_said_so(tmp_path, caplog, suffix):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("white", "black", "red")]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / f"b.{suffix}")
+    for name in "ab":
+        assert (load_image(tmp_path / f"{name}.{suffix}") == 1).all()
+    (record,) = caplog.records
+    assert f"a.{suffix}: of several frames or pages, the first is used" in record.getMessage()
 
 
 def test_load_image_failures_name_the_file(tmp_path):
