@@ -30,7 +30,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # f(x) and y, both (B, ...), to one l
 
 
 def squared_error(output: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error of each sample, (B, ...), (B, ...) -> (B,)."""
+    """Mean squared error of each sample, (B, ...), (B, ...) -> (B,). Raises ValueError where the shapes differ."""
+    if output.shape != y.shape:
+        raise ValueError(f"squared_error: outputs {tuple(output.shape)} and goals {tuple(y.shape)} differ in shape")
     return (output - y).square().flatten(1).mean(1)
 
 
@@ -38,7 +40,7 @@ def perceptual_loss(distance: Network | nn.Module, weight: float = 1.0) -> Loss:
     """`squared_error` plus ``weight`` times a perceptual distance of images, one value a sample (LPIPS, say)."""
 
     def loss(output: Tensor, y: Tensor) -> Tensor:
-        return squared_error(output, y) + weight * distance(output, y).flatten(1).mean(1)
+        return squared_error(output, y) + weight * distance(output, y).reshape(len(output), -1).mean(1)
 
     return loss
 
@@ -110,10 +112,38 @@ class Inversion:
 
 
 def _check_independent(f: Network) -> None:
-    """Refuse a network in which the samples of a batch see each other."""
+    """Refuse a network that is seen to mix the samples of a batch before it is run, which might change it."""
     for name, module in f.named_modules() if isinstance(f, nn.Module) else ():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise ValueError(f"batch norm {name or 'of f'} is in training mode and mixes the samples: call f.eval()")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            reason = "is in training mode: call f.eval()" if module.training else "has no running statistics"
+            raise ValueError(f"invert: batch norm {name or 'of f'} mixes the samples of a batch, as it {reason}")
+
+
+def _versions(f: Network) -> dict[str, int]:
+    """How often each tensor of a network was changed in place."""
+    tensors = [*f.named_parameters(), *f.named_buffers()] if isinstance(f, nn.Module) else []
+    return {name: t._version for name, t in tensors if not t.is_inference()}
+
+
+def _check_gradient(losses: Tensor, x: Tensor) -> None:
+    """Refuse a batch in which the loss of one sample depends on another, whatever layer or closure makes it so."""
+    if len(x) > 1:
+        i = int(losses.detach().isfinite().long().argmax())
+        (cross,) = torch.autograd.grad(losses[i], x, retain_graph=True)
+        others = cross.nan_to_num(0.0, 0.0, 0.0).flatten(1).any(1)
+        others[i] = False
+        if others.any():
+            raise ValueError(
+                f"invert: the network mixes the samples of a batch, the loss of sample {i} depends on sample "
+                f"{int(others.long().argmax())}: put its norms in eval mode, or invert one sample at a time"
+            )
+
+
+def _losses(loss: Loss, output: Tensor, y: Tensor) -> Tensor:
+    losses = loss(output, y)
+    if losses.shape != (len(y),):
+        raise ValueError(f"the loss must be one value per sample, ({len(y)},), got {tuple(losses.shape)}")
+    return losses
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -152,7 +182,8 @@ def invert(
         See `Inversion`. A sample whose loss or gradient is not finite stops there and keeps its best.
 
     Raises:
-        ValueError: settings out of range, a loss that is not one value a sample, a network that mixes the samples.
+        ValueError: settings out of range, a loss that is not one value per sample, a network that changes as it is run,
+            or that mixes the samples: then one's result would depend on the others.
     """
     if steps < 0 or not lr > 0 or clip is not None and not clip > 0:
         raise ValueError(f"invert: steps {steps} must be at least 0, lr {lr} and clip {clip} above 0")
@@ -183,9 +214,12 @@ def invert(
                 moments = {"exp_avg": s["exp_avg"], "exp_avg_sq": s["exp_avg_sq"], "step": torch.tensor(float(first))}
                 optimiser.state[x] = moments
         for step in range(first, steps + 1):
-            losses = loss(f(x), y)
-            if losses.shape != (batch,):
-                raise ValueError(f"invert: the loss must be one value a sample, ({batch},), got {tuple(losses.shape)}")
+            versions = _versions(f) if step == first else None
+            losses = _losses(loss, f(x), y)
+            if step == first and steps > first:
+                if changed := [name for name, version in _versions(f).items() if version != versions[name]]:
+                    raise ValueError(f"invert: the network changes its {changed[0]} as it is run: call f.eval()")
+                _check_gradient(losses, x)
             value = losses.detach()
             alive = (stopped < 0) & value.isfinite()
             better = alive & (value < best_loss)
@@ -275,6 +309,17 @@ class MappingNet(nn.Module):
         return x
 
 
+class Through(nn.Module):
+    """``f(theta(z, x0))`` as a network of z."""
+
+    def __init__(self, theta: nn.Module, f: Network, x0: Tensor):
+        super().__init__()
+        self.theta, self.f, self.x0 = theta, f, x0
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.f(self.theta(z, self.x0))
+
+
 def invert_through(
     theta: nn.Module, f: Network, y: Tensor, x0: Tensor, loss: Loss = squared_error, **settings
 ) -> Inversion:
@@ -285,7 +330,7 @@ def invert_through(
         ``theta(0, x0)``.
     """
     x0 = x0.detach().clone()
-    found = invert(lambda z: f(theta(z, x0)), y, torch.zeros_like(x0), loss, **settings)
+    found = invert(Through(theta, f, x0), y, torch.zeros_like(x0), loss, **settings)
     with torch.no_grad():
         return replace(found, x=theta(found.x, x0), z=found.x)
 
@@ -393,7 +438,7 @@ def train_mapping(
         count = updates if updates is not None else max(1, math.ceil((steps + 1) * len(buffer.y) / batch_size))
         total, seen = 0.0, 0
         for z, x0, y in buffer.batches(batch_size, count, generator):
-            losses = loss(f(theta(z, x0)), y)
+            losses = _losses(loss, f(theta(z, x0)), y)
             finite = losses.isfinite()
             if finite.any():
                 optimiser.zero_grad(set_to_none=True)

@@ -1,9 +1,11 @@
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
+import bijections
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from inversion import (
     Buffer,
@@ -174,7 +176,7 @@ def test_progress_is_reported():
         ({"lr": math.nan}, "lr nan"),
         ({"clip": 0.0}, "clip 0.0"),
         ({"bounds": (1, 1)}, "no range"),
-        ({"loss": lambda a, b: (a - b).square().mean()}, "one value a sample"),
+        ({"loss": lambda a, b: (a - b).square().mean()}, "one value per sample"),
     ],
 )
 def test_settings_that_make_no_sense(settings, words):
@@ -187,10 +189,56 @@ def test_inputs_that_do_not_fit():
         invert(network(), normal(2, 4), normal(3, 6))
     with pytest.raises(ValueError, match="floating point"):
         invert(network(), normal(2, 4), torch.zeros(2, 6, dtype=torch.long))
-    mixing = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).double()
-    with pytest.raises(ValueError, match="batch norm 1 is in training mode"):
-        invert(mixing, normal(2, 4), normal(2, 6))
-    invert(mixing.eval(), normal(2, 4), normal(2, 6), steps=1)
+    with pytest.raises(ValueError, match=r"outputs \(2, 1\) and goals \(2,\) differ in shape"):
+        invert(lambda x: x[:, :1], normal(2), normal(2, 6))  # they would broadcast to (2, 2)
+
+
+class CentredByHand(nn.Module):
+    """A norm of nobody's library."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize(
+    "norm, words",
+    [
+        (nn.BatchNorm1d(4), "batch norm .*1 mixes .* in training mode"),
+        (nn.SyncBatchNorm(4), "batch norm .*1 mixes .* in training mode"),
+        (nn.BatchNorm1d(4, track_running_stats=False).eval(), "batch norm .*1 mixes .* no running statistics"),
+        (bijections.BatchNorm(4), "changes its .*running_mean as it is run"),
+        (bijections.ActNorm(4), "changes its .* as it is run"),
+        (CentredByHand(), "the loss of sample 0 depends on sample 1"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_network_that_mixes_the_samples_is_refused(norm, words):
+    """As it is, behind a closure, and on the way through a landscape."""
+    f, y, x0 = nn.Sequential(nn.Linear(6, 4), norm).double(), normal(3, 4), normal(3, 6)
+    with pytest.raises(ValueError, match=words):
+        invert(copy.deepcopy(f), y, x0)
+    with pytest.raises(ValueError, match=words):
+        invert_through(MappingNet((6,)).double(), copy.deepcopy(f), y, x0)
+    if not isinstance(norm, (nn.SyncBatchNorm, bijections.ActNorm)):  # the former needs a GPU, the latter is set by now
+        with pytest.raises(ValueError, match="the loss of sample 0 depends on sample 1"):
+            invert(lambda x: f(x), y, x0)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), bijections.BatchNorm(4), bijections.ActNorm(4), nn.LayerNorm(4)])
+def test_norms_in_eval_mode_are_taken(norm):
+    f = nn.Sequential(nn.Linear(6, 4), norm).double().eval()
+    y, x0 = normal(3, 4), normal(3, 6)
+    for search in (lambda y, x: invert(f, y, x), lambda y, x: invert_through(MappingNet((6,)).double(), f, y, x)):
+        torch.testing.assert_close(search(y, x0).x[:1], search(y[:1], x0[:1]).x)
+
+
+def test_a_theta_that_mixes_the_samples_is_refused():
+    class Centred(MappingNet):
+        def forward(self, z, x0):
+            return super().forward(z - z.mean(0), x0)
+
+    with pytest.raises(ValueError, match="depends on sample 1"):
+        invert_through(Centred((6,)).double(), network(), normal(3, 4), normal(3, 6))
 
 
 def test_perceptual_loss_adds_one_value_a_sample():
