@@ -28,6 +28,21 @@ def test_impossible_schedules_are_refused(arguments):
         Schedule(*arguments)
 
 
+def test_any_betas_make_a_schedule():
+    linear, betas = Schedule(), torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    same = Schedule.from_betas(betas)
+    assert same == linear and hash(same) == hash(linear) and linear.linear and not same.linear
+    steps = torch.arange(-1, 1000)
+    assert torch.equal(same.abar(steps), linear.abar(steps))
+    other = Schedule.from_betas([0.1, 0.3, 1.0])
+    assert other != linear and (other.beta_start, other.beta_end, other.num_diffusion_timesteps) == (0.1, 1.0, 3)
+    torch.testing.assert_close(other.abar(torch.tensor([-1, 0, 1])), torch.tensor([1.0, 0.9, 0.63]))
+    assert 0 < other.abar(2) < 1e-8  # pure noise, and yet no division by zero
+    for betas in ([], [0.1, 0.0], [1.0, 0.5], [0.1, float("nan")], [[0.1]], [-0.1], [1.1]):
+        with pytest.raises(ValueError, match="betas must be"):
+            Schedule.from_betas(betas)
+
+
 def test_add_noise_mixes_by_image():
     schedule = Schedule()
     x0, noise = torch.ones(2, 3, 4, 4), torch.full((2, 3, 4, 4), 2.0)
@@ -38,13 +53,22 @@ def test_add_noise_mixes_by_image():
     torch.testing.assert_close(mixed[1], abar.sqrt() * x0[1] + (1 - abar).sqrt() * noise[1])
 
 
-def test_sampling_timesteps_are_evenly_spaced_from_zero():
+def test_the_published_walk_where_the_steps_divide():
     assert sampling_timesteps(1000, 4) == [0, 250, 500, 750]
-    assert sampling_timesteps(1000, 300)[:3] == [0, 3, 6]
+    assert sampling_timesteps(1000, 100) == list(range(0, 1000, 10))
     assert sampling_timesteps(7, 7) == list(range(7))
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="sampling steps"):
             sampling_timesteps(1000, steps)
+
+
+@pytest.mark.parametrize("total", [1000, 7, 1])
+def test_every_number_of_steps_begins_next_to_the_noise(total):
+    for steps in range(1, total + 1):
+        times = sampling_timesteps(total, steps)
+        assert len(times) == steps and times == sorted(set(times)) and times[0] >= 0
+        divides = steps > 1 and total % steps == 0
+        assert times[-1] == (total - total // steps if divides else total - 1)
 
 
 def test_without_repeats_the_walk_goes_straight_down():
@@ -74,5 +98,6 @@ def test_the_walk_refuses_arguments_below_one(arguments):
 def test_time_pairs_are_in_training_time_and_end_at_the_clean_image():
     assert time_pairs(1000, 4) == [(750, 500), (500, 250), (250, 0), (0, -1)]
     pairs = time_pairs(1000, 6, 2, 2)
-    assert pairs[2:6] == [(498, 332), (332, 498), (498, 664), (664, 498)]
+    assert pairs[2:6] == [(599, 400), (400, 599), (599, 799), (799, 599)]
+    assert time_pairs(1000, 1) == [(999, -1)]
     assert all(a[1] == b[0] for a, b in zip(pairs[:-1], pairs[1:], strict=True))

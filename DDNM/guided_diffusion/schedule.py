@@ -10,12 +10,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+SMALLEST_ABAR = 2.0**-30  # where a schedule ends in pure noise, abar = 0: eps -> x_0 divides by its root
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """Linear betas from ``beta_start`` to ``beta_end`` over ``num_diffusion_timesteps`` steps (DDPM, section 4).
 
-    The cumulative product is taken in float64 and stored in float32, so it is the same on every machine.
+    Any other betas come by `from_betas`. The cumulative product is taken in float64 and stored in float32, so it is the
+    same on every machine. Two schedules are equal if their betas are.
+
+    Attributes:
+        betas: (T,), float32.
+        linear: whether the three numbers say all.
 
     Raises:
         ValueError: not ``0 < beta_start <= beta_end < 1``, or fewer than one step.
@@ -24,18 +31,43 @@ class Schedule:
     beta_start: float = 1e-4
     beta_end: float = 0.02
     num_diffusion_timesteps: int = 1000
-    betas: Tensor = field(init=False, repr=False, compare=False)  # (T,), float32
-    _abar: Tensor = field(init=False, repr=False, compare=False)  # (T + 1,), float32; entry 0 belongs to t = -1
+    betas: Tensor = field(init=False, repr=False)
+    linear: bool = field(init=False, default=True)
+    _abar: Tensor = field(init=False, repr=False)  # (T + 1,), float32; entry 0 belongs to t = -1
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}")
         if self.num_diffusion_timesteps < 1:
             raise ValueError(f"num_diffusion_timesteps must be at least 1, got {self.num_diffusion_timesteps}")
-        betas = torch.linspace(self.beta_start, self.beta_end, self.num_diffusion_timesteps, dtype=torch.float64)
+        self._set(torch.linspace(self.beta_start, self.beta_end, self.num_diffusion_timesteps, dtype=torch.float64))
+
+    def _set(self, betas: Tensor) -> None:
         abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
         object.__setattr__(self, "betas", betas.float())
-        object.__setattr__(self, "_abar", abar.float())
+        object.__setattr__(self, "_abar", abar.clamp_min(SMALLEST_ABAR).float())
+
+    @classmethod
+    def from_betas(cls, betas: Sequence[float] | Tensor) -> "Schedule":
+        """The schedule of these betas, (T,): cosine, scaled-linear, trained, with a last step of pure noise, ...
+
+        Raises:
+            ValueError: no betas, or one outside (0, 1]; only the last may be 1.
+        """
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+        if betas.ndim != 1 or not len(betas) or not (betas > 0).all() or not (betas[:-1] < 1).all() or betas[-1] > 1:
+            raise ValueError("betas must be numbers in (0, 1), at least one; the last may be 1")
+        schedule = cls(num_diffusion_timesteps=len(betas))
+        for name, value in (("beta_start", betas[0].item()), ("beta_end", betas[-1].item()), ("linear", False)):
+            object.__setattr__(schedule, name, value)
+        schedule._set(betas)
+        return schedule
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and torch.equal(self.betas, other.betas)
+
+    def __hash__(self) -> int:
+        return hash((self.num_diffusion_timesteps, self.betas[0].item(), self.betas[-1].item()))
 
     def abar(self, t: int | Tensor) -> Tensor:
         """``abar_t`` in (0, 1] for t in -1 ... T - 1; ``abar_{-1} = 1`` is the clean image.
@@ -47,7 +79,7 @@ class Schedule:
             float32 of the shape of ``t``, where ``t`` is.
 
         Raises:
-            ValueError: a step outside -1 ... T - 1, or not an integer.
+            ValueError: a step outside -1 ... T - 1 (a tensor's are looked at on the CPU only), or not an integer.
         """
         last = self.num_diffusion_timesteps - 1
         if isinstance(t, int) and not isinstance(t, bool):
@@ -57,7 +89,8 @@ class Schedule:
         t = torch.as_tensor(t)
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise ValueError(f"t must be an integer, got {t.dtype}")
-        if t.numel() > 0 and (t.min() < -1 or t.max() > last):
+        # a GPU is not waited for
+        if t.device.type == "cpu" and t.numel() > 0 and (t.min() < -1 or t.max() > last):
             raise ValueError(f"t must be in -1 ... {last}, got {t.min().item()} ... {t.max().item()}")
         return self._abar.to(t.device)[t.long() + 1]
 
@@ -68,18 +101,23 @@ class Schedule:
 
 
 def sampling_timesteps(num_diffusion_timesteps: int, num_sampling_steps: int) -> list[int]:
-    """The training-time steps a sampler of ``num_sampling_steps`` visits, ascending: index i stands for
-    ``t = i * (num_diffusion_timesteps // num_sampling_steps)``.
+    """The training-time steps t that a sampler of n = ``num_sampling_steps`` visits, ascending, of T training steps.
+
+    Where n divides T it is the published walk, ``t_i = i T / n``. Elsewhere, and for n = 1, the steps are spread evenly
+    from 0 to T - 1, so that a walk begins next to T: what it begins with is pure noise. (The published rule,
+    ``i * (T // n)``, begins at t = 500 of 1000 for 501 steps.)
 
     Raises:
         ValueError: not ``1 <= num_sampling_steps <= num_diffusion_timesteps``.
     """
-    if not 1 <= num_sampling_steps <= num_diffusion_timesteps:
-        raise ValueError(
-            f"the number of sampling steps must be in 1 ... {num_diffusion_timesteps}, got {num_sampling_steps}"
-        )
-    stride = num_diffusion_timesteps // num_sampling_steps
-    return [i * stride for i in range(num_sampling_steps)]
+    total, steps = num_diffusion_timesteps, num_sampling_steps
+    if not 1 <= steps <= total:
+        raise ValueError(f"the number of sampling steps must be in 1 ... {total}, got {steps}")
+    if steps == 1:
+        return [total - 1]
+    if total % steps == 0:
+        return [i * (total // steps) for i in range(steps)]
+    return [round(i * (total - 1) / (steps - 1)) for i in range(steps)]
 
 
 def time_travel_steps(num_steps: int, travel_length: int = 1, travel_repeat: int = 1) -> list[int]:
@@ -117,7 +155,7 @@ def time_pairs(
     Raises:
         ValueError: an argument out of range.
     """
-    times: Sequence[int] = sampling_timesteps(num_diffusion_timesteps, num_sampling_steps)
+    times = sampling_timesteps(num_diffusion_timesteps, num_sampling_steps)
     walk = time_travel_steps(num_sampling_steps, travel_length, travel_repeat)
     visited = [times[index] if index >= 0 else -1 for index in walk]
     return list(zip(visited[:-1], visited[1:], strict=True))
