@@ -315,6 +315,8 @@ def load_networks(
             f"the SPNN takes {model.img_size}x{model.img_size} images, the prior draws "
             f"{prior.image_size}x{prior.image_size}: use weights for one size"
         )
+    if args.steps > prior.schedule.num_diffusion_timesteps:
+        raise InputError(f"--steps {args.steps}: the prior was trained with {prior.schedule.num_diffusion_timesteps}")
     judge = None
     if args.judge is not None:
         judge = load_judge(from_ddnm(args.judge)).to(device).eval()

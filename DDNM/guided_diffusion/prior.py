@@ -3,48 +3,53 @@
 B batch, H = W image size, k the pixel-unshuffle factor (1 for most priors).
 """
 
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-from checkpoints import HUB_ID, hub_file, read_weights, write_weights
+from checkpoints import first, load_strictly, locate, opener, read_weights, write_weights
 from DDNM.guided_diffusion.schedule import Schedule
-from utils import InputError, atomic_write, shown
+from utils import InputError, atomic_write
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-SCHEDULER_NAME = "scheduler_config.json"  # diffusers' place for what a network predicts
-PREDICTIONS = ("epsilon", "v_prediction")
+WEIGHTS_NAMES = (WEIGHTS_NAME, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin",
+                 "diffusion_pytorch_model.fp16.bin")  # fmt: skip
+SCHEDULER_NAME = "scheduler_config.json"  # diffusers' place for the schedule and for what a network predicts
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class Prior(nn.Module):
     """A diffusion prior: predicts the noise in ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps``.
 
     A U-Net with 3 k^2 input channels sees the image pixel-unshuffled by k: 12 channels at 32x32 are a 64x64 prior.
-    Where it predicts twice its input channels (noise and variance), the first half is the noise.
+    If it predicts twice its input channels (noise and variance), the first half is the noise.
 
     A network that predicts ``v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0`` (Salimans and Ho 2022, "Progressive
     Distillation", section 4) gives ``eps = sqrt(abar_t) v + sqrt(1 - abar_t) x_t``: where almost all is noise it need
-    not learn to copy its input, so it draws well after far fewer steps.
+    not learn to copy its input, so it draws well after far fewer steps. One that predicts x_0 itself ("sample") gives
+    ``eps = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t)``.
 
     Args:
         unet: the network; its ``sample_size`` times k is the image size.
         autocast: run the network under autocast in this dtype (bf16, say); the result has the input's dtype.
         channels_last: memory format of the network and its input; faster convolutions on most hardware.
-        prediction_type: "epsilon" or "v_prediction", what the network was trained to predict.
-        schedule: the one it was trained with; v depends on it.
+        prediction_type: one of `PREDICTIONS`, what the network was trained to predict.
+        schedule: the one it was trained with; all but eps depend on it.
+        recompute: under autograd, keep little of the network's activations and compute them again for the gradient.
 
     Raises:
-        ValueError: channel counts that are neither 3 k^2 nor their double, a U-Net without a square sample_size, or
-            another prediction_type.
+        ValueError: channel counts that are neither 3 k^2 nor their double, a U-Net that asks for a class or has no
+            square sample_size, or another prediction_type.
     """
 
     def __init__(
@@ -54,14 +59,14 @@ class Prior(nn.Module):
         channels_last: bool = False,
         prediction_type: str = "epsilon",
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if prediction_type not in PREDICTIONS:
             raise ValueError(f"a prior's prediction_type must be one of {PREDICTIONS}, got {prediction_type!r}")
-        self.prediction_type, self.schedule = prediction_type, schedule
         channels, predicted, size = unet.config.in_channels, unet.config.out_channels, unet.config.sample_size
-        self.unshuffle = round((channels / 3) ** 0.5)
-        if 3 * self.unshuffle**2 != channels or predicted not in (channels, 2 * channels):
+        k = round((channels / 3) ** 0.5)
+        if 3 * k**2 != channels or predicted not in (channels, 2 * channels):
             raise ValueError(
                 f"a prior's U-Net needs 3 k^2 input channels and as many, or twice as many, output channels; "
                 f"got {channels} and {predicted}"
@@ -70,12 +75,15 @@ class Prior(nn.Module):
             size = size[0]
         if not isinstance(size, int):
             raise ValueError(f"a prior's U-Net needs a square sample_size in its configuration, got {size}")
-        self.unet = unet
-        self.image_size = size * self.unshuffle
-        self.autocast = autocast
-        self.channels_last = channels_last
+        if unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None:
+            raise ValueError("a prior's U-Net must not be class-conditional: no class is known here")
+        self.unet, self.unshuffle, self.image_size = unet, k, size * k
+        self.autocast, self.channels_last = autocast, channels_last
+        self.prediction_type, self.schedule = prediction_type, schedule
         if channels_last:
             unet.to(memory_format=torch.channels_last)
+        if recompute:
+            unet.enable_gradient_checkpointing()
 
     def forward(self, x: Tensor, t: Tensor | int) -> Tensor:
         """The noise in ``x`` (B, 3, H, W) at the training-time step(s) ``t``, a number or a tensor of shape (B,) or ().
@@ -90,18 +98,23 @@ class Prior(nn.Module):
         if self.prediction_type == "epsilon":
             return predicted
         abar = self._abar(x, t)
+        if self.prediction_type == "sample":
+            return (x - abar.sqrt() * predicted) / (1 - abar).sqrt()
         return abar.sqrt() * predicted + (1 - abar).sqrt() * x
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What `predict` should give for ``x_t`` made of x0 and ``noise``, (B, 3, H, W) each; t is (B,)."""
         if self.prediction_type == "epsilon":
             return noise
+        if self.prediction_type == "sample":
+            return x0
         abar = self._abar(x0, t)
         return abar.sqrt() * noise - (1 - abar).sqrt() * x0
 
     def _abar(self, x: Tensor, t: Tensor | int) -> Tensor:
         abar = self.schedule.abar(t)
-        return abar.to(x).reshape(-1, 1, 1, 1) if abar.ndim else abar  # (B, 1, 1, 1), or a number
+        # (B, 1, 1, 1), or a number, which stays on the CPU: no GPU is waited for
+        return abar.to(x).reshape(-1, 1, 1, 1) if abar.ndim else abar.to(x.dtype)
 
     def predict(self, x: Tensor, t: Tensor | int) -> Tensor:
         """What the network itself predicts, eps or v, for ``x`` (B, 3, H, W) at ``t``, a number or (B,) or ().
@@ -178,7 +191,7 @@ def small_unet(
     )
 
 
-# The published DDPM layout ----------------------------------------------------------------------------------------
+# --- The published DDPM layout ---------------------------------------------------------------------------------------
 
 _RENAMED = (  # UNet2DModel's name -> the published one, applied in this order
     (r"^time_embedding\.linear_1\.", "temb.dense.0."),
@@ -215,73 +228,80 @@ def ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
     Raises:
         InputError: a configuration that lacks something, or makes no network.
     """
-    if not isinstance(model_config, Mapping):
-        raise InputError(f"the prior's model configuration must be a mapping, got {model_config!r}")
     needed = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "out_ch")
-    if absent := [key for key in needed if key not in model_config]:
-        raise InputError(f"the prior's model configuration lacks {', '.join(absent)}")
-    if not model_config.get("resamp_with_conv", True):
-        raise InputError("the prior's model configuration has resamp_with_conv: false, which is not supported")
     try:
-        return _build_ddpm_unet(model_config, image_size)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"the prior's model configuration makes no network: {str(error)[:300]}") from None
+        if absent := [key for key in needed if key not in model_config]:
+            raise ValueError(f"it lacks {', '.join(absent)}")
+        if not model_config.get("resamp_with_conv", True):
+            raise ValueError("resamp_with_conv: false is not supported")
+        widths = tuple(model_config["ch"] * m for m in model_config["ch_mult"])
+        attends = [image_size // 2**i in model_config["attn_resolutions"] for i in range(len(widths))]
+        if image_size % (coarsest := 2 ** (len(widths) - 1)) != 0:
+            raise ValueError(f"image size {image_size} must be divisible by {coarsest} ({len(widths)} levels)")
+        with torch.device("meta"):  # the weights come from the file: no random ones are drawn first
+            return UNet2DModel(
+                sample_size=image_size,
+                in_channels=model_config["in_channels"],
+                out_channels=model_config["out_ch"],
+                block_out_channels=widths,
+                layers_per_block=model_config["num_res_blocks"],
+                down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+                up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+                dropout=model_config.get("dropout", 0.0),
+                # what follows has no trace in names or shapes: with any other value the weights load and compute
+                # nonsense
+                attention_head_dim=None,
+                downsample_padding=0,
+                flip_sin_to_cos=False,
+                freq_shift=1,
+                norm_eps=1e-6,
+                norm_num_groups=32,
+            )
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the prior's model configuration makes no network: {reason}") from None
 
 
-def _check_counts(config: Mapping, counts: Mapping[str, int], lists: Mapping[str, int]) -> None:
-    """Refuse what no network has: a stranger's configuration must not cost hours or all memory to find out.
+def ddpm_config(state_dict: Mapping[str, Tensor], image_size: int | None = None) -> tuple[dict, int]:
+    """The model configuration that weights in the published DDPM layout belong to, and H.
 
     Args:
-        counts: key -> its largest value. lists: the same for lists of at most 16 whole numbers.
+        image_size: H. It is in no weight; None takes the published habit, attention at 16x16, for granted.
 
     Raises:
-        ValueError: names the key.
+        InputError: another layout, or no level that attends to tell H by.
     """
-    for key, value in config.items():
-        if key in lists:
-            if not isinstance(value, (list, tuple)) or len(value) > 16:
-                raise ValueError(f"{key} must be a list of at most 16 numbers")
-        elif key not in counts:
-            continue
-        for item in value if key in lists else [value]:
-            if type(item) is not int or not 1 <= item <= (counts | lists)[key]:
-                raise ValueError(f"{key} must be whole, from 1 to {(counts | lists)[key]}, got {shown(item)}")
-
-
-def _build_ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
-    counts = {"ch": 4096, "num_res_blocks": 32, "in_channels": 256, "out_ch": 512}
-    _check_counts(model_config, counts, {"ch_mult": 64, "attn_resolutions": 4096})
-    widths = tuple(model_config["ch"] * m for m in model_config["ch_mult"])
-    attends = [image_size // 2**i in tuple(model_config["attn_resolutions"]) for i in range(len(widths))]
-    coarsest = 2 ** (len(widths) - 1)
-    if image_size % coarsest != 0:
-        raise ValueError(f"image size {image_size} must be divisible by {coarsest} ({len(widths)} levels)")
-    with torch.device("meta"):  # the weights come from the file: no random ones are drawn first
-        return UNet2DModel(
-            sample_size=image_size,
-            in_channels=model_config["in_channels"],
-            out_channels=model_config["out_ch"],
-            block_out_channels=widths,
-            layers_per_block=model_config["num_res_blocks"],
-            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-            dropout=model_config.get("dropout", 0.0),
-            # what follows has no trace in names or shapes: with any other value the weights load and compute nonsense
-            attention_head_dim=None,
-            downsample_padding=0,
-            flip_sin_to_cos=False,
-            freq_shift=1,
-            norm_eps=1e-6,
-            norm_num_groups=32,
-        )
+    try:
+        ch = state_dict["temb.dense.0.weight"].shape[1]
+        levels = len({name.split(".")[1] for name in state_dict if name.startswith("down.")})
+        widths = [state_dict[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+        in_channels, out_channels = state_dict["conv_in.weight"].shape[1], state_dict["conv_out.weight"].shape[0]
+    except (KeyError, IndexError) as error:
+        raise InputError(f"no weights in the published DDPM layout ({error} is missing)") from None
+    attends = [i for i in range(levels) if f"down.{i}.attn.0.q.weight" in state_dict]
+    if image_size is None and not attends:
+        raise InputError("these weights do not tell the image size: give image_size")
+    size = image_size if image_size is not None else 16 << attends[0]
+    config = {
+        "ch": ch,
+        "ch_mult": [width // ch for width in widths],
+        "num_res_blocks": sum(
+            re.fullmatch(r"down\.0\.block\.\d+\.conv1\.weight", name) is not None for name in state_dict
+        ),
+        "attn_resolutions": [size >> i for i in attends],
+        "in_channels": in_channels,
+        "out_ch": out_channels,
+    }
+    return config, size
 
 
 def prior_from_ddpm(
     state_dict: Mapping[str, Tensor],
-    model_config: Mapping,
-    image_size: int,
+    model_config: Mapping | None = None,
+    image_size: int | None = None,
     autocast: torch.dtype | None = None,
     channels_last: bool = False,
+    recompute: bool = False,
 ) -> Prior:
     """A prior from weights in the published DDPM layout (``temb.dense.0``, ``down.i.block.j``, ...).
 
@@ -289,110 +309,109 @@ def prior_from_ddpm(
         state_dict: every tensor must be used; the network keeps float32 tensors without copying them.
         model_config: ch, ch_mult, num_res_blocks, attn_resolutions, in_channels, out_ch, and maybe dropout and
             resamp_with_conv; other keys of the published configuration (type, var_type, ema ...) do not matter here.
-        image_size: H, which decides the levels that attend.
+            None reads it off the weights.
+        image_size: H, which decides the levels that attend; see `ddpm_config` for None.
 
     Raises:
-        InputError: a missing or foreign tensor, or one of another shape, by its published name.
+        InputError: a missing or foreign tensor, or one of another shape.
     """
+    if model_config is None or image_size is None:
+        model_config, image_size = ddpm_config(state_dict, image_size)
     unet = ddpm_unet(model_config, image_size)
-    levels = len(unet.config.block_out_channels)
-    published = {name: _ddpm_name(name, levels) for name in unet.state_dict()}
-    problems = {
-        "missing": [name for name in published.values() if name not in state_dict],
-        "unexpected": sorted(state_dict.keys() - set(published.values())),
-    }
-    if any(problems.values()):
-        parts = (f"{kind} {', '.join(v[:3])} ({len(v)} in all)" for kind, v in problems.items() if v)
-        raise InputError(f"the prior's weights do not fit its model configuration: {'; '.join(parts)}")
-    weights = {}
-    for name, own in unet.state_dict().items():
-        tensor = state_dict[published[name]]
-        if tensor.ndim == 4 and own.ndim == 2 and tensor.shape[2:] == (1, 1):
-            tensor = tensor[:, :, 0, 0]  # attention: 1x1 convolutions there, matrices here
-        if tensor.shape != own.shape:
-            raise InputError(
-                f"the prior's {published[name]} has shape {list(state_dict[published[name]].shape)}, "
-                f"its model configuration needs {list(own.shape)}"
-            )
-        weights[name] = tensor.float().contiguous()
-    unet.load_state_dict(weights, strict=True, assign=True)
-    return _frozen(Prior(unet, autocast, channels_last))
+    own = {_ddpm_name(name, len(unet.config.block_out_channels)): name for name in unet.state_dict()}
+    matrices = {name for name, tensor in unet.state_dict().items() if tensor.ndim == 2}
+    state = {own.get(name, name): tensor for name, tensor in state_dict.items()}
+    # attention: 1x1 convolutions there, matrices here
+    state = {k: v[:, :, 0, 0] if k in matrices and v.shape[2:] == (1, 1) else v for k, v in state.items()}
+    return _frozen(Prior(_filled(unet, state, "in the DDPM layout"), autocast, channels_last, recompute=recompute))
 
 
-# Loading and saving -----------------------------------------------------------------------------------------------
+# --- Loading and saving ----------------------------------------------------------------------------------------------
 
 
 def _frozen(prior: Prior) -> Prior:
     return prior.eval().requires_grad_(False)
 
 
-def _from_diffusers(source: str | Path, local: bool) -> UNet2DModel:
-    """A `UNet2DModel` in float32 from a folder or a hub id; safetensors only, and every tensor must fit."""
-    if local:
-        _check_size(Path(source))
-    try:
-        unet, report = UNet2DModel.from_pretrained(
-            str(source),
-            use_safetensors=True,  # the alternative would unpickle
-            local_files_only=local,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # diffusers and the hub client raise many kinds, few of them their own
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        hint = f"it needs {CONFIG_NAME} and an undamaged {WEIGHTS_NAME}" if local else "no local file or folder either"
-        raise InputError(f"prior {source}: cannot be loaded: {hint} ({reason[:200]})") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            names = [str(name) for name in report[kind]]
-            raise InputError(f"prior {source}: {kind.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)} in all)")
-    for name, parameter in unet.named_parameters():
-        if not parameter.isfinite().all():
-            raise InputError(f"prior {source}: {name} holds NaN or infinity")
+def _filled(unet: UNet2DModel, state: Mapping[str, Tensor], path: str | Path) -> UNet2DModel:
+    """A U-Net on the meta device with these weights, in float32; every tensor must be used and fit."""
+    load_strictly(unet, state, path)
+    unet.load_state_dict({name: tensor.float().contiguous() for name, tensor in state.items()}, assign=True)
     return unet
 
 
-def _check_size(folder: Path) -> None:
-    """Refuse a configuration that asks for more numbers than the folder's weights have bytes."""
-    file, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    if not (file.is_file() and weights.is_file()):
-        return  # diffusers says what is missing
+def _read_json(path: Path) -> dict:
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        counts = {"layers_per_block": 32, "in_channels": 4096, "out_channels": 4096}
-        _check_counts(said, counts, {"block_out_channels": 1 << 16})
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, Schedule]:
+    """The network in a diffusers folder or repository, a U-Net's or a pipeline's, what it predicts and its schedule."""
+    folder = Path(source)
+    if folder.name == "unet" and (folder.parent / "model_index.json").is_file():
+        folder = source = folder.parent  # the scheduler's settings lie beside the U-Net's folder
+    get = opener(source, **hub)
+    config = first(get, (CONFIG_NAME, f"unet/{CONFIG_NAME}"))
+    if config is None:
+        raise InputError(f"has neither {CONFIG_NAME} nor unet/{CONFIG_NAME}")
+    said = _read_json(config)
+    pipeline = config.parent.name == "unet" and config.parent != folder
+    if pipeline and (index := get("model_index.json")) is not None and {"vae", "vqvae"} & _read_json(index).keys():
+        raise InputError("draws latents of another network, not images")
+    if (kind := said.get("_class_name", "UNet2DModel")) != "UNet2DModel":
+        raise InputError(f"its network is a {kind}; a prior is a UNet2DModel")
+    inside = "unet/" if pipeline else ""
+    weights = first(get, [inside + name for name in WEIGHTS_NAMES])
+    if weights is None:
+        raise InputError(f"has none of {', '.join(WEIGHTS_NAMES)}")
+    scheduler = get(SCHEDULER_NAME) if not pipeline else get(f"scheduler/{SCHEDULER_NAME}")
+    if scheduler is None and folder.is_dir():
+        scheduler = get(f"scheduler/{SCHEDULER_NAME}")
+    if scheduler is None and pipeline:
+        raise InputError(f"has no scheduler/{SCHEDULER_NAME}, which says what its network predicts")
+    try:
         with torch.device("meta"):
-            unet = UNet2DModel(**{k: v for k, v in said.items() if k in inspect.signature(UNet2DModel).parameters})
-        asked = sum(p.numel() for p in unet.parameters())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"prior {folder}: cannot be loaded: {CONFIG_NAME} describes no network ({reason})") from None
-    if asked > weights.stat().st_size:
-        held = f"{WEIGHTS_NAME} has {weights.stat().st_size:,} bytes"
-        raise InputError(f"prior {folder}: cannot be loaded: {CONFIG_NAME} asks for {asked:,} numbers, {held}")
+            unet = UNet2DModel.from_config(said)
+    except Exception as error:  # diffusers checks little: whatever a wrong value leads to
+        raise InputError(f"{config} describes no network: {' '.join(str(error).split())[:200]}") from None
+    state = {re.sub(*_OLD_ATTENTION, name): tensor for name, tensor in read_weights(weights).items()}
+    return _filled(unet, state, weights), *read_scheduler(scheduler)
 
 
-def _read_scheduler(source: str | Path, local: bool) -> tuple[str, Schedule]:
-    """What a diffusers prior predicts, and its schedule: eps and DDPM's, unless its scheduler_config.json says so."""
-    path = Path(source) / SCHEDULER_NAME if local else hub_file(str(source), SCHEDULER_NAME)
-    if path is None or not path.is_file():
-        return "epsilon", Schedule()
+# of diffusers before 0.15, google/ddpm-ema-celebahq-256 among them
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + _OLD_NAMES[m[2]]
+# what of a scheduler's settings belongs to the network; the rest says how its own sampler walks
+_BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+
+
+def read_scheduler(path: Path | None) -> tuple[str, Schedule]:
+    """What a network predicts, and its schedule, from a diffusers scheduler_config.json; without one, eps and DDPM's.
+
+    Raises:
+        InputError: another kind of noise than ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps``, or unknown betas.
+    """
+    said = _read_json(path) if path is not None else {}
+    name = said.get("_class_name", "DDPMScheduler")
+    if name not in DDPMScheduler._compatibles or name.startswith("EDM") or said.get("use_flow_sigmas"):
+        raise InputError(f"{path}: a {name} adds noise in another way than DDPM; such a prior is not supported")
+    betas = {key: said[key] for key in _BETAS if said.get(key) is not None}
+    predicts = said.get("prediction_type", "epsilon")
+    if betas.get("rescale_betas_zero_snr") and predicts == "epsilon":
+        raise InputError(f"{path}: rescale_betas_zero_snr: the noise says nothing of a picture where all is noise")
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        if (kind := said.get("beta_schedule", "linear")) != "linear":
-            raise InputError(f"prior {source}: its beta_schedule is {kind!r}; only linear betas are supported")
-        default = Schedule()
-        schedule = Schedule(
-            said.get("beta_start", default.beta_start),
-            said.get("beta_end", default.beta_end),
-            said.get("num_train_timesteps", default.num_diffusion_timesteps),
-        )
-        return said.get("prediction_type", "epsilon"), schedule
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"prior {path}: not a scheduler's configuration: {error}") from None
+        schedule = DDPMScheduler(**betas)
+        if schedule.config.beta_schedule == "linear" and not betas.keys() & {"trained_betas", "rescale_betas_zero_snr"}:
+            start, end, steps = (schedule.config[key] for key in ("beta_start", "beta_end", "num_train_timesteps"))
+            return predicts, Schedule(start, end, steps)  # in float64
+        return predicts, Schedule.from_betas(schedule.betas)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise InputError(f"{path}: no schedule: {' '.join(str(error).split())[:200]}") from None
 
 
 def load_prior(
@@ -401,34 +420,32 @@ def load_prior(
     image_size: int | None = None,
     autocast: torch.dtype | None = None,
     channels_last: bool = False,
+    recompute: bool = False,
+    **hub: Any,
 ) -> Prior:
     """A frozen prior in float32, in eval mode, on the CPU.
 
     Args:
-        source: a diffusers folder (what `save_prior` writes), a weight file in the published DDPM layout, or a hub id.
-        model_config: needed for the published layout, as in `prior_from_ddpm`.
-        image_size: H; needed for the published layout, else checked where given.
+        source: a diffusers folder or hub id, of a `UNet2DModel` (what `save_prior` writes) or of a whole pipeline, or a
+            weight file in the published DDPM layout.
+        model_config: of a weight file, see `prior_from_ddpm`.
+        image_size: H; of a weight file, else checked if given.
+        autocast, channels_last, recompute: see `Prior`.
+        hub: for a hub id, what ``huggingface_hub.hf_hub_download`` takes: ``revision``, ``token``, ...
 
     Raises:
         InputError: nothing there, a damaged or foreign file, or a prior for another image size.
     """
-    path = Path(source)
-    if path.is_file():
-        if model_config is None or image_size is None:
-            raise InputError(f"prior {path}: a weight file needs a model configuration and an image size")
-        try:
-            prior = prior_from_ddpm(read_weights(path), model_config, image_size, autocast, channels_last)
-        except InputError as error:
-            raise InputError(str(error) if str(path) in str(error) else f"prior {path}: {error}") from None
-    elif path.is_dir() or HUB_ID.fullmatch(str(source)):
-        unet = _from_diffusers(source, local=path.is_dir())
-        prediction_type, schedule = _read_scheduler(source, local=path.is_dir())
-        try:
-            prior = _frozen(Prior(unet, autocast, channels_last, prediction_type, schedule))
-        except ValueError as error:
-            raise InputError(f"prior {source}: {error}") from None
-    else:
-        raise InputError(f"prior {source}: no such file or folder, and not a hub id like owner/repo")
+    (source,) = locate(source)
+    try:
+        if Path(source).is_file():
+            state = read_weights(source)
+            prior = prior_from_ddpm(state, model_config, image_size, autocast, channels_last, recompute)
+        else:
+            unet, predicts, schedule = _from_diffusers(source, **hub)
+            prior = _frozen(Prior(unet, autocast, channels_last, predicts, schedule, recompute))
+    except ValueError as error:
+        raise InputError(f"prior {source}: {error}") from None
     if image_size is not None and prior.image_size != image_size:
         raise InputError(f"prior {source}: draws {prior.image_size}x{prior.image_size} images, not {image_size}")
     return prior
@@ -441,19 +458,21 @@ def save_prior(prior: Prior, folder: str | Path, dtype: torch.dtype | None = Non
         dtype: what the weights are stored as (float16 halves the file; `load_prior` goes back to float32).
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or ``dtype`` cannot hold a weight.
     """
-    folder = Path(folder)
+    folder, schedule = Path(folder), prior.schedule
     write_weights(folder / WEIGHTS_NAME, prior.unet.state_dict(), dtype)
     with atomic_write(folder / CONFIG_NAME) as temporary:
         temporary.write_text(prior.unet.to_json_string(), encoding="utf-8")
     scheduler = {
         "_class_name": "DDPMScheduler",
         "beta_schedule": "linear",
-        "beta_start": prior.schedule.beta_start,
-        "beta_end": prior.schedule.beta_end,
-        "num_train_timesteps": prior.schedule.num_diffusion_timesteps,
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "num_train_timesteps": schedule.num_diffusion_timesteps,
         "prediction_type": prior.prediction_type,
     }
+    if not schedule.linear:
+        scheduler["trained_betas"] = schedule.betas.tolist()
     with atomic_write(folder / SCHEDULER_NAME) as temporary:
         temporary.write_text(json.dumps(scheduler, indent=2) + "\n", encoding="utf-8")
