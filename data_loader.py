@@ -29,6 +29,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from tqdm import tqdm
 
 from images import (  # noqa: F401, those that others import from here
@@ -814,3 +815,56 @@ def attribute_indices(names: Iterable[str]) -> list[int]:
             raise InputError(f"unknown attribute {name!r}{nearest(name, ATTRIBUTES)}")
         indices.append(ATTRIBUTES.index(name))
     return indices
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The batches of a training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def epoch_keys(loader: DataLoader, epoch: int) -> list | None:
+    """What the loader's batch sampler hands out in an epoch, from 0: the keys of every batch, no image loaded.
+
+    None where the sampler has no ``epoch`` and shuffles, so that it cannot be told.
+    """
+    sampler = loader.batch_sampler
+    if hasattr(sampler, "epoch"):
+        sampler.epoch = epoch
+    elif not isinstance(getattr(sampler, "sampler", None), SequentialSampler):
+        return None
+    return list(sampler)
+
+
+def with_batches(loader: DataLoader, batches: Sequence, workers: int = 0) -> DataLoader:
+    """A loader of these batches (lists of keys) alone, otherwise like ``loader``."""
+    other = type(loader)(
+        loader.dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=torch.Generator(),  # or it draws the workers' seed from the global one
+    )
+    if isinstance(loader, FaceLoader):
+        other.device = loader.device
+    return other
+
+
+def batches_from(loader: DataLoader, step: int) -> Iterator[tuple[list | None, tuple]]:
+    """The batches of a training, epoch after epoch, each with its keys; those of the first ``step`` are not loaded.
+
+    Raises:
+        ValueError: the order of an epoch, in which ``step`` lies, is not known.
+    """
+    epoch, done = divmod(step, len(loader))
+    while True:
+        keys = epoch_keys(loader, epoch)
+        if done and keys is None:
+            raise ValueError("the order of an epoch must be known to resume in it: use a batch sampler with an `epoch`")
+        if hasattr(loader.batch_sampler, "epoch"):
+            loader.batch_sampler.epoch = epoch  # to ask for the keys counted as a pass
+        batches = with_batches(loader, keys[done:], loader.num_workers) if done else loader
+        names = repeat(None) if keys is None else keys[done:]
+        yield from ((name, batch) for batch, name in zip(batches, names))  # noqa: B905  (repeat has no end)
+        epoch, done = epoch + 1, 0

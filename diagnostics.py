@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blocks import PixelUnshuffleBlock, solved_once
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
@@ -243,32 +243,6 @@ def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str
             if bad(y):
                 return f"{_block_name(index, block)}, its pseudo-inverse"
     return None
-
-
-def clip_gradients(module: nn.Module, limit: float, loss: Tensor | float) -> Tensor:
-    """Scale the gradients of what is trained of ``module`` to a norm of at most ``limit``; returns the norm they had.
-
-    Raises:
-        FloatingPointError: it, or the loss, is not finite; names the first weight or gradient that is not. Nothing is
-            scaled: that would spread NaN to all of them.
-    """
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    try:
-        norm = nn.utils.clip_grad_norm_([parameter for _, parameter in trained], limit, error_if_nonfinite=True)
-    except RuntimeError as error:
-        if "non-finite" not in str(error):
-            raise
-    else:
-        if not math.isfinite(loss):
-            raise FloatingPointError("the loss; its gradients are finite")
-        return norm
-    for name, parameter in trained:
-        if not parameter.isfinite().all():
-            raise FloatingPointError(f"weight {name}")
-    for name, parameter in trained:
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            raise FloatingPointError(f"the gradient of {name}")
-    raise FloatingPointError("the norm of the gradients, each of which is finite")
 
 
 # --- Everything at once ----------------------------------------------------------------------------------------------

@@ -1,34 +1,47 @@
-"""What a run needs to survive being stopped at any moment: signals, state files, and a lock on its folder."""
+"""The one training loop, and what a run needs to survive being stopped at any moment.
 
-import fcntl
+A training hands `Loop` a step: a function of a batch that changes the weights and returns its losses. The loop counts
+steps, sets the learning rate, fills the table, has the weights measured and the best ones kept, saves states, stops
+where a signal asks it to, and goes on from a state as if nothing had happened. Several processes, started by
+``torchrun``, work as one; one process is the case of one.
+"""
+
+import copy
+import hashlib
 import json
 import logging
+import math
 import os
-import pickle
+import platform
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, SequentialSampler
+from torch import Tensor, distributed, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
 
-from utils import InputError, atomic_write, is_temporary, unlinked
+from logger import MetricsTable, get_logger, plot_curves
+from utils import InputError, Stopped, atomic_write, is_temporary, resolve_device, unlinked
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: nothing there keeps a second run out of a folder
+    fcntl = None
 
 STATE_NAME = "train_state.pth"
+STATE_VERSION = 2  # of what a state file holds
 LOCK_NAME = ".lock"
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 # --- Signals ---------------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    """SIGINT or SIGTERM came, and everything is saved: the command exits with ``status``."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.status = 128 + signum
 
 
 @contextmanager
@@ -56,14 +69,15 @@ def outlive_stop_signals(worker: int) -> None:
     still wait for a batch. A worker does not stay for long: SIGTERM is also how its own process ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # any other status breaks the main process's last step
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # any other status breaks the main process's last step
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
 # --- State files -----------------------------------------------------------------------------------------------------
 
 
-def plain(value: object) -> object:
+def to_json_values(value: object) -> object:
     """A setting as a weights-only file holds it and as JSON gives it back, so that the two compare equal."""
     return json.loads(json.dumps(value, default=str))
 
@@ -76,100 +90,30 @@ def save_state(path: Path, state: Mapping) -> None:
     """
     with atomic_write(path) as temporary:
         try:
-            torch.save(dict(state), temporary)
+            torch.save({"version": STATE_VERSION, **state}, temporary)
         except RuntimeError as error:  # what a full disk looks like from there
             raise OSError(str(error).splitlines()[0]) from error
 
 
-def load_state(path: Path, parts: Mapping | None = None) -> dict:
+def load_state(path: Path) -> dict:
     """What `save_state` wrote, on the CPU; no code in the file is run.
 
-    Args:
-        parts: what must be in it besides the settings, see `check_parts`.
-
     Raises:
-        InputError: a file that cannot be read, a damaged one, another kind of file, or one of another version.
+        InputError: a file that cannot be read, a damaged one, or one of another version.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state["settings"], dict):
-            check_parts(state, {} if parts is None else parts, path)
-            return state
-    except InputError:
-        raise
+        version = state.get("version", 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError:
-        raise InputError(f"{path}: damaged, or holds more than a training state; refused") from None
     except Exception as error:  # a damaged file can raise almost anything
         raise InputError(f"{path}: damaged, or not a training state ({type(error).__name__})") from None
-    raise InputError(f"{path}: not a training state")
+    if version != STATE_VERSION:
+        raise InputError(f"{path}: a state of another version of this command; {START_ANEW}")
+    return state
 
 
-ANOTHER_VERSION = "it may be of another version of this command: start anew with --overwrite, or in another folder"
-
-
-def check_parts(value: object, parts: object, path: Path, name: str = "the state") -> None:
-    """Hold what was read from a state file against what is expected of it.
-
-    Args:
-        value: the state, or a part of it.
-        parts: its type (or types), a mapping of the keys that it must have, or a list of the one kind its items are.
-        path: the state file.
-        name: what ``value`` is called.
-
-    Raises:
-        InputError: names the first key that is missing or holds something else.
-    """
-    inside = isinstance(parts, (Mapping, list))
-    kinds = (dict if isinstance(parts, Mapping) else list) if inside else parts
-    if not isinstance(value, kinds):
-        raise InputError(f"{path}: {name} is of type {type(value).__name__}; {ANOTHER_VERSION}")
-    if isinstance(parts, Mapping):
-        prefix = "" if name == "the state" else f"{name}."
-        for key, part in parts.items():
-            if key not in value:
-                raise InputError(f"{path}: {prefix}{key} is missing; {ANOTHER_VERSION}")
-            check_parts(value[key], part, path, f"{prefix}{key}")
-    elif inside:
-        for index, item in enumerate(value):
-            check_parts(item, parts[0], path, f"{name}[{index}]")
-
-
-@contextmanager
-def fitting(path: Path, name: str) -> Iterator[None]:
-    """Around handing a part of a state to what takes it: a network that has other weights by now, say.
-
-    Raises:
-        InputError: it did not fit.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # each class of PyTorch has its own way to refuse a state
-        lines = [line.strip() for line in str(error).splitlines()]
-        said = " ".join(lines[:2])[:200]
-        raise InputError(f"{path}: {name} does not fit ({type(error).__name__}: {said}); {ANOTHER_VERSION}") from None
-
-
-def restore_adam(optimizer: torch.optim.Adam, state: Mapping) -> None:
-    """``load_state_dict``, which alone takes the moments of other weights, or of another optimiser, for its own.
-
-    Raises:
-        ValueError: they do not fit.
-    """
-    keys = [set(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, before in zip(optimizer.param_groups, keys, strict=True):
-        if missing := before - set(group):
-            raise ValueError(f"no {sorted(missing)[0]} in its group")
-        for parameter in group["params"]:
-            moments = optimizer.state.get(parameter, {})
-            if moments and any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
-                raise ValueError(f"moments of weights of another shape than {tuple(parameter.shape)}")
-            if moments and not isinstance(moments["step"], torch.Tensor):
-                raise ValueError("no step among its moments")
+START_ANEW = "start anew with --overwrite, or in another folder"
 
 
 def check_settings(saved: Mapping, given: Mapping, folder: Path) -> None:
@@ -179,65 +123,11 @@ def check_settings(saved: Mapping, given: Mapping, folder: Path) -> None:
         InputError: names the first setting in ``given`` that the run in ``folder`` has otherwise.
     """
     for key, value in given.items():
-        if saved.get(key) != plain(value):
+        if saved.get(key) != to_json_values(value):
             raise InputError(
-                f"--resume: the run in {folder} has {key} {saved.get(key)}, not {plain(value)}; give the same, or "
-                f"start anew with --overwrite"
+                f"--resume: the run in {folder} has {key} {saved.get(key)}, not {to_json_values(value)}; give the "
+                f"same, or start anew with --overwrite"
             )
-
-
-def random_state() -> dict:
-    """The state of PyTorch's generators, CPU and CUDA; nothing in a training step draws from any other."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_random_state(state: Mapping) -> None:
-    """Take back what `random_state` gave; GPUs that are not there any more are left out."""
-    torch.set_rng_state(state["cpu"])
-    for device, generator in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-        torch.cuda.set_rng_state(generator, device)
-
-
-# --- The position in an epoch ----------------------------------------------------------------------------------------
-
-
-def epoch_keys(loader: DataLoader, epoch: int) -> list:
-    """What the loader's batch sampler hands out in an epoch, from 0: the keys of every batch, no image loaded.
-
-    Raises:
-        ValueError: the sampler has no ``epoch`` and shuffles, so that nobody can tell.
-    """
-    sampler = loader.batch_sampler
-    if hasattr(sampler, "epoch"):
-        sampler.epoch = epoch
-    elif not isinstance(getattr(sampler, "sampler", None), SequentialSampler):
-        raise ValueError("the order of an epoch must be known to resume in it: use a batch sampler with an `epoch`")
-    return list(sampler)
-
-
-def only(loader: DataLoader, batches: Sequence, workers: int = 0) -> DataLoader:
-    """A loader of these batches (lists of keys) alone, otherwise like ``loader``."""
-    other = type(loader)(
-        loader.dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        generator=torch.Generator(),  # or it draws the workers' seed from the global one
-    )
-    if hasattr(loader, "device"):  # where a `data_loader.FaceLoader` finishes its batches
-        other.device = loader.device
-    return other
-
-
-def from_batch(loader: DataLoader, epoch: int, done: int) -> DataLoader:
-    """The batches of an epoch, from 0, without the first ``done``, which are not loaded."""
-    if done:
-        return only(loader, epoch_keys(loader, epoch)[done:], loader.num_workers)
-    if hasattr(loader.batch_sampler, "epoch"):
-        loader.batch_sampler.epoch = epoch
-    return loader
 
 
 # --- The run's folder ------------------------------------------------------------------------------------------------
@@ -265,7 +155,8 @@ def locked(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             file = unlinked(path, os.O_RDWR | os.O_CREAT)
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl is not None:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 owner = os.read(file, 100).decode(errors="replace").strip()
                 os.close(file)
@@ -279,16 +170,504 @@ def locked(folder: Path) -> Iterator[None]:
                 pass
             os.close(file)  # its owner removed it between our opening and our locking
         os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+        os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     try:
         yield
     finally:
+        if fcntl is None:  # Windows deletes no file that is open
+            os.close(file)
         path.unlink(missing_ok=True)  # while still locked
-        os.close(file)
+        if fcntl is not None:
+            os.close(file)
         for empty in made:
             try:
                 empty.rmdir()
             except OSError:  # not empty: there are results
                 break
+
+
+# --- Processes -------------------------------------------------------------------------------------------------------
+
+
+class _Losses(nn.Module):
+    """A loss as a module, which is what `DistributedDataParallel` wraps: its forward is g and g' together."""
+
+    def __init__(self, model: nn.Module, losses_of: Callable[..., dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.model, self.losses_of = model, losses_of
+
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        return self.losses_of(*batch)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and this one among them.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes files and reports."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of ``items``: every size-th."""
+        return items[self.rank :: self.size]
+
+    def wait(self) -> None:
+        """Go on when all are here."""
+        if self.size > 1:
+            distributed.barrier()
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """Run the block in the leading process, then in the others: they find what it has made."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+
+    def gather(self, value: T) -> list[T]:
+        """The ``value`` of every process, in order."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The means over the processes of some numbers, which every process has."""
+        if self.size == 1 or not values:
+            return values
+        together = torch.stack(list(values.values()))
+        distributed.all_reduce(together)
+        return dict(zip(values, together / self.size, strict=True))
+
+    def largest(self, *numbers: float) -> tuple[float, ...]:
+        """Of each number the largest that a process has. It is on the CPU: no GPU is waited for."""
+        if self.size == 1:
+            return numbers
+        together = torch.tensor(numbers, dtype=torch.float64)
+        distributed.all_reduce(together, distributed.ReduceOp.MAX)
+        return tuple(together.tolist())
+
+    def agreed(self, stopped: Callable[[], int | None]) -> Callable[[], int | None]:
+        """``stopped``, answered alike everywhere: as soon as one process was asked to stop, all are."""
+        return stopped if self.size == 1 else lambda: int(self.largest(stopped() or 0)[0]) or None
+
+    def parallel(
+        self, model: nn.Module, losses_of: Callable[..., dict[str, Tensor]], all_used: bool = True
+    ) -> Callable[..., dict[str, Tensor]]:
+        """``losses_of`` of this process's part of a batch, with gradients that are averaged over all of them.
+
+        Args:
+            model: whose parameters with ``requires_grad`` the losses depend on.
+            all_used: whether every one of them has a part in the losses.
+        """
+        if self.size == 1:
+            return losses_of
+        device = next(model.parameters()).device
+        return nn.parallel.DistributedDataParallel(
+            _Losses(model, losses_of),
+            device_ids=[device] if device.type == "cuda" else None,
+            find_unused_parameters=not all_used,
+        )
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
+    """The run that this process belongs to, from the variables that ``torchrun`` sets, and the device it works on.
+
+    Args:
+        device: as in `utils.resolve_device`; "auto" and "cuda" become one GPU per process.
+
+    Raises:
+        InputError: variables that are no torchrun's, more processes on a machine than GPUs, or a device that they
+            would share.
+    """
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: value for name in names if (value := os.environ.get(name, ""))}
+    if given.get("WORLD_SIZE", "1") == "1":
+        yield World(), resolve_device(device)
+        return
+    if missing := [name for name in names if name not in given]:
+        raise InputError(f"WORLD_SIZE is set, but {missing[0]} is not: start several processes with torchrun, or unset")
+    size, local = given["WORLD_SIZE"], given["LOCAL_RANK"]
+    if not (size.isdecimal() and local.isdecimal() and given["RANK"].isdecimal()):
+        raise InputError(f"WORLD_SIZE {size}, RANK {given['RANK']} and LOCAL_RANK {local} must be whole numbers")
+    own = resolve_device(device)
+    if own.type == "cuda":
+        if device not in ("auto", "cuda"):
+            raise InputError(f"--device {device}: {size} processes cannot share it; give cuda")
+        if int(local) >= torch.cuda.device_count():
+            raise InputError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
+        own = torch.device("cuda", int(local))
+        torch.cuda.set_device(own)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield World(distributed.get_rank(), distributed.get_world_size()), own
+    finally:
+        distributed.destroy_process_group()
+
+
+# --- Averaged weights ------------------------------------------------------------------------------------------------
+
+
+class Ema:
+    """The moving average of a network's weights, ``ema <- d ema + (1 - d) model``; ``model`` is a network with them.
+
+    d = min(decay, (1 + step) / (10 + step)): it forgets the random start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+        average(list(self.model.parameters()), list(model.parameters()), None)
+
+    def state_dict(self) -> dict:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.model.load_state_dict(state)
+
+
+# --- Gradients -------------------------------------------------------------------------------------------------------
+
+
+def adam(parameters: Iterable[nn.Parameter], lr: float, device: torch.device) -> torch.optim.Adam:
+    """The optimiser of every training here."""
+    fused = device.type in ("cpu", "cuda")  # one pass over all weights instead of one per operation
+    return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), fused=fused)
+
+
+def clip_gradients(module: nn.Module, limit: float, loss: Tensor | None = None) -> Tensor:
+    """Scale the gradients of what is trained of ``module`` to a norm of at most ``limit``; returns the norm they had.
+
+    Args:
+        loss: it and the norm must be finite; None asks for neither, and so waits for no GPU.
+
+    Raises:
+        FloatingPointError: names the first weight or gradient that is not finite. Nothing is scaled: that would spread
+            NaN to all of them.
+    """
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    try:
+        norm = nn.utils.clip_grad_norm_([p for _, p in trained], limit, error_if_nonfinite=loss is not None)
+    except RuntimeError as error:
+        if "non-finite" not in str(error):
+            raise
+    else:
+        if loss is not None and not math.isfinite(loss):
+            raise FloatingPointError("the loss; its gradients are finite")
+        return norm
+    for name, parameter in trained:
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"weight {name}")
+    for name, parameter in trained:
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            raise FloatingPointError(f"the gradient of {name}")
+    raise FloatingPointError("the norm of the gradients, each of which is finite")
+
+
+# --- The loop --------------------------------------------------------------------------------------------------------
+
+
+class TrainingFailed(InputError):
+    """Training produced numbers that are not finite; the last good state and checkpoint are kept."""
+
+
+@dataclass
+class Run:
+    """Where trainings run, one after the other: what they have in common.
+
+    Attributes:
+        folder: of all files; None writes none, and keeps the table in memory.
+        settings: what decides the weights, as JSON values; a resumed run must have the same.
+        save_every: steps between two states.
+        seed: of what steps draw.
+        stopped: asked after every step: the number of a signal that came to this process, or None.
+        state: that of a state file, to go on from.
+    """
+
+    folder: Path | None
+    device: torch.device
+    world: World = World()
+    settings: dict = field(default_factory=dict)
+    save_every: int = 0
+    seed: int = 0
+    stopped: Callable[[], int | None] = lambda: None
+    state: dict | None = None
+
+    def find_state(self, settings: Mapping, resume: bool, overwrite: bool) -> None:
+        """Take ``settings``, and the state to go on from, where there is one.
+
+        Raises:
+            InputError: a run that is not finished and neither to be resumed nor overwritten, or one of other settings.
+        """
+        self.settings, path = to_json_values(settings), self.folder / STATE_NAME
+        if resume and overwrite:
+            raise InputError("--resume and --overwrite exclude each other")
+        if overwrite or not path.is_file():
+            return
+        state = load_state(path)
+        if state["stage"] == DONE and (not resume or state["settings"] | self.settings != state["settings"]):
+            return  # an earlier run, stage 1 perhaps, is no obstacle to the next
+        if not resume:
+            raise InputError(f"{path}: a run that is not finished; give --resume to continue it or --overwrite")
+        check_settings(state["settings"], self.settings, self.folder)
+        self.state = state
+
+    def finish(self) -> None:
+        """Note that nothing is left to do, in place of what training held."""
+        if self.world.leads:
+            save_state(self.folder / STATE_NAME, {"settings": self.settings, "stage": DONE})
+
+    def stop_if_asked(self, save: Callable[[], None] = lambda: None, together: bool = True) -> None:
+        """Raise `Stopped` where a signal came, everything saved: in all processes together, or in this one alone."""
+        if (signum := (self.world.agreed(self.stopped) if together else self.stopped)()) is not None:
+            save()
+            get_logger("loop").info("%s: saved; continue with --resume", signal.Signals(signum).name)
+            raise Stopped(signum)
+
+    def until_stopped(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches of what one process does alone, as long as no signal comes."""
+        for batch in batches:
+            self.stop_if_asked(together=False)
+            yield batch
+
+
+DONE = "done"  # the stage of a run that has come to its end
+
+
+@contextmanager
+def open_run(folder: Path, device: str, save_every: int = 0, seed: int = 0) -> Iterator[Run]:
+    """A run in ``folder``, which is locked: its processes have found each other, and signals only ask it to stop."""
+    with join_world(device) as (world, own), locked(folder) if world.leads else nullcontext(), stop_signals() as asked:
+        if not world.leads:
+            logging.disable(logging.INFO)
+        yield Run(folder, own, world, {}, save_every, seed, asked)
+
+
+@dataclass
+class Loop:
+    """A training: steps, one after the other, and everything around them.
+
+    A step may depend on its batch, on ``parts`` and on torch's generators, which the number of the step seeds; on
+    nothing else, or a resumed run would not be the run that was stopped.
+
+    Attributes:
+        run: where it runs.
+        name: "forward" writes metrics_forward.csv and curves_forward.png; "" writes metrics.csv and curves.png.
+        step: takes a batch, makes one step of the optimiser, returns the losses. It may raise FloatingPointError, which
+            names what is not finite; losses that are not are found at the next row.
+        batches: of a number of steps done, the batches of all steps to come, each as (keys, what ``step`` takes).
+        steps: how many.
+        row_every: steps between two rows of the table, which hold the means of the losses.
+        parts: everything that changes in training, by name, with ``state_dict`` and ``load_state_dict``: a "model", an
+            "optimizer", and what else there is.
+        rate: the learning rate of the next step, of the number of steps done and of `progress`.
+        axis: what rows count: "epoch" or "step".
+        before_step: called before each one, with the number of those done.
+        measure: called before each row, for figures to add. Those of "loss" say which weights are best, and states are
+            saved at rows then.
+        keep: called where the weights are the best so far, in the leading process; writes ``checkpoint``.
+        saved: called after a state is saved, in the leading process; told whether the run goes on.
+        images: of keys and batch, the names of the images, for a message.
+        minutes: to end after.
+    """
+
+    run: Run
+    name: str
+    step: Callable[..., dict[str, Tensor]]
+    batches: Callable[[int], Iterator[tuple[object, Sequence]]]
+    steps: int
+    row_every: int
+    parts: dict[str, object]
+    rate: Callable[[int, float], float]
+    axis: str = "epoch"
+    before_step: Callable[[int], None] = lambda done: None
+    measure: Callable[[], dict[str, float]] | None = None
+    keep: Callable[[], None] = lambda: None
+    checkpoint: Path | None = None
+    saved: Callable[[bool], None] = lambda goes_on: None
+    images: Callable[[object, Sequence], str] = lambda keys, batch: "its images"
+    minutes: float | None = None
+    done: int = field(default=0, init=False)  # steps
+    seconds: float = field(default=0.0, init=False)  # spent, over all runs
+    sums: dict[str, Tensor] = field(default_factory=dict, init=False)  # of the losses since the last row
+    counted: int = field(default=0, init=False)  # steps in them
+    best: float = field(default=math.inf, init=False)
+    rows: list[dict[str, str]] = field(default_factory=list, init=False)
+
+    def train(self) -> None:
+        """Go on to the end.
+
+        Raises:
+            TrainingFailed: a number is not finite; nothing good is lost.
+            Stopped: a signal came; the state is saved.
+        """
+        self._begin()
+        batches, began = self.batches(self.done), self.done
+        shown = {"desc": self.name or None, "unit": "step", "dynamic_ncols": True, "leave": False}
+        with tqdm(total=self.steps, initial=self.done, disable=None if self.run.world.leads else True, **shown) as bar:
+            while True:
+                ends = self.progress() == 1
+                if self.counted and (ends or self.done % self.row_every == 0):
+                    bar.set_postfix(loss=f"{self._add_row():.4g}")
+                if ends:
+                    break
+                if self.run.save_every and self.done % self.run.save_every == 0 and self.done > began:
+                    self.save()
+                self.run.stop_if_asked(lambda: self.save(goes_on=False))
+                self._make_step(*next(batches))
+                bar.update()
+        if self.measure is None:
+            self.save()
+        self.run.stop_if_asked()
+        self.run.world.wait()  # for the files
+
+    def progress(self) -> float:
+        """How far it is, in [0, 1]: by steps, or by the clock where that is ahead."""
+        share = self.done / self.steps
+        if self.minutes is not None:
+            share = max(share, self.seconds / (60 * self.minutes))
+        return min(share, 1.0)
+
+    def _make_step(self, keys: object, batch: Sequence) -> None:
+        started = time.perf_counter()
+        self.before_step(self.done)
+        rate = self.rate(self.done, self.progress())
+        for group in self.parts["optimizer"].param_groups:
+            group["lr"] = rate
+        seed_step(self.run, self.done)
+        try:
+            losses = self.step(*batch)
+        except FloatingPointError as error:  # weights are still good here: nothing has been applied
+            self._fail(f"{self._place()} ({self.images(keys, batch)})", error)
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.done, self.counted = self.done + 1, self.counted + 1
+        self.seconds += time.perf_counter() - started
+        if self.minutes is not None:
+            (self.seconds,) = self.run.world.largest(self.seconds)
+
+    def _add_row(self) -> float:
+        """Measure, write a row, keep what is best; returns the mean loss."""
+        world, started = self.run.world, time.perf_counter()
+        means = {name: (value / self.counted).item() for name, value in world.mean(self.sums).items()}
+        means = {"loss" if name == "total" else name: value for name, value in means.items()}
+        if not all(map(math.isfinite, means.values())):
+            self._fail(f"{self._place()}, or one of the {self.counted} steps before", "the losses")
+        unit = 1 if self.axis == "step" else self.row_every
+        if self.measure is not None:
+            try:
+                measured = self.measure()
+            except Stopped:
+                self.save(goes_on=False)
+                raise
+            except FloatingPointError as error:
+                self._fail(f"{self.name} {self.done // unit}/{self.steps // unit}, validation", error)
+            means = {f"train_{name}": value for name, value in means.items()}
+            means |= {f"val_{name}": value for name, value in measured.items()}
+            self.seconds += time.perf_counter() - started
+            if measured["loss"] < self.best:
+                self.best = measured["loss"]
+                if world.leads:
+                    self.keep()
+        if world.leads:
+            rate = self.parts["optimizer"].param_groups[0]["lr"]
+            self.table.append({self.axis: self.done // unit, **means, "lr": rate, "seconds": self.seconds})
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+        self.log.info(
+            "%s %d of %d: %s", f"{self.name} {self.axis}".strip(), self.done // unit, self.steps // unit, figures
+        )
+        self.sums, self.counted = {}, 0
+        if self.measure is not None:
+            self.save()
+        return next(iter(means.values()))
+
+    def save(self, goes_on: bool = True) -> None:
+        """Write the state, then what can be made of it. A weight that is not finite writes nothing."""
+        run, weights = self.run, self.parts["model"].named_parameters()
+        names, finite = zip(*((name, weight.isfinite().all()) for name, weight in weights), strict=True)
+        if not torch.stack(finite).all():
+            self._fail(f"before {self._place()}", f"weight {names[torch.stack(finite).tolist().index(False)]}")
+        self.sums = run.world.mean(self.sums)  # the leader's sums alone are in the file
+        if not run.world.leads or run.folder is None:
+            return
+        progress = {name: getattr(self, name) for name in _PROGRESS}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        state = {"settings": run.settings, "stage": self.name, "progress": progress, **states}
+        save_state(run.folder / STATE_NAME, state)
+        if self.done:
+            self.saved(goes_on)
+        if len(self.rows) > self._drawn:
+            plot_curves(self.table.path, run.folder / f"curves{self._suffix()}.png")
+            self._drawn = len(self.rows)
+
+    def _begin(self) -> None:
+        """Take up a state, or save the first: a run that is killed from here on is resumed, not begun again."""
+        run = self.run
+        self.log = get_logger("loop", run.folder)
+        if run.state is not None and run.state["stage"] == self.name:
+            try:
+                for name, part in self.parts.items():
+                    part.load_state_dict(run.state[name])
+                for name in _PROGRESS:
+                    setattr(self, name, run.state["progress"][name])
+                sums = {name: value.to(run.device) for name, value in self.sums.items()}
+            except Exception as error:  # each class of PyTorch has its own way to refuse a state
+                said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                raise InputError(f"{run.folder / STATE_NAME}: does not fit ({said}); {START_ANEW}") from None
+            self.sums, run.state = sums, None  # the state is as large as everything in training
+            self.log.info("resumed at %s", self._place())
+        if run.world.leads:
+            file = None if run.folder is None else run.folder / f"metrics{self._suffix()}.csv"
+            self.table = MetricsTable(file, self.rows)
+            self.rows = self.table.rows
+        self._drawn = len(self.rows)
+        if not self.done:
+            self.save()
+
+    def _suffix(self) -> str:
+        return f"_{self.name}" if self.name else ""
+
+    def _place(self) -> str:
+        """Of the step under way, for a message."""
+        if self.axis == "step":
+            return f"step {self.done + 1}"
+        epoch, batch = divmod(self.done, self.row_every)
+        return f"{self.name} {epoch + 1}/{self.steps // self.row_every}, batch {batch + 1}".strip()
+
+    def _fail(self, where: str, culprit: object) -> NoReturn:
+        kept = "" if self.checkpoint is None else "; no checkpoint of this stage yet"
+        if self.checkpoint is not None and self.checkpoint.is_file():
+            kept = f"; the last good checkpoint is kept, {self.checkpoint}"
+        message = f"{where}: not a finite number in {culprit}{kept}. Try a lower learning rate"
+        self.log.error(message)
+        raise TrainingFailed(message) from None
+
+
+_PROGRESS = ("done", "seconds", "sums", "counted", "best", "rows")
+
+
+def seed_step(run: Run, step: int) -> None:
+    """Seed torch's generators for a step: what it draws depends on nothing before it, and is alike everywhere."""
+    digest = hashlib.sha256(f"{run.seed} {step}".encode()).digest()
+    number = int.from_bytes(digest[:8], "little") >> 1
+    torch.default_generator.manual_seed(number)  # torch.manual_seed asks after every kind of device
+    if run.device.type in ("cuda", "mps"):
+        getattr(torch, run.device.type).manual_seed(number)

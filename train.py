@@ -15,12 +15,10 @@ is measured at every validation, and trained through only where a block declares
 Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042.
 """
 
-import math
-import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,53 +29,37 @@ from tqdm import tqdm
 
 from blocks import solved_once
 from checkpoints import save_spnn
-from diagnostics import clip_gradients, first_nonfinite
-from distributed import World
-from logger import MetricsTable, get_logger, plot_curves
+from data_loader import batches_from, with_batches
+from diagnostics import first_nonfinite
+from loop import Loop, Run, adam, clip_gradients
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
 from performance import convolutions_in, networks_in
-from resume import (
-    STATE_NAME,
-    Stopped,
-    epoch_keys,
-    fitting,
-    from_batch,
-    only,
-    random_state,
-    restore_adam,
-    save_state,
-    set_random_state,
-)
-from utils import InputError
+from utils import option
 
 FORWARD_CHECKPOINT = "best_model.pth"
 R_OPT_CHECKPOINT = "best_model_r_opt_real.pth"
 
 
-class TrainingFailed(InputError):
-    """Training produced numbers that are not finite; the last good checkpoint is kept."""
-
-
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of both stages; the defaults are the published ones."""
+    """Training. The defaults are the published ones."""
 
-    epochs: int = 10
-    lr: float = 2e-4
-    lambda_bce: float = 1.0
-    lambda_right_inverse: float = 40.0
-    lambda_img_rec: float = 40.0
-    reweight_every: int = 100  # steps between two looks of `AttributeWeights`; 0: attributes weigh the same
-    warmup_steps: int = 200
-    hold_share: float = 0.4
-    r_epochs: int = 50
-    r_lr: float = 1e-4
-    lambda_r_norm: float = 0.1
-    lambda_r_img_rec: float = 40.0
-    lambda_r_right_inverse: float = 1.0
-    grad_clip: float = 1.0
-    precision: str = "float32"  # of the networks inside blocks, see `performance.networks_in`
+    epoch: int = option(10, "epochs of stage 1", 1)
+    lr: float = option(2e-4, "learning rate of stage 1, after warm-up", 0)
+    warmup_steps: int = option(200, "steps of linear warm-up", 0)
+    hold_share: float = option(0.4, "share of stage 1 after which the learning rate falls, linearly to 0", 0, 1)
+    lambda_bce: float = option(1.0, "weight of the classification loss", 0)
+    lambda_right_inverse: float = option(40.0, "weight of the right-inverse loss", 0)
+    lambda_img_rec: float = option(40.0, "weight of the image reconstruction loss", 0)
+    reweight_every: int = option(100, "steps between two updates of the attributes' weights; 0: all weigh the same", 0)
+    r_epoch: int = option(50, "epochs of stage 2", 1)
+    r_lr: float = option(1e-4, "learning rate of stage 2", 0)
+    lambda_r_norm: float = option(0.1, "weight of the latents' distance from those of the zero image", 0)
+    lambda_r_img_rec: float = option(40.0, "weight of the image reconstruction loss in stage 2", 0)
+    lambda_r_right_inverse: float = option(1.0, "weight of the right-inverse loss in stage 2", 0)
+    grad_clip: float = option(1.0, "largest norm of the gradients, both stages", 0)
+    precision: str = "float32"  # of the networks inside blocks, see `networks_in`
 
 
 # --- Stage 1's schedule and weights ----------------------------------------------------------------------------------
@@ -202,38 +184,12 @@ def origin_latents(model: SPNN) -> Tensor:
         return concatenated(model.complete(zero).z)
 
 
-class KnownLogits:
-    """g(x) of every training image, while g stands still: a stage computes it once where every step would.
-
-    Args:
-        keys: what the loader's batch sampler knows the images by; none where nothing is to be known.
-        num_classes: d.
-    """
-
-    def __init__(self, keys: Iterable[Hashable], num_classes: int):
-        self.rows = {key: row for row, key in enumerate(keys)}
-        self.shape = (len(self.rows), num_classes)
-        self.values: Tensor | None = None  # (len(keys), d), on the device; None until they are computed
-
-    def __call__(self, keys: Iterable[Hashable]) -> Tensor:
-        """Of a batch of images: (B, d)."""
-        rows = torch.tensor([self.rows[key] for key in keys])
-        if self.values.is_cuda:
-            rows = rows.pin_memory()  # or the copy waits for the device
-        return self.values[rows.to(self.values.device, non_blocking=True)]
-
-    def state_dict(self) -> dict:
-        return {"values": self.values}
-
-    def load_state_dict(self, state: dict) -> None:
-        values = state["values"]
-        if values is not None and (values.shape != self.shape or not values.is_floating_point()):
-            raise ValueError(f"numbers of type {values.dtype} and shape {tuple(values.shape)}, not {self.shape}")
-        self.values = values
-
-
 def freeze_g(model: SPNN) -> list[nn.Parameter]:
-    """Leave nothing to train but the r-networks; returns the parameters that stand still from here on."""
+    """Leave nothing to train but the r-networks; returns the parameters that stand still from here on.
+
+    The statistics of its layers stand still as well: they are in eval mode.
+    """
+    model.eval()
     frozen = [parameter for name, parameter in model.named_parameters() if ".r." not in name]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -268,121 +224,31 @@ def step(
     return losses
 
 
-def adam(parameters: Iterable[nn.Parameter], lr: float, device: torch.device) -> torch.optim.Adam:
-    """The optimiser of both stages."""
-    fused = device.type in ("cpu", "cuda")  # one pass over all weights instead of one an operation
-    return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), fused=fused)
-
-
 # --- The trainer -----------------------------------------------------------------------------------------------------
 
-
-@dataclass
-class Progress:
-    """How far a stage is: what its state file holds besides weights, optimiser and random state."""
-
-    epoch: int = 1  # under way, from 1
-    batches: int = 0  # of this epoch that are done
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of their losses
-    seconds: float = 0.0  # spent on this epoch, over all runs
-    best: float = math.inf  # validation loss so far
-    rows: list[dict[str, str]] = field(default_factory=list)  # of the metrics table
-
-
-# what the state of each stage holds, for `resume.check_parts`
-_PARTS = {
-    "model": dict,
-    "random": {"cpu": Tensor, "cuda": [Tensor]},
-    "optimizer": dict,
-    "progress": {
-        "epoch": int, "batches": int, "sums": dict, "seconds": (int, float), "best": (int, float), "rows": [dict],
-    },
-}  # fmt: skip
-STAGE_PARTS = {
-    "forward": {**_PARTS, "scheduler": {"last_epoch": int}, "weights": {"losses": [Tensor], "values": Tensor}},
-    "r_opt": {**_PARTS, "logits": {"values": (Tensor, type(None))}},
-}
-
-
-@dataclass
-class Stage:
-    """One of the two stages: what it minimises and with what.
-
-    Attributes:
-        losses_of: of a batch and its labels, or, where ``knows_logits``, those.
-    """
-
-    name: str
-    epochs: int
-    optimizer: torch.optim.Optimizer
-    losses_of: Callable[[Tensor, Tensor], dict[str, Tensor]]
-    checkpoint: Path
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-    weights: AttributeWeights | None = None
-    logits: KnownLogits | None = None
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def knows_logits(self) -> bool:
-        """Whether g(x) of every training image is computed once, before the first step."""
-        return self.logits is not None and len(self.logits.rows) > 0
-
-    def _parts(self) -> dict:
-        names = ("optimizer", "scheduler", "weights", "logits")
-        return {name: part for name in names if (part := getattr(self, name)) is not None}
-
-    def state_dict(self) -> dict:
-        progress = {f.name: getattr(self.progress, f.name) for f in fields(Progress)}
-        return {"progress": progress, **{name: part.state_dict() for name, part in self._parts().items()}}
-
-    def load_state_dict(self, state: dict, path: Path) -> None:
-        """Take what the state file ``path`` held. Raises InputError where it does not fit."""
-        with fitting(path, "progress"):
-            self.progress = Progress(**state["progress"])
-        for name, part in self._parts().items():
-            with fitting(path, name):
-                if part is self.optimizer:
-                    restore_adam(part, state[name])
-                else:
-                    part.load_state_dict(state[name])
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass
 class CelebATrainer:
-    """Runs the two stages and keeps their best models, tables, curves, log and training state in ``folder``.
+    """Runs the two stages; their best models, tables, curves, log and training state go to the run's folder.
 
     Args:
-        model: on ``device`` already.
-        train, val: loaders of (images (B, C, H, W) in [-1, 1], labels (B, d) in {0, 1}). The order of an epoch must be
-            known to go on in the middle of it, see `resume.epoch_keys`.
+        model: on the run's device already.
+        train, val: loaders of (images (B, C, H, W) in [-1, 1], labels (B, d) in {0, 1}). To go on in the middle of an
+            epoch its order must be known, see `data_loader.epoch_keys`. With several processes ``train`` hands each its
+            part of every batch.
         attributes: names of the d labels.
         notes: what else goes into config.json.
-        run: what identifies the run, plain values; goes into the state file.
-        save_every: steps between two writes of the state file, which every epoch's end writes too; 0: those alone.
-        stopped: asked after every batch: the number of a signal that came, or None. Then the state is saved and
-            `resume.Stopped` raised.
-        state: of a state file, to go on from; it is for one of the stages.
-        world: the processes that train together; ``train`` hands each its part of every batch.
     """
 
     model: SPNN
     train: DataLoader
     val: DataLoader
     settings: Settings
-    folder: Path
-    device: torch.device
-    attributes: tuple[str, ...]
+    run: Run
+    attributes: Sequence[str]
     notes: dict = field(default_factory=dict)
-    run: dict = field(default_factory=dict)
-    save_every: int = 0
-    stopped: Callable[[], int | None] = lambda: None
-    state: dict | None = None
-    world: World = World()
-
-    def __post_init__(self):
-        self.log = get_logger("train", self.folder)
-        self.notes = {"attributes": list(self.attributes), "training": asdict(self.settings), **self.notes}
-        self._stage: Stage | None = None  # under way
 
     def train_forward(self) -> Path:
         """Stage 1. Returns the checkpoint of the lowest validation loss, `FORWARD_CHECKPOINT`.
@@ -391,263 +257,184 @@ class CelebATrainer:
             TrainingFailed: NaN or infinity; names the block, and the last good checkpoint is kept.
             Stopped: a signal came; the state is saved.
         """
-        model, settings = self.model, self.settings
-        total_steps = settings.epochs * len(self.train)
-        optimizer = adam(model.parameters(), settings.lr, self.device)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(step, total_steps, settings.warmup_steps, settings.hold_share)
-        )
+        model, settings, run = self.model, self.settings, self.run
+        optimizer = adam(model.parameters(), settings.lr, run.device)
         weights = AttributeWeights(model.num_classes, settings.reweight_every)
-        val_batches = list(self.val.batch_sampler)
+        steps, looks = settings.epoch * len(self.train), list(self.val.batch_sampler)
 
         def losses_of(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            step = scheduler.last_epoch  # steps done
-            if settings.reweight_every and step % settings.reweight_every == 0:
-                look = step // settings.reweight_every
-                with torch.no_grad(), networks_in("float32", self.device):
-                    batch = next(iter(only(self.val, [val_batches[look % len(val_batches)]])))
-                    val_x, val_labels = self._batch(batch)
-                    weights.update(bce_by_attribute(model(val_x), val_labels))
             return forward_losses(model, x, labels, settings, weights.values)[0]
 
-        self.log.info("stage 1: %d epochs of %d steps on %s", settings.epochs, len(self.train), self.device)
-        checkpoint = self.folder / FORWARD_CHECKPOINT
         # without the reconstruction's term, nothing goes through the r-networks
-        parallel = self.world.parallel(model, losses_of, all_used=settings.lambda_img_rec > 0 or not is_exact(model))
-        return self._run(Stage("forward", settings.epochs, optimizer, parallel, checkpoint, scheduler, weights))
+        parallel = run.world.parallel(model, losses_of, all_used=settings.lambda_img_rec > 0 or not is_exact(model))
+
+        @torch.no_grad()
+        def look_at_validation(done: int) -> None:
+            if settings.reweight_every and done % settings.reweight_every == 0:
+                keys = looks[done // settings.reweight_every % len(looks)]
+                x, labels = self._on_device(next(iter(with_batches(self.val, [keys]))))
+                with networks_in("float32", run.device):
+                    weights.update(bce_by_attribute(model.eval()(x), labels))
+
+        def one_step(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            x, labels = self._on_device((x, labels))
+            with self._naming(x, labels):
+                return step(model.train(), optimizer, lambda: parallel(x, labels), settings, run.device)
+
+        return self._loop(
+            "forward",
+            settings.epoch,
+            FORWARD_CHECKPOINT,
+            step=one_step,
+            batches=lambda done: batches_from(self.train, done),
+            parts={"model": model, "optimizer": optimizer, "weights": weights},
+            rate=lambda done, _: settings.lr * lr_factor(done, steps, settings.warmup_steps, settings.hold_share),
+            before_step=look_at_validation,
+            measure=lambda: self.validate(lambda x, labels: forward_losses(model, x, labels, settings)),
+        )
 
     def optimise_r(self) -> Path:
         """Stage 2. Returns the checkpoint of the lowest validation loss, `R_OPT_CHECKPOINT`.
 
-        Raises:
-            TrainingFailed: NaN or infinity; names the block, and the last good checkpoint is kept.
-            Stopped: a signal came; the state is saved.
+        Raises: as `train_forward`.
         """
-        model, settings = self.model, self.settings
+        model, settings, run = self.model, self.settings, self.run
         frozen = freeze_g(model)
+        origin = origin_latents(model)
+        optimizer = adam([p for p in model.parameters() if p.requires_grad], settings.r_lr, run.device)
+        parallel = run.world.parallel(model, lambda x, y: natural_losses(model, x, y, origin, settings))
+
+        @torch.no_grad()
+        def g(x: Tensor) -> Tensor:
+            with networks_in(settings.precision, run.device):
+                return model(x)  # (B, d)
+
+        def batches(done: int) -> Iterator[tuple[list | None, Batch]]:
+            keys = getattr(self.train.batch_sampler, "all_keys", None)  # each stands for a picture
+            # with fewer epochs g is asked less without knowing it for all pictures
+            pays = keys is not None and len(keys) < settings.r_epoch * len(self.train.dataset)
+            logits_of = self._known_logits(keys, g) if pays else None
+            for some, batch in batches_from(self.train, done):
+                x, _ = self._on_device(batch)
+                yield some, (x, g(x) if logits_of is None else logits_of(some))
+
+        def one_step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            with self._naming(x, y):
+                return step(model, optimizer, lambda: parallel(x, y), settings, run.device)
+
+        def losses_and_logits(x: Tensor, _) -> tuple[dict[str, Tensor], Tensor]:
+            y = model(x)
+            return natural_losses(model, x, y, origin, settings), y
+
         try:
-            self._origin = origin_latents(model)
-            optimizer = adam([p for p in model.parameters() if p.requires_grad], settings.r_lr, self.device)
-            self.log.info("stage 2: %d epochs of %d steps on %s", settings.r_epochs, len(self.train), self.device)
-
-            # each picture has a key, where the sampler can tell them all; with fewer epochs g is asked less without
-            keys = getattr(self.train.batch_sampler, "all_keys", None)
-            pays = keys is not None and len(keys) < settings.r_epochs * len(self.train.dataset)
-            logits = KnownLogits(keys if pays else (), model.num_classes)
-
-            def losses_of(x: Tensor, target: Tensor) -> dict[str, Tensor]:
-                with torch.no_grad():
-                    y = target if pays else model(x)  # (B, d)
-                return natural_losses(model, x, y, self._origin, settings)
-
-            parallel, checkpoint = self.world.parallel(model, losses_of), self.folder / R_OPT_CHECKPOINT
-            return self._run(Stage("r_opt", settings.r_epochs, optimizer, parallel, checkpoint, logits=logits))
+            return self._loop(
+                "r_opt",
+                settings.r_epoch,
+                R_OPT_CHECKPOINT,
+                step=one_step,
+                batches=batches,
+                parts={"model": model, "optimizer": optimizer},
+                rate=lambda done, _: settings.r_lr,
+                measure=lambda: self.validate(losses_and_logits),
+            )
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
 
-    def _batch(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return tuple(part.to(self.device, non_blocking=True) for part in batch)
+    def _loop(self, name: str, epochs: int, file: str, **what) -> Path:
+        checkpoint = self.run.folder / file
+        notes = {"attributes": list(self.attributes), "training": asdict(self.settings), **self.notes}
+        Loop(
+            self.run,
+            name,
+            steps=epochs * len(self.train),
+            row_every=len(self.train),
+            keep=lambda: save_spnn(checkpoint, self.model, notes),
+            checkpoint=checkpoint,
+            images=self._images,
+            **what,
+        ).train()
+        return checkpoint
 
-    @torch.no_grad()
-    def _compute(self, known: KnownLogits) -> None:
-        """Ask g for the logits of every image, in the precision of training; each process has its share of them."""
-        keys, size = list(known.rows), self.train.batch_sampler.batch_size
-        batches = [keys[i : i + size] for i in range(0, len(keys), size)]
-        loader = only(self.train, self.world.share(batches), self.train.num_workers)
-        label = "g of the training images"
-        bar = tqdm(loader, label, unit="batch", leave=False, dynamic_ncols=True, disable=not self.world.leads)
-        logits: list[Tensor] = []
-        with solved_once(), networks_in(self.settings.precision, self.device):
-            for batch in bar:
-                if len(logits) < len(batches) // self.world.size:  # a round in which every process has a batch
-                    self._stop_if_asked()
-                logits.append(self.model(self._batch(batch)[0]))  # (B, d)
-        known.values = torch.empty(len(keys), self.model.num_classes, device=self.device)
-        for rank, part in enumerate(self.world.gather([y.cpu() for y in logits])):
-            for rows, y in zip(batches[rank :: self.world.size], part, strict=True):
-                known.values[[known.rows[key] for key in rows]] = y.to(self.device)
+    def _on_device(self, batch: Batch) -> Batch:
+        return tuple(part.to(self.run.device, non_blocking=True) for part in batch)
 
-    def _run(self, stage: Stage) -> Path:
-        """The loop of both stages: epochs, validation, the best model."""
-        self._stage = stage
-        if self.state is not None and self.state["stage"] == stage.name:
-            self._restore(stage)
-        else:
-            self._save()  # a run killed from here on is resumed, not begun again
-        name, epochs = stage.name, stage.epochs
-        if stage.knows_logits:
-            if stage.logits.values is None:
-                self._compute(stage.logits)
-                self._save()
-            stage.logits.values = stage.logits.values.to(self.device)
-        if self.world.leads:
-            table = MetricsTable(self.folder / f"metrics_{name}.csv", stage.progress.rows)
-        while (epoch := stage.progress.epoch) <= epochs:
-            means = self._epoch(stage)
-            started = time.perf_counter()
-            measured = self.validate(name)
-            if self.world.leads:
-                table.append(
-                    {
-                        "epoch": epoch,
-                        **{f"train_{'loss' if key == 'total' else key}": value for key, value in means.items()},
-                        **{f"val_{key}": value for key, value in measured.items()},
-                        "lr": stage.optimizer.param_groups[0]["lr"],
-                        "seconds": stage.progress.seconds + time.perf_counter() - started,
-                    }
-                )
-                plot_curves(table.path, self.folder / f"curves_{name}.png")
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in measured.items())
-            self.log.info("%s epoch %d/%d: train loss %.4g; val %s", name, epoch, epochs, means["total"], shown)
-            best = stage.progress.best
-            if measured["loss"] < best:
-                best = measured["loss"]
-                if self.world.leads:
-                    save_spnn(stage.checkpoint, self.model, self.notes)
-            stage.progress = Progress(epoch + 1, best=best, rows=table.rows if self.world.leads else [])
-            self._save()
-        self._stop_if_asked()
-        self.log.info("%s: best validation loss %.4g, kept in %s", name, stage.progress.best, stage.checkpoint)
-        self._stage = None
-        self.world.wait()  # for the file
-        return stage.checkpoint
-
-    def _save(self) -> None:
-        """Write the state file of the stage under way; a state with a weight that is not finite replaces none."""
-        stage = self._stage
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            where = f"{stage.name} {stage.progress.epoch}/{stage.epochs}, before batch {stage.progress.batches + 1}"
-            self._fail(where, next(iter(self.val))[0])
-        if not self.world.leads:
-            return
-        state = {"settings": self.run, "stage": stage.name, "model": self.model.state_dict(), "random": random_state()}
-        save_state(self.folder / STATE_NAME, {**state, **stage.state_dict()})
-
-    def _restore(self, stage: Stage) -> None:
-        path = self.folder / STATE_NAME
-        with fitting(path, "model"):
-            self.model.load_state_dict(self.state["model"])
-        stage.load_state_dict(self.state, path)
-        with fitting(path, "random"):
-            set_random_state(self.state["random"])
-        self.state = None  # as large as everything in training
-        progress = stage.progress
-        self.log.info("%s: resumed at epoch %d, batch %d", stage.name, progress.epoch, progress.batches + 1)
-
-    def _stop_if_asked(self) -> None:
-        """Save and raise `Stopped` where a signal came."""
-        if (signum := self.stopped()) is not None:
-            if self._stage is not None:
-                self._save()
-            raise Stopped(signum)
-
-    def _fail(self, where: str, x: Tensor, labels: Tensor | None = None, otherwise: str = "a loss") -> None:
-        """Stop, naming what is not finite first: a weight, the data, a block, or what is left."""
-        culprit = first_nonfinite(self.model, x.to(self.device))
-        if culprit is None and labels is not None and not labels.isfinite().all():
-            culprit = "the labels"
-        culprit = culprit or otherwise
-        path = self._stage.checkpoint
-        kept = f"the last good checkpoint is kept, {path}" if path.is_file() else "no checkpoint of this stage yet"
-        message = f"{where}: not a finite number in {culprit}; {kept}. Try a lower learning rate"
-        self.log.error(message)
-        raise TrainingFailed(message)
-
-    def _names(self, progress: Progress, x: Tensor) -> str:
-        """The images of the batch under way: those that are not finite, if any, else all; their files if known."""
+    @contextmanager
+    def _naming(self, x: Tensor, target: Tensor) -> Iterator[None]:
+        """Around a step: where a number is not finite, say what is not finite first: a weight, the data, a block."""
         try:
-            keys = epoch_keys(self.train, progress.epoch - 1)[progress.batches]
-        except ValueError:  # shuffled by a sampler that nobody can ask again
+            yield
+        except FloatingPointError as error:
+            culprit = first_nonfinite(self.model.eval(), x)
+            culprit = culprit or (None if target.isfinite().all() else "the labels")
+            raise FloatingPointError(culprit or str(error)) from None
+
+    def _images(self, keys: list | None, batch: Batch) -> str:
+        """The images of a batch: those that are not finite, if any, else all; their files if known."""
+        if keys is None:
             return "its images are not known"
         files = getattr(getattr(self.train.dataset, "source", self.train.dataset), "files", None)
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]  # (index, mirrored)
         names = [f"image {index}" if files is None else files[index] for index in indices]
-        finite = x.isfinite().flatten(1).all(1).tolist()
+        finite = batch[0].isfinite().flatten(1).all(1).tolist()
         names = [name for name, good in zip(names, finite, strict=True) if not good] or names
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
-    def _epoch(self, stage: Stage) -> dict[str, float]:
-        """One pass over the training data, or what is left of it; the means of the losses."""
-        self.model.train()
-        progress, count = stage.progress, len(self.train)
-        label = f"{stage.name} {progress.epoch}/{stage.epochs}"
-        # before the batches: to ask a sampler for an epoch's keys counts as a pass
-        keys = iter(epoch_keys(self.train, progress.epoch - 1)[progress.batches :] if stage.knows_logits else ())
-        batches = from_batch(self.train, progress.epoch - 1, progress.batches) if progress.batches < count else ()
-        bar = tqdm(
-            batches, label, count, initial=progress.batches, unit="batch", leave=False, dynamic_ncols=True,
-            disable=not self.world.leads,
-        )  # fmt: skip
-        self._stop_if_asked()
-        before = time.perf_counter()
-        for batch in bar:
-            x, target = self._batch(batch)
-            labels = target
-            if stage.knows_logits:
-                target = stage.logits(next(keys))
-            try:
-                losses = step(
-                    self.model, stage.optimizer, partial(stage.losses_of, x, target), self.settings, self.device
-                )
-            except FloatingPointError as error:  # weights are still good here: nothing has been applied
-                where = f"{label}, batch {progress.batches + 1} ({self._names(progress, x)})"
-                self._fail(where, x, labels, str(error))
-            if stage.scheduler is not None:
-                stage.scheduler.step()
-            losses = self.world.mean({name: value.detach() for name, value in losses.items()})
-            for name, value in losses.items():
-                progress.sums[name] = progress.sums.get(name, 0) + value
-            progress.batches += 1
-            if progress.batches % 10 == 1:
-                bar.set_postfix(loss=f"{losses['total'].item():.4g}")
-            progress.seconds += time.perf_counter() - before
-            before = time.perf_counter()
-            self._stop_if_asked()
-            if self.save_every and progress.batches % self.save_every == 0:
-                self._save()
-        return {name: (value / count).item() for name, value in progress.sums.items()}
+    def _known_logits(self, keys: Sequence[Hashable], g: Callable[[Tensor], Tensor]) -> Callable[[list], Tensor]:
+        """g of every picture, computed once, each process its share: a function from keys to logits, (B, d)."""
+        world, size = self.run.world, self.train.batch_sampler.batch_size
+        parts = [keys[i : i + size] for i in range(0, len(keys), size)]
+        loader = with_batches(self.train, world.share(parts), self.train.num_workers)
+        found: list[Tensor] = []
+        with solved_once():
+            for batch in tqdm(loader, "g of the training images", unit="batch", leave=False, disable=not world.leads):
+                if len(found) < len(parts) // world.size:  # a round in which every process has a batch
+                    self.run.stop_if_asked()
+                found.append(g(self._on_device(batch)[0]).cpu())
+        values = torch.cat([y for of_one in world.gather(found) for y in of_one]).to(self.run.device)
+        order = [key for rank in range(world.size) for part in parts[rank :: world.size] for key in part]
+        rows = {key: row for row, key in enumerate(order)}
+        return lambda some: values[torch.tensor([rows[key] for key in some]).to(values.device, non_blocking=True)]
 
     @torch.no_grad()
-    def validate(self, stage: str) -> dict[str, float]:
-        """Losses on the validation split, averaged by image, with accuracy in stage 1 and the right-inverse error.
+    def validate(self, losses_and_logits: Callable[[Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]) -> dict:
+        """Losses on the validation split, averaged by image, with accuracy and the right-inverse error.
 
         In float32, whatever the precision of training: the right-inverse error is that of the weights.
-        """
-        with networks_in("float32", self.device):
-            return self._validate(stage)
 
-    def _validate(self, stage: str) -> dict[str, float]:
-        model = self.model.eval()
-        sums, count, all_logits, all_labels, right_inverse = {}, 0, [], [], 0.0
-        for batch in self.val if self.world.size == 1 else only(self.val, self.world.share(epoch_keys(self.val, 0))):
-            if self.world.size == 1:  # several processes agree on it between steps: their parts may differ in length
-                self._stop_if_asked()
-            x, labels = self._batch(batch)
-            if stage == "forward":
-                losses, y = forward_losses(model, x, labels, self.settings)
-                all_logits.append(y.cpu())
-                all_labels.append(labels.cpu())
-            else:
-                y = model(x)
-                losses = natural_losses(model, x, y, self._origin, self.settings)
-            if self._stage is not None and not torch.isfinite(losses["total"]):
-                where = f"{stage} {self._stage.progress.epoch}/{self._stage.epochs}, validation"
-                self._fail(f"{where}, images {count} to {count + len(x) - 1}", x, labels)
+        Raises:
+            FloatingPointError: a loss is not finite; names what is not first.
+        """
+        model, world = self.model.eval(), self.run.world
+        sums, count, logits, truth, right_inverse = {}, 0, [], [], 0.0
+        shared = self.val if world.size == 1 else with_batches(self.val, world.share(list(self.val.batch_sampler)))
+        for batch in shared:
+            if world.size == 1:  # several processes agree on it between steps: their parts may differ in length
+                self.run.stop_if_asked()
+            x, labels = self._on_device(batch)
+            with networks_in("float32", self.run.device):
+                losses, y = losses_and_logits(x, labels)
+                if count == 0:  # zero but for rounding: one batch tells
+                    right_inverse = right_inverse_error(model, model.pinv(y), y).item()
+            if not torch.isfinite(losses["total"]):
+                culprit = first_nonfinite(model, x) or "a loss"
+                raise FloatingPointError(f"{culprit}, images {count} to {count + len(x) - 1} of the validation split")
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(x)
-            if count == 0:  # zero but for rounding: one batch tells
-                right_inverse = right_inverse_error(model, model.pinv(y), y).item()
+            logits.append(y.cpu())
+            truth.append(labels.cpu())
             count += len(x)
-        parts = self.world.gather((sums, count, all_logits, all_labels, right_inverse))
+        parts = world.gather((sums, count, logits, truth, right_inverse))
         count = sum(part[1] for part in parts)
         means = {name: sum(part[0].get(name, 0.0) for part in parts) / count for name in parts[0][0]}
-        measured = {"loss": means.pop("total"), **means, "right_inverse": parts[0][4]}
-        if stage == "forward":
-            logits, labels = (torch.cat([tensor for part in parts for tensor in part[k]]) for k in (2, 3))
-            measured["accuracy"] = accuracy_by_attribute(logits, labels).mean().item()
-            measured["balanced_accuracy"] = balanced_accuracy_by_attribute(logits, labels).nanmean().item()
-        return measured
+        y, labels = (torch.cat([tensor for part in parts for tensor in part[k]]) for k in (2, 3))
+        return {
+            "loss": means.pop("total"),
+            **means,
+            "right_inverse": parts[0][4],
+            "accuracy": accuracy_by_attribute(y, labels).mean().item(),
+            "balanced_accuracy": balanced_accuracy_by_attribute(y, labels).nanmean().item(),
+        }
 
 
 @torch.no_grad()

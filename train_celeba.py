@@ -8,11 +8,10 @@ Penrose diagnostics run on the test split after each stage. Results go to --chec
 killed goes on where it was with the same command and --resume.
 """
 
-import argparse
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +20,8 @@ from blocks import MIXINGS
 from checkpoints import load_spnn, save_spnn
 from data_loader import ATTRIBUTES, FaceLoader, Loaders, download_dataset, grid, make_loaders, save_image
 from diagnostics import diagnose, format_table
-from distributed import World
-from distributed import world as join_world
 from logger import get_logger
+from loop import DONE, STATE_NAME, Run, check_settings, open_run, outlive_stop_signals, to_json_values
 from models import SPNN
 from performance import (
     PRECISIONS,
@@ -34,331 +32,192 @@ from performance import (
     networks_in,
     prepare_networks,
 )
-from resume import (
-    ANOTHER_VERSION,
-    STATE_NAME,
-    Stopped,
-    check_parts,
-    check_settings,
-    load_state,
-    locked,
-    outlive_stop_signals,
-    plain,
-    save_state,
-    stop_signals,
-)
-from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, STAGE_PARTS, CelebATrainer, Settings, typical_logits
-from utils import (
-    LARGEST_BATCH,
-    LARGEST_CREW,
-    LARGEST_SEED,
-    LARGEST_SIDE,
-    LARGEST_WIDTH,
-    InputError,
-    number,
-    parse_with_config,
-    remove_temporaries,
-    run_command,
-    seed_everything,
-    shown,
-    write_json,
-)
+from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
+from utils import InputError, option, parse, remove_temporaries, run_command, seed_everything, write_json
 
-SWITCH = argparse.BooleanOptionalAction  # --no-... takes back what a preset switches on
-# what does not decide the weights: a resumed run may have it otherwise
-FREE = ("config", "dataset_path", "workers", "strict", "no_cache", "checkpoint_dir", "overwrite", "resume",
-        "save_every", "checkpoint_activations", "precision", "compile", "device", "diagnose_samples")  # fmt: skip
 DIAGNOSTICS, NATURAL = "diagnostics_{}.json", "natural_{}.png"  # by stage
-DONE = "done"  # in the state file of a run that has come to its end
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line; every flag may also stand in a --config file."""
-    defaults = Settings()
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+@dataclass(frozen=True)
+class Task:
+    """What is trained."""
+
+    is_forward_train: bool = option(False, "run stage 1: train g")
+    is_r_opt: bool = option(False, "run stage 2: optimise the r-networks")
+    img_size: int | None = option(
+        None, "32, 64 or 256; any with layer_channels (default: 256; stage 2 alone: that of stage 1)", 1, 4096
     )
-    p.add_argument("--config", metavar="FILE", help="YAML preset; flags given on the command line win")
-    data = p.add_argument_group("data")
-    data.add_argument("--dataset_path", help="CelebAMask-HQ root (default: download through kagglehub)")
-    data.add_argument(
-        "--img_size",
-        type=number(int, 1, LARGEST_SIDE),
-        help="32, 64 or 256; any with layer_channels (default: 256; stage 2 alone: that of stage 1)",
-    )
-    data.add_argument("--batch_size", type=number(int, 1, LARGEST_BATCH), default=256)
-    data.add_argument(
-        "--workers", type=number(int, 0, LARGEST_CREW), default=2, help="loader processes (default %(default)s)"
-    )
-    data.add_argument("--strict", action=SWITCH, default=False, help="refuse unreadable images, do not skip them")
-    data.add_argument("--no_cache", action=SWITCH, default=False, help="keep no resized copy of the images")
-    model = p.add_argument_group("model")
-    model.add_argument("--mix_type", choices=sorted(MIXINGS), default="cayley")
-    model.add_argument(
-        "--hidden", type=number(int, 1, LARGEST_WIDTH), default=128, help="width of a built-in architecture's networks"
-    )
-    model.add_argument("--scale_bound", type=number(float, 1e-6), default=2.0, help="bound of its log-scales")
-    one = p.add_argument_group("stage 1")
-    one.add_argument("--is_forward_train", action=SWITCH, default=False, help="run stage 1: train g")
-    one.add_argument("--epoch", type=number(int, 1), default=defaults.epochs)
-    one.add_argument("--lr", type=number(float, 0), default=defaults.lr)
-    for name in ("lambda_bce", "lambda_right_inverse", "lambda_img_rec"):
-        one.add_argument(f"--{name}", type=number(float, 0), default=getattr(defaults, name))
-    one.add_argument("--warmup_steps", type=number(int, 0), default=defaults.warmup_steps)
-    one.add_argument(
-        "--reweight_every",
-        type=number(int, 0),
-        default=defaults.reweight_every,
-        help="steps between two updates of the attribute weights; 0: all weigh the same (default %(default)s)",
-    )
-    two = p.add_argument_group("stage 2")
-    two.add_argument("--is_r_opt", action=SWITCH, default=False, help="run stage 2: optimise the r-networks")
-    two.add_argument("--r_epoch", type=number(int, 1), default=defaults.r_epochs)
-    two.add_argument("--r_lr", type=number(float, 0), default=defaults.r_lr)
-    for name in ("lambda_r_norm", "lambda_r_img_rec", "lambda_r_right_inverse"):
-        two.add_argument(f"--{name}", type=number(float, 0), default=getattr(defaults, name))
-    run = p.add_argument_group("run")
-    run.add_argument("--checkpoint_dir", default="check_points/", help="default %(default)s")
-    run.add_argument("--overwrite", action=SWITCH, default=False, help="train anew where a trained model is")
-    run.add_argument("--resume", action=SWITCH, default=False,
-                     help="continue the run in --checkpoint_dir exactly where its last saved state is; begin it where "
-                     "there is none")  # fmt: skip
-    run.add_argument("--save_every", type=number(int, 0), default=500,
-                     help="steps between saved states; epoch ends are saved too (default %(default)s)")  # fmt: skip
-    run.add_argument("--checkpoint_activations", action=SWITCH, default=False,
-                     help="keep less for the backward pass and compute it again, block by block")  # fmt: skip
-    run.add_argument("--precision", choices=PRECISIONS,
-                     help="of the networks inside blocks; mixing and coupling are float32 (default: tf32 on a GPU that "
-                     "has it, float32 elsewhere)")  # fmt: skip
-    run.add_argument("--compile", action=SWITCH, default=False,
-                     help="translate those networks with torch.compile; takes minutes at first")  # fmt: skip
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    run.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0)
-    run.add_argument("--diagnose_samples", type=number(int, 1), default=256, help="test images for the Penrose figures")
-    return p
+    mix_type: str = option("cayley", "mixing layers", choices=sorted(MIXINGS))
+    hidden: int = option(128, "width of a built-in architecture's networks", 1, 1 << 16)
+    scale_bound: float = option(2.0, "bound of its log-scales", 1e-6)
+    batch_size: int = option(256, "images per step, over all processes", 1, 100_000)
+    seed: int = option(0, "of weights, order and mirroring", 0, 2**63 - 1)
+
+    def build(self, layer_channels: list | None) -> SPNN:
+        """A fresh SPNN. Raises InputError where the architecture does not fit."""
+        try:
+            size = 256 if self.img_size is None else self.img_size
+            return SPNN(3, len(ATTRIBUTES), self.hidden, self.scale_bound, size, self.mix_type, layer_channels)
+        except ValueError as error:
+            raise InputError(f"architecture: {error}") from None
 
 
-def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list | None]:
-    """Settings of a run, and the custom architecture of its config file, if any."""
-    p = parser()
-    config = p.parse_known_args(argv)[0].config
-    args, others = parse_with_config(p, config, argv, extra=["layer_channels"])
-    if not (args.is_forward_train or args.is_r_opt):
+@dataclass(frozen=True)
+class Machine:
+    """Files and machine. A resumed run may have these otherwise."""
+
+    dataset_path: Path | None = option(None, "CelebAMask-HQ root (default: download through kagglehub)")
+    checkpoint_dir: str = option("check_points/", "where everything is saved")
+    overwrite: bool = option(False, "train anew where a trained model is")
+    resume: bool = option(
+        False, "continue the run in --checkpoint_dir exactly where its last state is; begin it where there is none"
+    )
+    save_every: int = option(500, "steps between saved states; epoch ends are saved too", 0)
+    workers: int = option(2, "loader processes", 0, 1024)
+    strict: bool = option(False, "refuse unreadable images, do not skip them")
+    no_cache: bool = option(False, "keep no resized copy of the images")
+    checkpoint_activations: bool = option(False, "keep less for the backward pass, compute it again block by block")
+    precision: str | None = option(
+        None, "of the networks inside blocks; mixing and coupling are float32 (default: tf32 on a GPU that has it)",
+        choices=PRECISIONS,
+    )  # fmt: skip
+    compile: bool = option(False, "translate those networks with torch.compile; takes minutes at first")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    diagnose_samples: int = option(256, "test images for the Penrose figures", 1)
+
+
+Command = tuple[Task, Settings, Machine, list | None]
+
+
+def read_command(argv: Sequence[str] | None = None) -> Command:
+    """The command line, and the custom architecture of its preset, if any. Raises InputError."""
+    task, machine, settings, others = parse(__doc__, Task, Machine, Settings, argv=argv, extra=["layer_channels"])
+    if not (task.is_forward_train or task.is_r_opt):
         raise InputError("nothing to do: give --is_forward_train (stage 1), --is_r_opt (stage 2), or both")
-    return args, others.get("layer_channels")
+    return task, settings, machine, others.get("layer_channels")
 
 
-def build_model(args: argparse.Namespace, layer_channels: list | None) -> SPNN:
-    """A fresh SPNN. Raises InputError where the architecture does not fit."""
-    try:
-        return SPNN(
-            img_ch=3,
-            num_classes=len(ATTRIBUTES),
-            hidden=args.hidden,
-            scale_bound=args.scale_bound,
-            img_size=256 if args.img_size is None else args.img_size,
-            mix_type=args.mix_type,
-            layer_channels=layer_channels,
-        )
-    except ValueError as error:
-        raise InputError(f"architecture: {error}") from None
-
-
-def until(stopped: Callable[[], int | None], batches: Iterable) -> Iterator:
-    """The batches, until a signal comes: `resume.Stopped` then."""
-    for batch in batches:
-        if (signum := stopped()) is not None:
-            raise Stopped(signum)
-        yield batch
-
-
-def report(
-    model: SPNN, loader: FaceLoader, stopped: Callable[[], int | None], args: argparse.Namespace, device, folder: Path,
-    stage: str,
-) -> None:  # fmt: skip
-    """Diagnostics after a stage: on screen, in the log, and as diagnostics_<stage>.json. And natural_<stage>.png, the
-    loader's first faces above what g' makes of their logits.
-    """
-    measured = diagnose(model, until(stopped, loader), device, args.diagnose_samples, args.seed, attributes=ATTRIBUTES)
-    get_logger("train_celeba", folder).info("test split after stage %s\n%s", stage, format_table(measured))
-    write_json(folder / DIAGNOSTICS.format(stage), measured)
-    x = next(iter(loader))[0][:8].to(device)
-    with torch.no_grad():
-        save_image(grid(torch.cat([x, model.pinv(model(x))]), columns=len(x)), folder / NATURAL.format(stage))
-
-
-def find_state(folder: Path, resume: bool, overwrite: bool, run: dict) -> dict | None:
-    """The state to go on from, None for a run that begins.
-
-    Raises:
-        InputError: a run that is not finished and neither asked for nor to be overwritten, or one of other settings.
-    """
-    path = folder / STATE_NAME
-    if overwrite or not path.is_file():
-        return None
-    state = load_state(path, {"stage": str})
-    if state["stage"] not in (*STAGE_PARTS, DONE):
-        raise InputError(f"{path}: stage {shown(state['stage'])} is unknown; {ANOTHER_VERSION}")
-    if state["stage"] == DONE and state["settings"] | run != state["settings"]:
-        return None  # an earlier run, stage 1 perhaps, is no obstacle to the next
-    if resume:
-        check_settings(state["settings"], run, folder)
-        check_parts(state, STAGE_PARTS.get(state["stage"], {}), path)
-        return state
-    if state["stage"] != DONE:
-        raise InputError(f"{path}: a run that is not finished; give --resume to continue it or --overwrite")
-    return None
-
-
-def usual_precision(state: dict | None, device: torch.device) -> str:
-    """What --precision is where it is not given: the resumed run's, if the device has it, else TF32 or float32."""
-    earlier = None if state is None else state["settings"].get("precision")
-    if earlier in ("float32", "bf16"):
-        return earlier
-    return "tf32" if has_tf32(device) else "float32"
-
-
-def starts_with_forward(args: argparse.Namespace, state: dict | None) -> bool:
-    """Whether stage 1 is the next to run."""
-    return args.is_forward_train and (state is None or state["stage"] == "forward")
-
-
-def main(argv: list[str] | None = None) -> int:
-    args, layer_channels = parse(argv)
-    if args.resume and args.overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
-    folder = Path(args.checkpoint_dir)
-    seed_everything(args.seed)
-    with join_world(args.device) as (world, device), locked(folder) if world.leads else nullcontext():
-        run = {key: value for key, value in vars(args).items() if key not in FREE} | {"layer_channels": layer_channels}
-        state = find_state(folder, args.resume, args.overwrite, plain(run))
-        if args.precision is None:
-            args.precision = usual_precision(state, device)
-        if state is not None and state["stage"] == DONE:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages that are asked for, or what is left of them."""
+    task, settings, machine, chain = read_command(argv)
+    folder, began = Path(machine.checkpoint_dir), time.perf_counter()
+    seed_everything(task.seed)
+    with open_run(folder, machine.device, machine.save_every, task.seed) as run:
+        identity = {**asdict(task), **asdict(settings), "layer_channels": chain}
+        del identity["precision"]  # it may be another, as the device may
+        run.find_state(identity, machine.resume, machine.overwrite)
+        stage = None if run.state is None else run.state["stage"]
+        if stage == DONE:
             print(f"{folder}: this run is finished")
             return 0
-        model, loaders = prepare(args, layer_channels, device, folder, state, world)
-        run |= {f"images in its {split} split": len(loader.dataset) for split, loader in loaders._asdict().items()}
-        if state is not None:
-            check_settings(state["settings"], run, folder)
-        run["precision"] = args.precision  # for the next --resume; it may be another, as the device may
-        with stop_signals() as stopped:
-            try:
-                train(args, layer_channels, device, folder, model, loaders, plain(run), state, stopped, world)
-            except Stopped as signal:
-                get_logger("train_celeba").info("%s: saved; continue with --resume", signal)
-                return signal.status
+        settings = replace(settings, precision=machine.precision or usual_precision(run.state, run.device))
+        forward = task.is_forward_train and stage in (None, "forward")
+        model, loaders = prepare(task, settings, machine, chain, run, forward)
+        splits = {f"images in its {name} split": len(each.dataset) for name, each in loaders._asdict().items()}
+        if run.state is not None:
+            check_settings(run.state["settings"], splits, folder)
+        run.settings |= {**splits, "precision": settings.precision}
+        log = begin_folder(
+            run, forward, {**asdict(task), **asdict(settings), **asdict(machine), "layer_channels": chain}
+        )
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        log.info("SPNN with %.2f M parameters; %d training images", parameters, len(loaders.train.dataset))
+
+        def trainer(model: SPNN, **notes) -> CelebATrainer:
+            prepare_networks(model, run.device)
+            if machine.checkpoint_activations:
+                checkpoint_activations(model)
+            if machine.compile:
+                compile_networks(inner_networks(model), run.device)
+            return CelebATrainer(model, loaders.train, loaders.val, settings, run, ATTRIBUTES, notes)
+
+        if forward:
+            log.info("stage 1: %d epochs of %d steps on %s", settings.epoch, len(loaders.train), run.device)
+            best = trainer(model).train_forward()
+            if run.world.leads:
+                model, notes = load_spnn(best)
+                typical = typical_logits(model.to(run.device), run.until_stopped(loaders.val), run.device)
+                notes.pop("model")
+                save_spnn(best, model, {**notes, "typical_logits": typical})
+                report(run, model, loaders.test, machine.diagnose_samples, "forward")
+            run.world.wait()
+        if task.is_r_opt:
+            model, notes = load_spnn(folder / FORWARD_CHECKPOINT)
+            log.info("stage 2: %d epochs of %d steps on %s", settings.r_epoch, len(loaders.train), run.device)
+            best = trainer(model, typical_logits=notes.get("typical_logits")).optimise_r()
+            if run.world.leads:
+                report(run, load_spnn(best)[0], loaders.test, machine.diagnose_samples, "r_opt")
+            run.world.wait()
+        run.finish()
+        log.info("done in %.1f min; %s", (time.perf_counter() - began) / 60, best)
     return 0
 
 
-def prepare(
-    args: argparse.Namespace, layer_channels: list | None, device, folder: Path, state: dict | None, world: World
-) -> tuple[SPNN, Loaders]:
-    """The model of the stage to begin with, and the data. Raises InputError where a stage cannot run in ``folder``."""
-    forward = starts_with_forward(args, state)
-    if state is None and forward and (folder / FORWARD_CHECKPOINT).exists() and not args.overwrite:
-        raise InputError(f"{folder / FORWARD_CHECKPOINT} exists; give --overwrite or another --checkpoint_dir")
-    if not forward and not (folder / FORWARD_CHECKPOINT).is_file():
-        raise InputError(f"{folder / FORWARD_CHECKPOINT}: no such file; run stage 1 first (--is_forward_train)")
+def usual_precision(state: dict | None, device: torch.device) -> str:
+    """What --precision is where it is not given: the resumed run's if the device has it, else TF32 or float32."""
+    earlier = None if state is None else state["settings"].get("precision")
+    return earlier if earlier in ("float32", "bf16") else "tf32" if has_tf32(device) else "float32"
 
+
+def prepare(
+    task: Task, settings: Settings, machine: Machine, chain: list | None, run: Run, forward: bool
+) -> tuple[SPNN, Loaders]:
+    """The model of the stage to begin with, and the data. Raises InputError where a stage cannot run in the folder."""
+    file = run.folder / FORWARD_CHECKPOINT
+    if run.state is None and forward and file.exists() and not machine.overwrite:
+        raise InputError(f"{file} exists; give --overwrite or another --checkpoint_dir")
+    if not forward and not file.is_file():
+        raise InputError(f"{file}: no such file; run stage 1 first (--is_forward_train)")
     # before the data: a chain that does not fit should say so at once, and so should a precision
-    with networks_in(args.precision, device):
+    with networks_in(settings.precision, run.device):
         pass
-    model = build_model(args, layer_channels) if forward else load_spnn(folder / FORWARD_CHECKPOINT)[0]
-    if args.img_size not in (None, model.img_size):
-        file, size = folder / FORWARD_CHECKPOINT, model.img_size
-        raise InputError(f"{file} takes {size}x{size} images, but --img_size is {args.img_size}")
-    with world.leader_first():  # it downloads, and builds the cache
+    model = task.build(chain) if forward else load_spnn(file)[0]
+    if task.img_size not in (None, model.img_size):
+        raise InputError(f"{file} takes {model.img_size}x{model.img_size} images, but --img_size is {task.img_size}")
+    with run.world.leader_first():  # it downloads, and builds the cache
         loaders = make_loaders(
-            args.dataset_path if args.dataset_path is not None else download_dataset(),
+            machine.dataset_path if machine.dataset_path is not None else download_dataset(),
             model.img_size,
-            args.batch_size,
-            args.workers,
-            args.seed,
-            strict=args.strict,
-            cache=not args.no_cache,
-            device=device,
-            share=(world.rank, world.size),
+            task.batch_size,
+            machine.workers,
+            task.seed,
+            strict=machine.strict,
+            cache=not machine.no_cache,
+            device=run.device,
+            share=(run.world.rank, run.world.size),
         )
     for loader in loaders:
         loader.worker_init_fn = outlive_stop_signals
     return model, loaders
 
 
-def train(
-    args: argparse.Namespace,
-    layer_channels: list | None,
-    device,
-    folder: Path,
-    model: SPNN,
-    loaders: Loaders,
-    run: dict,
-    state: dict | None,
-    stopped: Callable[[], int | None],
-    world: World,
-) -> None:
-    """Run the stages that are asked for, or what is left of them.
+def begin_folder(run: Run, forward: bool, settings: dict) -> logging.Logger:
+    """Settings and log of the run; what an earlier one left must not stand beside this one's files."""
+    log = get_logger("train_celeba", run.folder)
+    if run.world.leads:
+        remove_temporaries(run.folder)
+        if run.state is None:
+            stale = [STATE_NAME]
+            if forward:
+                reports = [name.format(stage) for name in (DIAGNOSTICS, NATURAL) for stage in ("forward", "r_opt")]
+                stale += [FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json", *reports]
+            for name in stale:
+                (run.folder / name).unlink(missing_ok=True)
+        write_json(run.folder / "settings.json", to_json_values(settings))
+    return log
 
-    Raises:
-        Stopped: ``stopped`` told of a signal; the state is saved.
+
+def report(run: Run, model: SPNN, loader: FaceLoader, samples: int, stage: str) -> None:
+    """Diagnostics after a stage: on screen, in the log, and as diagnostics_<stage>.json. And natural_<stage>.png, the
+    loader's first faces above what g' makes of their logits.
     """
-    started, forward = time.perf_counter(), starts_with_forward(args, state)
-    log = get_logger("train_celeba", folder)
-    if world.leads:
-        remove_temporaries(folder)
-        if state is None:
-            (folder / STATE_NAME).unlink(missing_ok=True)
-            if forward:  # what an earlier run left must not stand beside this one's files
-                reports = [name.format(stage) for name in (DIAGNOSTICS, NATURAL) for stage in STAGE_PARTS]
-                for name in (FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json", *reports):
-                    (folder / name).unlink(missing_ok=True)
-        write_json(folder / "settings.json", {**vars(args), "layer_channels": layer_channels})
-    else:
-        logging.disable(logging.INFO)
-    parameters = sum(p.numel() for p in model.parameters())
-    log.info("SPNN with %.2f M parameters; %d training images", parameters / 1e6, len(loaders.train.dataset))
-    settings = Settings(
-        epochs=args.epoch,
-        r_epochs=args.r_epoch,
-        **{
-            name: getattr(args, name)
-            for name in Settings.__dataclass_fields__
-            if name not in ("epochs", "r_epochs") and hasattr(args, name)
-        },
-    )
-
-    def trainer(model: SPNN, **notes) -> CelebATrainer:
-        prepare_networks(model, device)
-        if args.checkpoint_activations:
-            checkpoint_activations(model)
-        if args.compile:
-            compile_networks(inner_networks(model), device)
-        return CelebATrainer(
-            model, loaders.train, loaders.val, settings, folder, device, ATTRIBUTES, dict(notes),
-            run, args.save_every, world.agreed(stopped), state, world,
-        )  # fmt: skip
-
-    if forward:
-        best = trainer(model).train_forward()
-        state = None
-        if world.leads:
-            model, notes = load_spnn(best)
-            model.to(device)
-            notes.pop("model")
-            typical = typical_logits(model, until(stopped, loaders.val), device)
-            save_spnn(best, model, {**notes, "typical_logits": typical})
-            report(model, loaders.test, stopped, args, device, folder, "forward")
-        world.wait()
-    if args.is_r_opt:
-        model, notes = load_spnn(folder / FORWARD_CHECKPOINT)
-        best = trainer(model, typical_logits=notes.get("typical_logits")).optimise_r()
-        if world.leads:
-            model, _ = load_spnn(best)
-            report(model.to(device), loaders.test, stopped, args, device, folder, "r_opt")
-        world.wait()
-    if world.leads:
-        save_state(folder / STATE_NAME, {"settings": run, "stage": DONE})  # what training held is not needed any more
-    log.info("done in %.1f min; %s", (time.perf_counter() - started) / 60, best)
+    model.to(run.device)
+    measured = diagnose(model, run.until_stopped(loader), run.device, samples, run.seed, attributes=ATTRIBUTES)
+    get_logger("train_celeba").info("test split after stage %s\n%s", stage, format_table(measured))
+    write_json(run.folder / DIAGNOSTICS.format(stage), measured)
+    x = next(iter(loader))[0][:8].to(run.device)
+    with torch.no_grad():
+        save_image(grid(torch.cat([x, model.pinv(model(x))]), columns=len(x)), run.folder / NATURAL.format(stage))
 
 
 if __name__ == "__main__":

@@ -54,8 +54,16 @@ class InputErrors(InputError):
         ValueError.__init__(self, message)
 
 
+class Stopped(Exception):
+    """SIGINT or SIGTERM came, and everything is saved: the command exits with ``status``."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.status = 128 + signum
+
+
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and exit: 0 on success, 2 on an `InputError`, 130 when interrupted.
+    """Run a command's ``main`` and exit: 0 on success, 2 on an `InputError`, 128 + n after signal n.
 
     So do a file or folder that the system refuses, which names itself, and memory that it refuses. Any other exception
     is a bug and keeps its traceback (status 1).
@@ -76,6 +84,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
+    except Stopped as stopped:
+        status = stopped.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
@@ -467,7 +477,7 @@ def unlinked(path: str | Path, flags: int) -> int:
         InputError: ``path`` is a link.
     """
     try:
-        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise InputError(f"{path} is a link, and nothing is written through one: delete it first") from None

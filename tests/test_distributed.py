@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_loop import faces, prior_arguments, spnn_arguments  # noqa: F401  (a fixture)
 from test_main import assets, figures_of, pictures  # noqa: F401  (a fixture)
-from test_resume import faces, spnn_arguments  # noqa: F401  (a fixture)
 
 import train_celeba
 from checkpoints import read_weights
 from data_loader import EpochBatches, make_loaders
-from DDNM import main
-from distributed import World, world
+from DDNM import main, train_prior
+from loop import World, join_world
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +50,16 @@ def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
     assert (folders[2] / "log.txt").read_text().count("stage 1: ") == 1  # one of the two reports
 
 
+def test_two_processes_train_the_prior_of_one(faces, tmp_path):  # noqa: F811
+    assert train_prior.main(prior_arguments(faces, tmp_path / "of_1")) == 0
+    start_two("DDNM/train_prior.py", *prior_arguments(faces, tmp_path / "of_2"))
+    one, two = (list(csv.DictReader(open(tmp_path / name / "metrics.csv"))) for name in ("of_1", "of_2"))
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        for key in ("step", "loss", "lr", "grad_norm"):
+            assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), key
+
+
 def test_the_parts_of_a_batch_are_the_batch():
     whole = list(EpochBatches(21, 6, True, True, True, seed=3))
     parts = [list(EpochBatches(21, 6, True, True, True, seed=3, share=(rank, 2))) for rank in (0, 1)]
@@ -66,12 +76,26 @@ def test_a_batch_that_cannot_be_shared_is_refused(faces):  # noqa: F811
 
 def test_one_process_is_a_world_of_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with world("cpu") as (one, device):
+    with join_world("cpu") as (one, device):
         assert (one, device) == (World(), torch.device("cpu"))
         assert one.leads and one.gather("x") == ["x"] and one.share([1, 2]) == [1, 2]
         value = {"a": torch.tensor(2.0)}
         assert one.mean(value) is value
-        assert one.agreed(len) is len
+        assert one.agreed(len) is len and one.largest(1.5, 2) == (1.5, 2)
+
+
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "two"}])
+def test_variables_that_torchrun_did_not_set_are_one_line(monkeypatch, given):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="WORLD_SIZE is set, but .* start several processes with torchrun"):
+        with join_world("cpu"):
+            pass
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with join_world("cpu") as (one, _):
+        assert one.size == 1
 
 
 COMMAND = """

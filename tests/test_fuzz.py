@@ -10,7 +10,6 @@ import io
 import json
 import signal
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,9 +26,8 @@ from checkpoints import load_spnn, read_weights, save_spnn
 from data_loader import load_image, read_annotations
 from DDNM import main as reconstruct
 from DDNM.guided_diffusion.results import read_logits, write_logits
-from DDNM.train_prior import STATE_PARTS
+from loop import load_state, save_state
 from models import SPNN
-from resume import fitting, load_state, restore_adam, save_state
 from utils import InputError, InputErrors
 
 
@@ -304,16 +302,7 @@ def test_damaged_training_states(tmp_path, examples):
     optimizer = torch.optim.Adam(model.parameters())
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
-    state = {
-        "model": model.state_dict(),
-        "ema": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": 3,
-        "generator": torch.Generator().get_state(),
-        "seconds": 1.5,
-        "recent": [(0.5, 1.0)],
-        "rows": [{"step": "2"}],
-    }
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": {"done": 3, "rows": []}}
     path = tmp_path / "state.pth"
     save_state(path, {"settings": {"lr": 1e-3}, **state})
     content, outcomes = path.read_bytes(), set()
@@ -324,11 +313,7 @@ def test_damaged_training_states(tmp_path, examples):
         path.write_bytes(harm(content))
         outcomes.add("refused")
         with survives():
-            read = load_state(path, STATE_PARTS)
-            for key, take in (("model", model.load_state_dict), ("optimizer", partial(restore_adam, optimizer)),
-                              ("generator", torch.Generator().set_state)):  # fmt: skip
-                with fitting(path, key):
-                    take(read[key])
+            load_state(path)
             outcomes.add("read")
 
     check()
@@ -390,7 +375,7 @@ def test_damaged_pictures(tmp_path, suffix, examples):
 
 PRESETS = {
     "sampling": (reconstruct.parse, reconstruct.DDNM / "configs" / "celeba_hq.yml", ["--path_y", "x"]),
-    "training": (train_celeba.parse, reconstruct.ROOT / "configs" / "faces_64.yml", ["--is_r_opt"]),
+    "training": (train_celeba.read_command, reconstruct.ROOT / "configs" / "faces_64.yml", ["--is_r_opt"]),
 }
 
 
@@ -406,7 +391,7 @@ def test_damaged_configs(tmp_path, preset, examples):
         (tmp_path / "c.yml").write_bytes(harm(content))
         with survives():
             args = parse(["--config", str(tmp_path / "c.yml"), *others])[0]
-            json.dumps(vars(args))  # what a run would write into its folder
+            json.dumps(vars(args), default=str)  # what a run would write into its folder
 
     check()
 
@@ -414,7 +399,7 @@ def test_damaged_configs(tmp_path, preset, examples):
 LINES = {
     "sampling": (reconstruct.parse, ["--ni", "--config", "faces.yml", "--path_y", "faces", "--image_folder",
                  "out", "--set", "Smiling=1", "--steps", "20", "--eta", "0.5", "--seed", "7", "--no-clip_x0"]),
-    "training": (train_celeba.parse, ["--dataset_path", "data", "--is_forward_train", "--img_size", "64", "--lr",
+    "training": (train_celeba.read_command, ["--dataset_path", "data", "--is_forward_train", "--img_size", "64", "--lr",
                  "1e-3", "--epoch", "2", "--batch_size", "8", "--mix_type", "cayley", "--checkpoint_dir", "out"]),
 }  # fmt: skip
 
@@ -432,7 +417,8 @@ def test_damaged_command_lines(command, examples):
             line[i], line[j] = line[j], line[i]
         text = harm("\x1f".join(line).encode()).decode(errors="surrogateescape").replace("\0", "")
         with survives():
-            json.dumps(vars(parse([word for word in text.split("\x1f") if word not in ("-h", "--help")])[0]))
+            words_left = [word for word in text.split("\x1f") if word not in ("-h", "--help")]
+            json.dumps(vars(parse(words_left)[0]), default=str)
 
     check()
 

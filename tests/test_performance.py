@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_resume import assert_same, faces, outcome, spnn_arguments  # noqa: F401  (a fixture)
+from test_loop import assert_same, faces, outcome, spnn_arguments  # noqa: F401  (a fixture)
 from torch import nn
 
 import train
@@ -93,7 +93,7 @@ def test_weights_keep_their_names_and_a_copy_is_its_own_network(model):
 
 
 def test_training_with_it_gives_the_same_weights(faces, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("train.plot_curves", lambda *_: None)
+    monkeypatch.setattr("loop.plot_curves", lambda *_: None)
     found = {}
     for recompute in (False, True):
         folder = tmp_path / str(recompute)
@@ -121,7 +121,7 @@ def test_bf16_is_of_the_networks_alone(model):
 
 
 def test_training_in_bf16_takes_other_steps_than_in_float32(faces, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("train.plot_curves", lambda *_: None)
+    monkeypatch.setattr("loop.plot_curves", lambda *_: None)
     found = {}
     for precision in ("float32", "bf16"):
         folder = tmp_path / precision
@@ -153,7 +153,7 @@ def test_no_gradient_is_lost_in_bf16_where_the_weights_of_attributes_are_renewed
         missing.append([name for name, p in model.named_parameters() if p.requires_grad and p.grad is None])
         return clip(model, *rest)
 
-    monkeypatch.setattr("train.plot_curves", lambda *_: None)
+    monkeypatch.setattr("loop.plot_curves", lambda *_: None)
     monkeypatch.setattr(train, "clip_gradients", looked_at)
     assert train_celeba.main(spnn_arguments(faces, tmp_path / "run", precision="bf16")) == 0
     assert len(missing) > 10 and not any(missing)
@@ -248,7 +248,7 @@ def test_a_network_that_is_moved_keeps_its_weights_names_and_results():
 
 @pytest.mark.parametrize("epochs, asked", [(2, []), (3, [48])])  # 24 images and their mirror images
 def test_stage_2_asks_g_for_every_picture_once_where_that_pays(faces, tmp_path, monkeypatch, epochs, asked):  # noqa: F811
-    computed, compared, honest, compute = [], [], train.natural_losses, train.CelebATrainer._compute
+    computed, compared, honest, compute = [], [], train.natural_losses, train.CelebATrainer._known_logits
 
     def natural_losses(model, x, y, *rest):
         compared.append(len(x))
@@ -257,7 +257,7 @@ def test_stage_2_asks_g_for_every_picture_once_where_that_pays(faces, tmp_path, 
 
     monkeypatch.setattr(train, "natural_losses", natural_losses)
     monkeypatch.setattr(
-        train.CelebATrainer, "_compute", lambda self, known: computed.append(len(known.rows)) or compute(self, known)
+        train.CelebATrainer, "_known_logits", lambda self, keys, g: computed.append(len(keys)) or compute(self, keys, g)
     )
     arguments = spnn_arguments(faces, tmp_path / "run", epoch=1, r_epoch=epochs)
     assert train_celeba.main(arguments) == 0

@@ -14,7 +14,7 @@ from data_loader import grid
 from DDNM import train_prior
 from DDNM.guided_diffusion.prior import Prior, load_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
-from utils import InputError
+from utils import InputError, Stopped
 
 MODEL = "diffusion_pytorch_model.safetensors"
 
@@ -31,23 +31,27 @@ def images(tmp_path_factory):
 
 
 def run(images, out, *options):
-    return train_prior.main([
+    """The exit status of a short run."""
+    try:
+        return train_prior.main([
         "--images", str(images), "--out", str(out), "--img_size", "16", "--channels", "8,16", "--norm_groups", "4",
         "--attention_size", "4", "--batch_size", "4", "--steps", "3", "--warmup", "1", "--log_every", "1",
         "--samples", "0", "--device", "cpu", *options,
-    ])  # fmt: skip
+        ])  # fmt: skip
+    except Stopped as stopped:
+        return stopped.status
 
 
 def stop_after(monkeypatch, steps, signum):
     """Make the process send itself a signal in the middle of a step."""
-    honest = train_prior.Trainer.train_step
+    honest = train_prior.Trainer.step
 
-    def train_step(self):
-        if self.step + 1 == steps:
+    def step(self):
+        if self.loop.done + 1 == steps:
             os.kill(os.getpid(), signum)
         return honest(self)
 
-    monkeypatch.setattr(train_prior.Trainer, "train_step", train_step)
+    monkeypatch.setattr(train_prior.Trainer, "step", step)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -61,8 +65,7 @@ def test_a_stopped_and_resumed_run_is_the_undisturbed_one(images, tmp_path, monk
     torch.manual_seed(123)  # a resume must not lean on the global generator
     assert run(images, tmp_path / "parts", "--resume") == 0
     whole, parts = (torch.load(tmp_path / n / "train_state.pth", weights_only=True) for n in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 3
-    assert torch.equal(whole["generator"], parts["generator"])
+    assert whole["progress"]["done"] == parts["progress"]["done"] == 3
     for kind in ("model", "ema"):
         assert all(torch.equal(whole[kind][k], parts[kind][k]) for k in whole[kind])
     for k, moments in whole["optimizer"]["state"].items():
@@ -83,7 +86,7 @@ def test_the_result_is_a_prior_with_everything_beside_it(images, tmp_path, monke
     assert Image.open(tmp_path / "samples" / "step_000003.png").size == (48, 16)
     ema = torch.load(tmp_path / "train_state.pth", weights_only=True)["ema"]
     stored = read_weights(tmp_path / MODEL)
-    assert all(torch.equal(stored[k], ema[k].half()) for k in ema)
+    assert all(torch.equal(tensor, ema[f"unet.{k}"].half()) for k, tensor in stored.items())
     prior = load_prior(tmp_path, image_size=16)
     assert prior(torch.zeros(1, 3, 16, 16), 10).shape == (1, 3, 16, 16)
 
@@ -119,7 +122,7 @@ def test_a_clock_ends_the_run(images, tmp_path):
 @pytest.mark.parametrize("options, said", [
     (("--channels", "8,10"), "multiples of norm_groups"),
     (("--img_size", "18"), "divisible by 4"),
-    (("--lr", "1e30", "--warmup", "0", "--steps", "50"), "the loss is|gradient norm"),
+    (("--lr", "1e30", "--warmup", "0", "--steps", "50"), "step [0-9]+ .*not a finite number"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_one_line(images, tmp_path, options, said):
     with pytest.raises(InputError, match=said):
@@ -167,10 +170,10 @@ def test_a_gradient_that_is_not_finite_names_the_images_and_the_weight(images, t
         return chosen
 
     monkeypatch.setattr(train_prior.Images, "batch", batch)
-    said = r"step 1 \(\d.png, \d.png.*\): the loss is nan.*in the gradient of \w+"
+    said = r"step 1 \(\d.png, \d.png.*\): not a finite number in the gradient of \w+"
     with pytest.raises(InputError, match=said):
         run(images, tmp_path)
-    assert torch.load(tmp_path / "train_state.pth", weights_only=True)["step"] == 0
+    assert torch.load(tmp_path / "train_state.pth", weights_only=True)["progress"]["done"] == 0
 
 
 def test_no_images_is_one_line(tmp_path):
@@ -187,9 +190,9 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_images_too_many_for_memory_are_read_again(images, monkeypatch):
-    whole = train_prior.Images(images, 16)
+    whole = train_prior.Images(images, 16, torch.device("cpu"))
     monkeypatch.setattr(train_prior, "IN_MEMORY_BYTES", 0)
-    lazy = train_prior.Images(images, 16)
+    lazy = train_prior.Images(images, 16, torch.device("cpu"))
     assert lazy.pixels is None and whole.pixels is not None
     batch = lazy.batch(torch.tensor([5, 0]))
     assert torch.equal(batch, whole.batch(torch.tensor([5, 0])))
@@ -206,17 +209,18 @@ def test_the_loss_is_the_error_of_what_the_network_predicts(prediction):
     t = torch.tensor([0, 10, 500, 999])
     abar = schedule.abar(t).view(-1, 1, 1, 1)
     wanted = noise if prediction == "epsilon" else abar.sqrt() * noise - (1 - abar).sqrt() * x0
-    loss = train_prior.diffusion_loss(prior, schedule, x0, noise, t)
+    loss = train_prior.diffusion_loss(prior, schedule.abar(torch.arange(1000)), x0, noise, t)
     torch.testing.assert_close(loss, wanted.square().mean())  # a network that predicts zero
 
 
 def test_drawn_steps_have_their_distribution():
-    schedule, generator = Schedule(), torch.Generator().manual_seed(0)
-    uniform = train_prior.draw_steps(schedule, 4000, "uniform", generator)
+    torch.manual_seed(0)
+    every = Schedule().abar(torch.arange(1000))
+    uniform = train_prior.draw_steps(every, 4000, "uniform")
     assert uniform.min() == 0 and uniform.max() == 999
     assert abs(uniform.float().mean() - 499.5) < 2 and abs(uniform.float().std() - 288.7) < 2
-    lognormal = train_prior.draw_steps(schedule, 4000, "lognormal", generator)
-    abar = schedule.abar(lognormal)
+    lognormal = train_prior.draw_steps(every, 4000, "lognormal")
+    abar = every[lognormal]
     log_sigma = ((1 - abar) / abar).log() / 2
     assert abs(log_sigma.median() + 0.8) < 0.02 and lognormal.min() == 0 and lognormal.max() > 900
     assert abs(log_sigma[log_sigma > -0.8].sub(-0.8).median() / (0.6745 * 1.4) - 1) < 0.05  # a normal's quartile
@@ -228,18 +232,6 @@ def test_threads_share_the_batch_and_change_nothing(images, tmp_path):
     one, three = (read_weights(tmp_path / threads / MODEL) for threads in ("1", "3"))
     for name, tensor in one.items():
         torch.testing.assert_close(three[name], tensor, rtol=1e-3, atol=1e-5)
-
-
-def test_ddim_with_the_true_noise_predictor_finds_the_image():
-    schedule = Schedule()
-    image = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-    def oracle(x, t):  # all data is this one image
-        abar = schedule.abar(t)
-        return (x - abar.sqrt() * image) / (1 - abar).sqrt()
-
-    noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(train_prior.ddim_sample(oracle, schedule, noise, 50), image, rtol=1e-4, atol=1e-3)
 
 
 def test_a_grid_puts_images_side_by_side():

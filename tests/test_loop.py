@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,15 @@ import yaml
 from layout import write_layout
 from torch.utils.data import DataLoader, TensorDataset
 
-import resume
+import loop
 import train
 import train_celeba
 import utils
 from checkpoints import read_weights
+from data_loader import batches_from
 from DDNM import train_prior
-from resume import Stopped, check_settings, from_batch, load_state, locked, save_state, stop_signals
-from utils import InputError, remove_temporaries, run_command
+from loop import Run, TrainingFailed, check_settings, load_state, locked, save_state, stop_signals
+from utils import InputError, Stopped, remove_temporaries, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32
@@ -76,13 +78,12 @@ COMMANDS = {"spnn": (train_celeba.main, spnn_arguments), "prior": (train_prior.m
 
 def no_curves():
     """The picture of the curves takes longer than the training."""
-    train.plot_curves = train_prior.plot_curves = lambda table, picture: None
+    loop.plot_curves = lambda table, picture: None
 
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
-    monkeypatch.setattr(train, "plot_curves", lambda table, picture: None)
-    monkeypatch.setattr(train_prior, "plot_curves", lambda table, picture: None)
+    monkeypatch.setattr(loop, "plot_curves", lambda table, picture: None)
 
 
 def outcome(folder: Path) -> dict:
@@ -192,8 +193,15 @@ def test_a_run_killed_twenty_times_ends_as_the_undisturbed_one(kind, faces, tmp_
 # --- Stopped at every single place -----------------------------------------------------------------------------------
 
 
+def status_of(main, arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except Stopped as stopped:
+        return stopped.status
+
+
 def spnn(faces, folder, *flags, **changes) -> int:
-    return train_celeba.main([*spnn_arguments(faces, folder, **changes), *flags])
+    return status_of(train_celeba.main, [*spnn_arguments(faces, folder, **changes), *flags])
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -206,8 +214,8 @@ def spnn(faces, folder, *flags, **changes) -> int:
         ("train_celeba.typical_logits", 1, 1),
         ("train_celeba.diagnose", 1, 1),
         ("train.natural_losses", 3, 1),
-        ("train.CelebATrainer._batch", 25, 3),  # the fifth batch whose logits are to be known in stage 2
-        ("train.natural_losses", 9, 3),  # where they are
+        ("train.CelebATrainer._on_device", 25, 3),  # while the logits of all images are asked for, in stage 2
+        ("train.natural_losses", 9, 3),  # where they are known
         ("train_celeba.diagnose", 2, 1),
     ],
 )
@@ -231,9 +239,6 @@ def test_a_run_that_is_stopped_saves_and_goes_on(
         patch.setattr(owner, name, call)
         assert spnn(faces, tmp_path / "run", r_epoch=r_epoch) == 128 + signum
     assert count >= calls
-    if r_epoch > 1:
-        state = load_state(tmp_path / "run" / "train_state.pth")
-        assert (state["logits"]["values"] is None) == name.startswith("_batch")
     torch.manual_seed(123)  # a resume must not lean on what the generators happen to be
     assert spnn(faces, tmp_path / "run", "--resume", r_epoch=r_epoch) == 0
     assert_same(outcome(tmp_path / "run"), undisturbed("spnn", r_epoch=r_epoch))
@@ -241,12 +246,23 @@ def test_a_run_that_is_stopped_saves_and_goes_on(
     assert diagnostics == {"diagnostics_forward.json", "diagnostics_r_opt.json"}
 
 
+def stop_after(monkeypatch, steps: int, name: str = "forward"):
+    """Ask a run to stop once a loop has made so many steps."""
+    honest = loop.Loop._make_step
+
+    def make_step(self, *batch):
+        honest(self, *batch)
+        if (self.name, self.done) == (name, steps):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Loop, "_make_step", make_step)
+
+
 def test_a_resume_loads_no_image_of_the_batches_that_are_done(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        asked = iter(range(1000))
-        patch.setattr(train.CelebATrainer, "_stop_if_asked", stop_when(lambda: next(asked) == 4))
+        stop_after(patch, 4)
         assert spnn(faces, tmp_path / "run") == 128 + signal.SIGTERM
-    assert load_state(tmp_path / "run" / "train_state.pth")["progress"]["batches"] == 4
+    assert load_state(tmp_path / "run" / "train_state.pth")["progress"]["done"] == 4
     asked, honest = [], train_celeba.make_loaders
 
     def make_loaders(*args, **kwargs):
@@ -257,21 +273,10 @@ def test_a_resume_loads_no_image_of_the_batches_that_are_done(faces, tmp_path, m
         return loaders
 
     monkeypatch.setattr(train_celeba, "make_loaders", make_loaders)
-    monkeypatch.setattr(train.CelebATrainer, "validate", lambda self, stage: 1 / 0)
+    monkeypatch.setattr(train.CelebATrainer, "validate", lambda self, losses: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         spnn(faces, tmp_path / "run", "--resume")
     assert asked == [4, 4]  # six batches, of which four are done
-
-
-def stop_when(asked):
-    """A `_stop_if_asked` that saves and stops, as if by SIGTERM, where ``asked()``."""
-
-    def stop(self):
-        if asked():
-            self._save()
-            raise Stopped(signal.SIGTERM)
-
-    return stop
 
 
 def test_loader_processes_let_the_step_finish(faces, undisturbed, tmp_path, monkeypatch):
@@ -293,7 +298,7 @@ def test_loader_processes_let_the_step_finish(faces, undisturbed, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(train, "natural_losses", call)
         assert spnn(faces, tmp_path / "run", workers=1) == 128 + signal.SIGTERM
-    assert load_state(tmp_path / "run" / "train_state.pth")["progress"]["batches"] == 2
+    assert load_state(tmp_path / "run" / "train_state.pth")["progress"]["done"] == 2
     assert spnn(faces, tmp_path / "run", "--resume", workers=1) == 0  # the number of workers changes nothing
     assert_same(outcome(tmp_path / "run"), undisturbed("spnn"))
 
@@ -301,7 +306,7 @@ def test_loader_processes_let_the_step_finish(faces, undisturbed, tmp_path, monk
 def test_loader_processes_do_not_outlive_a_process_that_ends_without_them():
     """Left to the interpreter's exit, they are sent SIGTERM and waited for: forever, were it ignored."""
     code = (
-        "import torch\nfrom torch.utils.data import DataLoader\nfrom resume import outlive_stop_signals\n"
+        "import torch\nfrom torch.utils.data import DataLoader\nfrom loop import outlive_stop_signals\n"
         "loader = DataLoader(range(9), num_workers=1, persistent_workers=True, worker_init_fn=outlive_stop_signals)\n"
         "kept = iter(loader)\nprint(next(kept))\nsys = __import__('sys')\nsys.kept = kept\n"
     )
@@ -316,8 +321,7 @@ def test_loader_processes_do_not_outlive_a_process_that_ends_without_them():
 def stopped(faces, tmp_path, monkeypatch):
     """A run of stage 1 with a state file, stopped after its second step."""
     with monkeypatch.context() as patch:
-        asked = iter(range(1000))
-        patch.setattr(train.CelebATrainer, "_stop_if_asked", stop_when(lambda: next(asked) == 2))
+        stop_after(patch, 2)
         assert spnn(faces, tmp_path / "run") == 128 + signal.SIGTERM
     return tmp_path / "run"
 
@@ -375,115 +379,26 @@ def test_a_finished_run_is_left_alone_and_says_so(faces, tmp_path, capsys):
     assert (tmp_path / "run" / "best_model_r_opt_real.pth").is_file()
 
 
-@pytest.mark.parametrize("kind", ["junk", "cut", "pickle", "weights"])
-def test_a_state_file_that_is_none_is_one_line(faces, stopped, kind):
-    path = stopped / "train_state.pth"
-    if kind == "junk":
-        path.write_bytes(b"junk")
-    elif kind == "cut":
-        path.write_bytes(path.read_bytes()[:1000])
-    elif kind == "pickle":
-        torch.save({"settings": Stopped(2)}, path)  # an object: reading it would run code
-    else:
-        torch.save({"weight": torch.zeros(2)}, path)
-    with pytest.raises(InputError, match="train_state.pth: (damaged|not a training state)") as error:
-        spnn(faces, stopped, "--resume")
-    assert "\n" not in str(error.value)
-
-
-def spnn_state(faces, tmp_path, monkeypatch, stage: str = "forward") -> tuple[Path, list[str]]:
-    """The state file of a run that was stopped after two steps of a stage, and the command line to go on from it."""
-
-    def stop(self):
-        if self._stage is not None and (self._stage.name, self._stage.progress.batches) == (stage, 2):
-            self._save()
-            raise Stopped(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.CelebATrainer, "_stop_if_asked", stop)
-        assert spnn(faces, tmp_path / "run") == 128 + signal.SIGTERM
-    path = tmp_path / "run" / "train_state.pth"
-    assert load_state(path)["stage"] == stage
-    return path, [*spnn_arguments(faces, tmp_path / "run"), "--resume"]
-
-
-def prior_state(faces, tmp_path, monkeypatch) -> tuple[Path, list[str]]:
-    """The same of a prior's run, which stopped between two rows of its table."""
-    honest = train_prior.Trainer.train_step
-
-    def train_step(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return honest(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_prior.Trainer, "train_step", train_step)
-        assert train_prior.main(prior_arguments(faces, tmp_path / "run")) == 128 + signal.SIGTERM
-    path = tmp_path / "run" / "train_state.pth"
-    assert len(load_state(path)["recent"]) == 1
-    return path, [*prior_arguments(faces, tmp_path / "run"), "--resume"]
-
-
-STATES = {
-    "forward": (train_celeba.main, spnn_state),
-    "r_opt": (train_celeba.main, functools.partial(spnn_state, stage="r_opt")),
-    "prior": (train_prior.main, prior_state),
+SPOILT = {
+    "junk": lambda state: b"junk",
+    "an object": lambda state: {**state, "best": Stopped(2)},  # reading it would run code
+    "weights": lambda state: {"weight": torch.zeros(2)},
+    "another version": lambda state: {**state, "version": loop.STATE_VERSION + 1},
+    "a part is missing": lambda state: {key: value for key, value in state.items() if key != "optimizer"},
+    "another network": lambda state: {**state, "model": dict(list(state["model"].items())[1:])},
+    "another progress": lambda state: {**state, "progress": {"step": 3}},
 }
 
 
-def spoilt(state: dict, inside: str = ""):
-    """Copies of a state with one thing in it missing or of another kind; yields (its name, what was done, copy)."""
-    for key, value in state.items():
-        name = f"{inside}{key}"
-        yield name, "is missing", {k: v for k, v in state.items() if k != key}
-        yield name, "is of type str", state | {key: "text"}
-        if name in ("progress", "scheduler", "weights", "logits", "random"):
-            for inner, what, copy in spoilt(value, f"{key}."):
-                if (name, inner) != ("scheduler", "scheduler.last_epoch") and name == "scheduler":
-                    continue  # PyTorch's own, which differ from version to version
-                yield inner, what, state | {key: copy}
-    for key in {"model", "ema"} & state.keys():
-        first = next(iter(state[key]))
-        yield key, "does not fit", state | {key: state[key] | {first: torch.zeros(1, 2, 3)}}
-        yield key, "does not fit", state | {key: {k: v for k, v in state[key].items() if k != first}}
-        yield key, "does not fit", state | {key: state[key] | {"more": torch.zeros(1)}}
-    if "optimizer" in state:
-        adam = state["optimizer"]
-        yield "optimizer", "does not fit", state | {"optimizer": {"state": {}, "param_groups": []}}
-        for moments in ({"momentum": torch.zeros(1)}, adam["state"][0] | {"exp_avg": torch.zeros(7)}, {"step": 3}):
-            changed = adam | {"state": adam["state"] | {0: moments}}
-            yield "optimizer", "does not fit", state | {"optimizer": changed}
-        groups = [{k: v for k, v in adam["param_groups"][0].items() if k != "betas"}]
-        yield "optimizer", "does not fit", state | {"optimizer": adam | {"param_groups": groups}}
-    if "weights" in state:
-        values = {"weights": state["weights"] | {"values": torch.ones(3)}}
-        yield "weights", "does not fit", state | values
-    if "progress" in state:
-        yield "progress", "does not fit", state | {"progress": state["progress"] | {"more": 1}}
-    if "recent" in state:
-        yield "rows[0]", "is of type str", state | {"rows": ["text"]}
-        yield "recent[0]", "is of type float", state | {"recent": [0.5]}
-
-
-@pytest.mark.parametrize("kind", STATES)
-def test_a_state_of_another_version_is_one_line_that_names_the_key(kind, faces, tmp_path, monkeypatch):
-    """Whatever is missing or of another kind, in a file that is whole: it is named, and the file stands."""
-    main, state_of = STATES[kind]
-    path, arguments = state_of(faces, tmp_path, monkeypatch)
-    whole, tried = torch.load(path, weights_only=True), 0
-    for module in (train, train_prior):  # who comes so far has taken the state
-        monkeypatch.setattr(module, "MetricsTable", lambda *_: pytest.fail("taken", pytrace=False))
-    for name, what, state in spoilt({key: value for key, value in whole.items() if key != "settings"}):
-        torch.save({"settings": whole["settings"], **state}, path)
-        before = path.read_bytes()
-        with pytest.raises(InputError) as error:
-            main(arguments)
-        message = str(error.value)
-        assert message.startswith(f"{path}: {name} ") and "start anew with --overwrite" in message, message
-        assert "\n" not in message and len(message) < 700
-        assert what in message or name == "stage", (what, message)
-        assert path.read_bytes() == before
-        tried += 1
-    assert tried > 20
+@pytest.mark.parametrize("kind", SPOILT)
+def test_a_state_that_is_none_or_of_another_version_is_one_line_and_stays(faces, stopped, kind):
+    path = stopped / "train_state.pth"
+    spoilt = SPOILT[kind](torch.load(path, weights_only=True))
+    path.write_bytes(spoilt) if isinstance(spoilt, bytes) else torch.save(spoilt, path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=f"^{path}: (damaged|a state of another version|does not fit)") as error:
+        spnn(faces, stopped, "--resume")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500 and path.read_bytes() == before
 
 
 # --- A disk that does not take it ------------------------------------------------------------------------------------
@@ -500,7 +415,7 @@ def test_a_full_disk_or_read_only_folder_costs_a_line(kind, function, code, face
         honest = getattr(owner, function)
 
         def fails(*args):
-            if path.exists() and load_state(path).get("step", load_state(path).get("progress")) != 0 and len(args[:1]):
+            if path.exists() and load_state(path)["progress"]["done"]:
                 kept.append(path.read_bytes())
                 if code is None:  # what torch says when the disk is full
                     raise RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed")
@@ -536,33 +451,69 @@ def test_a_state_with_a_broken_weight_replaces_none(faces, stopped, monkeypatch)
         self.param_groups[0]["params"][0].data.fill_(float("nan"))
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    monkeypatch.setattr(train.CelebATrainer, "_stop_if_asked", lambda self: self._save())
-    with pytest.raises(train.TrainingFailed, match="before batch 4: not a finite number in weight pinn.blocks.1"):
+    with pytest.raises(TrainingFailed, match="forward 1/2, batch 4.*not a finite number in weight pinn.blocks.1"):
         spnn(faces, stopped, "--resume")
     state = load_state(stopped / "train_state.pth")
-    assert state["progress"]["batches"] == 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert state["progress"]["done"] == 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
-def test_an_order_that_nobody_knows_is_refused_and_a_known_one_is_cut():
+def test_batches_go_on_where_they_were_epoch_after_epoch():
     data = TensorDataset(torch.arange(10))
-    assert [b[0].tolist() for b in from_batch(DataLoader(data, batch_size=4), 0, 1)] == [[4, 5, 6, 7], [8, 9]]
+    batches = islice(batches_from(DataLoader(data, batch_size=4), 4), 3)
+    assert [(keys, batch.tolist()) for keys, (batch,) in batches] == [
+        ([4, 5, 6, 7], [4, 5, 6, 7]), ([8, 9], [8, 9]), ([0, 1, 2, 3], [0, 1, 2, 3]),
+    ]  # fmt: skip
     shuffled = DataLoader(data, batch_size=4, shuffle=True)
-    assert from_batch(shuffled, 0, 0) is shuffled
+    assert next(batches_from(shuffled, 3))[0] is None  # an epoch can begin anywhere, and go on nowhere
     with pytest.raises(ValueError, match="order of an epoch must be known"):
-        from_batch(shuffled, 0, 1)
+        next(batches_from(shuffled, 1))
 
 
-def test_random_states_come_back():
-    torch.manual_seed(5)
-    state = resume.random_state()
-    drawn = torch.rand(3)
-    resume.set_random_state(state)
-    assert torch.equal(torch.rand(3), drawn)
+def test_what_a_step_draws_depends_on_seed_and_step_alone():
+    def drawn(seed: int, step: int) -> torch.Tensor:
+        loop.seed_step(Run(None, torch.device("cpu"), seed=seed), step)
+        return torch.rand(3)
+
+    assert torch.equal(drawn(1, 7), drawn(1, 7))
+    assert not torch.equal(drawn(1, 7), drawn(1, 8)) and not torch.equal(drawn(1, 7), drawn(2, 7))
+
+
+def test_averaged_weights_are_the_weighted_mean():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema, expected = loop.Ema(model, 0.5), model.weight.item()
+    for step in range(8):
+        torch.nn.init.constant_(model.weight, float(step))
+        ema.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert ema.model.weight.item() == pytest.approx(expected, rel=1e-6) and not ema.model.weight.requires_grad
+
+
+def test_clipping_names_what_is_not_finite_and_spreads_it_nowhere():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    whole = sum(parameter.grad.square().sum() for parameter in module.parameters()).sqrt()
+    assert loop.clip_gradients(module, 1.0, torch.tensor(0.5)) == whole
+    clipped = sum(parameter.grad.square().sum() for parameter in module.parameters()).sqrt()
+    torch.testing.assert_close(clipped, torch.tensor(1.0))
+    with pytest.raises(FloatingPointError, match="the loss"):
+        loop.clip_gradients(module, 1.0, torch.tensor(float("inf")))
+    module[1].weight.grad[0, 1] = float("inf")
+    with pytest.raises(FloatingPointError, match="the gradient of 1.weight"):
+        loop.clip_gradients(module, 1.0, torch.tensor(0.5))
+    assert all(module[i].bias.grad.isfinite().all() for i in (0, 1))
+    module[1].requires_grad_(False)  # frozen: what it was left with counts for nothing
+    assert loop.clip_gradients(module, 1.0, torch.tensor(0.5)).isfinite()
+    module[0].weight.data[0, 0] = float("nan")
+    module[0].weight.grad[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="^weight 0.weight"):
+        loop.clip_gradients(module, 1.0, torch.tensor(0.5))
 
 
 def test_settings_compare_as_they_come_back_from_the_file(tmp_path):
     given = {"widths": (1, 2), "path": Path("a"), "rate": 1e-3, "none": None}
-    save_state(tmp_path / "state.pth", {"settings": resume.plain(given)})
+    save_state(tmp_path / "state.pth", {"settings": loop.to_json_values(given)})
     saved = load_state(tmp_path / "state.pth")["settings"]
     check_settings(saved, given, tmp_path)
     with pytest.raises(InputError, match=r"has widths \[1, 2\], not \[1, 3\]"):
@@ -596,7 +547,7 @@ def test_a_folder_is_one_runs_and_free_again_when_that_is_killed(tmp_path):
             pass
     process.kill()
     process.join()
-    assert (folder / ".lock").exists() and resume.is_empty(folder)
+    assert (folder / ".lock").exists() and loop.is_empty(folder)
     with locked(folder):
         (folder / "result").write_text("")
     assert [path.name for path in folder.iterdir()] == ["result"]
