@@ -40,6 +40,7 @@ _THRESHOLDS = 0.6, 0.7, 0.8  # a network's probability that it sees a face
 _SMALLEST = 20  # pixels: the side of a face that is looked for
 _LARGEST = 640  # pixels: a larger picture is looked at in a smaller copy
 _SHRINK = 0.709  # from one size that is looked at to the next: half the area
+_ROLL = 0.1  # radians: a face that is turned by more is looked at again
 _FAR = 0.3  # of the width: a picture whose corners are farther off is not aligned
 
 log = logging.getLogger(__name__)
@@ -230,6 +231,32 @@ def frame(face: Face) -> np.ndarray:
     return np.stack([middle - x - y, middle - x + y, middle + x + y, middle + x - y])
 
 
+def _turned(points: np.ndarray, angle: float, around: np.ndarray) -> np.ndarray:
+    """Points turned by an angle in radians, counter-clockwise as seen (y grows downwards), as `Image.rotate` does."""
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    return (points - around) @ turn.T + around
+
+
+def find_frame(image: Image.Image, name: str | Path) -> np.ndarray:
+    """The `frame` (4, 2) of the one face in a picture; a turned face is looked at again, upright.
+
+    Raises:
+        InputError: no face in it, or several, or no weights.
+    """
+    faces = find_faces(image)
+    if len(faces) != 1:
+        said = f"{len(faces)} faces found; cut out the one that is meant" if faces else "no face found"
+        raise InputError(f"{name}: {said}")
+    corners = frame(faces[0])
+    across = corners[3] - corners[0]
+    roll, middle = float(np.arctan2(across[1], across[0])), corners.mean(0)
+    if abs(roll) > _ROLL:  # what was learnt of upright faces says little of the corners of a mouth on a turned one
+        upright = image.rotate(np.rad2deg(roll), Image.Resampling.BICUBIC, center=tuple(middle))
+        closest = min(find_faces(upright), key=lambda face: np.hypot(*(frame(face).mean(0) - middle)), default=None)
+        corners = corners if closest is None else _turned(frame(closest), -roll, middle)
+    return corners
+
+
 def align_face(image: Image.Image, name: str | Path = "the picture") -> Image.Image:
     """The square of a picture with one face that CelebA-HQ would show, at the picture's own resolution.
 
@@ -239,11 +266,7 @@ def align_face(image: Image.Image, name: str | Path = "the picture") -> Image.Im
         InputError: no face in it, or several, or no weights; ``name`` says of what.
     """
     image = image.convert("RGB")
-    faces = find_faces(image)
-    if len(faces) != 1:
-        said = f"{len(faces)} faces found; cut out the one that is meant" if faces else "no face found"
-        raise InputError(f"{name}: {said}")
-    corners = frame(faces[0])
+    corners = find_frame(image, name)
     low, high = np.floor(corners.min(0)).astype(int) - 2, np.ceil(corners.max(0)).astype(int) + 2
     beyond = [max(0, int(n)) for n in (-low[1], high[1] - image.height, -low[0], high[0] - image.width)]
     pixels = np.pad(np.asarray(image), (beyond[:2], beyond[2:], (0, 0)), mode="reflect")

@@ -56,6 +56,25 @@ def test_the_frame_turns_scales_and_moves_with_the_face(angle):
     np.testing.assert_allclose(sides, sides[0])
 
 
+def test_a_turned_face_is_looked_at_again_upright(monkeypatch):
+    """What the detector says of the turned picture is replaced by what it says of the upright one, turned back."""
+    angle, middle = 0.5, frame(face(POINTS)).mean(0)
+    turned = align._turned(POINTS, angle, middle)
+    seen = []
+
+    def found(image):
+        seen.append(image)
+        noise = np.array([[0, 0], [0, 0], [0, 0], [4, 0], [4, 0]])  # of the corners of the mouth, turned only
+        return [face(turned + noise)] if len(seen) == 1 else [face(POINTS + image.size[0] * 1000), face(POINTS)]
+
+    monkeypatch.setattr(align, "find_faces", found)
+    corners = align.find_frame(Image.new("RGB", (178, 218)), "a.png")
+    expected = align._turned(frame(face(POINTS)), angle, middle)
+    assert len(seen) == 2 and np.hypot(*(corners - expected).T).max() < 12
+    square = np.hypot(*(corners - np.roll(corners, 1, 0)).T)
+    np.testing.assert_allclose(square, np.hypot(*(expected[0] - expected[1])))
+
+
 def test_the_picture_is_cut_along_the_frame(monkeypatch):
     """Its corners are the frame's, whatever lies beyond the picture is its mirror image."""
     y, x = np.mgrid[0:218, 0:178]
@@ -102,8 +121,9 @@ def test_a_face_is_found_where_it_was_put(portrait, angle):
 
 
 @needs_weights
-def test_an_aligned_face_has_level_eyes_where_celeba_hq_has_them(portrait, tmp_path):
-    placed(portrait, 18).save(tmp_path / "a.png")
+@pytest.mark.parametrize("angle", [3, -18, 35])
+def test_an_aligned_face_has_level_eyes_where_celeba_hq_has_them(portrait, tmp_path, angle):
+    placed(portrait, angle).save(tmp_path / "a.png")
     cut = align_face(Image.open(tmp_path / "a.png"))
     (found,) = find_faces(cut)
     eyes = found.points[:2] / cut.width
