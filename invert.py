@@ -319,7 +319,10 @@ def methods_of(
         x_lr = s.x_lr if s.x_lr is not None else theta.scale * z_lr if theta is not None else target.x_lr
 
         def once(name: str, closed: Callable, f: nn.Module = target.f, x0: Tensor = x0) -> Method:
-            return Method(f, x0, lambda y, x: iter([(name, torch.no_grad()(closed)(y, x))]))
+            def run(y: Tensor, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+                yield name, torch.no_grad()(closed)(y, x)
+
+            return Method(f, x0, run)
 
         def plain(y: Tensor, x: Tensor, target: Target = target, x_lr: float = x_lr, label: str = label):
             found = None

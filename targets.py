@@ -200,7 +200,7 @@ def load_targets(network: str, s: Settings, device: torch.device) -> list[Target
     elif network == "stylegan":
         generator = load_generator(s.weights).to(device)
         noise = generator.draw_noise(1, torch.Generator().manual_seed(s.seed)) if s.noise == "fixed" else None
-        targets = [Target(f"stylegan {space}", Latents(generator, space, noise), (), (), 0.05) for space in s.spaces]
+        targets = [Target(f"stylegan {space}", Latents(generator, space, noise), (), (), 0.1) for space in s.spaces]
     else:
         targets = [of_spnn(network, s, device)]
     for target in targets:
