@@ -86,9 +86,10 @@ class Bijection(Surjection):
 
     Attributes:
         domain, codomain: the numbers that x and y consist of.
+        stateful: whether a forward pass in training mode changes what the next one does, so that none may be repeated.
     """
 
-    lossy = False
+    lossy = stateful = False
     domain = codomain = constraints.real
 
     @property
@@ -124,6 +125,7 @@ class Inverted(Bijection):
             raise ValueError(f"{block.name}: it discards a latent, so there is no inverse to swap directions with")
         self.block = block
         self.domain, self.codomain, self.exact = block.codomain, block.domain, block.exact
+        self.stateful = block.stateful
 
     def output_shape(self, shape: Shape) -> Shape:
         return self.block.input_shape(shape)
@@ -222,6 +224,8 @@ class ActNorm(Affine):
     "Glow", arXiv 1807.03039, section 3.1.)
     """
 
+    stateful = True
+
     def __init__(self, channels: int):
         super().__init__(channels)
         self.register_buffer("initialised", torch.tensor(False))
@@ -250,6 +254,8 @@ class BatchNorm(Affine):
     statistics as constants too (Dinh et al., "Real NVP", arXiv 1605.08803, section 3.7), so in training mode it is that
     of one image among many.
     """
+
+    stateful = True
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__(channels)
@@ -1193,7 +1199,7 @@ class Residual(OverChannels):
         kernel = {"kernel_size": kernel_size} if self.dims else {}
         channels = (in_ch, hidden, hidden, in_ch)
         self.layers = nn.ModuleList(LAYERS[self.dims](*channels[i : i + 2], **kernel) for i in range(3))
-        self.power = norm == "power"
+        self.power = self.stateful = norm == "power"
         if self.power:
             for i, layer in enumerate(self.layers):
                 self.register_buffer(f"left{i}", torch.randn(len(layer.weight)))
@@ -1326,6 +1332,7 @@ class Residual(OverChannels):
     def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
         if self.lossy:
             y = torch.cat([y, self.natural_latent(y) if latent is None else latent], dim=1)  # (B, in_ch, *)
+        Residual.output_shape(self, y.shape[1:])  # h contracts for maps of its size
         y, weights = at_least_float32(y), self.weights()
 
         def make(y: Tensor, *weights: Tensor) -> Callable[[Tensor], Tensor]:

@@ -74,7 +74,8 @@ class Density(nn.Module):
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:
         """Draws of x, (count, *in_shape), from torch's global generator."""
-        like = next(self.chain.parameters(), torch.empty(()))
+        tensors = (*self.chain.parameters(), *self.chain.buffers())
+        like = next((t for t in tensors if t.is_floating_point()), torch.empty(()))
         of_numbers = not self.base.batch_shape and not self.base.event_shape
         y = self.base.sample((count, *self.pinn.out_shape) if of_numbers else (count,))
         y = y.to(like).view(count, *self.pinn.out_shape)
@@ -114,7 +115,9 @@ class BlockTransform(Transform):
 
     def _over(self, f, x: Tensor, shape: Shape) -> Tensor:
         """f, which takes one batch dimension, over any number of them."""
-        batch = x.shape[: x.dim() - len(shape)]
+        batch = x.shape[: max(x.dim() - len(shape), 0)]
+        if x.shape[len(batch) :] != shape:
+            raise ValueError(f"as_transform: expected events of shape {shape}, got {tuple(x.shape)}")
         with statistics_held():
             result = f(x.reshape(-1, *shape))
         return result.reshape(*batch, *result.shape[1:])

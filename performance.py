@@ -167,11 +167,11 @@ class Recomputed:
     """Mixin before a `Surjection`: every method through which gradients flow runs again in the backward pass."""
 
     def _again(self, method, *arguments):
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or getattr(self, "stateful", False):  # a second pass would move its state again
             return method(*arguments)
         if isinstance(self, ConvPINNBlock):
             self.mix.factors()  # W outside of what is recomputed: solved once, as without (see `blocks.solved_once`)
-        return checkpoint(method, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(method, *arguments, use_reentrant=False)
 
     def forward(self, x: Tensor, return_latent: bool = False):
         return self._again(super().forward, x, return_latent)

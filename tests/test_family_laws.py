@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.func import functional_call, jvp, vjp, vmap
 
 import bijections as bi
-from density import as_transform
+from density import Density, as_transform
 from models import PINN
+from performance import checkpoint_activations
 
 ROWS = {row.name: row for row in bijection_rows()}
 SMALL = [name for name, row in ROWS.items() if math.prod(row.shape) <= 16]
@@ -31,6 +33,7 @@ STATISTICS = {
     "batch norm": (lambda: bi.BatchNorm(3), (3, 2, 4)),
     "power, vectors": (lambda: bi.ResidualFC(4, hidden=5, norm="power"), (4,)),
     "power, maps": (lambda: bi.ResidualConv2d(2, hidden=4, norm="power"), (2, 3, 2)),
+    "before a network with dropout": (lambda: bi.BatchNorm(5), (5,)),
     "chain": (lambda: PINN([bi.ActNorm(3), bi.Conv1x1(3), bi.BatchNorm(3)], (3, 2, 2)), (3, 2, 2)),
 }
 
@@ -138,10 +141,25 @@ def test_a_distribution_over_layers_in_training_mode_is_one_law(name, backwards)
     torch.testing.assert_close(before, expected)
 
 
-def train_and_evaluate(g: nn.Module, x: Tensor) -> Tensor:
-    g.train()
-    g(x)
-    return g.eval()(x)
+@pytest.mark.parametrize("name", STATISTICS)
+def test_recomputed_activations_leave_weights_buffers_and_gradients_as_they_are(name):
+    build, shape = STATISTICS[name]
+    found = []
+    for wrap in (lambda chain: chain, lambda chain: checkpoint_activations(SimpleNamespace(pinn=chain)).pinn):
+        torch.manual_seed(0)
+        g = build()
+        dropping = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5))  # draws anew in every pass
+        extra = [bi.Coupling(5, dims=0, s=dropping, t=nn.Linear(2, 3))] if shape == (5,) else []
+        chain = wrap(PINN([*(g.blocks if isinstance(g, PINN) else [g]), *extra], shape)).double().train()
+        loss = 0.0
+        for seed in range(2):  # the second pass moves what the first one has used
+            x = 3 * random((8, *shape), seed) + 1
+            y = chain(x)
+            loss = loss + y.square().mean() + chain.pinv(y + 1).square().mean()
+        loss.backward()
+        found.append([p.grad for p in chain.parameters()] + [b.double() for b in chain.buffers()])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -478,3 +496,25 @@ def test_networks_whose_shape_would_broadcast_are_refused():
 def test_extra_channels_of_another_number_are_refused():
     with pytest.raises(ValueError, match=r"Concat\(3 \+ 2\): expected 5 channels.*got 4"):
         bi.Concat(3, 2)(torch.zeros(2, 3), e=torch.zeros(2, 1))
+
+
+def test_events_of_another_shape_are_refused():
+    transform = as_transform(bi.View((4, 3), (12,)), (4, 3))
+    with pytest.raises(ValueError, match=r"expected events of shape \(4, 3\), got \(2, 6\)"):
+        transform(torch.zeros(2, 6))  # twelve numbers too
+    with pytest.raises(ValueError, match=r"expected events of shape \(12,\), got"):
+        transform.inv(torch.zeros(4, 3))
+    number = as_transform(bi.Tanh(), ())
+    x = torch.randn(2, 3, generator=seeded(0))
+    torch.testing.assert_close(number.log_abs_det_jacobian(x, number(x)), (1 - x.tanh() ** 2).log())
+
+
+def test_a_residual_block_inverts_maps_of_its_own_size():
+    with pytest.raises(ValueError, match=r"size is \(4, 4\), but the map that arrives is \(8, 8\)"):
+        bi.ResidualConv2d(3, size=4).pinv(torch.zeros(1, 3, 8, 8))
+
+
+@torch.no_grad()
+def test_samples_have_the_type_of_a_chain_without_parameters():
+    whitening = bi.Whitening(3).double().fit(random((50, 3), 1))
+    assert Density(PINN([whitening], (3,))).sample(4).dtype == torch.float64
