@@ -12,11 +12,13 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Shape = tuple[int, int, int]  # (C, H, W)
 
@@ -49,6 +51,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def exact(x: Tensor) -> Tensor:
+    """``x`` in float64, or in float32 on a device that has nothing finer (Apple's)."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 def check_whole(owner: str, **values: object) -> None:
     """Refuse what is no whole number, by name: settings come from files."""
     for name, value in values.items():
@@ -58,39 +65,74 @@ def check_whole(owner: str, **values: object) -> None:
 
 # --- Orthogonal mixing -----------------------------------------------------------------------------------------------
 
-_solved: dict["Mixing", tuple] | None = None  # what `solved_once` keeps; None outside of it
+_solved: ContextVar[dict["Mixing", "Kept"] | None] = ContextVar("solved", default=None)  # of this thread alone
+_steps = 0  # that optimisers of torch have made: the fused ones leave no trace in a parameter's version
+
+
+def _count_step(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 @contextmanager
 def solved_once() -> Iterator[None]:
     """Solve every mixing matrix at most once inside the block, gradients included.
 
-    For code that uses g and g' several times between two changes of the weights: a training step, a sampling run.
-    Weights must not change inside, and gradients may be taken once. Nested blocks share the outermost one's matrices.
+    For code that uses g and g' several times between two changes of the weights, as a training step does. Gradients
+    may be taken once. Nested blocks share the outermost one's matrices; threads share none.
     """
-    global _solved
-    outermost = _solved is None
+    outermost = not torch.compiler.is_compiling() and _solved.get() is None  # compiled code keeps nothing
     if outermost:
-        _solved = {}
+        token = _solved.set({})
     try:
         yield
     finally:
         if outermost:
-            _solved = None
+            _solved.reset(token)
+
+
+class Kept(NamedTuple):
+    """The factors of W, and which weights they were made from."""
+
+    weight: Tensor
+    data: Tensor  # the weights' memory: while it is held, no other weights can have its address
+    state: tuple
+    factors: tuple[Tensor, ...]
+
+    @staticmethod
+    def state_of(weight: Tensor) -> tuple:
+        """What changes when the weights do, known without reading them."""
+        return weight.data_ptr(), weight.stride(), weight.dtype, weight.device, weight._version, _steps
+
+    def holds(self, weight: Tensor) -> bool:
+        return self.weight is weight and self.state == self.state_of(weight)
+
+
+def _is_traced(weight: Tensor) -> bool:
+    """Whether this is a compiler's, an exporter's or a transform's pass, or the weights are theirs: nothing to keep."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(weight) is not nn.Parameter:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None or weight.is_meta or weight.is_inference()
 
 
 class Mixing(nn.Module):
     """A learned orthogonal matrix W over the channels of x: ``forward`` is ``W x``, ``inverse`` is ``W^T x``.
 
-    W follows from the parameter by some work (a linear solve), so it is kept: for the length of a `solved_once` block,
-    and without gradients for as long as the parameter equals, bit by bit, the one W was made from. The comparison costs
-    a hundredth of the solve, and holds whoever changed the weights, and however.
+    W follows from the parameter by some work (a linear solve), so it is kept: with its gradient for the length of a
+    `solved_once` block, without one until the weights change, by whatever torch counts as a change. Who writes to
+    ``weight.data`` in place, behind torch's back, calls ``model.train()`` or ``model.eval()`` after it.
+
+    W is made and applied in float64, which no autocast and no TF32 rounds: rounding W to ten bits breaks
+    ``W^T W = I``. Next to the networks of a block that costs little.
     """
 
     weight_name: str
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """What applying W needs, from the parameter."""
+        """What applying W needs, in float64, from the parameter."""
         raise NotImplementedError
 
     def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
@@ -100,36 +142,43 @@ class Mixing(nn.Module):
     def factors(self) -> tuple[Tensor, ...]:
         """The factors of W for the weights as they are now."""
         weight = getattr(self, self.weight_name)
-        with_graph = torch.is_grad_enabled() and weight.requires_grad
-        if _solved is not None and self in _solved:
-            factors = _solved[self]
-            if factors[0].requires_grad or not with_graph:
-                return factors
-        with full_precision(weight.device):
-            factors = self._factors(at_least_float32(weight)) if with_graph else self._remembered(weight.detach())
-        if _solved is not None:
-            _solved[self] = factors
-        return factors
+        if _is_traced(weight):
+            return self._factors(weight)
+        solved, with_graph = _solved.get(), torch.is_grad_enabled() and weight.requires_grad
+        kept = None if solved is None else solved.get(self)
+        if not with_graph and (kept is None or not kept.holds(weight)):
+            kept = self.__dict__.get("_kept")
+        if kept is not None and kept.holds(weight):
+            return kept.factors
+        # tensors made in inference mode could not serve a later forward that records gradients
+        with torch.inference_mode(False), torch.set_grad_enabled(with_graph):
+            kept = Kept(weight, weight.detach(), Kept.state_of(weight), self._factors(weight))
+        self.forget()
+        if not with_graph:
+            self.__dict__["_kept"] = kept
+        elif solved is not None:
+            solved[self] = kept
+        return kept.factors
 
-    def _remembered(self, weight: Tensor) -> tuple[Tensor, ...]:
-        made_from, factors = self.__dict__.get("_memory", (None, None))
-        same_kind = made_from is not None and (made_from.dtype, made_from.device) == (weight.dtype, weight.device)
-        if not (same_kind and torch.equal(made_from, weight)):
-            # tensors made in inference mode could not serve a later forward that records gradients
-            with torch.inference_mode(False), torch.no_grad():
-                weight = weight.clone()
-                factors = self._factors(at_least_float32(weight))
-            self.__dict__["_memory"] = (weight, factors)
-        return factors
+    def forget(self) -> None:
+        self.__dict__.pop("_kept", None)
+
+    def train(self, mode: bool = True) -> "Mixing":
+        self.forget()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "Mixing":
+        self.forget()
+        return super()._apply(*args, **kwargs)
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_memory"}
+        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
 
     def _mix(self, x: Tensor, transpose: bool) -> Tensor:
-        factors = self.factors()
-        with full_precision(x.device):
-            x = at_least_float32(x).movedim(1, -1)  # (B, ..., C)
-            return self._apply_factors(x, factors, transpose).movedim(-1, 1)
+        factors, dtype = self.factors(), at_least_float32(x).dtype
+        with torch.autocast(x.device.type, enabled=False):
+            y = self._apply_factors(exact(x).movedim(1, -1), factors, transpose)  # (B, ..., C)
+        return y.movedim(-1, 1).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``W x`` over dimension 1 of x, (B, C, ...) -> (B, C, ...)."""
@@ -145,33 +194,58 @@ class Mixing(nn.Module):
         return self(torch.eye(weight.shape[-1], dtype=at_least_float32(weight).dtype, device=weight.device)).T
 
 
+LARGEST = 1e7  # entry of a Cayley parameter that counts as it is
+
+
+def cayley(b: Tensor) -> Tensor:
+    """``(I + A)^-1 (I - A)`` in float64, with ``A = B - B^T`` and B, (C, C), scaled back to `LARGEST` where above.
+
+    ``I + A`` has no singular value below 1, but beside large entries I would be lost, and of odd size A is singular.
+    """
+    scale = LARGEST / exact(b.detach().abs().amax()).clamp(min=LARGEST)  # a constant to derivatives
+    scaled = exact(b) * scale
+    skew, identity = scaled - scaled.T, torch.eye(len(b), dtype=scaled.dtype, device=b.device)
+    w = 2 * torch.linalg.inv_ex(identity + skew).inverse - identity  # = (I + A)^-1 (I - A); _ex never raises
+    if b.dtype == torch.float64:  # a step of Newton and Schulz squares what is missing to W^T W = I
+        w = w + w @ (identity - w.T @ w) / 2
+    return w
+
+
+class _Cayley(torch.autograd.Function):
+    """`cayley`, with a gradient in the precision of B, by two products: ``dW = -2 M dA M``, ``M = (W + I) / 2``."""
+
+    @staticmethod
+    def forward(ctx, b: Tensor) -> Tensor:
+        w = cayley(b)
+        ctx.save_for_backward(b, w)
+        return w
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        b, w = ctx.saved_tensors
+        m = (w.to(b.dtype).T + torch.eye(len(b), dtype=b.dtype, device=b.device)) / 2
+        by_skew = m @ gradient.to(b.dtype) @ m
+        scale = LARGEST / b.abs().amax().clamp(min=LARGEST)
+        return 2 * scale * (by_skew.T - by_skew)
+
+
 class CayleyMixing(Mixing):
     """``W = (I + A)^-1 (I - A)`` with ``A = B - B^T``, B unconstrained, (C, C) and zero at first (W = I).
 
-    ``I + A`` has no singular value below 1, so W exists for every B. In float64 it is orthogonal to the rounding of
-    float32 as long as B's entries stay below `LARGEST`; beyond, where ``I`` would be lost beside A, B is scaled back to
-    `LARGEST`, so that a step that diverges leaves an orthogonal W as well, on any machine.
+    W is orthogonal for every finite B, whatever a step that diverges has left (see `cayley`).
 
     The published weights were trained with ``(1 + 1e-6) I + A`` on the left, which is orthogonal to 1e-6 only; the
     exact transform agrees with it to rounding.
     """
 
     weight_name = "A_unconstrained"
-    LARGEST = 1e7
 
     def __init__(self, channels: int):
         super().__init__()
         self.A_unconstrained = nn.Parameter(torch.zeros(channels, channels))
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
-        b = weight.double()
-        b = b * (self.LARGEST / b.abs().amax().clamp(min=self.LARGEST))
-        skew, identity = b - b.T, torch.eye(len(b), dtype=b.dtype, device=b.device)
-        # (I + A)^-1 (I - A) = 2 (I + A)^-1 - I, whose gradient needs no further solve; _ex raises nothing
-        matrix = 2 * torch.linalg.inv_ex(identity + skew).inverse - identity
-        if weight.dtype == torch.float64:  # one step of Newton and Schulz squares what is missing to orthogonality
-            matrix = matrix + matrix @ (identity - matrix.T @ matrix) / 2
-        return (matrix.to(weight.dtype),)
+        return (cayley(weight) if _is_traced(weight) else _Cayley.apply(weight),)
 
     def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
         (matrix,) = factors
@@ -193,13 +267,13 @@ class HouseholderMixing(Mixing):
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
         tiny = torch.finfo(weight.dtype).tiny  # a row of zeros reflects nothing: its v stays 0, and H is I
-        v = weight.double()
+        v = exact(weight)
         v = v / v.abs().amax(-1, keepdim=True).clamp(min=tiny)  # rows of any length: their squares would overflow
-        v = (v / v.norm(dim=-1, keepdim=True).clamp(min=0.5)).to(weight.dtype)
-        gram = v.double() @ v.double().T  # (k, k)
+        v = v / v.norm(dim=-1, keepdim=True).clamp(min=0.5)
+        gram = v @ v.T  # (k, k)
         triangle = gram.tril(-1) + torch.diag(gram.diagonal().clamp(min=0.5) / 2)
         identity = torch.eye(len(v), dtype=triangle.dtype, device=triangle.device)
-        return v, torch.linalg.solve_triangular(triangle, identity, upper=False).to(weight.dtype)
+        return v, torch.linalg.solve_triangular(triangle, identity, upper=False)
 
     def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
         v, inner = factors  # V, S^-1
@@ -264,11 +338,8 @@ class ConvMLP(nn.Module):
         self.net = conv_mlp(layout, in_ch, out_ch, width, scale)
 
     def forward(self, v: Tensor) -> Tensor:
-        weight = self.net[-1].weight
-        # in the weights' memory format: a convolution would copy all of its weights to that of v
-        channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return self.net(v.to(weight.dtype, memory_format=memory_format)).to(v.dtype)
+        # contiguous: mixing leaves the channels last, and a convolution would copy all of its weights to that format
+        return self.net(v.to(self.net[-1].weight.dtype).contiguous()).to(v.dtype)
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------------

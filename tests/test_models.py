@@ -221,9 +221,11 @@ def by_assignment(g):
 
 
 def by_data(g):
+    """Behind torch's back, which counts no such change: a switch of mode follows, as it does in any training."""
     for p in g.parameters():
         p.data.mul_(1.5)
         p.data[0] += 0.1
+    g.eval()
 
 
 def by_no_grad(g):
@@ -293,7 +295,7 @@ def test_copies_and_pickles_stand_alone(mix_type):
     for other in copies:
         with torch.no_grad():
             assert torch.equal(other(x), before)
-        by_data(other)
+        by_no_grad(other)
         holds(other)
         holds(g)
     with torch.no_grad():
@@ -442,7 +444,7 @@ def test_mixing_ignores_autocast(mix_type):
     x = random((2, 12, 3, 3), 1, torch.float32)
     with torch.no_grad():
         expected = mixing(x)
-        mixing.__dict__.pop("_memory")
+        mixing.forget()
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(mixing(x), expected)
 
