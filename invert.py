@@ -24,7 +24,6 @@ import csv
 import dataclasses
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -239,6 +238,8 @@ def peak_memory(device: torch.device) -> float:
     """MB: of the device's tensors on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
