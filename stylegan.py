@@ -262,11 +262,12 @@ class Latents(nn.Module):
     Args:
         space: ``"z"``, ``"w"`` or ``"w+"``.
         noise: as for `StyleGAN.synthesis`; None: drawn anew at every call.
+        bf16: synthesise in bfloat16.
     """
 
-    def __init__(self, generator: StyleGAN, space: str, noise: Sequence[Tensor] | None = None):
+    def __init__(self, generator: StyleGAN, space: str, noise: Sequence[Tensor] | None = None, bf16: bool = False):
         super().__init__()
-        self.generator, self.space, self.noise = generator, space, noise
+        self.generator, self.space, self.noise, self.bf16 = generator, space, noise, bf16
         self.in_shape = (generator.dim * (generator.layers if space == "w+" else 1),)
 
     def w_plus(self, x: Tensor) -> Tensor:
@@ -296,7 +297,9 @@ class Latents(nn.Module):
         return z if self.space == "z" else self.enter(self.generator.spread(self.generator.mapping(z)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.generator.synthesis(self.w_plus(x), self.noise)
+        w_plus = self.w_plus(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.generator.synthesis(w_plus, self.noise).to(x.dtype)
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------------

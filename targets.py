@@ -39,6 +39,7 @@ class Settings:
     weights: str = option(str(FACES / "stylegan.safetensors"), "StyleGAN's: a file, a folder or a hub id")
     spaces: tuple[str, ...] = option(("w+",), "of StyleGAN's latents", choices=SPACES)
     noise: Literal["fixed", "new"] = option("fixed", "StyleGAN's: drawn once, or anew in every step")
+    bf16: bool = option(False, "StyleGAN in bfloat16")
     start: Literal["zero", "average", "best"] = option("average", "best: of --draws random latents")
     draws: int = option(64, "random latents to choose the start from", 1)
     loss: Literal["auto", "mse", "lpips", "vgg"] = option(
@@ -200,7 +201,9 @@ def load_targets(network: str, s: Settings, device: torch.device) -> list[Target
     elif network == "stylegan":
         generator = load_generator(s.weights).to(device)
         noise = generator.draw_noise(1, torch.Generator().manual_seed(s.seed)) if s.noise == "fixed" else None
-        targets = [Target(f"stylegan {space}", Latents(generator, space, noise), (), (), 0.1) for space in s.spaces]
+        targets = [
+            Target(f"stylegan {space}", Latents(generator, space, noise, s.bf16), (), (), 0.1) for space in s.spaces
+        ]
     else:
         targets = [of_spnn(network, s, device)]
     for target in targets:
