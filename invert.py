@@ -42,6 +42,7 @@ from data_loader import grid, load_image, save_image, to_uint8
 from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
 from logger import MetricsTable, get_logger, plot_curves
+from loop import check_settings, is_empty, load_state, locked, save_state, to_json_values
 from metrics import agreement, psnr
 from stylegan import SPACES, Latents
 from targets import (
@@ -126,7 +127,7 @@ def check_folder(out: Path, overwrite: bool) -> None:
     """Raise InputError if the content of a result folder would be lost, or it is a file."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: not a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if not is_empty(out) and not overwrite:
         raise InputError(f"--out {out}: not empty; give --overwrite or another folder")
 
 
@@ -136,17 +137,10 @@ def clear(out: Path, own: Sequence[str]) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def settings_of(*settings) -> dict:
-    """The flags as JSON values."""
-    merged = {key: value for each in settings for key, value in vars(each).items()}
-    return json.loads(json.dumps(merged, default=str))
-
-
-def check_same(file: Path, found: dict, wanted: dict, free: Sequence[str]) -> None:
-    """Raise InputError if a run is to be resumed with other settings than it began with, ``free`` ones apart."""
-    for name, value in wanted.items():
-        if name not in free and found.get(name) != value:
-            raise InputError(f"--resume: --{name} was {found.get(name)} and is {value} now ({file})")
+def settings_of(*settings, without: Sequence[str] = ()) -> dict:
+    """The flags as JSON values, in the order of the command's dataclasses."""
+    merged = {key: value for each in settings for key, value in vars(each).items() if key not in without}
+    return to_json_values(merged)
 
 
 def read_json(path: Path) -> dict:
@@ -185,17 +179,19 @@ def load_theta(path: Path, target: Target) -> tuple[MappingNet, dict]:
 def train(s: Settings, own: Train) -> int:
     """Train theta, and write it with its table and curves."""
     device = resolve_device(s.device)
-    check_folder(s.out, s.overwrite or own.resume)
     target = load_targets(own.network, s, device)[-1]
     _, images = read_images(s.data, target.img_size, s.images)
     seed_everything(s.seed)
     x_lr = s.x_lr if s.x_lr is not None else target.x_lr
-    file, state, seconds = s.out / "theta.safetensors", {}, 0.0
+    file, state, seconds, rows = s.out / "theta.safetensors", {}, 0.0, []
     notes = {"network": target.name, "settings": settings_of(s, own)}
     if own.resume:
         theta, found = load_theta(file, target)
-        check_same(file, found["settings"], notes["settings"], ("out", "resume", "overwrite", "buffers", "device"))
-        state, seconds = torch.load(s.out / "state.pth", weights_only=True), found["seconds"]
+        given = settings_of(s, own, without=("out", "resume", "overwrite", "buffers", "device"))
+        check_settings(found["settings"], given, s.out)
+        state, seconds = load_state(s.out / "state.pth"), found["seconds"]
+        theta.load_state_dict(state["theta"])
+        rows = MetricsTable(s.out / "metrics.csv").rows[: state["buffer"]]
     else:
         try:
             theta = MappingNet(target.in_shape, own.width, x_lr / own.z_lr, target.bounds)
@@ -210,7 +206,7 @@ def train(s: Settings, own: Train) -> int:
     log.info("inverting %s, theta has %s parameters, on %s", target.name, f"{count:,}", device)
 
     updates = own.updates or math.ceil((own.steps + 1) * own.samples / s.batch_size)
-    table = MetricsTable(s.out / "metrics.csv")
+    table = MetricsTable(s.out / "metrics.csv", rows=rows)
     first, started = state.get("buffer", 0), time.perf_counter() - seconds
     with tqdm(
         total=(own.buffers - first) * (own.steps + updates), unit="step", dynamic_ncols=True, disable=None
@@ -225,8 +221,7 @@ def train(s: Settings, own: Train) -> int:
             notes["peak_memory_mb"] = peak_memory(device)
             write_json(file.with_suffix(".json"), notes)
             write_weights(file, theta.state_dict())
-            with atomic_write(s.out / "state.pth") as temporary:
-                torch.save(state, temporary)
+            save_state(s.out / "state.pth", {**state, "theta": theta.state_dict()})
     plot_curves(table.path, s.out / "curves.png")
     log.info("best loss of a trajectory: %s in the first buffer, %s in the last; %.1f minutes, at most %.0f MB; %s",
              table.rows[0]["end_loss"], table.rows[-1]["end_loss"], (time.perf_counter() - started) / 60,
@@ -462,7 +457,6 @@ def find_judge(path: Path | None, target: Target, device: torch.device, log) -> 
 def evaluate(s: Settings, own: Eval) -> int:
     """Measure every way of inverting the network, and write tables, curves and pictures."""
     device = resolve_device(s.device)
-    check_folder(s.out, s.overwrite)
     targets = load_targets(own.network, s, device)
     target = targets[-1]
     theta, notes = load_theta(own.theta, target) if own.theta is not None else (None, {})
@@ -604,7 +598,6 @@ def find(s: Settings, own: Find) -> int:
     if own.morph is not None:
         return morph(s, own)
     device = resolve_device(s.device)
-    check_folder(s.out, s.overwrite or own.resume)
     if list(s.spaces) != sorted(set(s.spaces), key=SPACES.index):
         raise InputError(f"--spaces {' '.join(s.spaces)}: a search can only go on from z to w to w+")
     targets = load_targets(own.network, s, device)
@@ -613,13 +606,13 @@ def find(s: Settings, own: Find) -> int:
         raise InputError(f"--network {own.network}: gives no image; use eval")
     names, images = read_images(s.data, target.img_size, s.images)
     loss = make_loss(target, s, device)
-    settings = settings_of(s, own)
-    if own.resume and (s.out / "settings.json").is_file():
-        free = ("out", "resume", "overwrite", "device", "images", "save_steps")
-        check_same(s.out / "settings.json", read_json(s.out / "settings.json"), settings, free)
+    settings, file = settings_of(s, own), s.out / "settings.json"
+    if own.resume and file.is_file():
+        without = ("out", "resume", "overwrite", "device", "images", "save_steps")
+        check_settings(read_json(file), settings_of(s, own, without=without), s.out)
     else:
         clear(s.out, FIND_FILES)
-    write_json(s.out / "settings.json", settings)
+    write_json(file, settings)
     log = get_logger("invert", s.out)
     table = MetricsTable(s.out / "results.csv")
     done = {row["image"] for row in table.rows}
@@ -680,7 +673,6 @@ def morph(s: Settings, own: Find) -> int:
     if len(own.morph) != 2:
         raise InputError(f"--morph: takes two latents, got {len(own.morph)}")
     device = resolve_device(s.device)
-    check_folder(s.out, s.overwrite)
     target = load_targets("stylegan", dataclasses.replace(s, spaces=("w+",)), device)[0]
     ends = []
     for path in own.morph:
@@ -714,7 +706,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"{command or 'no command'}: expected {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
     run, kind = COMMANDS[command]
     s, own, _ = parse(f"invert.py {command}\n\n{__doc__}", Settings, kind, argv=argv[1:])
-    return run(s, own)
+    check_folder(s.out, s.overwrite or getattr(own, "resume", False))
+    with locked(s.out):
+        return run(s, own)
 
 
 if __name__ == "__main__":
