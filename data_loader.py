@@ -635,16 +635,16 @@ Key = tuple[int, bool]  # (item, whether it is mirrored): each stands for one pi
 class EpochBatches(Sampler[list[Key]]):
     """Batches of keys, drawn in the main process from a generator seeded by (seed, epoch).
 
-    So order and flips are the same for any number of workers, and epoch k is the same after a resume: see `set_epoch`.
-    ``share`` is (rank, size) of one of several processes: each gets its part of every batch.
+    So order and flips are the same for any number of workers, and epoch k is the same after a resume: set ``epoch``
+    (from 0; it counts on by itself at every pass) before iterating, or see `batches_from`. ``share`` is (rank, size) of
+    one of several processes: each gets its part of every batch.
     """
 
     def __init__(
         self, n: int, batch_size: int, shuffle: bool, flip: bool, drop_last: bool, seed: int, share=(0, 1)
     ) -> None:
         self.n, self.batch_size, self.shuffle, self.flip, self.drop_last = n, batch_size, shuffle, flip, drop_last
-        self.seed, self.share = seed, share
-        self.set_epoch(0)
+        self.seed, self.epoch, self.share = seed, 0, share
 
     def __len__(self) -> int:
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
@@ -653,10 +653,6 @@ class EpochBatches(Sampler[list[Key]]):
     def all_keys(self) -> list[Key]:
         """Every key that a pass may hand out."""
         return [(index, mirrored) for mirrored in (False, True)[: 1 + self.flip] for index in range(self.n)]
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The next pass is that of ``epoch`` (from 0) without its first ``start`` batches, the one after it follows."""
-        self.epoch, self.start = epoch, start
 
     def batches(self, epoch: int) -> list[list[Key]]:
         """The keys of every batch of an epoch."""
@@ -671,9 +667,8 @@ class EpochBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         # A generator function: a pass counts from its first batch on. (A loader with persistent workers asks for its
         # first iterator twice and drops one.)
-        epoch, start = self.epoch, self.start
-        self.set_epoch(epoch + 1)
-        yield from self.batches(epoch)[start:]
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        yield from self.batches(epoch)
 
 
 RawBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S) uint8, their targets, which to mirror (B,) bool
@@ -713,24 +708,6 @@ class FaceLoader(DataLoader):
             # (B, 3, S, S) in [-1, 1]; (B, 40) in {0, 1}, or (B, M, M)
             yield to_float(images), targets.long() if masks else targets
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """See `EpochBatches.set_epoch`."""
-        self.batch_sampler.set_epoch(epoch, start)
-
-    def of(self, batches: Sequence[Sequence[Key]], workers: int | None = None) -> "FaceLoader":
-        """A loader of these batches alone, otherwise like this one."""
-        loader = FaceLoader(
-            self.dataset,
-            batch_sampler=batches,
-            num_workers=self.num_workers if workers is None else workers,
-            collate_fn=self.collate_fn,
-            pin_memory=self.pin_memory,
-            worker_init_fn=self.worker_init_fn,
-            generator=torch.Generator(),  # or it draws the workers' seed from the global one
-        )
-        loader.device = self.device
-        return loader
-
 
 def make_loader(
     source: CelebAMaskHQ,
@@ -745,7 +722,7 @@ def make_loader(
 ) -> FaceLoader:
     """A loader of images (B, 3, S, S) in [-1, 1] and labels (B, 40) in {0, 1}, or masks (B, M, M), on ``device``.
 
-    Its ``batch_sampler`` is an `EpochBatches`; `FaceLoader.set_epoch` resumes in an epoch.
+    Its ``batch_sampler`` is an `EpochBatches`; `batches_from` goes on in the middle of an epoch.
     """
     if batch_size < 1 or workers < 0:
         raise InputError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {workers}")
@@ -825,14 +802,12 @@ def attribute_indices(names: Iterable[str]) -> list[int]:
 def epoch_keys(loader: DataLoader, epoch: int) -> list | None:
     """What the loader's batch sampler hands out in an epoch, from 0: the keys of every batch, no image loaded.
 
-    None where the sampler has no ``epoch`` and shuffles, so that it cannot be told.
+    None if it shuffles and is no `EpochBatches`, so that it cannot be told.
     """
     sampler = loader.batch_sampler
-    if hasattr(sampler, "epoch"):
-        sampler.epoch = epoch
-    elif not isinstance(getattr(sampler, "sampler", None), SequentialSampler):
-        return None
-    return list(sampler)
+    if isinstance(sampler, EpochBatches):
+        return sampler.batches(epoch)
+    return list(sampler) if isinstance(getattr(sampler, "sampler", None), SequentialSampler) else None
 
 
 def with_batches(loader: DataLoader, batches: Sequence, workers: int = 0) -> DataLoader:
@@ -861,9 +836,9 @@ def batches_from(loader: DataLoader, step: int) -> Iterator[tuple[list | None, t
     while True:
         keys = epoch_keys(loader, epoch)
         if done and keys is None:
-            raise ValueError("the order of an epoch must be known to resume in it: use a batch sampler with an `epoch`")
-        if hasattr(loader.batch_sampler, "epoch"):
-            loader.batch_sampler.epoch = epoch  # to ask for the keys counted as a pass
+            raise ValueError("the order of an epoch must be known to resume in it: use `EpochBatches`")
+        if isinstance(loader.batch_sampler, EpochBatches):
+            loader.batch_sampler.epoch = epoch
         batches = with_batches(loader, keys[done:], loader.num_workers) if done else loader
         names = repeat(None) if keys is None else keys[done:]
         yield from ((name, batch) for batch, name in zip(batches, names))  # noqa: B905  (repeat has no end)
