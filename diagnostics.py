@@ -383,12 +383,12 @@ class _Columns:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from checkpoints import load_spnn
     from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
+    from models import SPNN
 
     device = resolve_device(args.device)
-    model, notes = load_spnn(args.checkpoint)
-    attributes = notes.get("attributes") or (list(ATTRIBUTES) if model.num_classes == len(ATTRIBUTES) else None)
+    model = SPNN.from_pretrained(args.checkpoint)
+    attributes = model.notes.get("attributes") or (list(ATTRIBUTES) if model.num_classes == len(ATTRIBUTES) else None)
     if attributes is None or len(attributes) != model.num_classes:
         raise InputError(
             f"weights {args.checkpoint}: {model.num_classes} logits, but "

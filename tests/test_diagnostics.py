@@ -10,7 +10,7 @@ from helpers import ForgetsShift, random, randomise, seeded, tiny
 
 import diagnostics
 from blocks import ConvPINNBlock
-from checkpoints import load_spnn, save_spnn
+from checkpoints import save_spnn
 from data_loader import attribute_indices
 from diagnostics import IDENTITIES, accuracy, diagnose, first_nonfinite, format_table, penrose
 from models import SPNN
@@ -212,7 +212,7 @@ def test_command(checkpoint, tmp_path, capsys):
     assert report["attributes"] == ["Smiling", "Male", "Eyeglasses"] and report["settings"]["split"] == "test"
     labels = Faces("", "test", 4)
     with torch.no_grad():
-        logits = load_spnn(checkpoint)[0](labels.images / 127.5 - 1)
+        logits = SPNN.from_pretrained(checkpoint)(labels.images / 127.5 - 1)
     truth = labels.labels[:, attribute_indices(report["attributes"])]
     hits = (logits > 0) == (truth > 0.5)
     assert report["accuracy"]["by_attribute"] == pytest.approx(hits.double().mean(0).tolist())

@@ -436,7 +436,7 @@ def load_prior(
     Raises:
         InputError: nothing there, a damaged or foreign file, or a prior for another image size.
     """
-    (source,) = locate(source)
+    (source,) = locate(source, **hub)
     try:
         if Path(source).is_file():
             state = read_weights(source)
