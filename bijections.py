@@ -10,7 +10,7 @@ z latent. Layers act on dimension 1 and take vectors (B, C) and maps (B, C, *) a
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -110,6 +110,16 @@ class Bijection(Surjection):
     def inverted(self) -> Surjection:
         """The same map with its directions swapped, and the same parameters."""
         return Inverted(self)
+
+
+class VolumePreserving(Bijection):
+    """A bijection whose log-determinant is 0. A subclass gives ``g(x)`` and ``pinv``."""
+
+    def g(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        return self.g(x), None, no_volume(x)
 
 
 class Inverted(Bijection):
@@ -296,9 +306,10 @@ def within_one(v: Tensor) -> Tensor:
 
 
 class Activation(Bijection):
-    """A monotone function f of each entry. A subclass gives f, its inverse, and log f'; and ``codomain``, closed.
+    """A monotone function f of each entry. A subclass gives f and its inverse; and ``codomain``, closed.
 
-    Where rounding takes f(x) to an end of its range, the inverse gives the largest x it can tell from the end.
+    It may give log f' too, which by default comes of automatic differentiation. Where rounding takes f(x) to an end of
+    its range, the inverse gives the largest x it can tell from the end.
     """
 
     def f(self, x: Tensor) -> Tensor:
@@ -308,8 +319,8 @@ class Activation(Bijection):
         raise NotImplementedError
 
     def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
-        """log f'(x), with y = f(x) at hand."""
-        raise NotImplementedError
+        """log |f'(x)|, with y = f(x) at hand."""
+        return torch.func.vjp(self.f, x)[1](torch.ones_like(x))[0].abs().log()
 
     def forward_log_det(self, x: Tensor) -> Completed:
         x = at_least_float32(x)
@@ -498,7 +509,7 @@ class OverChannels(Bijection):
         return tuple(shape)
 
 
-class Orthogonal(OverChannels):
+class Orthogonal(VolumePreserving, OverChannels):
     """``y = W x``, W the product of Householder reflections, or Cayley's (`models.HouseholderMixing`, `CayleyMixing`).
 
     Args:
@@ -514,8 +525,8 @@ class Orthogonal(OverChannels):
             raise ValueError(f"{self.name}: reflections must be positive, got {reflections}")
         self.mix = MIXINGS[mix_type](channels, **({"reflections": reflections} if mix_type == "householder" else {}))
 
-    def forward_log_det(self, x: Tensor) -> Completed:
-        return self.mix(x), None, no_volume(x)
+    def g(self, x: Tensor) -> Tensor:
+        return self.mix(x)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         return self.mix.inverse(y)
@@ -587,7 +598,7 @@ class Whitening(OverChannels):
 
     With the covariance ``E diag(v) E^T``: ZCA ``M = E diag(v^-1/2) E^T``, the whitening nearest to the identity; PCA
     ``M = diag(v^-1/2) E^T`` (Kessy, Lewin and Strimmer, arXiv 1512.00809). ``inverted()`` turns white
-    noise into noise like the data.
+    noise into noise like the data; `density.as_transform` makes it one of `torch.distributions`.
     """
 
     def __init__(self, channels: int, kind: str = "zca"):
@@ -599,12 +610,24 @@ class Whitening(OverChannels):
         self.register_buffer("whiten", torch.eye(channels))
 
     @torch.no_grad()
-    def fit(self, x: Tensor) -> "Whitening":
-        """Fit to observed x, (B, C, *), of all processes; positions are samples. ValueError if they span too little."""
+    def fit(self, x: Tensor, momentum: float = 1.0) -> "Whitening":
+        """Fit to observed x, (B, C, *), of all processes, every position a sample; returns the layer.
+
+        With a ``momentum`` below 1 it adapts: to a mixture of the data it was fitted to, and that share of x. Raises
+        ValueError where the data span fewer than C dimensions.
+        """
         self.output_shape(x.shape[1:])
+        if not 0 < momentum <= 1:
+            raise ValueError(f"{self.name}: momentum must be above 0 and at most 1, got {momentum}")
         mean, _, n = moments(x.double(), self.name)
         samples = (x.double().movedim(1, 0).flatten(1) - mean[:, None]) / math.sqrt(n - 1)  # (C, B*...)
-        values, vectors = torch.linalg.eigh(total(samples @ samples.T))  # of the covariance
+        covariance = total(samples @ samples.T)
+        if momentum < 1:
+            before, shift = torch.linalg.inv(self.whiten.double()), mean[:, None] - self.mean
+            covariance = torch.lerp(before @ before.T, covariance, momentum)
+            covariance += momentum * (1 - momentum) * shift @ shift.T
+            mean = mean - (1 - momentum) * shift[:, 0]
+        values, vectors = torch.linalg.eigh(covariance)
         if not values[0] > values[-1] * 1e-10:
             raise ValueError(
                 f"{self.name}: {n} samples span fewer than {self.channels} dimensions "
@@ -630,27 +653,28 @@ class Whitening(OverChannels):
 # --- Rearrangements --------------------------------------------------------------------------------------------------
 
 
-class Shuffle(OverChannels):
+class Shuffle(VolumePreserving, OverChannels):
     """A fixed permutation of the channels: ``order``, or a random one by ``seed``. ``y[:, i] = x[:, order[i]]``."""
 
-    def __init__(self, channels: int, order: Sequence[int] | None = None, seed: int = 0):
+    def __init__(self, channels: int, order: Iterable[int] | None = None, seed: int = 0):
         super().__init__(channels)
         if order is None:
             order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
+        order = list(order)
         if sorted(order) != list(range(channels)):
-            raise ValueError(f"{self.name}: order must hold each of 0...{channels - 1} once, got {list(order)}")
-        self.register_buffer("order", torch.tensor(list(order)))
+            raise ValueError(f"{self.name}: order must hold each of 0...{channels - 1} once, got {order}")
+        self.register_buffer("order", torch.tensor(order))
 
-    def forward_log_det(self, x: Tensor) -> Completed:
+    def g(self, x: Tensor) -> Tensor:
         self.output_shape(x.shape[1:])
-        return x[:, self.order], None, no_volume(x)
+        return x[:, self.order]
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         self.output_shape(y.shape[1:])
         return y[:, torch.argsort(self.order)]
 
 
-class View(Bijection):
+class View(VolumePreserving):
     """An image of shape ``before`` read as one of shape ``after``, such as (4, 1, 1) as (4,)."""
 
     def __init__(self, before: Sequence[int], after: Sequence[int]):
@@ -673,14 +697,14 @@ class View(Bijection):
             raise ValueError(f"{self.name}: expected {self.after}, got {tuple(shape)}")
         return self.before
 
-    def forward_log_det(self, x: Tensor) -> Completed:
-        return x.reshape(len(x), *self.output_shape(x.shape[1:])), None, no_volume(x)
+    def g(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), *self.output_shape(x.shape[1:]))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         return y.reshape(len(y), *self.input_shape(y.shape[1:]))
 
 
-class PixelUnshuffle(Bijection):
+class PixelUnshuffle(VolumePreserving):
     """Positions into channels, r along each of ``dims`` dimensions: (B, C, *) -> (B, C r^dims, */r).
 
     In two dimensions it is `models.PixelUnshuffleBlock` (and torch's), channels in the order (C, row, column).
@@ -707,13 +731,12 @@ class PixelUnshuffle(Bijection):
             raise ValueError(f"{self.name}: {c} channels and size {tuple(size)} do not come apart by r")
         return c // self.r**self.dims, *(n * self.r for n in size)
 
-    def forward_log_det(self, x: Tensor) -> Completed:
+    def g(self, x: Tensor) -> Tensor:
         _, c, *size = x.shape
         out = self.output_shape((c, *size))
         x = x.view(len(x), c, *(part for n in size for part in (n // self.r, self.r)))  # (B, C, H/r, r, W/r, r)
         coarse, fine = range(2, 2 + 2 * self.dims, 2), range(3, 3 + 2 * self.dims, 2)
-        y = x.permute(0, 1, *fine, *coarse).reshape(len(x), *out)
-        return y, None, no_volume(y)
+        return x.permute(0, 1, *fine, *coarse).reshape(len(x), *out)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         c, *size = self.input_shape(y.shape[1:])
@@ -793,7 +816,7 @@ class Coupling(Split):
         kind: "affine" or "additive".
         kept: how many channels stay, by default half; the first ones, or with ``flip`` the last ones.
         mask: in place of a split, 1 where an entry stays and 0 where it moves, of a shape that broadcasts to x's; or
-            "checkerboard", for dims of 1 or more (``flip`` swaps its colours).
+            "checkerboard" of a map's positions, or of a vector's entries (``flip`` swaps its colours).
         flip: the other part moves.
         hidden: width of the networks that are made where none are given (see `coupling_net`).
         dims: dimensions of a map, 0 for vectors, up to 3; for the networks that are made.
@@ -821,8 +844,8 @@ class Coupling(Split):
             )
         self.kind, self.scale_bound = kind, scale_bound
         self.checkerboard = isinstance(mask, str)
-        if self.checkerboard and (mask != "checkerboard" or dims == 0):
-            raise ValueError(f"{self.name}: mask must be 'checkerboard', with dims above 0, or given; got {mask!r}")
+        if self.checkerboard and mask != "checkerboard":
+            raise ValueError(f"{self.name}: mask must be 'checkerboard' or given, got {mask!r}")
         masked = mask is not None
         mask = None if mask is None or self.checkerboard else torch.as_tensor(mask, dtype=torch.get_default_dtype())
         if mask is not None and not mask.is_meta and not ((mask == 0) | (mask == 1)).all():
@@ -846,7 +869,8 @@ class Coupling(Split):
     def _mask(self, x: Tensor) -> Tensor | None:
         """1 where x stays, for x of (B, C, *); None where channels are split."""
         if self.checkerboard:
-            indices = torch.meshgrid(*[torch.arange(n, device=x.device) for n in x.shape[2:]], indexing="ij")
+            size = x.shape[2:] or x.shape[1:]
+            indices = torch.meshgrid(*[torch.arange(n, device=x.device) for n in size], indexing="ij")
             mask = sum(indices) % 2
         elif self.mask is None:
             return None
@@ -1446,17 +1470,18 @@ class Concat(OverChannels):
 class ConcatNoise(Concat):
     """`Concat` with e drawn anew, entry by entry, from ``noise``.
 
-    ``noise`` is "normal", "uniform" (on [0, 1]), "laplace", or a `Distribution` of single numbers. The log-determinant
-    it gives is -log q(e): in a `Density` the expectation over e of log p(x) is then a lower bound of the true one
-    (Huang, Dinh and Courville, "Augmented normalizing flows", arXiv 2002.07101).
+    ``noise`` is "normal", "uniform" (on [0, 1]), "laplace", or a `Distribution` of single numbers, or of vectors of
+    ``extra`` numbers, one for each position: correlated noise (see `Whitening`). The log-determinant it gives is
+    -log q(e): in a `Density` the expectation over e of log p(x) is then a lower bound of the true one (Huang, Dinh and
+    Courville, "Augmented normalizing flows", arXiv 2002.07101). Most natural for e is the noise's mean, 0 without one.
     """
 
     def __init__(self, channels: int, extra: int, noise: str | Distribution = "normal"):
         if isinstance(noise, str) and noise not in NOISES:
             raise ValueError(f"ConcatNoise: noise must be one of {sorted(NOISES)} or a distribution, got {noise!r}")
         noise = NOISES[noise] if isinstance(noise, str) else noise
-        if noise.batch_shape or noise.event_shape:
-            raise ValueError(f"ConcatNoise: noise must be a distribution of single numbers, got {noise}")
+        if noise.batch_shape or noise.event_shape not in ((), (extra,)):
+            raise ValueError(f"ConcatNoise: noise must be a distribution of single numbers or of {extra}, got {noise}")
         self._noise = noise
         super().__init__(channels, extra)
 
@@ -1464,13 +1489,18 @@ class ConcatNoise(Concat):
         self.noise = self._noise
 
     def natural_extra(self, x: Tensor) -> Tensor:
-        return at_least_float32(x).new_zeros(len(x), self.extra, *x.shape[2:]) + self.noise.mean.to(x.device)
+        try:
+            mean = self.noise.mean.to(at_least_float32(x[:0])).nan_to_num(0.0).view(-1, *[1] * (x.dim() - 2))
+        except NotImplementedError:  # a transformed distribution's
+            mean = at_least_float32(x[:0]).new_zeros([1] * (x.dim() - 1))
+        return mean.expand(len(x), self.extra, *x.shape[2:])
 
     def draw(self, x: Tensor) -> Tensor:
-        return self.noise.sample((len(x), self.extra, *x.shape[2:])).to(x)
+        shape = (len(x), *x.shape[2:], *[self.extra][len(self.noise.event_shape) :])
+        return self.noise.sample(shape).movedim(-1, 1).to(x)
 
     def log_density(self, e: Tensor) -> Tensor:
-        return per_image(self.noise.log_prob(e))
+        return per_image(self.noise.log_prob(e.movedim(1, -1)))
 
 
 class Extract(Surjection):
