@@ -571,11 +571,12 @@ class Loop:
     def _add_row(self) -> float:
         """Measure, write a row, keep what is best; returns the mean loss."""
         world, started = self.run.world, time.perf_counter()
+        unit = 1 if self.axis == "step" else self.row_every
+        place = f"{self.name} {self.axis} {self.done // unit}/{self.steps // unit}".strip()
         means = {name: (value / self.counted).item() for name, value in world.mean(self.sums).items()}
         means = {"loss" if name == "total" else name: value for name, value in means.items()}
         if not all(map(math.isfinite, means.values())):
-            self._fail(f"{self._place()}, or one of the {self.counted} steps before", "the losses")
-        unit = 1 if self.axis == "step" else self.row_every
+            self._fail(place, f"the losses of the last {self.counted} steps")
         if self.measure is not None:
             try:
                 measured = self.measure()
@@ -583,7 +584,9 @@ class Loop:
                 self.save(goes_on=False)
                 raise
             except FloatingPointError as error:
-                self._fail(f"{self.name} {self.done // unit}/{self.steps // unit}, validation", error)
+                self._fail(f"{place}, validation", error)
+            if not math.isfinite(measured["loss"]):
+                self._fail(f"{place}, validation", "the loss")
             means = {f"train_{name}": value for name, value in means.items()}
             means |= {f"val_{name}": value for name, value in measured.items()}
             self.seconds += time.perf_counter() - started
@@ -596,9 +599,7 @@ class Loop:
             self.table.append({self.axis: self.done // unit, **means, "lr": rate, "seconds": self.seconds})
             self._write_events({**means, "lr": rate}, self.done)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self.log.info(
-            "%s %d of %d: %s", f"{self.name} {self.axis}".strip(), self.done // unit, self.steps // unit, figures
-        )
+        self.log.info("%s: %s", place, figures)
         self.sums, self.counted = {}, 0
         if self.measure is not None:
             self.save()

@@ -368,7 +368,7 @@ def test_a_validation_that_breaks_names_its_images(tmp_path):
     x, labels = data(6, seed=1).tensors
     x[5, 0, 0, 0] = float("nan")
     run.val = DataLoader(TensorDataset(x, labels), batch_size=4)
-    with pytest.raises(TrainingFailed, match="forward 1/2, validation: .* the images, images 4 to 5"):
+    with pytest.raises(TrainingFailed, match="forward epoch 1/2, validation: .* the images, images 4 to 5"):
         run.train_forward()
 
 
