@@ -6,20 +6,22 @@ A library and a command. The identities hold for every weight, by algebra: what 
 grows with depth, and float64 beside float32 tells rounding from a mistake.
 """
 
-import argparse
 import copy
-import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from blocks import PixelUnshuffleBlock, solved_once
+from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
 from performance import PRECISIONS, networks_in
-from utils import LARGEST_BATCH, LARGEST_SEED, InputError, atomic_write, number, resolve_device, run_command
+from utils import InputError, option, parse, resolve_device, run_command, write_json
 
 IDENTITIES = {
     "right_inverse": "g g' (y) = y",
@@ -352,61 +354,48 @@ def format_table(report: dict) -> str:
 # --- Command ---------------------------------------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description="Penrose identities, naturalness and accuracy of an SPNN checkpoint on a labelled data set."
-    )
-    p.add_argument("--checkpoint", required=True, metavar="FILE", help="SPNN weights, .pth or .safetensors")
-    p.add_argument("--dataset_path", required=True, metavar="DIR", help="a folder in CelebAMask-HQ's layout")
-    p.add_argument("--split", choices=["train", "val", "test", "all"], default="test")
-    p.add_argument("--batch_size", type=number(int, 1, LARGEST_BATCH), default=32)
-    p.add_argument("--samples", type=number(int, 1), default=64, help="images for the identities (default: 64)")
-    p.add_argument("--precision", choices=ARITHMETICS, nargs="+", default=["float32", "float64"], metavar="NAME",
-                   help=f"of the identities' arithmetic, any of {', '.join(ARITHMETICS)}; tf32 and bf16 inside the "
-                   "networks only (default: float32 float64)")  # fmt: skip
-    p.add_argument("--json", metavar="FILE", help="write the report there too")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    p.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0, help="of the random targets (default: 0)")
-    return p
+@dataclass(frozen=True)
+class Options:
+    """Penrose identities, naturalness and accuracy of an SPNN on labelled images."""
+
+    checkpoint: Path = option(..., "SPNN weights, .pth or .safetensors")
+    dataset_path: Path = option(..., "a folder in CelebAMask-HQ's layout")
+    split: Literal["train", "val", "test", "all"] = option("test", "of the data set")
+    batch_size: int = option(32, "images at a time", 1, 100_000)
+    samples: int = option(64, "images for the identities", 1)
+    precision: tuple[str, ...] = option(
+        ("float32", "float64"), "of the identities' arithmetic; tf32 and bf16 inside the networks only",
+        choices=ARITHMETICS,
+    )  # fmt: skip
+    json: Path | None = option(None, "write the report there too")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    seed: int = option(0, "of the random targets", 0, 2**63 - 1)
 
 
-class _Columns:
-    """A loader whose labels are some columns of another's."""
-
-    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], columns: list[int]) -> None:
-        self.loader, self.columns = loader, columns
-
-    def __iter__(self):
-        for images, labels in self.loader:
-            yield images, labels[:, self.columns]
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
-    from models import SPNN
-
-    device = resolve_device(args.device)
-    model = SPNN.from_pretrained(args.checkpoint)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see ``--help``."""
+    options, _ = parse(__doc__, Options, argv=argv)
+    device = resolve_device(options.device)
+    model = SPNN.from_pretrained(options.checkpoint)
     attributes = model.notes.get("attributes") or (list(ATTRIBUTES) if model.num_classes == len(ATTRIBUTES) else None)
     if attributes is None or len(attributes) != model.num_classes:
         raise InputError(
-            f"weights {args.checkpoint}: {model.num_classes} logits, but "
+            f"weights {options.checkpoint}: {model.num_classes} logits, but "
             f"{'no' if attributes is None else len(attributes)} attribute names beside it: their labels are unknown"
         )
     columns = attribute_indices(attributes)
     if model.config["img_ch"] != 3:
-        raise InputError(f"weights {args.checkpoint}: takes {model.config['img_ch']} channels, photographs have 3")
-    data = CelebAMaskHQ(args.dataset_path, args.split, model.img_size)
-    loader = _Columns(make_loader(data, args.batch_size), columns)
+        raise InputError(f"weights {options.checkpoint}: takes {model.config['img_ch']} channels, photographs have 3")
+    data = CelebAMaskHQ(options.dataset_path, options.split, model.img_size)
+    loader = ((images, labels[:, columns]) for images, labels in make_loader(data, options.batch_size))
     report = diagnose(
-        model.to(device), loader, device, args.samples, args.seed, attributes, args.batch_size, args.precision
-    )
+        model.to(device), loader, device, options.samples, options.seed, attributes, options.batch_size,
+        options.precision,
+    )  # fmt: skip
     print(format_table(report))
-    if args.json is not None:
-        settings = {key: getattr(args, key) for key in ("checkpoint", "dataset_path", "split", "samples", "seed")}
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps({"settings": settings, **report}, indent=1) + "\n", encoding="utf-8")
+    if options.json is not None:
+        settings = {key: getattr(options, key) for key in ("checkpoint", "dataset_path", "split", "samples", "seed")}
+        write_json(options.json, {"settings": settings, **report})
     return 0
 
 

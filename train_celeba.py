@@ -21,7 +21,7 @@ from checkpoints import save_spnn
 from data_loader import ATTRIBUTES, FaceLoader, Loaders, download_dataset, grid, make_loaders, save_image
 from diagnostics import diagnose, format_table
 from logger import get_logger
-from loop import DONE, STATE_NAME, Run, check_settings, open_run, outlive_stop_signals, to_json_values
+from loop import DONE, STATE_NAME, Run, check_settings, open_run, outlive_stop_signals
 from models import SPNN
 from performance import (
     PRECISIONS,
@@ -202,7 +202,7 @@ def begin_folder(run: Run, forward: bool, settings: dict) -> logging.Logger:
                 stale += [FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json", *reports]
             for name in stale:
                 (run.folder / name).unlink(missing_ok=True)
-        write_json(run.folder / "settings.json", to_json_values(settings))
+        write_json(run.folder / "settings.json", settings)
     return log
 
 

@@ -423,9 +423,9 @@ def parse(description: str, *types: type, argv: Sequence[str] | None = None, ext
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """Write JSON atomically. Raises InputError as `atomic_write`."""
+    """Write JSON atomically; paths and the like as text. Raises InputError as `atomic_write`."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def file_name(text: str) -> str:

@@ -196,7 +196,7 @@ class Faces(torch.utils.data.Dataset):
 
 @pytest.fixture
 def checkpoint(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_loader.CelebAMaskHQ", Faces)
+    monkeypatch.setattr("diagnostics.CelebAMaskHQ", Faces)
     path = tmp_path / "run" / "best_model.pth"
     save_spnn(path, model, {"attributes": ["Smiling", "Male", "Eyeglasses"]})
     return path
