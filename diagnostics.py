@@ -8,13 +8,14 @@ grows with depth, and float64 beside float32 tells rounding from a mistake.
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blocks import PixelUnshuffleBlock, solved_once
 from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
@@ -109,54 +110,61 @@ def penrose(
         raise ValueError("penrose: no images to measure")
     dtype, inside = (torch.float64, "float32") if precision == "float64" else (torch.float32, precision)
     first = next(model.parameters(), images)
-    # MPS has no float64
-    device = torch.device("cpu") if dtype == torch.float64 and first.device.type == "mps" else first.device
+    device = torch.device("cpu") if first.device.type == "mps" and dtype == torch.float64 else first.device  # has none
     if (first.dtype, first.device) != (dtype, device):
         model = copy.deepcopy(model).to(device=device, dtype=dtype)
-    was_training = model.training
-    model.eval()
-
-    errors = {name: _Error() for name in IDENTITIES}
-    norms = distances = lost = total = 0.0
-    try:
-        with solved_once(), networks_in(inside, device):
-            _, z_zero = model(torch.zeros_like(images[:1], dtype=dtype, device=device), return_latents=True)
-            z_zero = concatenated(z_zero)  # (1, Z)
-            logits = []
-            for batch in images.split(batch_size):
-                x = batch.to(device=device, dtype=dtype)
-                y, z = model(x, return_latents=True)
-                logits.append(y)
-                natural = model.pinv(y)  # P x = g'(g(x))
-                errors["reflexive_g"].add(model(natural), y)
-                errors["completion"].add(model.pinv(y, z), x)
-                norms += natural.cpu().double().square().sum().item()
-                z_natural = concatenated(model.natural(y).z)
-                distances += (z_natural - z_zero).cpu().double().square().mean(1).sum().item()
-                lost += (natural - x).cpu().double().square().sum().item()
-                total += x.cpu().double().square().sum().item()
-            if targets is None:
-                y = torch.cat(logits)
-                generator = torch.Generator().manual_seed(seed)
-                spread = 3 * y.cpu().double().square().mean().sqrt().item() or 1.0  # fresh networks may give g = 0
-                targets = spread * torch.randn(y.shape, generator=generator, dtype=torch.float64)
-            for y in targets.split(batch_size):
-                y = y.to(device=device, dtype=dtype)
-                x = model.pinv(y)
-                y_again, z = model(x, return_latents=True)
-                errors["right_inverse"].add(y_again, y)
-                errors["reflexive_pinv"].add(model.pinv(y_again), x)
-                with_latents = torch.cat([y_again, concatenated(z)], dim=1)  # (B, D)
-                errors["natural_latents"].add(with_latents, torch.cat([y, concatenated(model.natural(y).z)], dim=1))
-    finally:
-        model.train(was_training)
+    errors = {name: _Error() for name in (*IDENTITIES, "norm", "distance", "lost")}
+    with evaluating(model), solved_once(), networks_in(inside, device):
+        logits = [_measure_image(model, x.to(device, dtype), errors) for x in images.split(batch_size)]
+        if targets is None:
+            y = torch.cat(logits)
+            generator = torch.Generator().manual_seed(seed)
+            spread = 3 * y.cpu().double().square().mean().sqrt().item() or 1.0  # fresh networks may give g = 0
+            targets = spread * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        for y in targets.split(batch_size):
+            _measure_target(model, y.to(device, dtype), errors)
     return {
-        **{name: error.figures() for name, error in errors.items()},
-        "naturalness_norm": norms / len(images),
-        "natural_distance": distances / len(images),
-        "lost": math.sqrt(lost / total) if total else math.nan,
+        **{name: errors[name].figures() for name in IDENTITIES},
+        "naturalness_norm": errors["norm"].squares / len(images),
+        "natural_distance": errors["distance"].figures()["absolute_rms"] ** 2,
+        "lost": errors["lost"].figures()["relative_rms"],
         "images": len(images),
     }
+
+
+def _measure_image(model: SPNN, x: Tensor, errors: dict[str, _Error]) -> Tensor:
+    """Add what can be measured on images x, (B, C, H, W); returns g(x), (B, d)."""
+    _, z_zero = model(torch.zeros_like(x[:1]), return_latents=True)
+    y, z = model(x, return_latents=True)
+    natural = model.pinv(y)  # g'(g(x))
+    errors["reflexive_g"].add(model(natural), y)
+    errors["completion"].add(model.pinv(y, z), x)
+    errors["norm"].add(natural, torch.zeros_like(natural))
+    errors["distance"].add(concatenated(model.natural(y).z), concatenated(z_zero))
+    errors["lost"].add(natural, x)
+    return y
+
+
+def _measure_target(model: SPNN, y: Tensor, errors: dict[str, _Error]) -> None:
+    """Add what can be measured at logits y, (B, d)."""
+    x = model.pinv(y)
+    y_again, z = model(x, return_latents=True)
+    errors["right_inverse"].add(y_again, y)
+    errors["reflexive_pinv"].add(model.pinv(y_again), x)
+    natural = torch.cat([y, concatenated(model.natural(y).z)], dim=1)  # (B, D)
+    errors["natural_latents"].add(torch.cat([y_again, concatenated(z)], dim=1), natural)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode inside the block, in its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 # --- Accuracy --------------------------------------------------------------------------------------------------------
@@ -174,15 +182,11 @@ def accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: torch
     Raises:
         ValueError: no images, or another number of labels than logits.
     """
-    was_training = model.training
-    model.eval()
     logits, labels = [], []
-    try:
+    with evaluating(model):
         for images, truth in loader:
             logits.append(model(images.to(device)).float().cpu())
             labels.append(truth.cpu())
-    finally:
-        model.train(was_training)
     if not logits:
         raise ValueError("accuracy: no images to measure")
     logits, labels = torch.cat(logits), torch.cat(labels)
@@ -227,7 +231,7 @@ def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str
     if bad(x):
         return "the images"
     blocks = list(enumerate(model.pinn.blocks))
-    with solved_once():
+    with evaluating(model), solved_once():
         for index, block in blocks:
             x, z = block(x, return_latent=True)
             if bad(z):
