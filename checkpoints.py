@@ -169,6 +169,17 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Pa
         module.load_state_dict(state)
 
 
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises InputError: it cannot be read, or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
 def read_config(path: str | Path) -> dict | None:
     """What lies beside the weights at ``path``: X.json for X.pth, else config.json in the same folder.
 
@@ -180,16 +191,11 @@ def read_config(path: str | Path) -> dict | None:
     path = Path(path)
     own, shared = path.with_suffix(".json"), path.parent / "config.json"
     for file in (own, shared):
-        if not file.is_file():
-            continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8
-            raise InputError(f"{file}: not valid JSON: {error}") from None
-        if isinstance(content, dict) and isinstance(content.get("model"), dict):
-            return content
-        if file != shared:
-            raise InputError(f"{file}: has no 'model', the settings of the network that {path.name} belongs to")
+        if file.is_file():
+            if isinstance((content := read_json(file)).get("model"), dict):
+                return content
+            if file != shared:
+                raise InputError(f"{file}: has no 'model', the settings of the network that {path.name} belongs to")
     return None
 
 

@@ -235,7 +235,7 @@ def test_published_weights_load_without_settings(tmp_path):
 @pytest.mark.parametrize("text, message", [
     (None, r"m\.pth: config\.json is missing"),
     ("{", "m.json: not valid JSON"),
-    ("[1]", "m.json: has no 'model'"),
+    ("[1]", "m.json: expected a JSON object"),
     ('{"attributes": []}', "m.json: has no 'model'"),
     ('{"model": {"img_size": 31}}', "m.pth.*makes? no network.*img_size 31"),
     ('{"model": {"colour": 3}}', "colour"),

@@ -1008,7 +1008,7 @@ def test_a_prior_in_the_published_layout(run, preset, ddpm_weights):
     "model, said",
     [
         ({**DDPM, "ch_mult": [1, 2]}, "do not fit"),
-        ({key: value for key, value in DDPM.items() if key != "ch"}, "lacks ch"),
+        ({key: value for key, value in DDPM.items() if key != "ch"}, "'ch'"),
         ("simple", "prior"),
         (3, "prior"),
         ({**DDPM, "ch_mult": 2}, "prior"),

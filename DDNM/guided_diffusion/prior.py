@@ -16,7 +16,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-from checkpoints import first, load_strictly, locate, opener, read_weights, write_weights
+from checkpoints import first, load_strictly, locate, opener, read_json, read_weights, write_weights
 from DDNM.guided_diffusion.schedule import Schedule
 from utils import InputError, atomic_write
 
@@ -223,43 +223,31 @@ def _ddpm_name(name: str, levels: int) -> str:
 
 
 def ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
-    """The `UNet2DModel` that computes what the published ``Model`` of this configuration does, on the meta device.
-
-    Raises:
-        InputError: a configuration that lacks something, or makes no network.
-    """
-    needed = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "out_ch")
-    try:
-        if absent := [key for key in needed if key not in model_config]:
-            raise ValueError(f"it lacks {', '.join(absent)}")
-        if not model_config.get("resamp_with_conv", True):
-            raise ValueError("resamp_with_conv: false is not supported")
-        widths = tuple(model_config["ch"] * m for m in model_config["ch_mult"])
-        attends = [image_size // 2**i in model_config["attn_resolutions"] for i in range(len(widths))]
-        if image_size % (coarsest := 2 ** (len(widths) - 1)) != 0:
-            raise ValueError(f"image size {image_size} must be divisible by {coarsest} ({len(widths)} levels)")
-        with torch.device("meta"):  # the weights come from the file: no random ones are drawn first
-            return UNet2DModel(
-                sample_size=image_size,
-                in_channels=model_config["in_channels"],
-                out_channels=model_config["out_ch"],
-                block_out_channels=widths,
-                layers_per_block=model_config["num_res_blocks"],
-                down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-                up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-                dropout=model_config.get("dropout", 0.0),
-                # what follows has no trace in names or shapes: with any other value the weights load and compute
-                # nonsense
-                attention_head_dim=None,
-                downsample_padding=0,
-                flip_sin_to_cos=False,
-                freq_shift=1,
-                norm_eps=1e-6,
-                norm_num_groups=32,
-            )
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"the prior's model configuration makes no network: {reason}") from None
+    """The `UNet2DModel` that computes what the published ``Model`` of this configuration does, on the meta device."""
+    if not model_config.get("resamp_with_conv", True):
+        raise ValueError("resamp_with_conv: false is not supported")
+    widths = tuple(model_config["ch"] * m for m in model_config["ch_mult"])
+    attends = [image_size // 2**i in model_config["attn_resolutions"] for i in range(len(widths))]
+    if image_size % (coarsest := 2 ** (len(widths) - 1)) != 0:
+        raise ValueError(f"image size {image_size} must be divisible by {coarsest} ({len(widths)} levels)")
+    with torch.device("meta"):  # the weights come from the file: no random ones are drawn first
+        return UNet2DModel(
+            sample_size=image_size,
+            in_channels=model_config["in_channels"],
+            out_channels=model_config["out_ch"],
+            block_out_channels=widths,
+            layers_per_block=model_config["num_res_blocks"],
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+            dropout=model_config.get("dropout", 0.0),
+            # what follows has no trace in names or shapes: with any other value the weights load and compute nonsense
+            attention_head_dim=None,
+            downsample_padding=0,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+            norm_eps=1e-6,
+            norm_num_groups=32,
+        )
 
 
 def ddpm_config(state_dict: Mapping[str, Tensor], image_size: int | None = None) -> tuple[dict, int]:
@@ -271,13 +259,11 @@ def ddpm_config(state_dict: Mapping[str, Tensor], image_size: int | None = None)
     Raises:
         InputError: another layout, or no level that attends to tell H by.
     """
-    try:
-        ch = state_dict["temb.dense.0.weight"].shape[1]
-        levels = len({name.split(".")[1] for name in state_dict if name.startswith("down.")})
-        widths = [state_dict[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-        in_channels, out_channels = state_dict["conv_in.weight"].shape[1], state_dict["conv_out.weight"].shape[0]
-    except (KeyError, IndexError) as error:
-        raise InputError(f"no weights in the published DDPM layout ({error} is missing)") from None
+    if absent := {"temb.dense.0.weight", "conv_in.weight", "conv_out.weight"} - state_dict.keys():
+        raise InputError(f"these are no weights in the published DDPM layout: there is no {min(absent)}")
+    ch = state_dict["temb.dense.0.weight"].shape[1]
+    levels = len({name.split(".")[1] for name in state_dict if name.startswith("down.")})
+    widths = [state_dict[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
     attends = [i for i in range(levels) if f"down.{i}.attn.0.q.weight" in state_dict]
     if image_size is None and not attends:
         raise InputError("these weights do not tell the image size: give image_size")
@@ -289,8 +275,8 @@ def ddpm_config(state_dict: Mapping[str, Tensor], image_size: int | None = None)
             re.fullmatch(r"down\.0\.block\.\d+\.conv1\.weight", name) is not None for name in state_dict
         ),
         "attn_resolutions": [size >> i for i in attends],
-        "in_channels": in_channels,
-        "out_ch": out_channels,
+        "in_channels": state_dict["conv_in.weight"].shape[1],
+        "out_ch": state_dict["conv_out.weight"].shape[0],
     }
     return config, size
 
@@ -313,7 +299,8 @@ def prior_from_ddpm(
         image_size: H, which decides the levels that attend; see `ddpm_config` for None.
 
     Raises:
-        InputError: a missing or foreign tensor, or one of another shape.
+        InputError: a missing or foreign tensor, or one of another shape. ValueError, KeyError, ...: a configuration
+            that makes no network.
     """
     if model_config is None or image_size is None:
         model_config, image_size = ddpm_config(state_dict, image_size)
@@ -340,16 +327,6 @@ def _filled(unet: UNet2DModel, state: Mapping[str, Tensor], path: str | Path) ->
     return unet
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got a {type(content).__name__}")
-    return content
-
-
 def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, Schedule]:
     """The network in a diffusers folder or repository, a U-Net's or a pipeline's, what it predicts and its schedule."""
     folder = Path(source)
@@ -359,9 +336,9 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
     config = first(get, (CONFIG_NAME, f"unet/{CONFIG_NAME}"))
     if config is None:
         raise InputError(f"has neither {CONFIG_NAME} nor unet/{CONFIG_NAME}")
-    said = _read_json(config)
+    said = read_json(config)
     pipeline = config.parent.name == "unet" and config.parent != folder
-    if pipeline and (index := get("model_index.json")) is not None and {"vae", "vqvae"} & _read_json(index).keys():
+    if pipeline and (index := get("model_index.json")) is not None and {"vae", "vqvae"} & read_json(index).keys():
         raise InputError("draws latents of another network, not images")
     if (kind := said.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise InputError(f"its network is a {kind}; a prior is a UNet2DModel")
@@ -396,7 +373,7 @@ def read_scheduler(path: Path | None) -> tuple[str, Schedule]:
     Raises:
         InputError: another kind of noise than ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps``, or unknown betas.
     """
-    said = _read_json(path) if path is not None else {}
+    said = read_json(path) if path is not None else {}
     name = said.get("_class_name", "DDPMScheduler")
     if name not in DDPMScheduler._compatibles or name.startswith("EDM") or said.get("use_flow_sigmas"):
         raise InputError(f"{path}: a {name} adds noise in another way than DDPM; such a prior is not supported")
@@ -444,8 +421,9 @@ def load_prior(
         else:
             unet, predicts, schedule = _from_diffusers(source, **hub)
             prior = _frozen(Prior(unet, autocast, channels_last, predicts, schedule, recompute))
-    except ValueError as error:
-        raise InputError(f"prior {source}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of a configuration that makes no network, too
+        why = str(error) if isinstance(error, ValueError) else f"its configuration makes no network ({error!r})"
+        raise InputError(f"prior {source}: {why}") from None
     if image_size is not None and prior.image_size != image_size:
         raise InputError(f"prior {source}: draws {prior.image_size}x{prior.image_size} images, not {image_size}")
     return prior
