@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace, Normal, Uniform, constraints
 
 from blocks import BLOCKS, MIXINGS, Surjection, at_least_float32, full_precision
+from fixed_point import Banach, FixedPoint, norm
 
 Shape = tuple[int, ...]  # of one image, without B: (C,), (C, L), (C, H, W) or (C, D, H, W)
 Completed = tuple[Tensor, Tensor | None, Tensor]  # y, z and log |det|, (B,)
@@ -160,14 +160,14 @@ class Inverted(Bijection):
         return self.block
 
 
-# --- Layers with a parameter a feature -------------------------------------------------------------------------------
+# --- Layers with a parameter per feature -----------------------------------------------------------------------------
 
 
 class PerFeature(Bijection):
-    """A layer whose parameters come one a feature.
+    """A layer whose parameters come one per feature.
 
     Args:
-        features: C, for one a channel, the same at every position; or a shape such as (C, H, W), for one an entry.
+        features: C, for one per channel, the same at every position; or a shape such as (C, H, W), for one per entry.
     """
 
     def __init__(self, features: int | Sequence[int]):
@@ -243,6 +243,7 @@ class ActNorm(Affine):
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Set the parameters from x, (B, C, *)."""
+        self.output_shape(x.shape[1:])
         mean, var, _ = moments(x, self.name)
         log_std = var.sqrt().clamp_min(1e-6).log()
         self.log_scale.copy_(-log_std)
@@ -389,7 +390,7 @@ class LeakyReLU(Activation):
 
 
 class PReLU(PerFeature, Activation):
-    """`LeakyReLU` with a learned slope a feature, ``exp(log_slope)``, so that it stays monotone."""
+    """`LeakyReLU` with a learned slope per feature, ``exp(log_slope)``, so that it stays monotone."""
 
     def __init__(self, features: int | Sequence[int], slope: float = 0.25):
         super().__init__(features)
@@ -443,7 +444,7 @@ def log_cosh(x: Tensor) -> Tensor:
 
 
 class BairdActivation(PerFeature, Activation):
-    """``y = asinh(sinh(x) + c)``, c learned, one a feature; its inverse is itself with -c.
+    """``y = asinh(sinh(x) + c)``, c learned, one per feature; its inverse is itself with -c.
 
     (Baird, Smalenberger and Ingkiriwang, "One-step neural network inversion with PDF learning and emulation", 2005.)
     Its derivative is ``cosh(x) / cosh(y)``. Beyond 20, sinh would soon overflow. There all is in units of exp(m), m the
@@ -911,8 +912,8 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
     """A monotone spline of each entry of x on [-bound, bound], the identity outside, and its log-derivative.
 
     Between two knots it is a quotient of quadratics, in which the spline's slope and its inverse are closed forms
-    (Gregory and Delbourgo 1982; Durkan et al., arXiv 1906.04032, eq. 4 to 8 of section 3.1 and appendix A.1). It is
-    computed in float64: where a bin is a thousand times as high as wide, float32 leaves nothing of the closed form.
+    (Gregory and Delbourgo 1982; Durkan et al., arXiv 1906.04032, eq. 4 to 8 of section 3.1 and appendix A.1). These are
+    computed in float64: where a bin is a thousand times as high as wide, float32 leaves nothing of them.
 
     Args:
         parameters: (*x.shape, 3 bins - 1): widths and heights of the bins before a softmax, and the slopes of the inner
@@ -921,7 +922,6 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
     """
     bins = (parameters.shape[-1] + 1) // 3
     least = 1e-3  # of a bin's share and of a slope
-    given, x, parameters = x, x.double(), parameters.double()
 
     def knots(free: Tensor) -> Tensor:
         shares = least + (1 - least * bins) * free.softmax(-1)
@@ -940,12 +940,13 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
     index = torch.searchsorted(among, inside.detach()[..., None].contiguous())
 
     def at(values: Tensor, offset: int = 0) -> Tensor:
-        return values.gather(-1, index + offset).squeeze(-1)
+        return values.gather(-1, index + offset).squeeze(-1).double()
 
     left, low, first, last = at(starts), at(levels), at(slopes), at(slopes, 1)
     width, height = at(starts, 1) - left, at(levels, 1) - low
     mean = height / width
     bend = first + last - 2 * mean
+    inside = inside.double()
     if backwards:
         up = inside - low
         b = height * first - up * bend
@@ -960,7 +961,7 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
     slope = mean**2 * (last * part**2 + 2 * mean * rest + first * (1 - part) ** 2) / (mean + bend * rest) ** 2
     log_slope = -slope.log() if backwards else slope.log()
     outside = x.abs() >= bound
-    return torch.where(outside, given, y.to(given.dtype)), torch.where(outside, 0.0, log_slope).to(given.dtype)
+    return torch.where(outside, x, y.to(x.dtype)), torch.where(outside, 0.0, log_slope.to(x.dtype))
 
 
 class SplineCoupling(Split):
@@ -1012,136 +1013,12 @@ class SplineCoupling(Split):
 def circular_conv_norm(weight: Tensor, size: Sequence[int]) -> Tensor:
     """The largest singular value of a circular convolution of maps of ``size``, exactly.
 
-    In the Fourier basis it is one matrix (out, in) a frequency (Sedghi, Gupta and Long, arXiv 1805.10408).
+    In the Fourier basis it is one matrix (out, in) per frequency (Sedghi, Gupta and Long, arXiv 1805.10408).
     Frequencies f and -f have conjugate matrices, so half of them are enough.
     """
     dims = tuple(range(2, weight.dim()))
     spectrum = torch.fft.rfftn(weight, s=tuple(size), dim=dims)  # (out, in, *frequencies)
     return torch.linalg.matrix_norm(spectrum.flatten(2).permute(2, 0, 1), ord=2).max()
-
-
-def norm(x: Tensor, dims: int) -> Tensor:
-    """The Euclidean norm over the last ``dims`` dimensions, at any scale: no square over- or underflows."""
-    over = tuple(range(-dims, 0))
-    largest = x.abs().amax(over, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    return (torch.linalg.vector_norm(x / largest, dim=over, keepdim=True) * largest).squeeze(over)
-
-
-def pushforward(f: Callable[..., Tensor], *at: Tensor) -> Callable[..., Tensor]:
-    """The linear map ``t -> J t``, J the Jacobian of f: its transpose's transpose, which needs reverse mode only."""
-    value, pull = torch.func.vjp(f, *at)
-    push = torch.func.vjp(pull, torch.zeros_like(value))[1]
-    return lambda *tangents: push(tangents)[0]
-
-
-class Banach(NamedTuple):
-    """The iteration ``x <- step(x)`` of contractions with constant ``lipschitz``, each image until rounding stops it.
-
-    Attributes:
-        dims: dimensions of an image.
-        tolerance: largest bound of the error, relative to ``scale``; None: as small as rounding allows.
-        report: told the bound that was reached.
-    """
-
-    owner: str
-    lipschitz: float
-    dims: int
-    tolerance: float | None
-    report: Callable[[float], None] | None = None
-
-    def __call__(self, step: Callable[[Tensor], Tensor], scale: Tensor, x: Tensor) -> Tensor:
-        tail = self.lipschitz / (1 - self.lipschitz)  # the error is at most that times the last step
-        rounding = 32 * torch.finfo(x.dtype).eps
-        goal = rounding if self.tolerance is None else self.tolerance / tail
-        # the first step is at most ``scale`` long, and each of the others shrinks by ``lipschitz``
-        iterations = max(math.ceil(math.log(goal) / math.log(self.lipschitz)), 1) + 20
-        length = torch.full_like(scale, math.inf)
-        for _ in range(iterations):
-            x, before = step(x), x
-            last, length = length, norm(x - before, self.dims)
-            resting = (length >= last) & (length <= 64 * rounding * scale)  # it moves by rounding only
-            if not ((length > goal * scale) & ~resting).any():  # one that is no number comes to no end
-                break
-        failed = (length > max(goal, 64 * rounding) * scale) | scale.isfinite() & ~length.isfinite()
-        if failed.any():
-            worst = (length / last)[failed].max().item()
-            raise ValueError(
-                f"{self.owner}: the inverse does not converge: after {iterations} iterations each step is still "
-                f"{worst:.4f} times the one before, where a Lipschitz constant of {self.lipschitz} was asked for"
-            )
-        bound = (tail * length / scale).nan_to_num(0.0).max().item() if len(scale) else 0.0
-        if self.report is not None:
-            if self.tolerance is not None and bound > self.tolerance:
-                raise ValueError(
-                    f"{self.owner}: the inverse is known to {bound:.1e} in {x.dtype}, which is above the tolerance "
-                    f"of {self.tolerance:.1e}"
-                )
-            self.report(bound)
-        return x
-
-
-class FixedPoint(torch.autograd.Function):
-    """The x with ``x = step(x)``, where ``step = make(*args)`` is a contraction, as a function of ``args``.
-
-    Its derivatives are those of the implicit function, of any order, in both modes: the gradient w and the tangent t
-
-    ::
-
-        w = J^T w + v          t = J t + (d step / d args) . tangents          J = d step / dx at the solution
-
-    are fixed points themselves, of contractions with the same constant. Under `torch.func.vmap` all are solved at once.
-
-    Args:
-        scale: (B,), the size of the numbers that a step computes with, image by image; its rounding is relative to it.
-        start: where to begin; like scale it moves x by rounding only.
-    """
-
-    @staticmethod
-    def forward(make, solve: Banach, scale, start, *args):
-        return solve(make(*args), scale, start)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.make, solve, _, _, *args = inputs
-        ctx.solve = solve._replace(report=None)
-        ctx.save_for_backward(output, *args)
-        ctx.save_for_forward(output, *args)
-
-    @staticmethod
-    def backward(ctx, v):
-        make, solve, (x, *args) = ctx.make, ctx.solve, ctx.saved_tensors
-
-        def transposed(v, x, *args):
-            pull = torch.func.vjp(make(*args), x)[1]
-            return lambda w: v + pull(w)[0]
-
-        with full_precision(v.device):
-            w = FixedPoint.apply(transposed, solve, norm(v.detach(), solve.dims), v, v, x, *args)
-            return None, None, None, None, *torch.func.vjp(lambda *args: make(*args)(x), *args)[1](w)
-
-    @staticmethod
-    def jvp(ctx, _make, _solve, _scale, _start, *tangents):
-        make, solve, (x, *args) = ctx.make, ctx.solve, ctx.saved_tensors
-
-        def along(r, x, *args):
-            push = pushforward(make(*args), x)
-            return lambda t: r + push(t)
-
-        with full_precision(x.device):
-            tangents = [torch.zeros_like(a) if t is None else t for t, a in zip(tangents, args, strict=True)]
-            r = pushforward(lambda *args: make(*args)(x), *args)(*tangents)
-            return FixedPoint.apply(along, solve, norm(r.detach(), solve.dims), r, r, x, *args)
-
-    @staticmethod
-    def vmap(info, in_dims, make, solve, scale, start, *args):
-        def made(*args):
-            return lambda x: torch.func.vmap(lambda x, *args: make(*args)(x), in_dims=(0, *in_dims[4:]))(x, *args)
-
-        scale, start = (
-            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-            for t, dim in ((scale, in_dims[2]), (start, in_dims[3]))
-        )
-        return FixedPoint.apply(made, solve, scale, start, *args), 0
 
 
 class Residual(OverChannels):
@@ -1211,8 +1088,8 @@ class Residual(OverChannels):
         size = (size,) * self.dims if isinstance(size, int) else size
         if self.dims and norm == "exact" and (size is None or len(size) != self.dims or min(size) < kernel_size):
             raise ValueError(
-                f"{self.name}: norm 'exact' needs the size of the map, at least {kernel_size} a dimension, got {size}; "
-                f"norm 'power' fits any"
+                f"{self.name}: norm 'exact' needs the size of the map, at least {kernel_size} per dimension, "
+                f"got {size}; norm 'power' fits any"
             )
         self.size = tuple(size) if self.dims and norm == "exact" else None
         self.lipschitz, self.tolerance = lipschitz, tolerance
@@ -1334,7 +1211,8 @@ class Residual(OverChannels):
             k += 1
             reached *= 1 if k <= self.series_terms else self.lipschitz  # the probability of reaching term k
             (following,) = pull(product)
-            growth = (norm(following.detach(), self.dims + 1) / norm(product.detach(), self.dims + 1)).max().item()
+            lengths = (norm(t.detach(), self.dims + 1) for t in (following, product))
+            growth = torch.div(*lengths).nan_to_num(0.0).max().item()
             if growth > 1 + 1e-4:
                 raise ValueError(
                     f"{self.name}: the series of the log-determinant diverges: J stretches by {growth:.4f}, so h "
@@ -1403,7 +1281,7 @@ NOISES: dict[str, Distribution] = {
 
 
 class Concat(OverChannels):
-    """``y = [x | e]``, e given or else a learned constant a channel: (B, C, *) -> (B, C + extra, *).
+    """``y = [x | e]``, e given or else a learned constant per channel: (B, C, *) -> (B, C + extra, *).
 
     The other way round from a surjection: ``pinv(g(x)) = x`` is exact, and ``g(pinv(y))`` keeps x and renews e. Its
     ``inverted()`` is a surjection, which extracts e as its latent. The log-determinant is 0, e being fixed.
