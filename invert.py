@@ -55,6 +55,7 @@ from targets import (
     load_targets,
     lpips_or_none,
     make_loss,
+    named_images,
     outputs,
     problem_source,
     read_images,
@@ -519,7 +520,8 @@ def draw_results(path: Path, target: Target, problems: Problems, results: dict[s
     """The sheet: the start if it is an image, every method, and the image that the wanted output belongs to."""
     count = min(SHEET_ROWS, len(problems.y))
     shown = {name: r for name, r in results.items() if target.from_image or name.split(", ")[-1] != "start"}
-    headings = [name.replace(", ", ",\n").replace(" g'", "\ng'").replace("NLBP in ", "NLBP in\n") for name in shown]
+    headings = [",\n".join(name.rsplit(", ", 1)) for name in shown]
+    headings = [heading.replace("form g'", "form\ng'").replace("NLBP in ", "NLBP in\n") for heading in headings]
     headings.append("face whose\noutput is wanted" if target.from_image else "wanted")
     columns = [result.x if target.from_image else result.output for result in shown.values()]
     columns.append(problems.wanted)
@@ -604,7 +606,7 @@ def find(s: Settings, own: Find) -> int:
     target = targets[-1]
     if not target.to_image:
         raise InputError(f"--network {own.network}: gives no image; use eval")
-    names, images = read_images(s.data, target.img_size, s.images)
+    paths, size = named_images(s.data, s.images), target.img_size
     loss = make_loss(target, s, device)
     settings, file = settings_of(s, own), s.out / "settings.json"
     if own.resume and file.is_file():
@@ -616,30 +618,26 @@ def find(s: Settings, own: Find) -> int:
     log = get_logger("invert", s.out)
     table = MetricsTable(s.out / "results.csv")
     done = {row["image"] for row in table.rows}
-    left = [i for i, name in enumerate(names) if name not in done]
+    left = [name for name in paths if name not in done]
     with tqdm(total=len(targets) * own.steps * math.ceil(len(left) / s.batch_size), unit="step", dynamic_ncols=True,
               disable=None) as bar:  # fmt: skip
         for start in range(0, len(left), s.batch_size):
-            part = left[start : start + s.batch_size]
-            chosen, y = [names[i] for i in part], images[part]
+            chosen = left[start : start + s.batch_size]
+            y = torch.stack([load_image(paths[name], size) for name in chosen])
             found, curves, seconds = search(targets, chosen, y.to(device), loss, s, own, bar)
             for line in found.problems():
                 log.warning("%s, batch of %s: %s", target.name, chosen[0], line)
             for row in keep(target, chosen, y, found, curves, s, device):
-                table.append({**row, "seconds": seconds / len(part)})
+                table.append({**row, "seconds": seconds / len(chosen)})
             (s.out / "state.safetensors").unlink(missing_ok=True)
-    curves = {name: read_tensors(s.out / f"{name}.safetensors")[0]["curve"].tolist() for name in names}
-    if len(names) > 10:
+    curves = {name: read_tensors(s.out / f"{name}.safetensors")[0]["curve"].tolist() for name in paths}
+    if len(curves) > 10:
         curves = {"mean": torch.tensor(list(curves.values())).mean(0).tolist()}
     write_curves(s.out, curves)
-    size = target.img_size
-    rows = [(wanted, load_image(s.out / f"{name}.png", size)) for name, wanted in zip(names, images, strict=True)]
-    rows = [(wanted, got, (got - wanted).abs() - 1) for wanted, got in rows[:SHEET_ROWS]]
+    pairs = [(load_image(path, size), load_image(s.out / f"{n}.png")) for n, path in list(paths.items())[:SHEET_ROWS]]
+    rows = [(wanted, got, (got - wanted).abs() - 1) for wanted, got in pairs]
     write_sheet(s.out / "sheet.png", rows, ("input", "found", "difference"))
-    shown = [
-        {k: float(v) if k != "image" else v for k, v in row.items()} for row in table.rows if row["image"] in names
-    ]
-    print(format_table(shown, "image"))
+    print(format_table([row for row in table.rows if row["image"] in paths], "image"))
     return 0
 
 
@@ -652,11 +650,7 @@ def keep(
     figures = picture_figures(as_picture(pictures), wanted, s, device)
     rows = []
     for i, name in enumerate(names):
-        row = {
-            "image": name,
-            "loss": found.loss[i].item(),
-            **{key: values[i].item() for key, values in figures.items()},
-        }
+        row = {"image": name, "loss": found.loss[i].item(), **{key: v[i].item() for key, v in figures.items()}}
         latent = {"x": found.x[i], "curve": curves[:, i]}
         if isinstance(target.f, Latents):
             latent["w_plus"] = target.f.w_plus(found.x[i : i + 1])[0]

@@ -5,6 +5,7 @@ import importlib
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoints import load_spnn
 from data_loader import find_images, load_image
 from DDNM.guided_diffusion.guidance import guide
 from inversion import FeatureDistance, Loss, perceptual_loss, squared_error
@@ -161,7 +163,8 @@ def imported(source: str) -> nn.Module:
 
 def of_spnn(network: str, s: Settings, device: torch.device) -> Target:
     """One of an SPNN's networks; the shapes are filled in later."""
-    model = SPNN.from_pretrained(s.spnn).to(device).requires_grad_(False)
+    model, notes = load_spnn(s.spnn)
+    model.to(device).requires_grad_(False)
     if network == "pinv":
         f, x_lr, closed = PseudoInverse(model), 1.0, {"closed form g(y)": lambda y, x0: model(y)}
     elif network == "completion-inverse":
@@ -181,7 +184,7 @@ def of_spnn(network: str, s: Settings, device: torch.device) -> Target:
             "NLBP": lambda y, x0: model.back_project(x0, y),
             "NLBP in 20 short moves": in_moves,
         }
-    return Target(network, f, (), (), x_lr, closed, attributes=model.notes.get("attributes"))
+    return Target(network, f, (), (), x_lr, closed, attributes=notes.get("attributes"))
 
 
 def load_targets(network: str, s: Settings, device: torch.device) -> list[Target]:
@@ -225,7 +228,7 @@ def load_targets(network: str, s: Settings, device: torch.device) -> list[Target
 def spnn_beside(target: Target, s: Settings, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """What an SPNN of the same size makes of an image's own logits, as images: (y, x0) -> images, by name."""
     try:
-        model = SPNN.from_pretrained(s.spnn).to(device).requires_grad_(False)
+        model = load_spnn(s.spnn)[0].to(device).requires_grad_(False)
     except InputError:
         return {}
     if not isinstance(target.f, Latents) or tuple(model.pinn.in_shape) != target.out_shape:
@@ -269,21 +272,33 @@ def starts(target: Target, y: Tensor, s: Settings, loss: Loss, device: torch.dev
 # --- Problems: wanted outputs and starts -----------------------------------------------------------------------------
 
 
+def named_images(data: Path | None, count: int | None) -> dict[str, Path]:
+    """The images of a folder or file by a name for their results, ``count`` of them at most.
+
+    Raises:
+        InputError: no folder given, or nothing in it.
+    """
+    if data is None:
+        raise InputError("--data: this network needs an image or a folder of images")
+    paths = find_images(data)[:count]
+    within = data if data.is_dir() else data.parent
+    stems = ["_".join(path.relative_to(within).with_suffix("").parts) for path in paths]
+    twice = {stem for stem, times in Counter(stems).items() if times > 1}  # a.png beside a.jpg
+    named = zip(stems, paths, strict=True)
+    return {file_name(stem + path.suffix if stem in twice else stem): path for stem, path in named}
+
+
 def read_images(data: Path | None, size: int | None, count: int | None) -> tuple[list[str], Tensor | None]:
     """Names and images (N, 3, S, S) in [-1, 1] of a folder or file; none if the network has no image on either side.
 
     Raises:
-        InputError: no folder given, nothing in it, or an image that cannot be read.
+        InputError: as `named_images`, or an image that cannot be read.
     """
     if size is None:
         return [], None
-    if data is None:
-        raise InputError("--data: this network needs an image or a folder of images")
-    paths = find_images(data)[:count]
-    images = [load_image(path, size) for path in tqdm(paths, desc="images", unit="image", leave=False, disable=None)]
-    within = data if data.is_dir() else data.parent
-    names = [file_name("_".join(path.relative_to(within).with_suffix("").parts)) for path in paths]
-    return names, torch.stack(images)
+    named = named_images(data, count)
+    paths = tqdm(named.values(), desc="images", unit="image", leave=False, disable=None)
+    return list(named), torch.stack([load_image(path, size) for path in paths])
 
 
 def problem_source(

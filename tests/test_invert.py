@@ -487,6 +487,19 @@ def test_one_space_after_another_and_resumed(here, generator, tmp_path, monkeypa
     assert (parts / "0.png").stat().st_mtime_ns == time
 
 
+def test_names_of_results_are_of_one_image_each(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("1.png", "1.jpg", "2.png", "a/2.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    named = targets.named_images(tmp_path, None)
+    assert {name: str(path.relative_to(tmp_path)) for name, path in named.items()} == {
+        "1.png": "1.png",
+        "1.jpg": "1.jpg",
+        "2": "2.png",
+        "a_2": "a/2.png",
+    }
+
+
 def test_starts(here, generator):
     target = load_targets("stylegan", replace(settings(here), weights=str(here / "g.safetensors")), CPU)[0]
     y = target.f(target.f.draw(2, torch.Generator().manual_seed(0)))
