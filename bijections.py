@@ -10,10 +10,9 @@ z latent. Layers act on dimension 1 and take vectors (B, C) and maps (B, C, *) a
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace, Normal, Uniform, constraints
 
 from blocks import BLOCKS, MIXINGS, Surjection, at_least_float32, full_precision
+from fixed_point import Banach, FixedPoint, norm
 
 Shape = tuple[int, ...]  # of one image, without B: (C,), (C, L), (C, H, W) or (C, D, H, W)
 Completed = tuple[Tensor, Tensor | None, Tensor]  # y, z and log |det|, (B,)
@@ -112,6 +112,16 @@ class Bijection(Surjection):
         return Inverted(self)
 
 
+class VolumePreserving(Bijection):
+    """A bijection whose log-determinant is 0. A subclass gives ``g(x)`` and ``pinv``."""
+
+    def g(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        return self.g(x), None, no_volume(x)
+
+
 class Inverted(Bijection):
     """``block`` from its outputs to its inputs; see `Bijection.inverted`, and `inverted` for it by name.
 
@@ -150,14 +160,14 @@ class Inverted(Bijection):
         return self.block
 
 
-# --- Layers with a parameter a feature -------------------------------------------------------------------------------
+# --- Layers with a parameter per feature -----------------------------------------------------------------------------
 
 
 class PerFeature(Bijection):
-    """A layer whose parameters come one a feature.
+    """A layer whose parameters come one per feature.
 
     Args:
-        features: C, for one a channel, the same at every position; or a shape such as (C, H, W), for one an entry.
+        features: C, for one per channel, the same at every position; or a shape such as (C, H, W), for one per entry.
     """
 
     def __init__(self, features: int | Sequence[int]):
@@ -233,6 +243,7 @@ class ActNorm(Affine):
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Set the parameters from x, (B, C, *)."""
+        self.output_shape(x.shape[1:])
         mean, var, _ = moments(x, self.name)
         log_std = var.sqrt().clamp_min(1e-6).log()
         self.log_scale.copy_(-log_std)
@@ -296,9 +307,10 @@ def within_one(v: Tensor) -> Tensor:
 
 
 class Activation(Bijection):
-    """A monotone function f of each entry. A subclass gives f, its inverse, and log f'; and ``codomain``, closed.
+    """A monotone function f of each entry. A subclass gives f and its inverse; and ``codomain``, closed.
 
-    Where rounding takes f(x) to an end of its range, the inverse gives the largest x it can tell from the end.
+    It may give log f' too, which by default comes of automatic differentiation. Where rounding takes f(x) to an end of
+    its range, the inverse gives the largest x it can tell from the end.
     """
 
     def f(self, x: Tensor) -> Tensor:
@@ -308,8 +320,8 @@ class Activation(Bijection):
         raise NotImplementedError
 
     def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
-        """log f'(x), with y = f(x) at hand."""
-        raise NotImplementedError
+        """log |f'(x)|, with y = f(x) at hand."""
+        return torch.func.vjp(self.f, x)[1](torch.ones_like(x))[0].abs().log()
 
     def forward_log_det(self, x: Tensor) -> Completed:
         x = at_least_float32(x)
@@ -378,7 +390,7 @@ class LeakyReLU(Activation):
 
 
 class PReLU(PerFeature, Activation):
-    """`LeakyReLU` with a learned slope a feature, ``exp(log_slope)``, so that it stays monotone."""
+    """`LeakyReLU` with a learned slope per feature, ``exp(log_slope)``, so that it stays monotone."""
 
     def __init__(self, features: int | Sequence[int], slope: float = 0.25):
         super().__init__(features)
@@ -432,7 +444,7 @@ def log_cosh(x: Tensor) -> Tensor:
 
 
 class BairdActivation(PerFeature, Activation):
-    """``y = asinh(sinh(x) + c)``, c learned, one a feature; its inverse is itself with -c.
+    """``y = asinh(sinh(x) + c)``, c learned, one per feature; its inverse is itself with -c.
 
     (Baird, Smalenberger and Ingkiriwang, "One-step neural network inversion with PDF learning and emulation", 2005.)
     Its derivative is ``cosh(x) / cosh(y)``. Beyond 20, sinh would soon overflow. There all is in units of exp(m), m the
@@ -498,7 +510,7 @@ class OverChannels(Bijection):
         return tuple(shape)
 
 
-class Orthogonal(OverChannels):
+class Orthogonal(VolumePreserving, OverChannels):
     """``y = W x``, W the product of Householder reflections, or Cayley's (`models.HouseholderMixing`, `CayleyMixing`).
 
     Args:
@@ -514,8 +526,8 @@ class Orthogonal(OverChannels):
             raise ValueError(f"{self.name}: reflections must be positive, got {reflections}")
         self.mix = MIXINGS[mix_type](channels, **({"reflections": reflections} if mix_type == "householder" else {}))
 
-    def forward_log_det(self, x: Tensor) -> Completed:
-        return self.mix(x), None, no_volume(x)
+    def g(self, x: Tensor) -> Tensor:
+        return self.mix(x)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         return self.mix.inverse(y)
@@ -587,7 +599,7 @@ class Whitening(OverChannels):
 
     With the covariance ``E diag(v) E^T``: ZCA ``M = E diag(v^-1/2) E^T``, the whitening nearest to the identity; PCA
     ``M = diag(v^-1/2) E^T`` (Kessy, Lewin and Strimmer, arXiv 1512.00809). ``inverted()`` turns white
-    noise into noise like the data.
+    noise into noise like the data; `density.as_transform` makes it one of `torch.distributions`.
     """
 
     def __init__(self, channels: int, kind: str = "zca"):
@@ -599,12 +611,24 @@ class Whitening(OverChannels):
         self.register_buffer("whiten", torch.eye(channels))
 
     @torch.no_grad()
-    def fit(self, x: Tensor) -> "Whitening":
-        """Fit to observed x, (B, C, *), of all processes; positions are samples. ValueError if they span too little."""
+    def fit(self, x: Tensor, momentum: float = 1.0) -> "Whitening":
+        """Fit to observed x, (B, C, *), of all processes, every position a sample; returns the layer.
+
+        With a ``momentum`` below 1 it adapts: to a mixture of the data it was fitted to, and that share of x. Raises
+        ValueError where the data span fewer than C dimensions.
+        """
         self.output_shape(x.shape[1:])
+        if not 0 < momentum <= 1:
+            raise ValueError(f"{self.name}: momentum must be above 0 and at most 1, got {momentum}")
         mean, _, n = moments(x.double(), self.name)
         samples = (x.double().movedim(1, 0).flatten(1) - mean[:, None]) / math.sqrt(n - 1)  # (C, B*...)
-        values, vectors = torch.linalg.eigh(total(samples @ samples.T))  # of the covariance
+        covariance = total(samples @ samples.T)
+        if momentum < 1:
+            before, shift = torch.linalg.inv(self.whiten.double()), mean[:, None] - self.mean
+            covariance = torch.lerp(before @ before.T, covariance, momentum)
+            covariance += momentum * (1 - momentum) * shift @ shift.T
+            mean = mean - (1 - momentum) * shift[:, 0]
+        values, vectors = torch.linalg.eigh(covariance)
         if not values[0] > values[-1] * 1e-10:
             raise ValueError(
                 f"{self.name}: {n} samples span fewer than {self.channels} dimensions "
@@ -630,27 +654,28 @@ class Whitening(OverChannels):
 # --- Rearrangements --------------------------------------------------------------------------------------------------
 
 
-class Shuffle(OverChannels):
+class Shuffle(VolumePreserving, OverChannels):
     """A fixed permutation of the channels: ``order``, or a random one by ``seed``. ``y[:, i] = x[:, order[i]]``."""
 
-    def __init__(self, channels: int, order: Sequence[int] | None = None, seed: int = 0):
+    def __init__(self, channels: int, order: Iterable[int] | None = None, seed: int = 0):
         super().__init__(channels)
         if order is None:
             order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
+        order = list(order)
         if sorted(order) != list(range(channels)):
-            raise ValueError(f"{self.name}: order must hold each of 0...{channels - 1} once, got {list(order)}")
-        self.register_buffer("order", torch.tensor(list(order)))
+            raise ValueError(f"{self.name}: order must hold each of 0...{channels - 1} once, got {order}")
+        self.register_buffer("order", torch.tensor(order))
 
-    def forward_log_det(self, x: Tensor) -> Completed:
+    def g(self, x: Tensor) -> Tensor:
         self.output_shape(x.shape[1:])
-        return x[:, self.order], None, no_volume(x)
+        return x[:, self.order]
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         self.output_shape(y.shape[1:])
         return y[:, torch.argsort(self.order)]
 
 
-class View(Bijection):
+class View(VolumePreserving):
     """An image of shape ``before`` read as one of shape ``after``, such as (4, 1, 1) as (4,)."""
 
     def __init__(self, before: Sequence[int], after: Sequence[int]):
@@ -673,14 +698,14 @@ class View(Bijection):
             raise ValueError(f"{self.name}: expected {self.after}, got {tuple(shape)}")
         return self.before
 
-    def forward_log_det(self, x: Tensor) -> Completed:
-        return x.reshape(len(x), *self.output_shape(x.shape[1:])), None, no_volume(x)
+    def g(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), *self.output_shape(x.shape[1:]))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         return y.reshape(len(y), *self.input_shape(y.shape[1:]))
 
 
-class PixelUnshuffle(Bijection):
+class PixelUnshuffle(VolumePreserving):
     """Positions into channels, r along each of ``dims`` dimensions: (B, C, *) -> (B, C r^dims, */r).
 
     In two dimensions it is `models.PixelUnshuffleBlock` (and torch's), channels in the order (C, row, column).
@@ -707,13 +732,12 @@ class PixelUnshuffle(Bijection):
             raise ValueError(f"{self.name}: {c} channels and size {tuple(size)} do not come apart by r")
         return c // self.r**self.dims, *(n * self.r for n in size)
 
-    def forward_log_det(self, x: Tensor) -> Completed:
+    def g(self, x: Tensor) -> Tensor:
         _, c, *size = x.shape
         out = self.output_shape((c, *size))
         x = x.view(len(x), c, *(part for n in size for part in (n // self.r, self.r)))  # (B, C, H/r, r, W/r, r)
         coarse, fine = range(2, 2 + 2 * self.dims, 2), range(3, 3 + 2 * self.dims, 2)
-        y = x.permute(0, 1, *fine, *coarse).reshape(len(x), *out)
-        return y, None, no_volume(y)
+        return x.permute(0, 1, *fine, *coarse).reshape(len(x), *out)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         c, *size = self.input_shape(y.shape[1:])
@@ -793,7 +817,7 @@ class Coupling(Split):
         kind: "affine" or "additive".
         kept: how many channels stay, by default half; the first ones, or with ``flip`` the last ones.
         mask: in place of a split, 1 where an entry stays and 0 where it moves, of a shape that broadcasts to x's; or
-            "checkerboard", for dims of 1 or more (``flip`` swaps its colours).
+            "checkerboard" of a map's positions, or of a vector's entries (``flip`` swaps its colours).
         flip: the other part moves.
         hidden: width of the networks that are made where none are given (see `coupling_net`).
         dims: dimensions of a map, 0 for vectors, up to 3; for the networks that are made.
@@ -821,8 +845,8 @@ class Coupling(Split):
             )
         self.kind, self.scale_bound = kind, scale_bound
         self.checkerboard = isinstance(mask, str)
-        if self.checkerboard and (mask != "checkerboard" or dims == 0):
-            raise ValueError(f"{self.name}: mask must be 'checkerboard', with dims above 0, or given; got {mask!r}")
+        if self.checkerboard and mask != "checkerboard":
+            raise ValueError(f"{self.name}: mask must be 'checkerboard' or given, got {mask!r}")
         masked = mask is not None
         mask = None if mask is None or self.checkerboard else torch.as_tensor(mask, dtype=torch.get_default_dtype())
         if mask is not None and not mask.is_meta and not ((mask == 0) | (mask == 1)).all():
@@ -846,7 +870,8 @@ class Coupling(Split):
     def _mask(self, x: Tensor) -> Tensor | None:
         """1 where x stays, for x of (B, C, *); None where channels are split."""
         if self.checkerboard:
-            indices = torch.meshgrid(*[torch.arange(n, device=x.device) for n in x.shape[2:]], indexing="ij")
+            size = x.shape[2:] or x.shape[1:]
+            indices = torch.meshgrid(*[torch.arange(n, device=x.device) for n in size], indexing="ij")
             mask = sum(indices) % 2
         elif self.mask is None:
             return None
@@ -887,8 +912,8 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
     """A monotone spline of each entry of x on [-bound, bound], the identity outside, and its log-derivative.
 
     Between two knots it is a quotient of quadratics, in which the spline's slope and its inverse are closed forms
-    (Gregory and Delbourgo 1982; Durkan et al., arXiv 1906.04032, eq. 4 to 8 of section 3.1 and appendix A.1). It is
-    computed in float64: where a bin is a thousand times as high as wide, float32 leaves nothing of the closed form.
+    (Gregory and Delbourgo 1982; Durkan et al., arXiv 1906.04032, eq. 4 to 8 of section 3.1 and appendix A.1). These are
+    computed in float64: where a bin is a thousand times as high as wide, float32 leaves nothing of them.
 
     Args:
         parameters: (*x.shape, 3 bins - 1): widths and heights of the bins before a softmax, and the slopes of the inner
@@ -897,7 +922,6 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
     """
     bins = (parameters.shape[-1] + 1) // 3
     least = 1e-3  # of a bin's share and of a slope
-    given, x, parameters = x, x.double(), parameters.double()
 
     def knots(free: Tensor) -> Tensor:
         shares = least + (1 - least * bins) * free.softmax(-1)
@@ -916,12 +940,13 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
     index = torch.searchsorted(among, inside.detach()[..., None].contiguous())
 
     def at(values: Tensor, offset: int = 0) -> Tensor:
-        return values.gather(-1, index + offset).squeeze(-1)
+        return values.gather(-1, index + offset).squeeze(-1).double()
 
     left, low, first, last = at(starts), at(levels), at(slopes), at(slopes, 1)
     width, height = at(starts, 1) - left, at(levels, 1) - low
     mean = height / width
     bend = first + last - 2 * mean
+    inside = inside.double()
     if backwards:
         up = inside - low
         b = height * first - up * bend
@@ -936,7 +961,7 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
     slope = mean**2 * (last * part**2 + 2 * mean * rest + first * (1 - part) ** 2) / (mean + bend * rest) ** 2
     log_slope = -slope.log() if backwards else slope.log()
     outside = x.abs() >= bound
-    return torch.where(outside, given, y.to(given.dtype)), torch.where(outside, 0.0, log_slope).to(given.dtype)
+    return torch.where(outside, x, y.to(x.dtype)), torch.where(outside, 0.0, log_slope.to(x.dtype))
 
 
 class SplineCoupling(Split):
@@ -988,136 +1013,12 @@ class SplineCoupling(Split):
 def circular_conv_norm(weight: Tensor, size: Sequence[int]) -> Tensor:
     """The largest singular value of a circular convolution of maps of ``size``, exactly.
 
-    In the Fourier basis it is one matrix (out, in) a frequency (Sedghi, Gupta and Long, arXiv 1805.10408).
+    In the Fourier basis it is one matrix (out, in) per frequency (Sedghi, Gupta and Long, arXiv 1805.10408).
     Frequencies f and -f have conjugate matrices, so half of them are enough.
     """
     dims = tuple(range(2, weight.dim()))
     spectrum = torch.fft.rfftn(weight, s=tuple(size), dim=dims)  # (out, in, *frequencies)
     return torch.linalg.matrix_norm(spectrum.flatten(2).permute(2, 0, 1), ord=2).max()
-
-
-def norm(x: Tensor, dims: int) -> Tensor:
-    """The Euclidean norm over the last ``dims`` dimensions, at any scale: no square over- or underflows."""
-    over = tuple(range(-dims, 0))
-    largest = x.abs().amax(over, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    return (torch.linalg.vector_norm(x / largest, dim=over, keepdim=True) * largest).squeeze(over)
-
-
-def pushforward(f: Callable[..., Tensor], *at: Tensor) -> Callable[..., Tensor]:
-    """The linear map ``t -> J t``, J the Jacobian of f: its transpose's transpose, which needs reverse mode only."""
-    value, pull = torch.func.vjp(f, *at)
-    push = torch.func.vjp(pull, torch.zeros_like(value))[1]
-    return lambda *tangents: push(tangents)[0]
-
-
-class Banach(NamedTuple):
-    """The iteration ``x <- step(x)`` of contractions with constant ``lipschitz``, each image until rounding stops it.
-
-    Attributes:
-        dims: dimensions of an image.
-        tolerance: largest bound of the error, relative to ``scale``; None: as small as rounding allows.
-        report: told the bound that was reached.
-    """
-
-    owner: str
-    lipschitz: float
-    dims: int
-    tolerance: float | None
-    report: Callable[[float], None] | None = None
-
-    def __call__(self, step: Callable[[Tensor], Tensor], scale: Tensor, x: Tensor) -> Tensor:
-        tail = self.lipschitz / (1 - self.lipschitz)  # the error is at most that times the last step
-        rounding = 32 * torch.finfo(x.dtype).eps
-        goal = rounding if self.tolerance is None else self.tolerance / tail
-        # the first step is at most ``scale`` long, and each of the others shrinks by ``lipschitz``
-        iterations = max(math.ceil(math.log(goal) / math.log(self.lipschitz)), 1) + 20
-        length = torch.full_like(scale, math.inf)
-        for _ in range(iterations):
-            x, before = step(x), x
-            last, length = length, norm(x - before, self.dims)
-            resting = (length >= last) & (length <= 64 * rounding * scale)  # it moves by rounding only
-            if not ((length > goal * scale) & ~resting).any():  # one that is no number comes to no end
-                break
-        failed = (length > max(goal, 64 * rounding) * scale) | scale.isfinite() & ~length.isfinite()
-        if failed.any():
-            worst = (length / last)[failed].max().item()
-            raise ValueError(
-                f"{self.owner}: the inverse does not converge: after {iterations} iterations each step is still "
-                f"{worst:.4f} times the one before, where a Lipschitz constant of {self.lipschitz} was asked for"
-            )
-        bound = (tail * length / scale).nan_to_num(0.0).max().item() if len(scale) else 0.0
-        if self.report is not None:
-            if self.tolerance is not None and bound > self.tolerance:
-                raise ValueError(
-                    f"{self.owner}: the inverse is known to {bound:.1e} in {x.dtype}, which is above the tolerance "
-                    f"of {self.tolerance:.1e}"
-                )
-            self.report(bound)
-        return x
-
-
-class FixedPoint(torch.autograd.Function):
-    """The x with ``x = step(x)``, where ``step = make(*args)`` is a contraction, as a function of ``args``.
-
-    Its derivatives are those of the implicit function, of any order, in both modes: the gradient w and the tangent t
-
-    ::
-
-        w = J^T w + v          t = J t + (d step / d args) . tangents          J = d step / dx at the solution
-
-    are fixed points themselves, of contractions with the same constant. Under `torch.func.vmap` all are solved at once.
-
-    Args:
-        scale: (B,), the size of the numbers that a step computes with, image by image; its rounding is relative to it.
-        start: where to begin; like scale it moves x by rounding only.
-    """
-
-    @staticmethod
-    def forward(make, solve: Banach, scale, start, *args):
-        return solve(make(*args), scale, start)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.make, solve, _, _, *args = inputs
-        ctx.solve = solve._replace(report=None)
-        ctx.save_for_backward(output, *args)
-        ctx.save_for_forward(output, *args)
-
-    @staticmethod
-    def backward(ctx, v):
-        make, solve, (x, *args) = ctx.make, ctx.solve, ctx.saved_tensors
-
-        def transposed(v, x, *args):
-            pull = torch.func.vjp(make(*args), x)[1]
-            return lambda w: v + pull(w)[0]
-
-        with full_precision(v.device):
-            w = FixedPoint.apply(transposed, solve, norm(v.detach(), solve.dims), v, v, x, *args)
-            return None, None, None, None, *torch.func.vjp(lambda *args: make(*args)(x), *args)[1](w)
-
-    @staticmethod
-    def jvp(ctx, _make, _solve, _scale, _start, *tangents):
-        make, solve, (x, *args) = ctx.make, ctx.solve, ctx.saved_tensors
-
-        def along(r, x, *args):
-            push = pushforward(make(*args), x)
-            return lambda t: r + push(t)
-
-        with full_precision(x.device):
-            tangents = [torch.zeros_like(a) if t is None else t for t, a in zip(tangents, args, strict=True)]
-            r = pushforward(lambda *args: make(*args)(x), *args)(*tangents)
-            return FixedPoint.apply(along, solve, norm(r.detach(), solve.dims), r, r, x, *args)
-
-    @staticmethod
-    def vmap(info, in_dims, make, solve, scale, start, *args):
-        def made(*args):
-            return lambda x: torch.func.vmap(lambda x, *args: make(*args)(x), in_dims=(0, *in_dims[4:]))(x, *args)
-
-        scale, start = (
-            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-            for t, dim in ((scale, in_dims[2]), (start, in_dims[3]))
-        )
-        return FixedPoint.apply(made, solve, scale, start, *args), 0
 
 
 class Residual(OverChannels):
@@ -1187,8 +1088,8 @@ class Residual(OverChannels):
         size = (size,) * self.dims if isinstance(size, int) else size
         if self.dims and norm == "exact" and (size is None or len(size) != self.dims or min(size) < kernel_size):
             raise ValueError(
-                f"{self.name}: norm 'exact' needs the size of the map, at least {kernel_size} a dimension, got {size}; "
-                f"norm 'power' fits any"
+                f"{self.name}: norm 'exact' needs the size of the map, at least {kernel_size} per dimension, "
+                f"got {size}; norm 'power' fits any"
             )
         self.size = tuple(size) if self.dims and norm == "exact" else None
         self.lipschitz, self.tolerance = lipschitz, tolerance
@@ -1310,7 +1211,8 @@ class Residual(OverChannels):
             k += 1
             reached *= 1 if k <= self.series_terms else self.lipschitz  # the probability of reaching term k
             (following,) = pull(product)
-            growth = (norm(following.detach(), self.dims + 1) / norm(product.detach(), self.dims + 1)).max().item()
+            lengths = (norm(t.detach(), self.dims + 1) for t in (following, product))
+            growth = torch.div(*lengths).nan_to_num(0.0).max().item()
             if growth > 1 + 1e-4:
                 raise ValueError(
                     f"{self.name}: the series of the log-determinant diverges: J stretches by {growth:.4f}, so h "
@@ -1379,7 +1281,7 @@ NOISES: dict[str, Distribution] = {
 
 
 class Concat(OverChannels):
-    """``y = [x | e]``, e given or else a learned constant a channel: (B, C, *) -> (B, C + extra, *).
+    """``y = [x | e]``, e given or else a learned constant per channel: (B, C, *) -> (B, C + extra, *).
 
     The other way round from a surjection: ``pinv(g(x)) = x`` is exact, and ``g(pinv(y))`` keeps x and renews e. Its
     ``inverted()`` is a surjection, which extracts e as its latent. The log-determinant is 0, e being fixed.
@@ -1446,17 +1348,18 @@ class Concat(OverChannels):
 class ConcatNoise(Concat):
     """`Concat` with e drawn anew, entry by entry, from ``noise``.
 
-    ``noise`` is "normal", "uniform" (on [0, 1]), "laplace", or a `Distribution` of single numbers. The log-determinant
-    it gives is -log q(e): in a `Density` the expectation over e of log p(x) is then a lower bound of the true one
-    (Huang, Dinh and Courville, "Augmented normalizing flows", arXiv 2002.07101).
+    ``noise`` is "normal", "uniform" (on [0, 1]), "laplace", or a `Distribution` of single numbers, or of vectors of
+    ``extra`` numbers, one for each position: correlated noise (see `Whitening`). The log-determinant it gives is
+    -log q(e): in a `Density` the expectation over e of log p(x) is then a lower bound of the true one (Huang, Dinh and
+    Courville, "Augmented normalizing flows", arXiv 2002.07101). Most natural for e is the noise's mean, 0 without one.
     """
 
     def __init__(self, channels: int, extra: int, noise: str | Distribution = "normal"):
         if isinstance(noise, str) and noise not in NOISES:
             raise ValueError(f"ConcatNoise: noise must be one of {sorted(NOISES)} or a distribution, got {noise!r}")
         noise = NOISES[noise] if isinstance(noise, str) else noise
-        if noise.batch_shape or noise.event_shape:
-            raise ValueError(f"ConcatNoise: noise must be a distribution of single numbers, got {noise}")
+        if noise.batch_shape or noise.event_shape not in ((), (extra,)):
+            raise ValueError(f"ConcatNoise: noise must be a distribution of single numbers or of {extra}, got {noise}")
         self._noise = noise
         super().__init__(channels, extra)
 
@@ -1464,13 +1367,18 @@ class ConcatNoise(Concat):
         self.noise = self._noise
 
     def natural_extra(self, x: Tensor) -> Tensor:
-        return at_least_float32(x).new_zeros(len(x), self.extra, *x.shape[2:]) + self.noise.mean.to(x.device)
+        try:
+            mean = self.noise.mean.to(at_least_float32(x[:0])).nan_to_num(0.0).view(-1, *[1] * (x.dim() - 2))
+        except NotImplementedError:  # a transformed distribution's
+            mean = at_least_float32(x[:0]).new_zeros([1] * (x.dim() - 1))
+        return mean.expand(len(x), self.extra, *x.shape[2:])
 
     def draw(self, x: Tensor) -> Tensor:
-        return self.noise.sample((len(x), self.extra, *x.shape[2:])).to(x)
+        shape = (len(x), *x.shape[2:], *[self.extra][len(self.noise.event_shape) :])
+        return self.noise.sample(shape).movedim(-1, 1).to(x)
 
     def log_density(self, e: Tensor) -> Tensor:
-        return per_image(self.noise.log_prob(e))
+        return per_image(self.noise.log_prob(e.movedim(1, -1)))
 
 
 class Extract(Surjection):

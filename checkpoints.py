@@ -10,7 +10,6 @@ one the methods above.
 """
 
 import argparse
-import hashlib
 import json
 import pickle
 import re
@@ -25,6 +24,7 @@ import huggingface_hub
 import safetensors.torch
 import torch
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils.sha import sha_fileobj
 from torch import Tensor, nn
 
 from utils import InputError, InputErrors, atomic_write, run_command
@@ -49,8 +49,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     share are taken off. No code in the file is run.
 
     Raises:
-        InputError: no such file, a damaged one, one that would run code, or one that holds no state dict of plain,
-            finite tensors.
+        InputError: no such file, a damaged one, one that would run code, or no state dict of plain, finite tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -158,19 +157,27 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Pa
         InputError: names what does not fit, and ``path``, where the state came from.
     """
     own = module.state_dict()
+    shapes, needed = ({name: list(tensor.shape) for name, tensor in some.items()} for some in (state, own))
     wrong = [f"missing {name}" for name in own if name not in state]
-    for name, tensor in state.items():
-        if name not in own:
-            wrong.append(f"unexpected {name}")
-        elif tensor.shape != own[name].shape:
-            wrong.append(f"{name} has shape {list(tensor.shape)}, needs {list(own[name].shape)}")
+    wrong += [f"unexpected {name}" for name in state if name not in own]
+    wrong += [f"{k} has shape {v}, needs {needed[k]}" for k, v in shapes.items() if k in own and v != needed[k]]
     if wrong:
-        more = f"; {len(wrong)} in all" if len(wrong) > 4 else ""
         said = "; ".join(wrong[:2] + wrong[2:][-2:])
-        raise InputError(f"weights {path}: do not fit {type(module).__name__}: {said}{more}")
+        raise InputError(f"weights {path}: do not fit {type(module).__name__}: {said} ({len(wrong)} in all)")
     state = {name: _converted(path, name, tensor, own[name].dtype) for name, tensor in state.items()}
     if not any(tensor.is_meta for tensor in own.values()):
         module.load_state_dict(state)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises InputError: it cannot be read, or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
 
 
 def read_config(path: str | Path) -> dict | None:
@@ -184,16 +191,11 @@ def read_config(path: str | Path) -> dict | None:
     path = Path(path)
     own, shared = path.with_suffix(".json"), path.parent / "config.json"
     for file in (own, shared):
-        if not file.is_file():
-            continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8
-            raise InputError(f"{file}: not valid JSON: {error}") from None
-        if isinstance(content, dict) and isinstance(content.get("model"), dict):
-            return content
-        if file != shared:
-            raise InputError(f"{file}: has no 'model', the settings of the network that {path.name} belongs to")
+        if file.is_file():
+            if isinstance((content := read_json(file)).get("model"), dict):
+                return content
+            if file != shared:
+                raise InputError(f"{file}: has no 'model', the settings of the network that {path.name} belongs to")
     return None
 
 
@@ -211,8 +213,6 @@ def save_spnn(path: str | Path, model: "Pretrained", notes: Mapping | None = Non
         InputError: the folder cannot be written.
     """
     path = Path(path)
-    if path.suffix == ".json":
-        raise ValueError(f"save_spnn writes weights to {path} and JSON beside it: use .pth or .safetensors")
     text = json.dumps({**(model.notes if notes is None else notes), "model": model.config}, indent=2) + "\n"
     target, own = path.parent / "config.json", path.with_suffix(".json")
     if target.is_file():
@@ -322,8 +322,11 @@ class MissingWeights(InputErrors):
         super().__init__("\n".join(lines))
 
 
-def locate(*sources: str | Path) -> list[str]:
+def locate(*sources: str | Path, **hub: Any) -> list[str]:
     """Each source as it is or, if it names a `KNOWN` file (by hub id, file name or place), the path of that file.
+
+    Args:
+        hub: see `hub_file`.
 
     Raises:
         MissingWeights: published files that cannot be had, all of them in one message.
@@ -332,35 +335,29 @@ def locate(*sources: str | Path) -> list[str]:
     found, missing = [], {}
     for source in map(str, sources):
         known = next((k for k in KNOWN if source in (k.repo, k.filename, k.manual_path)), None)
-        if known is not None and not Path(source).exists():
-            try:
-                path = ROOT / known.manual_path
-                path = path if path.is_file() else hub_file(known.repo, known.filename)
-            except InputError as error:
-                missing[known] = error
-                continue
+        if known is None or Path(source).exists():
+            found.append(source)
+            continue
+        try:
+            path = ROOT / known.manual_path
+            path = path if path.is_file() else hub_file(known.repo, known.filename, **hub)
             if path is None:
-                missing[known] = "the repository does not have it any more"
-                continue
-            with open(path, "rb") as file:
-                if known.sha256 is not None and (digest := _sha256(file)) != known.sha256:
-                    raise InputError(f"weights {path}: SHA-256 {digest}, the published file has {known.sha256}")
-            source = str(path)
-        found.append(source)
+                raise InputError("the repository does not have it any more")
+        except InputError as error:
+            missing[known] = error
+            continue
+        with open(path, "rb") as file:
+            digest = sha_fileobj(file).hex() if known.sha256 is not None else None
+        if digest != known.sha256:
+            raise InputError(f"weights {path}: SHA-256 {digest}, the published file has {known.sha256}")
+        found.append(str(path))
     if missing:
         raise MissingWeights(missing)
     return found
 
 
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-class Pretrained(huggingface_hub.PyTorchModelHubMixin, library_name="spnn", tags=["arxiv:2602.06042"]):
-    """What a network with ``config``, its settings, and ``notes``, JSON values beside them, is loaded and saved by.
+class Pretrained(nn.Module, huggingface_hub.PyTorchModelHubMixin, library_name="spnn", tags=["arxiv:2602.06042"]):
+    """A network that is loaded and saved with ``config``, its settings, and ``notes``, more JSON values beside them.
 
     ``save_pretrained(FOLDER)`` and ``push_to_hub(ID)`` are huggingface_hub's, which documents their options.
     """
@@ -386,7 +383,7 @@ class Pretrained(huggingface_hub.PyTorchModelHubMixin, library_name="spnn", tags
         Raises:
             InputError: nothing there, a damaged file, settings that make no network, or weights that do not fit it.
         """
-        (source,) = locate(source)
+        (source,) = locate(source, **hub)
         path = Path(source)
         if not path.is_file():
             get = opener(source, **hub)
@@ -396,9 +393,9 @@ class Pretrained(huggingface_hub.PyTorchModelHubMixin, library_name="spnn", tags
             first(get, (f"{path.stem}.json", "config.json"))  # from the hub to beside the weights
         state = read_weights(path)
         content = read_config(path)
-        if content is None and (settings := cls.config_of(state)) is not None:
-            content = {"model": settings}
         if content is None:
+            content = {"model": cls.config_of(state)}
+        if content["model"] is None:
             raise InputError(
                 f"weights {path}: config.json is missing beside it, and these are no built-in architecture's weights: "
                 f"copy it, or {path.stem}.json, from where the weights come from"

@@ -43,7 +43,9 @@ from tqdm import tqdm
 from images import (  # noqa: F401, those that others import from here
     IMAGE_SUFFIXES,
     RESAMPLING,
+    Size,
     find_images,
+    fit,
     grid,
     listed,
     load_image,
@@ -51,7 +53,7 @@ from images import (  # noqa: F401, those that others import from here
     read_picture,
     read_rgb,
     save_image,
-    square,
+    sides,
     to_float,
     to_pixels,
     to_uint8,
@@ -380,8 +382,8 @@ def mask_files(folder: Path, images: Sequence[Path]) -> list[tuple[Path, ...]]:
     return sources
 
 
-def read_mask(files: Sequence[Path], size: int) -> np.ndarray:
-    """The mask (M, M) uint8 of an image, from the image's file and its `mask_files`.
+def read_mask(files: Sequence[Path], size: Size) -> np.ndarray:
+    """The mask of this size, uint8, of an image, from the image's file and its `mask_files`.
 
     It is cut like the image, and resized by nearest neighbours.
 
@@ -403,7 +405,7 @@ def read_mask(files: Sequence[Path], size: int) -> np.ndarray:
     width, height = read_picture(image, lambda opened: opened.size)
     if width * mask.shape[0] != height * mask.shape[1]:
         raise InputError(f"{files[0]}: a mask of {mask.shape[1]}x{mask.shape[0]} for an image of {width}x{height}")
-    return np.asarray(square(Image.fromarray(mask), size, files[0], Image.Resampling.NEAREST))
+    return np.asarray(fit(Image.fromarray(mask), size, files[0], Image.Resampling.NEAREST))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,7 +419,7 @@ class _Store:
     Args:
         folder: for the file, with a name that says what was read; None to read anew at every access. What was kept of
             an earlier state of the files, by their names, sizes and dates, is made again.
-        read: makes an array of (files, last side of the shape), or raises an `InputError`: one bad file must not end a
+        read: makes an array of (files, its height and width), or raises an `InputError`: one bad file must not end a
             pass over 30,000.
     """
 
@@ -427,7 +429,7 @@ class _Store:
         name: str,
         sources: Sequence[Sequence[Path]],
         shape: tuple[int, ...],
-        read: Callable[[Sequence[Path], int], np.ndarray],
+        read: Callable[[Sequence[Path], tuple[int, int]], np.ndarray],
     ) -> None:
         self.name, self.sources, self.shape, self.read = name, sources, shape, read
         self.file: Path | None = None
@@ -446,7 +448,7 @@ class _Store:
 
         def read(files: Sequence[Path]) -> np.ndarray | str:
             try:
-                return self.read(files, self.shape[-1])
+                return self.read(files, self.shape[-2:])
             except InputError as error:
                 return str(error)
 
@@ -520,11 +522,15 @@ class _Store:
             except (OSError, ValueError) as error:  # deleted, or replaced after the images changed, before it was open
                 log.warning("no cache of resized images any more, the originals are read: %s", error)
                 self.file = None
-        return torch.from_numpy(np.stack([self.read(self.sources[row], self.shape[-1]) for row in rows]))
+        return torch.from_numpy(np.stack([self.read(self.sources[row], self.shape[-2:]) for row in rows]))
 
 
-def _read_pixels(files: Sequence[Path], size: int) -> np.ndarray:
-    """(3, S, S) uint8 of the one file."""
+def _said(size: Size) -> str:
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
+
+
+def _read_pixels(files: Sequence[Path], size: Size) -> np.ndarray:
+    """(3, H, W) uint8 of the one file."""
     return to_pixels(read_rgb(files[0]), size, files[0])
 
 
@@ -540,10 +546,10 @@ class CelebAMaskHQ(Dataset):
     Args:
         root: a folder that holds a data set, at any depth; the module says in which layouts.
         split: "train", "val", "test" or "all".
-        img_size: S; see `square`.
+        img_size: S, or (height, width); see `images.fit`.
         strict: refuse missing and unreadable images instead of leaving them out with a warning.
         cache: keep the resized pixels; otherwise every access reads the picture.
-        mask_size: M, for masks in place of labels.
+        mask_size: M, or (height, width), for masks in place of labels.
 
     Raises:
         InputError: no data set, tables that do not fit, no masks, an empty split, or (strict) an image that cannot be
@@ -554,12 +560,12 @@ class CelebAMaskHQ(Dataset):
         self,
         root: str | Path,
         split: str = "train",
-        img_size: int = 256,
+        img_size: Size = 256,
         strict: bool = False,
         cache: bool = True,
-        mask_size: int | None = None,
+        mask_size: Size | None = None,
     ) -> None:
-        if img_size < 1 or mask_size is not None and mask_size < 1:
+        if min(sides(img_size) + sides(1 if mask_size is None else mask_size)) < 1:
             raise InputError(f"img_size and mask_size must be at least 1, got {img_size} and {mask_size}")
         self.root, parts = _find(Path(root))
         self.split, self.img_size, self.mask_size = split, img_size, mask_size
@@ -573,8 +579,8 @@ class CelebAMaskHQ(Dataset):
 
         if strict and (missing := [f"{file}: no such file" for file in files if not file.is_file()]):
             raise InputError(listed(missing, 1))  # before an hour of resizing
-        shape = (3, img_size, img_size)
-        self._images = _Store(folder, f"{split}_{img_size}", [(file,) for file in files], shape, _read_pixels)
+        shape, name = (3, *sides(img_size)), f"{split}_{_said(img_size)}"
+        self._images = _Store(folder, name, [(file,) for file in files], shape, _read_pixels)
         bad = dict(self._images.bad)
         if mask_size is None:
             self._masks = None
@@ -584,7 +590,7 @@ class CelebAMaskHQ(Dataset):
             if "masks" not in parts:
                 raise InputError(f"{self.root}: no masks; expected {PART_FOLDER}/ or {MASK_FOLDER}/")
             sources = [(file, *masks) for file, masks in zip(files, mask_files(parts["masks"], files), strict=True)]
-            self._masks = _Store(folder, f"{split}_masks_{mask_size}", sources, (mask_size, mask_size), read_mask)
+            self._masks = _Store(folder, f"{split}_masks_{_said(mask_size)}", sources, sides(mask_size), read_mask)
             bad = self._masks.bad | bad
         if bad:
             why = listed([bad[i] for i in sorted(bad)], 1 if strict else 5)
@@ -749,7 +755,7 @@ class Loaders(NamedTuple):
 
 def make_loaders(
     root: str | Path,
-    img_size: int,
+    img_size: Size,
     batch_size: int,
     workers: int = 0,
     seed: int = 0,
@@ -759,7 +765,7 @@ def make_loaders(
     cache: bool = True,
     device: torch.device = FaceLoader.device,
     share: tuple[int, int] = (0, 1),
-    mask_size: int | None = None,
+    mask_size: Size | None = None,
 ) -> Loaders:
     """Loaders of the three splits: training shuffled and mirrored at random (seeded), the others in number order.
 

@@ -56,20 +56,24 @@ class Density(nn.Module):
         """The `ConcatNoise` whose noise a block extracts."""
         return block.concat if isinstance(block, Extract) and isinstance(block.concat, ConcatNoise) else None
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x), (B,), of x of (B, *in_shape); in nats."""
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y, (B, *out_shape), the log-density of all latents on the way to it, (B,), and log |det dG/dx|, (B,)."""
         if tuple(x.shape[1:]) != self.pinn.in_shape:
             raise ValueError(f"Density: expected x of shape (B, {self.pinn.in_shape}), got {tuple(x.shape)}")
-        terms = [no_volume(x)]
+        latents, log_dets = [no_volume(x)], [no_volume(x)]
         for block in self.pinn.blocks:
             x, z, log_det = block.forward_log_det(x)
-            terms.append(log_det)
+            log_dets.append(log_det)
             if z is not None:
                 noise = self._noise(block)
                 z = z if noise else z - self._centre(block, x)
-                terms.append(noise.log_density(z) if noise else per_image(NOISES["normal"].log_prob(z)))
-        terms.append(per_image(self.base.log_prob(x.reshape(len(x), *self._base_shape))))
-        return torch.stack(terms).sum(0)  # and not a sum of what broadcasts
+                latents.append(noise.log_density(z) if noise else per_image(NOISES["normal"].log_prob(z)))
+        return x, torch.stack(latents).sum(0), torch.stack(log_dets).sum(0)  # and no sums of what broadcasts
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), (B,), of x of (B, *in_shape); in nats."""
+        y, latents, log_det = self.terms(x)
+        return latents + log_det + per_image(self.base.log_prob(y.reshape(len(y), *self._base_shape)))
 
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:

@@ -6,20 +6,23 @@ A library and a command. The identities hold for every weight, by algebra: what 
 grows with depth, and float64 beside float32 tells rounding from a mistake.
 """
 
-import argparse
 import copy
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blocks import PixelUnshuffleBlock, solved_once
+from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
 from performance import PRECISIONS, networks_in
-from utils import LARGEST_BATCH, LARGEST_SEED, InputError, atomic_write, number, resolve_device, run_command
+from utils import InputError, option, parse, resolve_device, run_command, write_json
 
 IDENTITIES = {
     "right_inverse": "g g' (y) = y",
@@ -107,54 +110,61 @@ def penrose(
         raise ValueError("penrose: no images to measure")
     dtype, inside = (torch.float64, "float32") if precision == "float64" else (torch.float32, precision)
     first = next(model.parameters(), images)
-    # MPS has no float64
-    device = torch.device("cpu") if dtype == torch.float64 and first.device.type == "mps" else first.device
+    device = torch.device("cpu") if first.device.type == "mps" and dtype == torch.float64 else first.device  # has none
     if (first.dtype, first.device) != (dtype, device):
         model = copy.deepcopy(model).to(device=device, dtype=dtype)
-    was_training = model.training
-    model.eval()
-
-    errors = {name: _Error() for name in IDENTITIES}
-    norms = distances = lost = total = 0.0
-    try:
-        with solved_once(), networks_in(inside, device):
-            _, z_zero = model(torch.zeros_like(images[:1], dtype=dtype, device=device), return_latents=True)
-            z_zero = concatenated(z_zero)  # (1, Z)
-            logits = []
-            for batch in images.split(batch_size):
-                x = batch.to(device=device, dtype=dtype)
-                y, z = model(x, return_latents=True)
-                logits.append(y)
-                natural = model.pinv(y)  # P x = g'(g(x))
-                errors["reflexive_g"].add(model(natural), y)
-                errors["completion"].add(model.pinv(y, z), x)
-                norms += natural.cpu().double().square().sum().item()
-                z_natural = concatenated(model.natural(y).z)
-                distances += (z_natural - z_zero).cpu().double().square().mean(1).sum().item()
-                lost += (natural - x).cpu().double().square().sum().item()
-                total += x.cpu().double().square().sum().item()
-            if targets is None:
-                y = torch.cat(logits)
-                generator = torch.Generator().manual_seed(seed)
-                spread = 3 * y.cpu().double().square().mean().sqrt().item() or 1.0  # fresh networks may give g = 0
-                targets = spread * torch.randn(y.shape, generator=generator, dtype=torch.float64)
-            for y in targets.split(batch_size):
-                y = y.to(device=device, dtype=dtype)
-                x = model.pinv(y)
-                y_again, z = model(x, return_latents=True)
-                errors["right_inverse"].add(y_again, y)
-                errors["reflexive_pinv"].add(model.pinv(y_again), x)
-                with_latents = torch.cat([y_again, concatenated(z)], dim=1)  # (B, D)
-                errors["natural_latents"].add(with_latents, torch.cat([y, concatenated(model.natural(y).z)], dim=1))
-    finally:
-        model.train(was_training)
+    errors = {name: _Error() for name in (*IDENTITIES, "norm", "distance", "lost")}
+    with evaluating(model), solved_once(), networks_in(inside, device):
+        logits = [_measure_image(model, x.to(device, dtype), errors) for x in images.split(batch_size)]
+        if targets is None:
+            y = torch.cat(logits)
+            generator = torch.Generator().manual_seed(seed)
+            spread = 3 * y.cpu().double().square().mean().sqrt().item() or 1.0  # fresh networks may give g = 0
+            targets = spread * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        for y in targets.split(batch_size):
+            _measure_target(model, y.to(device, dtype), errors)
     return {
-        **{name: error.figures() for name, error in errors.items()},
-        "naturalness_norm": norms / len(images),
-        "natural_distance": distances / len(images),
-        "lost": math.sqrt(lost / total) if total else math.nan,
+        **{name: errors[name].figures() for name in IDENTITIES},
+        "naturalness_norm": errors["norm"].squares / len(images),
+        "natural_distance": errors["distance"].figures()["absolute_rms"] ** 2,
+        "lost": errors["lost"].figures()["relative_rms"],
         "images": len(images),
     }
+
+
+def _measure_image(model: SPNN, x: Tensor, errors: dict[str, _Error]) -> Tensor:
+    """Add what can be measured on images x, (B, C, H, W); returns g(x), (B, d)."""
+    _, z_zero = model(torch.zeros_like(x[:1]), return_latents=True)
+    y, z = model(x, return_latents=True)
+    natural = model.pinv(y)  # g'(g(x))
+    errors["reflexive_g"].add(model(natural), y)
+    errors["completion"].add(model.pinv(y, z), x)
+    errors["norm"].add(natural, torch.zeros_like(natural))
+    errors["distance"].add(concatenated(model.natural(y).z), concatenated(z_zero))
+    errors["lost"].add(natural, x)
+    return y
+
+
+def _measure_target(model: SPNN, y: Tensor, errors: dict[str, _Error]) -> None:
+    """Add what can be measured at logits y, (B, d)."""
+    x = model.pinv(y)
+    y_again, z = model(x, return_latents=True)
+    errors["right_inverse"].add(y_again, y)
+    errors["reflexive_pinv"].add(model.pinv(y_again), x)
+    natural = torch.cat([y, concatenated(model.natural(y).z)], dim=1)  # (B, D)
+    errors["natural_latents"].add(torch.cat([y_again, concatenated(z)], dim=1), natural)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode inside the block, in its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 # --- Accuracy --------------------------------------------------------------------------------------------------------
@@ -172,15 +182,11 @@ def accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: torch
     Raises:
         ValueError: no images, or another number of labels than logits.
     """
-    was_training = model.training
-    model.eval()
     logits, labels = [], []
-    try:
+    with evaluating(model):
         for images, truth in loader:
             logits.append(model(images.to(device)).float().cpu())
             labels.append(truth.cpu())
-    finally:
-        model.train(was_training)
     if not logits:
         raise ValueError("accuracy: no images to measure")
     logits, labels = torch.cat(logits), torch.cat(labels)
@@ -225,7 +231,7 @@ def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str
     if bad(x):
         return "the images"
     blocks = list(enumerate(model.pinn.blocks))
-    with solved_once():
+    with evaluating(model), solved_once():
         for index, block in blocks:
             x, z = block(x, return_latent=True)
             if bad(z):
@@ -352,61 +358,48 @@ def format_table(report: dict) -> str:
 # --- Command ---------------------------------------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description="Penrose identities, naturalness and accuracy of an SPNN checkpoint on a labelled data set."
-    )
-    p.add_argument("--checkpoint", required=True, metavar="FILE", help="SPNN weights, .pth or .safetensors")
-    p.add_argument("--dataset_path", required=True, metavar="DIR", help="a folder in CelebAMask-HQ's layout")
-    p.add_argument("--split", choices=["train", "val", "test", "all"], default="test")
-    p.add_argument("--batch_size", type=number(int, 1, LARGEST_BATCH), default=32)
-    p.add_argument("--samples", type=number(int, 1), default=64, help="images for the identities (default: 64)")
-    p.add_argument("--precision", choices=ARITHMETICS, nargs="+", default=["float32", "float64"], metavar="NAME",
-                   help=f"of the identities' arithmetic, any of {', '.join(ARITHMETICS)}; tf32 and bf16 inside the "
-                   "networks only (default: float32 float64)")  # fmt: skip
-    p.add_argument("--json", metavar="FILE", help="write the report there too")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    p.add_argument("--seed", type=number(int, 0, LARGEST_SEED), default=0, help="of the random targets (default: 0)")
-    return p
+@dataclass(frozen=True)
+class Options:
+    """Penrose identities, naturalness and accuracy of an SPNN on labelled images."""
+
+    checkpoint: Path = option(..., "SPNN weights, .pth or .safetensors")
+    dataset_path: Path = option(..., "a folder in CelebAMask-HQ's layout")
+    split: Literal["train", "val", "test", "all"] = option("test", "of the data set")
+    batch_size: int = option(32, "images at a time", 1, 100_000)
+    samples: int = option(64, "images for the identities", 1)
+    precision: tuple[str, ...] = option(
+        ("float32", "float64"), "of the identities' arithmetic; tf32 and bf16 inside the networks only",
+        choices=ARITHMETICS,
+    )  # fmt: skip
+    json: Path | None = option(None, "write the report there too")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    seed: int = option(0, "of the random targets", 0, 2**63 - 1)
 
 
-class _Columns:
-    """A loader whose labels are some columns of another's."""
-
-    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], columns: list[int]) -> None:
-        self.loader, self.columns = loader, columns
-
-    def __iter__(self):
-        for images, labels in self.loader:
-            yield images, labels[:, self.columns]
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    from checkpoints import load_spnn
-    from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
-
-    device = resolve_device(args.device)
-    model, notes = load_spnn(args.checkpoint)
-    attributes = notes.get("attributes") or (list(ATTRIBUTES) if model.num_classes == len(ATTRIBUTES) else None)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see ``--help``."""
+    options, _ = parse(__doc__, Options, argv=argv)
+    device = resolve_device(options.device)
+    model = SPNN.from_pretrained(options.checkpoint)
+    attributes = model.notes.get("attributes") or (list(ATTRIBUTES) if model.num_classes == len(ATTRIBUTES) else None)
     if attributes is None or len(attributes) != model.num_classes:
         raise InputError(
-            f"weights {args.checkpoint}: {model.num_classes} logits, but "
+            f"weights {options.checkpoint}: {model.num_classes} logits, but "
             f"{'no' if attributes is None else len(attributes)} attribute names beside it: their labels are unknown"
         )
     columns = attribute_indices(attributes)
     if model.config["img_ch"] != 3:
-        raise InputError(f"weights {args.checkpoint}: takes {model.config['img_ch']} channels, photographs have 3")
-    data = CelebAMaskHQ(args.dataset_path, args.split, model.img_size)
-    loader = _Columns(make_loader(data, args.batch_size), columns)
+        raise InputError(f"weights {options.checkpoint}: takes {model.config['img_ch']} channels, photographs have 3")
+    data = CelebAMaskHQ(options.dataset_path, options.split, model.img_size)
+    loader = ((images, labels[:, columns]) for images, labels in make_loader(data, options.batch_size))
     report = diagnose(
-        model.to(device), loader, device, args.samples, args.seed, attributes, args.batch_size, args.precision
-    )
+        model.to(device), loader, device, options.samples, options.seed, attributes, options.batch_size,
+        options.precision,
+    )  # fmt: skip
     print(format_table(report))
-    if args.json is not None:
-        settings = {key: getattr(args, key) for key in ("checkpoint", "dataset_path", "split", "samples", "seed")}
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps({"settings": settings, **report}, indent=1) + "\n", encoding="utf-8")
+    if options.json is not None:
+        settings = {key: getattr(options, key) for key in ("checkpoint", "dataset_path", "split", "samples", "seed")}
+        write_json(options.json, {"settings": settings, **report})
     return 0
 
 

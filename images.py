@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, kind in Image.registered_extens
 
 _IMAGES, _MASKS = {"CelebA-HQ-img", "images"}, {"CelebAMask-HQ-mask-anno", "masks"}  # side by side in a data set
 RESAMPLING = Image.Resampling.LANCZOS  # Pillow widens its kernel when it shrinks: antialiased
-_CELEBA_SIZE, _CELEBA_BOX = (178, 218), (11, 37, 167, 193)  # left, upper, right, lower; see `square`
+_CELEBA_SIZE, _CELEBA_BOX = (178, 218), (11, 37, 167, 193)  # left, upper, right, lower; see `fit`
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -147,34 +147,45 @@ def to_float(images: Tensor) -> Tensor:
 _CROPPED = threading.Lock()
 
 
-def square(image: Image.Image, size: int, path: str | Path, resampling: Image.Resampling = RESAMPLING) -> Image.Image:
-    """A picture as the square that networks see, resized (antialiased) to size x size.
+Size = int | tuple[int, int]  # the side of a square, or (height, width)
 
-    It is the largest centred square, of training pictures and of any others: nothing here changes proportions. The
-    first picture that loses something is named in a warning.
+
+def sides(size: Size) -> tuple[int, int]:
+    """(height, width)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def fit(image: Image.Image, size: Size, path: str | Path, resampling: Image.Resampling = RESAMPLING) -> Image.Image:
+    """A picture as networks see it: the largest centred part of the right proportions, resized (antialiased).
+
+    So it is for training pictures and for any others: nothing here changes proportions. The first picture that loses
+    something is named in a warning.
 
     Pictures of 178x218 are CelebA's aligned ones: of these it is the square that CelebA-HQ's rule gives for the mean
     eyes (69.5, 111) and (107.5, 111) and mouth (88.5, 152), of 156 pixels around (89, 115), so that networks may be
     trained on either set and used on the other: eyes a quarter of the width apart, at 48 % of the height.
     """
+    height, width = sides(size)
     if image.size == _CELEBA_SIZE:
         image = image.crop(_CELEBA_BOX)
-    elif image.width != image.height:
-        if _CROPPED.acquire(blocking=False):  # taken once, never given back
-            log.warning("%s is %dx%d: of pictures that are not square, the middle is used", path, *image.size)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    return image if image.size == (size, size) else image.resize((size, size), resampling)
+    elif image.width * height != image.height * width and _CROPPED.acquire(blocking=False):  # never given back
+        said = "not square" if height == width else f"not {width} to {height}"
+        log.warning("%s is %dx%d: of pictures that are %s, the middle is used", path, *image.size, said)
+    if image.width * height != image.height * width:
+        part = [max(1, min(image.width, image.height * width // height))]
+        part.append(max(1, min(image.height, image.width * height // width)))
+        left, top = (image.width - part[0]) // 2, (image.height - part[1]) // 2
+        image = image.crop((left, top, left + part[0], top + part[1]))
+    return image if image.size == (width, height) else image.resize((width, height), resampling)
 
 
-def to_pixels(image: Image.Image, size: int | None, path: str | Path) -> np.ndarray:
-    """(3, H, W) uint8; (3, S, S) if there is a size."""
-    image = image if size is None else square(image, size, path)
+def to_pixels(image: Image.Image, size: Size | None, path: str | Path) -> np.ndarray:
+    """(3, H, W) uint8, of this size if there is one, see `fit`."""
+    image = image if size is None else fit(image, size, path)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
-def load_image(path: str | Path, size: int | None = None, align: bool | None = False) -> Tensor:
+def load_image(path: str | Path, size: Size | None = None, align: bool | None = False) -> Tensor:
     """Read any picture as a (3, H, W) float32 tensor in [-1, 1].
 
     EXIF rotation is applied, every mode becomes 8-bit RGB, alpha is laid over white, and of an animation the first
@@ -182,7 +193,7 @@ def load_image(path: str | Path, size: int | None = None, align: bool | None = F
 
     Args:
         path: the file.
-        size: when given, the picture is made size x size, see `square`.
+        size: the side of a square, or (height, width); when given, the picture becomes of that size, see `fit`.
         align: find the face and cut it as CelebA-HQ does, see `align.align_face`; None: only warn if that is needed.
 
     Raises:

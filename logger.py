@@ -1,12 +1,13 @@
-"""Logging to the console and a run folder, a table of metrics, and its curves as a picture."""
+"""Logging to the console and a run folder, a table of metrics, its curves as a picture, and TensorBoard events."""
 
 import csv
 import logging
 import math
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -74,7 +75,7 @@ class MetricsTable:
     """A CSV table that grows by one row at a time and survives an interruption.
 
     Args:
-        path: the file, ``metrics.csv`` in the run folder by custom.
+        path: the file, ``metrics.csv`` in the run folder by custom; None keeps the rows in memory alone.
         rows: those to continue from, in place of the file's: a killed run wrote rows beyond the state that is resumed.
             None keeps the rows of an existing file.
 
@@ -82,41 +83,39 @@ class MetricsTable:
         InputError: the file exists and is no table, or cannot be written.
     """
 
-    def __init__(self, path: str | Path, rows: Sequence[Mapping[str, str]] | None = None) -> None:
-        self.path = Path(path)
-        self.columns: list[str] = []
-        self.rows: list[dict[str, str]] = []
-        if rows is not None:
-            self.rows = [dict(row) for row in rows]
-            self.columns = list(dict.fromkeys(column for row in rows for column in row))
-            if rows:
-                self._rewrite()
-            else:
-                self.path.unlink(missing_ok=True)
-        elif self.path.exists():
-            self.columns, self.rows, whole = _read_table(self.path)
-            if not whole:
-                self._rewrite()
+    def __init__(self, path: str | Path | None, rows: Sequence[Mapping[str, str]] | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.rows = [dict(row) for row in rows or ()]
+        self.columns = list(dict.fromkeys(column for row in self.rows for column in row))
+        if rows is None and self.path is not None and self.path.exists():
+            self.columns, self.rows = _read_table(self.path)
+        if self.rows:
+            self._write()
+        elif rows is not None and self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def append(self, row: Mapping[str, object]) -> None:
         """Add a row. Columns may be missing (left empty) or new (the file is rewritten with a wider header)."""
         new = [column for column in row if column not in self.columns]
+        self.columns += new
         self.rows.append({column: _text(value) for column, value in row.items()})
         if new:
-            self.columns += new
-            self._rewrite()
-            return
-        try:
-            with open(self.path, "a", newline="", encoding="utf-8", opener=unlinked) as file:
-                csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(self.rows[-1])
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
+            self._write()
+        elif self.path is not None:
+            try:
+                with open(self.path, "a", newline="", encoding="utf-8", opener=unlinked) as file:
+                    self._writer(file).writerow(self.rows[-1])
+            except OSError as error:
+                raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
 
-    def _rewrite(self) -> None:
-        with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+    def _writer(self, file: TextIO) -> csv.DictWriter:
+        return csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
+
+    def _write(self) -> None:
+        if self.path is not None:
+            with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+                self._writer(file).writeheader()
+                self._writer(file).writerows(self.rows)
 
 
 def _text(value: object) -> str:
@@ -125,40 +124,63 @@ def _text(value: object) -> str:
     return f"{value:.8g}" if isinstance(value, float) else str(value)
 
 
-def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]], bool]:
-    """Columns, rows, and whether the last line is complete (an interrupted run may have cut it; it is left out)."""
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows; the last line is left out where an interruption has cut it."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read metrics: {error}") from None
-    whole = text.endswith("\n") or not text
-    lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
-    if not lines:
-        return [], [], whole
-    columns = lines[0]
-    for i, line in enumerate(lines[1:], start=2):
+    columns, *lines = csv.reader(text[: text.rfind("\n") + 1].splitlines() or [""])
+    for i, line in enumerate(lines, start=2):
         if len(line) != len(columns):
             raise InputError(f"{path}, line {i}: {len(line)} values for {len(columns)} columns")
-    return columns, [dict(zip(columns, line, strict=True)) for line in lines[1:]], whole
+    return columns, [dict(zip(columns, line, strict=True)) for line in lines]
 
+
+@contextmanager
+def tensorboard_events(folder: Path | None, begin: int) -> Iterator[Callable[[Mapping[str, float], int], None]]:
+    """A function that writes the figures of a step for TensorBoard, if that is installed; else it does nothing.
+
+    Args:
+        folder: of the events; None writes none.
+        begin: the first step to come: what a killed run wrote from there on does not count.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+    except ImportError:
+        folder = None
+    if folder is None:
+        yield lambda figures, step: None
+        return
+
+    def write(figures: Mapping[str, float], step: int) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name, value, step)
+
+    with SummaryWriter(folder, purge_step=begin) as writer:
+        yield write
+
+
+# --- Curves ----------------------------------------------------------------------------------------------------------
 
 _AXES = ("step", "iteration", "epoch")
 _SPLITS = {"train": "-", "val": "--", "valid": "--", "validation": "--", "test": ":"}
 
 
-def _series(column: str) -> tuple[str, str]:
-    """The quantity a column measures and the line style of its split: ``val_loss`` is ``("loss", "--")``."""
-    words = re.split(r"[_/. ]", column)
-    split = next((word for word in words if word.lower() in _SPLITS), None)
-    rest = "_".join(word for word in words if word != split)
-    return rest or column, _SPLITS[split.lower()] if split is not None else "-"
+def _series(column: str) -> tuple[str, str, str]:
+    """Panel, quantity and line style of a column: ``val_bce`` is ``("loss", "bce", "--")``."""
+    words = column.split("_")
+    split = next((word for word in words if word in _SPLITS), None)
+    quantity = "_".join(word for word in words if word != split) or column
+    panel = "loss" if "loss" in quantity or "bce" in quantity else "accuracy" if "acc" in quantity else quantity
+    return panel, quantity, _SPLITS.get(split, "-")
 
 
-def _panel(quantity: str) -> str:
-    lower = quantity.lower()
-    if "loss" in lower or "bce" in lower:
-        return "loss"
-    return "accuracy" if "acc" in lower else quantity
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def plot_curves(table: str | Path, picture: str | Path) -> None:
@@ -174,22 +196,14 @@ def plot_curves(table: str | Path, picture: str | Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    table = Path(table)
-    columns, rows, _ = _read_table(table)
-    if not rows:
-        raise InputError(f"{table}: no rows to plot")
+    columns, rows = _read_table(Path(table))
     axis = next((name for name in _AXES if name in columns), None)
-    x = [_number(row[axis]) for row in rows] if axis is not None else list(range(1, len(rows) + 1))
-
-    panels: dict[str, list[tuple[str, list[float], list[float]]]] = {}
-    for column in columns:
-        if column in _AXES:
-            continue
-        points = [(at, _number(row[column])) for at, row in zip(x, rows, strict=True)]
-        points = [(at, value) for at, value in points if math.isfinite(at) and math.isfinite(value)]
+    at = [_number(row[axis]) if axis is not None else i for i, row in enumerate(rows, start=1)]
+    panels: dict[str, dict[str, tuple]] = {}
+    for column in [column for column in columns if column not in _AXES]:
+        points = [(x, y) for x, row in zip(at, rows, strict=True) if math.isfinite(y := _number(row[column]))]
         if points:
-            xs, ys = zip(*points, strict=True)
-            panels.setdefault(_panel(_series(column)[0]), []).append((column, list(xs), list(ys)))
+            panels.setdefault(_series(column)[0], {})[column] = tuple(zip(*points, strict=True))
     if not panels:
         raise InputError(f"{table}: no numbers to plot")
 
@@ -201,28 +215,19 @@ def plot_curves(table: str | Path, picture: str | Path) -> None:
     for i, panel in enumerate(order):
         axes = figure.add_subplot(down, across, i + 1)
         colours: dict[str, str] = {}
-        for column, xs, ys in panels[panel]:
-            quantity, style = _series(column)
+        for column, (xs, ys) in panels[panel].items():
+            _, quantity, style = _series(column)
             colour = colours.setdefault(quantity, f"C{len(colours) % 10}")
             marker = "o" if len(xs) <= 30 else None
             label = column.replace("_", " ")
             axes.plot(xs, ys, style, color=colour, marker=marker, markersize=3, linewidth=1.4, label=label)
-        values = [value for _, _, ys in panels[panel] for value in ys]
+        values = [y for _, ys in panels[panel].values() for y in ys]
         if panel != "lr" and min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
-        axes.set_xlabel(axis if axis is not None else "row")
-        if axis is not None and all(float(at).is_integer() for at in x if math.isfinite(at)):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel(panel.replace("_", " "))
+        axes.set(xlabel=axis or "row", ylabel=panel.replace("_", " "))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
     with atomic_write(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

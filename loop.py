@@ -26,7 +26,7 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from logger import MetricsTable, get_logger, plot_curves
+from logger import MetricsTable, get_logger, plot_curves, tensorboard_events
 from utils import InputError, Stopped, atomic_write, is_temporary, resolve_device, unlinked
 
 try:
@@ -521,23 +521,27 @@ class Loop:
         """
         self._begin()
         batches, began = self.batches(self.done), self.done
+        run = self.run
+        writes = run.world.leads and run.folder is not None
+        events = tensorboard_events(run.folder / "events" / (self.name or "training") if writes else None, began + 1)
         shown = {"desc": self.name or None, "unit": "step", "dynamic_ncols": True, "leave": False}
-        with tqdm(total=self.steps, initial=self.done, disable=None if self.run.world.leads else True, **shown) as bar:
+        bar = tqdm(total=self.steps, initial=began, disable=None if run.world.leads else True, **shown)
+        with events as self._write_events, bar:
             while True:
                 ends = self.progress() == 1
                 if self.counted and (ends or self.done % self.row_every == 0):
                     bar.set_postfix(loss=f"{self._add_row():.4g}")
                 if ends:
                     break
-                if self.run.save_every and self.done % self.run.save_every == 0 and self.done > began:
+                if run.save_every and self.done % run.save_every == 0 and self.done > began:
                     self.save()
-                self.run.stop_if_asked(lambda: self.save(goes_on=False))
+                run.stop_if_asked(lambda: self.save(goes_on=False))
                 self._make_step(*next(batches))
                 bar.update()
         if self.measure is None:
             self.save()
-        self.run.stop_if_asked()
-        self.run.world.wait()  # for the files
+        run.stop_if_asked()
+        run.world.wait()  # for the files
 
     def progress(self) -> float:
         """How far it is, in [0, 1]: by steps, or by the clock where that is ahead."""
@@ -567,11 +571,12 @@ class Loop:
     def _add_row(self) -> float:
         """Measure, write a row, keep what is best; returns the mean loss."""
         world, started = self.run.world, time.perf_counter()
+        unit = 1 if self.axis == "step" else self.row_every
+        place = f"{self.name} {self.axis} {self.done // unit}/{self.steps // unit}".strip()
         means = {name: (value / self.counted).item() for name, value in world.mean(self.sums).items()}
         means = {"loss" if name == "total" else name: value for name, value in means.items()}
         if not all(map(math.isfinite, means.values())):
-            self._fail(f"{self._place()}, or one of the {self.counted} steps before", "the losses")
-        unit = 1 if self.axis == "step" else self.row_every
+            self._fail(place, f"the losses of the last {self.counted} steps")
         if self.measure is not None:
             try:
                 measured = self.measure()
@@ -579,7 +584,9 @@ class Loop:
                 self.save(goes_on=False)
                 raise
             except FloatingPointError as error:
-                self._fail(f"{self.name} {self.done // unit}/{self.steps // unit}, validation", error)
+                self._fail(f"{place}, validation", error)
+            if not math.isfinite(measured["loss"]):
+                self._fail(f"{place}, validation", "the loss")
             means = {f"train_{name}": value for name, value in means.items()}
             means |= {f"val_{name}": value for name, value in measured.items()}
             self.seconds += time.perf_counter() - started
@@ -590,10 +597,9 @@ class Loop:
         if world.leads:
             rate = self.parts["optimizer"].param_groups[0]["lr"]
             self.table.append({self.axis: self.done // unit, **means, "lr": rate, "seconds": self.seconds})
+            self._write_events({**means, "lr": rate}, self.done)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self.log.info(
-            "%s %d of %d: %s", f"{self.name} {self.axis}".strip(), self.done // unit, self.steps // unit, figures
-        )
+        self.log.info("%s: %s", place, figures)
         self.sums, self.counted = {}, 0
         if self.measure is not None:
             self.save()

@@ -268,7 +268,7 @@ def custom_blocks(layer_channels: Sequence, mix_type: str) -> list[Surjection]:
     return blocks
 
 
-class SPNN(nn.Module, Pretrained):
+class SPNN(Pretrained):
     """A surjective classifier g from images to logits, with its pseudo-inverse g' from logits to images.
 
     Args:

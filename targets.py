@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints import load_spnn
 from data_loader import find_images, load_image
 from DDNM.guided_diffusion.guidance import guide
 from inversion import FeatureDistance, Loss, perceptual_loss, squared_error
@@ -163,8 +162,7 @@ def imported(source: str) -> nn.Module:
 
 def of_spnn(network: str, s: Settings, device: torch.device) -> Target:
     """One of an SPNN's networks; the shapes are filled in later."""
-    model, notes = load_spnn(s.spnn)
-    model.to(device).requires_grad_(False)
+    model = SPNN.from_pretrained(s.spnn).to(device).requires_grad_(False)
     if network == "pinv":
         f, x_lr, closed = PseudoInverse(model), 1.0, {"closed form g(y)": lambda y, x0: model(y)}
     elif network == "completion-inverse":
@@ -184,7 +182,7 @@ def of_spnn(network: str, s: Settings, device: torch.device) -> Target:
             "NLBP": lambda y, x0: model.back_project(x0, y),
             "NLBP in 20 short moves": in_moves,
         }
-    return Target(network, f, (), (), x_lr, closed, attributes=notes.get("attributes"))
+    return Target(network, f, (), (), x_lr, closed, attributes=model.notes.get("attributes"))
 
 
 def load_targets(network: str, s: Settings, device: torch.device) -> list[Target]:
@@ -228,7 +226,7 @@ def load_targets(network: str, s: Settings, device: torch.device) -> list[Target
 def spnn_beside(target: Target, s: Settings, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """What an SPNN of the same size makes of an image's own logits, as images: (y, x0) -> images, by name."""
     try:
-        model = load_spnn(s.spnn)[0].to(device).requires_grad_(False)
+        model = SPNN.from_pretrained(s.spnn).to(device).requires_grad_(False)
     except InputError:
         return {}
     if not isinstance(target.f, Latents) or tuple(model.pinn.in_shape) != target.out_shape:

@@ -365,7 +365,7 @@ class CelebATrainer:
         try:
             yield
         except FloatingPointError as error:
-            culprit = first_nonfinite(self.model.eval(), x)
+            culprit = first_nonfinite(self.model, x)
             culprit = culprit or (None if target.isfinite().all() else "the labels")
             raise FloatingPointError(culprit or str(error)) from None
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from blocks import MIXINGS
-from checkpoints import load_spnn, save_spnn
+from checkpoints import save_spnn
 from data_loader import ATTRIBUTES, FaceLoader, Loaders, download_dataset, grid, make_loaders, save_image
 from diagnostics import diagnose, format_table
 from logger import get_logger
-from loop import DONE, STATE_NAME, Run, check_settings, open_run, outlive_stop_signals, to_json_values
+from loop import DONE, STATE_NAME, Run, check_settings, open_run, outlive_stop_signals
 from models import SPNN
 from performance import (
     PRECISIONS,
@@ -135,18 +135,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.info("stage 1: %d epochs of %d steps on %s", settings.epoch, len(loaders.train), run.device)
             best = trainer(model).train_forward()
             if run.world.leads:
-                model, notes = load_spnn(best)
-                typical = typical_logits(model.to(run.device), run.until_stopped(loaders.val), run.device)
-                notes.pop("model")
-                save_spnn(best, model, {**notes, "typical_logits": typical})
+                model = SPNN.from_pretrained(best).to(run.device)
+                model.notes["typical_logits"] = typical_logits(model, run.until_stopped(loaders.val), run.device)
+                save_spnn(best, model)
                 report(run, model, loaders.test, machine.diagnose_samples, "forward")
             run.world.wait()
         if task.is_r_opt:
-            model, notes = load_spnn(folder / FORWARD_CHECKPOINT)
+            model = SPNN.from_pretrained(folder / FORWARD_CHECKPOINT)
             log.info("stage 2: %d epochs of %d steps on %s", settings.r_epoch, len(loaders.train), run.device)
-            best = trainer(model, typical_logits=notes.get("typical_logits")).optimise_r()
+            best = trainer(model, typical_logits=model.notes.get("typical_logits")).optimise_r()
             if run.world.leads:
-                report(run, load_spnn(best)[0], loaders.test, machine.diagnose_samples, "r_opt")
+                report(run, SPNN.from_pretrained(best), loaders.test, machine.diagnose_samples, "r_opt")
             run.world.wait()
         run.finish()
         log.info("done in %.1f min; %s", (time.perf_counter() - began) / 60, best)
@@ -171,7 +170,7 @@ def prepare(
     # before the data: a chain that does not fit should say so at once, and so should a precision
     with networks_in(settings.precision, run.device):
         pass
-    model = task.build(chain) if forward else load_spnn(file)[0]
+    model = task.build(chain) if forward else SPNN.from_pretrained(file)
     if task.img_size not in (None, model.img_size):
         raise InputError(f"{file} takes {model.img_size}x{model.img_size} images, but --img_size is {task.img_size}")
     with run.world.leader_first():  # it downloads, and builds the cache
@@ -203,7 +202,7 @@ def begin_folder(run: Run, forward: bool, settings: dict) -> logging.Logger:
                 stale += [FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json", *reports]
             for name in stale:
                 (run.folder / name).unlink(missing_ok=True)
-        write_json(run.folder / "settings.json", to_json_values(settings))
+        write_json(run.folder / "settings.json", settings)
     return log
 
 

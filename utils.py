@@ -26,7 +26,6 @@ import yaml
 
 LARGEST_CONFIG = 1 << 16  # bytes; the presets have 1 KB
 LARGEST_SEED = 2**63 - 1  # what PyTorch's generators take
-LARGEST_COUNT = 10**9  # of steps, epochs or images: nothing here gets through more
 LARGEST_SIDE = 4096  # of an image, in pixels
 LARGEST_WIDTH = 1 << 16  # channels of a layer
 LARGEST_BATCH = 100_000
@@ -231,34 +230,31 @@ def parse_with_config(
     return parser.parse_args(argv), others
 
 
-def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
-    """An argparse type: an ``int`` or ``float`` within [low, high]; NaN and infinity are refused.
-
-    A whole number without ``high`` is at most `LARGEST_COUNT`: beyond 64 bits PyTorch only knows tracebacks.
-    """
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            kind_of = "a whole" if kind is int else "a"
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not {kind_of} number") from None
-        said = text if len(text) <= 80 else f"{text[:80]}..."
-        if value != value or abs(value) == float("inf"):
-            raise argparse.ArgumentTypeError(f"{said} is not a finite number")
-        if low is not None and value < low or high is not None and value > high:
-            bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
-            raise argparse.ArgumentTypeError(f"{said} is out of range, must be {bounds}")
-        if kind is int and high is None and value > LARGEST_COUNT:
-            raise argparse.ArgumentTypeError(f"{said} is out of range, must be at most {LARGEST_COUNT}")
-        return value
-
-    return parse
-
-
 # --- Settings: dataclasses, from which flags and presets are made -----------------------------------------------------
 
 MOST = 10**9  # steps, epochs, images, ...: the bound of whole numbers that have none of their own
+
+
+def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
+    """An argparse type: an ``int`` or ``float`` within [low, high]; NaN and infinity are refused.
+
+    A whole number without ``high`` is at most `MOST`: beyond 64 bits PyTorch only knows tracebacks.
+    """
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ArgumentTypeError(f"{shown(text)} is not a {'whole ' * (kind is int)}number") from None
+        if not -math.inf < value < math.inf:
+            raise ArgumentTypeError(f"{shown(text)} is not a finite number")
+        top = MOST if high is None and kind is int else high
+        if low is not None and value < low or top is not None and value > top:
+            bounds = f"at most {top}" if low is None else f"at least {low}" if top is None else f"in [{low}, {top}]"
+            raise ArgumentTypeError(f"{shown(text)} is out of range, must be {bounds}")
+        return value
+
+    return read
 
 
 def option(
@@ -304,18 +300,7 @@ class _Flag:
     def value(self, text: str) -> object:
         """One value. Raises ArgumentTypeError."""
         if self.kind in (int, float):
-            try:
-                value = self.kind(text)
-            except ValueError:
-                raise ArgumentTypeError(f"{shown(text)} is not a {'whole ' * (self.kind is int)}number") from None
-            if not -math.inf < value < math.inf:
-                raise ArgumentTypeError(f"{shown(text)} is not a finite number")
-            low, high = self.low, MOST if self.high is None and self.kind is int else self.high
-            if low is not None and value < low or high is not None and value > high:
-                bounds = f"in [{low}, {high}]" if None not in (low, high) else f"at least {low}"
-                raise ArgumentTypeError(
-                    f"{shown(text)} is out of range, must be {f'at most {high}' if low is None else bounds}"
-                )
+            value = number(self.kind, self.low, self.high)(text)
         elif "\0" in text:
             raise ArgumentTypeError(f"{shown(text)} holds a null character")
         else:
@@ -423,9 +408,9 @@ def parse(description: str, *types: type, argv: Sequence[str] | None = None, ext
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """Write JSON atomically. Raises InputError as `atomic_write`."""
+    """Write JSON atomically; paths and the like as text. Raises InputError as `atomic_write`."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def file_name(text: str) -> str:

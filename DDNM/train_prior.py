@@ -33,7 +33,7 @@ from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
 from logger import get_logger
-from loop import STATE_NAME, Ema, Loop, Run, adam, clip_gradients, is_empty, open_run, to_json_values
+from loop import STATE_NAME, Ema, Loop, Run, adam, clip_gradients, is_empty, open_run
 from performance import compile_networks
 from utils import InputError, option, parse, remove_temporaries, run_command, seed_everything, write_json
 
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 names = (STATE_NAME, "metrics.csv", "curves.png", "log.txt")
                 for path in (*(out / name for name in names), *(out / SAMPLES_NAME).glob("step_*.png")):
                     path.unlink(missing_ok=True)
-            write_json(out / "settings.json", to_json_values(asdict(settings) | asdict(machine)))
+            write_json(out / "settings.json", asdict(settings) | asdict(machine))
         run.world.wait()
         log = get_logger("train_prior", out if run.world.leads else None)
         parameters = sum(p.numel() for p in trainer.prior.parameters())

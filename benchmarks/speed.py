@@ -35,9 +35,10 @@ from benchmarks import plain  # noqa: E402
 from blocks import solved_once  # noqa: E402
 from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, CelebAMaskHQ, make_loader  # noqa: E402
 from DDNM.guided_diffusion.compiled import compile_for_cpu  # noqa: E402
+from DDNM.guided_diffusion.ddpm_layout import ddpm_unet  # noqa: E402
 from DDNM.guided_diffusion.diffusion import renoise  # noqa: E402
 from DDNM.guided_diffusion.guidance import NLBP, Denoiser  # noqa: E402
-from DDNM.guided_diffusion.prior import Prior, ddpm_unet  # noqa: E402
+from DDNM.guided_diffusion.prior import Prior  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
 from models import SPNN, BackProjection  # noqa: E402
 from operators import SPNNOperator  # noqa: E402

@@ -201,6 +201,13 @@ def test_actnorm_is_set_by_its_first_batch_in_training_mode():
     torch.testing.assert_close(loaded.train()(3 * x), layer(3 * x))
 
 
+def test_actnorm_is_not_set_by_a_batch_that_does_not_fit():
+    layer = bi.ActNorm(3).train()
+    with pytest.raises(ValueError, match=r"ActNorm\(3\): features are"):
+        layer(torch.ones(4, 1))  # it would broadcast
+    assert not layer.initialised and not layer.bias.any()
+
+
 def test_actnorm_takes_a_constant_channel_and_refuses_a_single_value():
     assert bi.ActNorm(2).train()(torch.full((5, 2), 3.0)).abs().max() < 1e-3
     with pytest.raises(ValueError, match=r"ActNorm\(2\).*2 values"):
@@ -862,6 +869,7 @@ def test_names_are_known_without_importing_the_module():
 def test_every_layer_has_a_name_and_so_has_its_inverse():
     """What `test_laws.py` holds to the laws can stand in a YAML file."""
     base = {bi.Bijection, bi.PerFeature, bi.Affine, bi.Activation, bi.OverChannels, bi.Split, bi.Residual, bi.Inverted}
+    base |= {bi.VolumePreserving}
     layers = {kind for kind in vars(bi).values() if isinstance(kind, type) and issubclass(kind, bi.Bijection)} - base
     assert len(layers) == 26 and layers == {kind for kind in BLOCKS.values() if kind in layers}
 
@@ -911,7 +919,7 @@ REFUSED = {
     "lipschitz above 1": (lambda: bi.ResidualConv2d(3, size=4, lipschitz=1.5), "below 1.*1.5"),
     "a wider output": (lambda: bi.ResidualFC(3, 4), "out_ch must be 1 to 3"),
     "no size": (lambda: bi.ResidualConv2d(3), "needs the size of the map"),
-    "a size below the kernel": (lambda: bi.ResidualConv1d(3, size=2), "at least 3 a dimension"),
+    "a size below the kernel": (lambda: bi.ResidualConv1d(3, size=2), "at least 3 per dimension"),
     "another size": (lambda: PINN([bi.ResidualConv2d(3, size=4)], (3, 4, 5)), r"size is \(4, 4\).*\(4, 5\)"),
     "an even kernel": (lambda: bi.ResidualConv1d(3, size=8, kernel_size=4), "odd"),
     "a kernel for vectors": (lambda: bi.ResidualFC(3, kernel_size=5), "kernel_size.*are for convolutions"),

@@ -204,8 +204,6 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, model):
     before = (tmp_path / "m.pth").read_bytes(), (tmp_path / "config.json").read_bytes()
     with pytest.raises(TypeError):
         save_spnn(tmp_path / "m.pth", model, {"attributes": object()})
-    with pytest.raises(ValueError, match="use .pth or .safetensors"):
-        save_spnn(tmp_path / "m.json", model)
     assert ((tmp_path / "m.pth").read_bytes(), (tmp_path / "config.json").read_bytes()) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "m.pth"]
 
@@ -237,7 +235,7 @@ def test_published_weights_load_without_settings(tmp_path):
 @pytest.mark.parametrize("text, message", [
     (None, r"m\.pth: config\.json is missing"),
     ("{", "m.json: not valid JSON"),
-    ("[1]", "m.json: has no 'model'"),
+    ("[1]", "m.json: expected a JSON object"),
     ('{"attributes": []}', "m.json: has no 'model'"),
     ('{"model": {"img_size": 31}}', "m.pth.*makes? no network.*img_size 31"),
     ('{"model": {"colour": 3}}', "colour"),
@@ -316,6 +314,14 @@ def test_a_repository_may_hold_a_pth_file_alone(hub):
     loaded = SPNN.from_pretrained("me/net", **hub.options)
     assert same(loaded.state_dict(), published.state_dict())
     SPNN.from_pretrained("me/net", local_files_only=True, **hub.options)  # the cache knows what is not there
+
+
+def test_a_published_file_is_fetched_by_its_hub_id(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, "ROOT", tmp_path)
+    published = SPNN(num_classes=5, img_size=32)
+    write_weights(hub.files / "yamitehr" / "SPNN" / "spnn_celebahq_256.pth", published.state_dict())
+    loaded = SPNN.from_pretrained("yamitehr/SPNN", **hub.options)
+    assert same(loaded.state_dict(), published.state_dict())
 
 
 def test_what_the_hub_cannot_give_is_one_clear_line(hub, tmp_path):

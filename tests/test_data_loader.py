@@ -420,6 +420,16 @@ def test_a_folder_of_images_and_masks_with_attributes_where_known(root, caplog):
     assert "left out 7 of 20 images: 0.jpg: attributes unknown" in caplog.text
 
 
+def test_oblong_images_and_masks(root):
+    masks = write_masks(root, 20)
+    for cache in (True, False):
+        data = CelebAMaskHQ(root, "all", (6, 12), mask_size=(12, 24), cache=cache)
+        image, mask = data[3]
+        assert torch.equal(image, load_image(root / "CelebA-HQ-img" / "3.jpg", (6, 12)))
+        assert torch.equal(mask, masks[3, 6:18])
+    assert len(list((root / ".cache").glob("all_6x12_*.npy"))) == 1
+
+
 def test_left_and_right_change_sides_with_the_picture(root):
     masks = write_masks(root, 20)
     names = dict(enumerate(MASK_CLASSES))

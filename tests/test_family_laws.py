@@ -68,14 +68,6 @@ def largest(x: Tensor) -> float:
     return x.abs().max().item()
 
 
-MIXED = [name for name in ROWS if name.startswith(("orthogonal", "svd", "inverted svd"))]
-
-
-def skip_mixing(name: str) -> None:
-    if name in MIXED:
-        pytest.xfail("mixing compares its weights by value")
-
-
 # --- Modes -----------------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +331,6 @@ def check_modes(f, primals: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_forward_mode_derivatives_are_those_of_reverse_mode(name):
     """By the input and by every parameter: of g, of g' and of log |det|."""
-    skip_mixing(name)
     row, g = ROWS[name], layer(name)
     x = inputs(row, batch=2)
     y = row.outputs(random((2, *g(x).shape[1:]), 2))
@@ -419,7 +410,6 @@ def test_a_layer_builds_on_the_meta_device_and_takes_weights(name):
 def test_a_layer_exports(name):
     if name == "inverted residual":
         pytest.skip("its forward pass is an iteration, whose number of steps depends on the data")
-    skip_mixing(name)
     row, g = ROWS[name], layer(name, torch.float32)
     x = inputs(row, dtype=torch.float32)
     expected = g(x)

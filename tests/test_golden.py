@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
-from DDNM.guided_diffusion.prior import ddpm_config, prior_from_ddpm
+from DDNM.guided_diffusion.ddpm_layout import ddpm_config
+from DDNM.guided_diffusion.prior import prior_from_ddpm
 from DDNM.guided_diffusion.schedule import time_travel_steps
 from models import SPNN
 

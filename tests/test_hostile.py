@@ -15,11 +15,12 @@ from PIL import Image
 from test_data_loader import write_dataset
 from torch import nn
 
-from checkpoints import load_spnn, read_weights, save_spnn
+from checkpoints import read_weights, save_spnn
 from data_loader import CelebAMaskHQ, find_images, load_image
 from DDNM import main as reconstruct
 from DDNM.guided_diffusion.prior import Prior, load_prior, save_prior, small_unet
 from DDNM.guided_diffusion.results import read_logits
+from models import SPNN
 from utils import InputError, read_yaml
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
@@ -372,6 +373,6 @@ def test_random_weights_are_accepted_all_the_same(tmp_path):
     """What the tests above refuse is refused for what is wrong with it."""
     model = randomise(tiny(), seeded(0))
     save_spnn(tmp_path / "m.pth", model, {"attributes": ["a", "b", "c"], "typical_logits": [[-1, 1]] * 3})
-    assert load_spnn(tmp_path / "m.pth")[1]["attributes"] == ["a", "b", "c"]
+    assert SPNN.from_pretrained(tmp_path / "m.pth").notes["attributes"] == ["a", "b", "c"]
     save_prior(small_prior(), tmp_path / "prior")
     assert load_prior(tmp_path / "prior").image_size == 8

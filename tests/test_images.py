@@ -62,6 +62,18 @@ def test_load_image_crops_the_centre_square(tmp_path):
     assert (load_image(tmp_path / "a.png", 2) == 1).all()
 
 
+@pytest.mark.parametrize("size", [(48, 64), (64, 48), (32, 32), (7, 90)])
+@pytest.mark.parametrize("picture_size", [(100, 100), (300, 120), (120, 300), (178, 218)])
+def test_oblong_sizes_keep_proportions_too(tmp_path, size, picture_size):
+    circle(*picture_size).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png", size)
+    assert image.shape == (3, *size)
+    dark = image.mean(0) < 0
+    wide, high = dark[size[0] // 2].sum(), dark[:, size[1] // 2].sum()
+    shown = min(int(wide), size[1] - 1), min(int(high), size[0] - 1)  # what is cut off ends at the edge
+    assert abs(shown[0] - shown[1]) <= 2 or size[1] - 1 in shown or size[0] - 1 in shown
+
+
 def test_a_picture_that_is_not_square_is_named_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(images, "_CROPPED", threading.Lock())
     for i in range(3):

@@ -7,7 +7,7 @@ from layout import write_layout
 
 import judge as judge_module
 from data_loader import ATTRIBUTES, CelebAMaskHQ
-from judge import Judge, figures, format_table, load_judge, main, train_judge
+from judge import Judge, Training, figures, format_table, load_judge, main, one_cycle, train_judge
 from utils import InputError, run_command
 
 
@@ -91,8 +91,12 @@ def test_an_existing_judge_is_kept(trained, faces):
 
 def test_training_repeats_with_its_seed(faces):
     train, val = (CelebAMaskHQ(faces, split, 16) for split in ("train", "val"))
-    settings = {"epochs": 1, "batch_size": 32, "width": 4, "device": torch.device("cpu")}
-    one, other, third = (train_judge(train, val, seed=seed, **settings)[0].state_dict() for seed in (0, 0, 1))
+
+    def weights(seed: int) -> dict:
+        settings = Training(img_size=16, epochs=1, batch_size=32, width=4, seed=seed)
+        return train_judge(train, val, settings, torch.device("cpu"))[0].state_dict()
+
+    one, other, third = weights(0), weights(0), weights(1)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(one["head.4.weight"], third["head.4.weight"])
 
@@ -116,8 +120,14 @@ def test_load_failures(tmp_path, trained):
 def test_a_loss_that_is_not_finite_ends_the_training(faces, monkeypatch):
     train, val = (CelebAMaskHQ(faces, split, 16) for split in ("train", "val"))
     monkeypatch.setattr(judge_module.F, "binary_cross_entropy_with_logits", lambda x, y: (x * float("nan")).mean())
-    with pytest.raises(InputError, match="not finite in epoch 1"):
-        train_judge(train, val, epochs=1, width=4, device=torch.device("cpu"))
+    with pytest.raises(InputError, match="judge epoch 1/1: not a finite number in the losses"):
+        train_judge(train, val, Training(img_size=16, epochs=1, width=4), torch.device("cpu"))
+
+
+def test_the_learning_rate_goes_up_and_down_once():
+    rates = [one_cycle(step / 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.04) and rates[30] == max(rates) == pytest.approx(1.0) and rates[-1] < 0.001
+    assert rates[:31] == sorted(rates[:31]) and rates[30:] == sorted(rates[30:], reverse=True)
 
 
 def test_a_mistake_of_the_user_is_one_line_and_status_2(tmp_path, capsys):
@@ -125,8 +135,6 @@ def test_a_mistake_of_the_user_is_one_line_and_status_2(tmp_path, capsys):
         run_command(lambda: main(["--dataset_path", str(tmp_path / "none"), "--out", str(tmp_path / "j.safetensors")]))
     assert stopped.value.code == 2
     assert "no such folder" in capsys.readouterr().err.strip().splitlines()[-1]
-    with pytest.raises(SystemExit):
-        main(["--out", "x.safetensors", "--lr", "nan"])
 
 
 def test_figures_with_an_attribute_of_one_class():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from logger import MetricsTable, get_logger, plot_curves
+from logger import MetricsTable, get_logger, plot_curves, tensorboard_events
 from utils import InputError
 
 
@@ -132,6 +132,21 @@ def test_curves(tmp_path):
     plot_curves(metrics.path, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 1000 and picture.height > 400  # loss, accuracy, lr and penrose
+
+
+def test_tensorboard_events_beside_the_table(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for begin, steps in ((1, (1, 2, 3)), (3, (3, 4))):  # killed after step 3 of which the state knew two
+        with tensorboard_events(tmp_path / "events", begin) as write:
+            for step in steps:
+                write({"loss": 10 * begin + step}, step)
+    found = EventAccumulator(str(tmp_path / "events"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 11), (2, 12), (3, 33), (4, 34)]
+    with tensorboard_events(None, 0) as write:
+        write({"loss": 1.0}, 1)
 
 
 @pytest.mark.parametrize("text", ["", "epoch,loss\n", "epoch,loss\n1,word\n"])

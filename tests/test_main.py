@@ -24,7 +24,7 @@ from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from checkpoints import save_spnn, write_weights
 from data_loader import ATTRIBUTES
 from DDNM import main as reconstruct
-from DDNM.guided_diffusion import prior as prior_module
+from DDNM.guided_diffusion import ddpm_layout
 from DDNM.guided_diffusion.prior import Prior, save_prior, small_unet
 from DDNM.guided_diffusion.results import write_sheet
 from DDNM.guided_diffusion.schedule import Schedule
@@ -986,9 +986,9 @@ DDPM = {
 def ddpm_weights(tmp_path_factory):
     """A weight file in the published layout."""
     generator, state = torch.Generator().manual_seed(0), {}
-    for name, tensor in prior_module.ddpm_unet(DDPM, 16).state_dict().items():
+    for name, tensor in ddpm_layout.ddpm_unet(DDPM, 16).state_dict().items():
         shape = list(tensor.shape) + [1, 1] * (".attentions." in name and tensor.ndim == 2)
-        published = prior_module._ddpm_name(name, len(DDPM["ch_mult"]))
+        published = ddpm_layout.ddpm_name(name, len(DDPM["ch_mult"]))
         state[published] = torch.randn(shape, generator=generator) * 0.05
     path = tmp_path_factory.mktemp("ddpm") / "prior.ckpt"
     torch.save(state, path)
@@ -1008,7 +1008,7 @@ def test_a_prior_in_the_published_layout(run, preset, ddpm_weights):
     "model, said",
     [
         ({**DDPM, "ch_mult": [1, 2]}, "do not fit"),
-        ({key: value for key, value in DDPM.items() if key != "ch"}, "lacks ch"),
+        ({key: value for key, value in DDPM.items() if key != "ch"}, "'ch'"),
         ("simple", "prior"),
         (3, "prior"),
         ({**DDPM, "ch_mult": 2}, "prior"),

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import loop
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
-from checkpoints import load_spnn
 from loop import Run, TrainingFailed
 from models import SPNN
 from train import (
@@ -252,7 +251,7 @@ def test_stage_1_learns_and_leaves_a_checkpoint_that_explains_itself(tmp_path):
     assert all(float(row["val_right_inverse"]) < 1e-8 for row in rows)  # measured at each validation
     content = json.loads((tmp_path / "config.json").read_text())
     assert content["attributes"] == list(NAMES) and content["training"]["lr"] == 2e-2
-    loaded, _ = load_spnn(path)
+    loaded = SPNN.from_pretrained(path)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert not any("_origin" in name for name in torch.load(path, weights_only=True))
 
@@ -268,7 +267,7 @@ def test_stage_2_changes_the_r_networks_and_nothing_else(tmp_path):
     rows = list(csv.DictReader(open(tmp_path / "metrics_r_opt.csv")))
     assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"])
     x = data(3).tensors[0]
-    loaded, _ = load_spnn(path)
+    loaded = SPNN.from_pretrained(path)
     model.load_state_dict(before)
     assert torch.equal(loaded(x), model.eval()(x))  # g is the same
 
@@ -369,7 +368,7 @@ def test_a_validation_that_breaks_names_its_images(tmp_path):
     x, labels = data(6, seed=1).tensors
     x[5, 0, 0, 0] = float("nan")
     run.val = DataLoader(TensorDataset(x, labels), batch_size=4)
-    with pytest.raises(TrainingFailed, match="forward 1/2, validation: .* the images, images 4 to 5"):
+    with pytest.raises(TrainingFailed, match="forward epoch 1/2, validation: .* the images, images 4 to 5"):
         run.train_forward()
 
 

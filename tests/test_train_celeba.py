@@ -12,8 +12,9 @@ from PIL import Image
 
 import loop
 import train_celeba
-from checkpoints import load_spnn, read_weights
+from checkpoints import read_weights
 from data_loader import ATTRIBUTES
+from models import SPNN
 from train_celeba import main
 from utils import InputError, run_command
 
@@ -98,7 +99,8 @@ def test_each_checkpoint_is_a_plain_state_dict_with_its_architecture_beside_it(f
     for name in ("best_model.pth", "best_model_r_opt_real.pth"):
         state = torch.load(finished / name, weights_only=True)
         assert all(isinstance(tensor, torch.Tensor) and key.startswith("pinn.blocks.") for key, tensor in state.items())
-        model, notes = load_spnn(finished / name)
+        model = SPNN.from_pretrained(finished / name)
+        notes = model.notes
         assert model.img_size == 16 and model.num_classes == 40
         assert notes["attributes"] == list(ATTRIBUTES)
         assert len(notes["typical_logits"]) == 40
@@ -134,7 +136,7 @@ def test_stage_2_alone_continues_stage_1_and_a_seed_repeats(finished, faces, tmp
     assert (tmp_path / "run" / "best_model.pth").read_bytes() == forward
     assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
     assert all(torch.equal(kept[0][key], one[key]) == (".r." not in key) for key in one)
-    assert load_spnn(tmp_path / "run" / "best_model_r_opt_real.pth")[1]["typical_logits"]
+    assert SPNN.from_pretrained(tmp_path / "run" / "best_model_r_opt_real.pth").notes["typical_logits"]
 
 
 def test_another_seed_gives_other_weights(finished, faces, tmp_path):

@@ -16,7 +16,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-from checkpoints import first, load_strictly, locate, opener, read_weights, write_weights
+from checkpoints import first, locate, opener, read_json, read_weights, write_weights
+from DDNM.guided_diffusion.ddpm_layout import filled, unet_from_ddpm
 from DDNM.guided_diffusion.schedule import Schedule
 from utils import InputError, atomic_write
 
@@ -191,108 +192,11 @@ def small_unet(
     )
 
 
-# --- The published DDPM layout ---------------------------------------------------------------------------------------
-
-_RENAMED = (  # UNet2DModel's name -> the published one, applied in this order
-    (r"^time_embedding\.linear_1\.", "temb.dense.0."),
-    (r"^time_embedding\.linear_2\.", "temb.dense.1."),
-    (r"^conv_norm_out\.", "norm_out."),
-    (r"^mid_block\.resnets\.0\.", "mid.block_1."),
-    (r"^mid_block\.resnets\.1\.", "mid.block_2."),
-    (r"^mid_block\.attentions\.0\.", "mid.attn_1."),
-    (r"^down_blocks\.", "down."),
-    (r"\.resnets\.", ".block."),
-    (r"\.attentions\.", ".attn."),
-    (r"\.downsamplers\.0\.", ".downsample."),
-    (r"\.upsamplers\.0\.", ".upsample."),
-    (r"\.time_emb_proj\.", ".temb_proj."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.group_norm\.", ".norm."),
-    (r"\.to_([qkv])\.", r".\1."),
-    (r"\.to_out\.0\.", ".proj_out."),
-)
+# --- Loading and saving ----------------------------------------------------------------------------------------------
 
 
-def _ddpm_name(name: str, levels: int) -> str:
-    """The published name of a tensor of a `UNet2DModel` with that many levels."""
-    # the published code counts the levels of the way up from the finest, diffusers from the coarsest
-    name = re.sub(r"^up_blocks\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
-    """The `UNet2DModel` that computes what the published ``Model`` of this configuration does, on the meta device.
-
-    Raises:
-        InputError: a configuration that lacks something, or makes no network.
-    """
-    needed = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "out_ch")
-    try:
-        if absent := [key for key in needed if key not in model_config]:
-            raise ValueError(f"it lacks {', '.join(absent)}")
-        if not model_config.get("resamp_with_conv", True):
-            raise ValueError("resamp_with_conv: false is not supported")
-        widths = tuple(model_config["ch"] * m for m in model_config["ch_mult"])
-        attends = [image_size // 2**i in model_config["attn_resolutions"] for i in range(len(widths))]
-        if image_size % (coarsest := 2 ** (len(widths) - 1)) != 0:
-            raise ValueError(f"image size {image_size} must be divisible by {coarsest} ({len(widths)} levels)")
-        with torch.device("meta"):  # the weights come from the file: no random ones are drawn first
-            return UNet2DModel(
-                sample_size=image_size,
-                in_channels=model_config["in_channels"],
-                out_channels=model_config["out_ch"],
-                block_out_channels=widths,
-                layers_per_block=model_config["num_res_blocks"],
-                down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-                up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-                dropout=model_config.get("dropout", 0.0),
-                # what follows has no trace in names or shapes: with any other value the weights load and compute
-                # nonsense
-                attention_head_dim=None,
-                downsample_padding=0,
-                flip_sin_to_cos=False,
-                freq_shift=1,
-                norm_eps=1e-6,
-                norm_num_groups=32,
-            )
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"the prior's model configuration makes no network: {reason}") from None
-
-
-def ddpm_config(state_dict: Mapping[str, Tensor], image_size: int | None = None) -> tuple[dict, int]:
-    """The model configuration that weights in the published DDPM layout belong to, and H.
-
-    Args:
-        image_size: H. It is in no weight; None takes the published habit, attention at 16x16, for granted.
-
-    Raises:
-        InputError: another layout, or no level that attends to tell H by.
-    """
-    try:
-        ch = state_dict["temb.dense.0.weight"].shape[1]
-        levels = len({name.split(".")[1] for name in state_dict if name.startswith("down.")})
-        widths = [state_dict[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-        in_channels, out_channels = state_dict["conv_in.weight"].shape[1], state_dict["conv_out.weight"].shape[0]
-    except (KeyError, IndexError) as error:
-        raise InputError(f"no weights in the published DDPM layout ({error} is missing)") from None
-    attends = [i for i in range(levels) if f"down.{i}.attn.0.q.weight" in state_dict]
-    if image_size is None and not attends:
-        raise InputError("these weights do not tell the image size: give image_size")
-    size = image_size if image_size is not None else 16 << attends[0]
-    config = {
-        "ch": ch,
-        "ch_mult": [width // ch for width in widths],
-        "num_res_blocks": sum(
-            re.fullmatch(r"down\.0\.block\.\d+\.conv1\.weight", name) is not None for name in state_dict
-        ),
-        "attn_resolutions": [size >> i for i in attends],
-        "in_channels": in_channels,
-        "out_ch": out_channels,
-    }
-    return config, size
+def _frozen(prior: Prior) -> Prior:
+    return prior.eval().requires_grad_(False)
 
 
 def prior_from_ddpm(
@@ -303,51 +207,9 @@ def prior_from_ddpm(
     channels_last: bool = False,
     recompute: bool = False,
 ) -> Prior:
-    """A prior from weights in the published DDPM layout (``temb.dense.0``, ``down.i.block.j``, ...).
-
-    Args:
-        state_dict: every tensor must be used; the network keeps float32 tensors without copying them.
-        model_config: ch, ch_mult, num_res_blocks, attn_resolutions, in_channels, out_ch, and maybe dropout and
-            resamp_with_conv; other keys of the published configuration (type, var_type, ema ...) do not matter here.
-            None reads it off the weights.
-        image_size: H, which decides the levels that attend; see `ddpm_config` for None.
-
-    Raises:
-        InputError: a missing or foreign tensor, or one of another shape.
-    """
-    if model_config is None or image_size is None:
-        model_config, image_size = ddpm_config(state_dict, image_size)
-    unet = ddpm_unet(model_config, image_size)
-    own = {_ddpm_name(name, len(unet.config.block_out_channels)): name for name in unet.state_dict()}
-    matrices = {name for name, tensor in unet.state_dict().items() if tensor.ndim == 2}
-    state = {own.get(name, name): tensor for name, tensor in state_dict.items()}
-    # attention: 1x1 convolutions there, matrices here
-    state = {k: v[:, :, 0, 0] if k in matrices and v.shape[2:] == (1, 1) else v for k, v in state.items()}
-    return _frozen(Prior(_filled(unet, state, "in the DDPM layout"), autocast, channels_last, recompute=recompute))
-
-
-# --- Loading and saving ----------------------------------------------------------------------------------------------
-
-
-def _frozen(prior: Prior) -> Prior:
-    return prior.eval().requires_grad_(False)
-
-
-def _filled(unet: UNet2DModel, state: Mapping[str, Tensor], path: str | Path) -> UNet2DModel:
-    """A U-Net on the meta device with these weights, in float32; every tensor must be used and fit."""
-    load_strictly(unet, state, path)
-    unet.load_state_dict({name: tensor.float().contiguous() for name, tensor in state.items()}, assign=True)
-    return unet
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got a {type(content).__name__}")
-    return content
+    """A frozen prior from weights in the published DDPM layout: see `unet_from_ddpm` and `Prior`."""
+    unet = unet_from_ddpm(state_dict, model_config, image_size)
+    return _frozen(Prior(unet, autocast, channels_last, recompute=recompute))
 
 
 def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, Schedule]:
@@ -359,9 +221,9 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
     config = first(get, (CONFIG_NAME, f"unet/{CONFIG_NAME}"))
     if config is None:
         raise InputError(f"has neither {CONFIG_NAME} nor unet/{CONFIG_NAME}")
-    said = _read_json(config)
+    said = read_json(config)
     pipeline = config.parent.name == "unet" and config.parent != folder
-    if pipeline and (index := get("model_index.json")) is not None and {"vae", "vqvae"} & _read_json(index).keys():
+    if pipeline and (index := get("model_index.json")) is not None and {"vae", "vqvae"} & read_json(index).keys():
         raise InputError("draws latents of another network, not images")
     if (kind := said.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise InputError(f"its network is a {kind}; a prior is a UNet2DModel")
@@ -380,7 +242,7 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
     except Exception as error:  # diffusers checks little: whatever a wrong value leads to
         raise InputError(f"{config} describes no network: {' '.join(str(error).split())[:200]}") from None
     state = {re.sub(*_OLD_ATTENTION, name): tensor for name, tensor in read_weights(weights).items()}
-    return _filled(unet, state, weights), *read_scheduler(scheduler)
+    return filled(unet, state, weights), *read_scheduler(scheduler)
 
 
 # of diffusers before 0.15, google/ddpm-ema-celebahq-256 among them
@@ -396,7 +258,7 @@ def read_scheduler(path: Path | None) -> tuple[str, Schedule]:
     Raises:
         InputError: another kind of noise than ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps``, or unknown betas.
     """
-    said = _read_json(path) if path is not None else {}
+    said = read_json(path) if path is not None else {}
     name = said.get("_class_name", "DDPMScheduler")
     if name not in DDPMScheduler._compatibles or name.startswith("EDM") or said.get("use_flow_sigmas"):
         raise InputError(f"{path}: a {name} adds noise in another way than DDPM; such a prior is not supported")
@@ -428,7 +290,7 @@ def load_prior(
     Args:
         source: a diffusers folder or hub id, of a `UNet2DModel` (what `save_prior` writes) or of a whole pipeline, or a
             weight file in the published DDPM layout.
-        model_config: of a weight file, see `prior_from_ddpm`.
+        model_config: of a weight file, see `unet_from_ddpm`; None reads it off the weights.
         image_size: H; of a weight file, else checked if given.
         autocast, channels_last, recompute: see `Prior`.
         hub: for a hub id, what ``huggingface_hub.hf_hub_download`` takes: ``revision``, ``token``, ...
@@ -436,7 +298,7 @@ def load_prior(
     Raises:
         InputError: nothing there, a damaged or foreign file, or a prior for another image size.
     """
-    (source,) = locate(source)
+    (source,) = locate(source, **hub)
     try:
         if Path(source).is_file():
             state = read_weights(source)
@@ -444,8 +306,9 @@ def load_prior(
         else:
             unet, predicts, schedule = _from_diffusers(source, **hub)
             prior = _frozen(Prior(unet, autocast, channels_last, predicts, schedule, recompute))
-    except ValueError as error:
-        raise InputError(f"prior {source}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of a configuration that makes no network, too
+        why = str(error) if isinstance(error, ValueError) else f"its configuration makes no network ({error!r})"
+        raise InputError(f"prior {source}: {why}") from None
     if image_size is not None and prior.image_size != image_size:
         raise InputError(f"prior {source}: draws {prior.image_size}x{prior.image_size} images, not {image_size}")
     return prior
