@@ -184,7 +184,7 @@ def _number(text: str) -> float:
 
 
 def plot_curves(table: str | Path, picture: str | Path) -> None:
-    """Draw every numeric column of a metrics table over its step or epoch.
+    """Draw every numeric column of a metrics table, the seconds left out, over its step or epoch.
 
     Losses share a panel, accuracies share a panel, every other quantity has its own. A quantity keeps its colour over
     the splits: training is solid, validation dashed, test dotted. Positive values over a wide range get a log axis.
@@ -200,7 +200,7 @@ def plot_curves(table: str | Path, picture: str | Path) -> None:
     axis = next((name for name in _AXES if name in columns), None)
     at = [_number(row[axis]) if axis is not None else i for i, row in enumerate(rows, start=1)]
     panels: dict[str, dict[str, tuple]] = {}
-    for column in [column for column in columns if column not in _AXES]:
+    for column in [column for column in columns if column not in (*_AXES, "seconds")]:
         points = [(x, y) for x, row in zip(at, rows, strict=True) if math.isfinite(y := _number(row[column]))]
         if points:
             panels.setdefault(_series(column)[0], {})[column] = tuple(zip(*points, strict=True))

@@ -559,6 +559,33 @@ def test_a_lock_leaves_no_folder_behind_where_nothing_was_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+WITHOUT_POSIX = """
+import importlib, os, signal, sys
+from pathlib import Path
+sys.modules["fcntl"] = None
+for owner, names in ((os, ("O_NOFOLLOW", "sched_getaffinity", "fork")), (signal, ("SIGALRM", "alarm", "SIGKILL"))):
+    for name in names:
+        if hasattr(owner, name):
+            delattr(owner, name)
+for path in Path.cwd().glob("*.py"):
+    if path.stem != "setup":
+        importlib.import_module(path.stem)
+from DDNM import main, train_prior
+from loop import locked
+from logger import get_logger
+with locked(Path(sys.argv[1])):
+    get_logger("run", Path(sys.argv[1])).info("hello")
+"""
+
+
+def test_everything_imports_where_there_is_no_posix(tmp_path):
+    """As far as that can be shown here: without what Windows lacks of the modules os, signal and fcntl."""
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_POSIX, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "hello" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_only_half_written_files_are_removed(tmp_path):
     keep = ["a.pth", ".hidden", ".lock", ".a.pth.abc.pth", ".a.pth.abcdefgh.txt", ".vimrc.12345678"]
     for name in [*keep, ".train_state.pth.ab_d3fgh.pth", ".sheet.png.abcdefgh.png"]:
