@@ -245,7 +245,8 @@ class ActNorm(Affine):
         """Set the parameters from x, (B, C, *)."""
         self.output_shape(x.shape[1:])
         mean, var, _ = moments(x, self.name)
-        log_std = var.sqrt().clamp_min(1e-6).log()
+        std = var.sqrt()
+        log_std = torch.where(std > 1e-6 * mean.abs(), std, 1.0).log()  # what rounding leaves of a constant is no scale
         self.log_scale.copy_(-log_std)
         self.bias.copy_(-mean * torch.exp(-log_std))
         self.initialised.fill_(True)
@@ -286,8 +287,9 @@ class BatchNorm(Affine):
         if self.training and x is not None and not _held.get():
             self.output_shape(x.shape[1:])
             mean, var, n = moments(x, self.name)
-            with torch.inference_mode(False), torch.no_grad():  # so that any later pass may use them
+            with torch.inference_mode(False):  # so that any later pass may use them
                 self.last = mean.detach().clone(), var.detach().clone()
+            with torch.no_grad():
                 for running, new in ((self.running_mean, mean), (self.running_var, var * n / (n - 1))):
                     running.lerp_(new.to(running), self.momentum)
         elif self.training and self.last is not None:

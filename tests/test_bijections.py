@@ -209,7 +209,13 @@ def test_actnorm_is_not_set_by_a_batch_that_does_not_fit():
 
 
 def test_actnorm_takes_a_constant_channel_and_refuses_a_single_value():
-    assert bi.ActNorm(2).train()(torch.full((5, 2), 3.0)).abs().max() < 1e-3
+    for constant in (0.0, 3.0, 1e-20):
+        layer = bi.ActNorm(2).train()
+        assert layer(torch.full((5, 2), constant)).abs().max() < 1e-5 and (layer.log_scale == 0).all()
+    for scale in (1e-12, 1e12):  # of any unit
+        torch.testing.assert_close(
+            bi.ActNorm(2).train()(scale * randn(50, 2).float()).std(0, correction=0), torch.ones(2)
+        )
     with pytest.raises(ValueError, match=r"ActNorm\(2\).*2 values"):
         bi.ActNorm(2).train()(torch.ones(1, 2))
 

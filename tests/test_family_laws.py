@@ -18,7 +18,7 @@ from helpers import random, randomise, seeded
 from test_laws import Row, bijection_rows, jacobian_log_det
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, TransformedDistribution
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import functional_call, jvp, stack_module_state, vjp, vmap
 
 import bijections as bi
 from density import Density, as_transform
@@ -38,8 +38,9 @@ STATISTICS = {
 }
 
 
-def layer(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    return randomise(ROWS[name].build().to(dtype), seeded(0)).eval()
+def layer(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomise(ROWS[name].build().to(dtype), seeded(seed)).eval()
 
 
 def inputs(row: Row, batch: int = 3, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
@@ -335,17 +336,8 @@ def test_forward_mode_derivatives_are_those_of_reverse_mode(name):
     x = inputs(row, batch=2)
     y = row.outputs(random((2, *g(x).shape[1:]), 2))
 
-    class Part(nn.Module):
-        def __init__(self, method: str):
-            super().__init__()
-            self.g, self.method = g, method
-
-        def forward(self, x: Tensor) -> Tensor:
-            found = getattr(self.g, self.method)(x)
-            return found
-
     for method, at in (("forward", x), ("pinv", y), ("log_abs_det", x)):
-        part = Part(method)
+        part = Part(g, method)
         weights = {key: value.detach() for key, value in part.named_parameters()}
         of = lambda primals, part=part: functional_call(  # noqa: E731
             part, {key: value for key, value in primals.items() if key != "input"}, (primals["input"],)
@@ -362,6 +354,53 @@ def test_vmap_is_a_batch(name):
     if not isinstance(g, bi.Activation):  # which looks at the values, to refuse some
         y = row.outputs(random((2, 2, *g(x[0]).shape[1:]), 2))
         torch.testing.assert_close(vmap(g.pinv)(y).flatten(0, 1), g.pinv(y.flatten(0, 1)))
+
+
+@every_layer
+@torch.no_grad()
+def test_inference_mode_changes_nothing(name):
+    """Nor what a layer does afterwards, gradients included."""
+    row = ROWS[name]
+    expected = layer(name).forward_log_det(inputs(row))
+    with torch.inference_mode():
+        g = layer(name)
+        y, _, log_det = g.forward_log_det(inputs(row))
+        back = inverse(g, y, completed(g, inputs(row))[1:])
+    assert torch.equal(y, expected[0]) and torch.equal(log_det, expected[2])
+    torch.testing.assert_close(back.clone(), inputs(row))
+    with torch.enable_grad():
+        g, x = layer(name), inputs(row).requires_grad_()
+        with torch.inference_mode():
+            g.pinv(g(x))
+            g.log_abs_det(x)
+        (g.pinv(g(x)).sum() + g.log_abs_det(x).sum()).backward()
+        assert x.grad.isfinite().all()
+
+
+class Part(nn.Module):
+    """One method of a layer, as a module's forward pass."""
+
+    def __init__(self, g: nn.Module, method: str):
+        super().__init__()
+        self.g, self.method = g, method
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.g, self.method)(x)
+
+
+@every_layer
+@torch.no_grad()
+def test_an_ensemble_is_its_layers(name):
+    """`torch.func.stack_module_state` and vmap, over parameters and buffers."""
+    row, layers = ROWS[name], [layer(name, seed=seed) for seed in range(3)]
+    x = inputs(row)
+    y = row.outputs(random((3, *layers[0](x).shape[1:]), 2))
+    for method, at in (("forward", x), ("log_abs_det", x), ("pinv", y)):
+        parts = [Part(g, method) for g in layers]
+        state = stack_module_state(parts)
+        if any(state) and not (method == "pinv" and isinstance(layers[0], bi.Activation)):
+            found = vmap(lambda p, b, part=parts[0], at=at: functional_call(part, (p, b), (at,)))(*state)
+            torch.testing.assert_close(found, torch.stack([part(at) for part in parts]))
 
 
 # --- Copies ----------------------------------------------------------------------------------------------------------
