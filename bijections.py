@@ -662,7 +662,8 @@ class Shuffle(VolumePreserving, OverChannels):
     def __init__(self, channels: int, order: Iterable[int] | None = None, seed: int = 0):
         super().__init__(channels)
         if order is None:
-            order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(channels, generator=generator, device=generator.device).tolist()
         order = list(order)
         if sorted(order) != list(range(channels)):
             raise ValueError(f"{self.name}: order must hold each of 0...{channels - 1} once, got {order}")
@@ -1209,7 +1210,7 @@ class Residual(OverChannels):
         h, pull = torch.func.vjp(lambda x: self.h(x, *weights), x)
         v = torch.randn_like(x)
         product, total, reached, k = v, no_volume(x), 1.0, 0
-        while k < self.series_terms or torch.rand((), device="cpu").item() < self.lipschitz:
+        while k < self.series_terms or torch.rand(()).item() < self.lipschitz:
             k += 1
             reached *= 1 if k <= self.series_terms else self.lipschitz  # the probability of reaching term k
             (following,) = pull(product)
@@ -1296,10 +1297,7 @@ class Concat(OverChannels):
         if extra < 1:
             raise ValueError(f"{type(self).__name__}: extra must be positive, got {extra}")
         self.extra = extra
-        self._make()
-
-    def _make(self) -> None:
-        self.constant = nn.Parameter(torch.zeros(self.extra))
+        self.constant = nn.Parameter(torch.zeros(extra))
 
     def extra_repr(self) -> str:
         return f"{self.channels} + {self.extra}"
@@ -1362,11 +1360,8 @@ class ConcatNoise(Concat):
         noise = NOISES[noise] if isinstance(noise, str) else noise
         if noise.batch_shape or noise.event_shape not in ((), (extra,)):
             raise ValueError(f"ConcatNoise: noise must be a distribution of single numbers or of {extra}, got {noise}")
-        self._noise = noise
         super().__init__(channels, extra)
-
-    def _make(self) -> None:
-        self.noise = self._noise
+        self.constant, self.noise = None, noise
 
     def natural_extra(self, x: Tensor) -> Tensor:
         try:

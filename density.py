@@ -66,8 +66,10 @@ class Density(nn.Module):
             log_dets.append(log_det)
             if z is not None:
                 noise = self._noise(block)
-                z = z if noise else z - self._centre(block, x)
-                latents.append(noise.log_density(z) if noise else per_image(NOISES["normal"].log_prob(z)))
+                apart = z if noise else z - self._centre(block, x)
+                if apart.shape != z.shape:
+                    raise ValueError(f"Density: {type(block).__name__}.natural_latent does not fit {tuple(z.shape)}")
+                latents.append(noise.log_density(z) if noise else per_image(NOISES["normal"].log_prob(apart)))
         return x, torch.stack(latents).sum(0), torch.stack(log_dets).sum(0)  # and no sums of what broadcasts
 
     def log_prob(self, x: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ class PINN(nn.Module):
         for block in self.blocks:
             x, z, log_det = block.forward_log_det(x)
             latents.append(z)
-            total = total + log_det
+            total = torch.stack([total, log_det]).sum(0)  # and not a sum that broadcasts
         return x, latents, total
 
     def log_abs_det(self, x: Tensor) -> Tensor:
