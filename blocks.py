@@ -9,9 +9,9 @@ Letters: B batch, C channels, H and W size; x input, y output, z a latent, u a m
 """
 
 import math
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -20,29 +20,77 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from utils import InputError
+
 Shape = tuple[int, int, int]  # (C, H, W)
 
 
 # --- Precision -------------------------------------------------------------------------------------------------------
 
+PRECISIONS = ("float32", "tf32", "bf16")
+_switches = threading.RLock()  # torch's switches hold for all threads of the process: one thread at a time sets them
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether the device multiplies in TF32: NVIDIA's, from Ampere on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
 
 @contextmanager
-def tf32(backend, allowed: bool) -> Iterator[None]:
+def _tf32(backend, allowed: bool) -> Iterator[None]:
     """Allow or forbid a backend of torch to round the factors of float32 products to TF32, 11 bits."""
     newer = hasattr(backend, "fp32_precision")  # torch refuses to read the older switch once the newer one was set
     name, value = ("fp32_precision", "tf32" if allowed else "ieee") if newer else ("allow_tf32", allowed)
-    before = getattr(backend, name)
-    setattr(backend, name, value)
-    try:
-        yield
-    finally:
-        setattr(backend, name, before)
+    with _switches:
+        before = getattr(backend, name)
+        setattr(backend, name, value)
+        try:
+            yield
+        finally:
+            setattr(backend, name, before)
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Run matrix products in true float32: no autocast, no TF32. Rounding W to ten bits breaks ``W^T W = I``."""
-    with tf32(torch.backends.cuda.matmul, False), torch.autocast(device.type, enabled=False):
+    """Run matrix products in true float32: no autocast, no TF32."""
+    products = _tf32(torch.backends.cuda.matmul, False) if device.type == "cuda" else nullcontext()
+    with products, torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def convolutions_in(precision: str) -> Iterator[None]:
+    """Let cuDNN round convolutions to TF32 inside the block if ``precision`` is "tf32", and not otherwise.
+
+    Threads that convolve on GPUs inside such blocks take turns.
+    """
+    cudnn = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+    with _tf32(cudnn, precision == "tf32") if torch.cuda.is_available() else nullcontext():
+        yield
+
+
+@contextmanager
+def networks_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Let s, t and r compute in ``precision`` inside the block; mixing and coupling stay as exact as they are.
+
+    For a forward pass, and for one step: weights that change inside would not be converted again. The backward pass
+    belongs outside, but within `convolutions_in`. See `ConvMLP` for what stays exact. A residual block is no more exact
+    than its network: its inverse iterates it.
+
+    Args:
+        precision: "float32" to all 24 bits, where cuDNN would round to 11 of itself; "tf32", that rounding; "bf16",
+            autocast, 8 bits.
+        device: where the model is.
+
+    Raises:
+        InputError: another precision, or TF32 on a device without it.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if precision == "tf32" and not has_tf32(device):
+        raise InputError(f"precision tf32 needs an NVIDIA GPU that has it, the device is {device}: choose another")
+    bf16 = precision == "bf16"
+    with convolutions_in(precision), torch.autocast(device.type, torch.bfloat16 if bf16 else None, enabled=bf16):
         yield
 
 
@@ -77,6 +125,11 @@ def _count_step(*_) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def solved_here() -> dict["Mixing", "Kept"] | None:
+    """What the `solved_once` block around keeps."""
+    return _solved.get()
+
+
 @contextmanager
 def solved_once() -> Iterator[None]:
     """Solve every mixing matrix at most once inside the block, gradients included.
@@ -92,6 +145,16 @@ def solved_once() -> Iterator[None]:
     finally:
         if outermost:
             _solved.reset(token)
+
+
+@contextmanager
+def solved_as(solved: dict["Mixing", "Kept"] | None) -> Iterator[None]:
+    """Go on with the matrices of a `solved_once` block, in another thread: a GPU's backward pass has one of its own."""
+    token = _solved.set(solved)
+    try:
+        yield
+    finally:
+        _solved.reset(token)
 
 
 class Kept(NamedTuple):
@@ -285,57 +348,119 @@ MIXINGS = {"cayley": CayleyMixing, "householder": HouseholderMixing}
 
 # --- The networks inside a block -------------------------------------------------------------------------------------
 
-# Layouts are written in a small language, an entry a layer and a ReLU between layers:
-#   a>b conv 3x3   a>b/2 conv 3x3, stride 2   a>b^ transposed conv 4x4, stride 2   a.b conv 1x1   PS(k) pixel shuffle
-# a and b are channels: a number, `in` and `out` (the block's), `h` and `2h` (the block's width).
-UNET = "in>h h>h h>2h/2 2h>2h 2h>h^ h>out"
-POINTWISE = "in.h h.2h 2h.h h.out"
-PLAIN = "in>h h>2h 2h>2h 2h>h h>out"
 
+class StridedConv2d(nn.Conv2d):
+    """A convolution; on a CPU one matrix product if its result is a map of at most 2x2.
 
-def conv_mlp(layout: str, in_ch: int, out_ch: int, width: int, scale: float = 1.0) -> nn.Sequential:
-    """The network that ``layout`` writes down, its last layer zero.
+    There its weights are far larger than its maps, and oneDNN reorders all of them in every pass: without this a step
+    of stage 1 at 64x64 takes a fifth longer. No groups, no dilation, zeros for padding.
 
-    Args:
-        in_ch, out_ch: what `in` and `out` stand for.
-        width: what `h` stands for; `2h` is twice that, at most 2048.
-        scale: a factor on the channel counts that ``layout`` gives as numbers, but for the first layer's input.
+    Source: Chellapilla et al. 2006, "High Performance Convolutional Neural Networks for Document Processing".
     """
-    names = {"in": in_ch, "out": out_ch, "h": width, "2h": min(2 * width, 2048)}
-    layers: list[nn.Module] = []
-    channels = in_ch
-    for entry in layout.split():
-        if shuffle := re.fullmatch(r"PS\((\d+)\)", entry):
-            factor = int(shuffle[1])
-            layers.append(nn.PixelShuffle(factor))
-            channels //= factor**2
-            continue
-        _, kind, after, step = re.fullmatch(r"(\w+)([>.])(\w+)([/^]?2?)", entry).groups()
-        after = names[after] if after in names else max(1, round(int(after) * scale))
-        if kind == ".":
-            layer = nn.Conv2d(channels, after, 1)
-        elif step == "^":
-            layer = nn.ConvTranspose2d(channels, after, 4, stride=2, padding=1)
-        else:
-            layer = nn.Conv2d(channels, after, 3, stride=2 if step == "/2" else 1, padding=1)
-        layers += [layer, nn.ReLU()]
-        channels = after
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers[:-1])
+
+    largest_map = 4  # pixels
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = zip(x.shape[-2:], self.kernel_size, self.stride, self.padding, strict=True)
+        h, w = ((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in sizes)
+        if h * w > self.largest_map or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        columns = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, in k k, h w)
+        rows = columns.transpose(1, 2).flatten(0, 1)  # (B h w, in k k)
+        y = F.linear(rows, self.weight.flatten(1), self.bias)  # (B h w, out)
+        y = y.unflatten(0, (len(x), h * w)).transpose(1, 2)  # (B, out, h w)
+        return y.unflatten(2, (h, w)).contiguous()  # (B, out, h, w)
+
+
+class UpConv2d(nn.ConvTranspose2d):
+    """A transposed convolution; on a CPU one matrix product if x is a map of at most 2x2, as in `StridedConv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        if h * w > StridedConv2d.largest_map or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        columns = x.permute(0, 2, 3, 1) @ self.weight.flatten(1)  # (B, h, w, out k k): what every pixel adds
+        columns = columns.flatten(1, 2).transpose(1, 2)  # (B, out k k, h w)
+        sizes = zip((h, w), self.kernel_size, self.stride, self.padding, strict=True)
+        size = tuple((n - 1) * stride - 2 * padding + kernel for n, kernel, stride, padding in sizes)
+        y = F.fold(columns, size, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, out, h', w')
+        return y + self.bias.to(y.dtype)[:, None, None]
+
+
+Layer = tuple[Callable[[int, int], nn.Module], int, int]  # how it is made, channels in, channels out
+
+
+def conv(before: int, after: int) -> nn.Module:
+    """3x3, the size stays."""
+    return nn.Conv2d(before, after, 3, padding=1)
+
+
+def point(before: int, after: int) -> nn.Module:
+    """1x1."""
+    return nn.Conv2d(before, after, 1)
+
+
+def down(before: int, after: int) -> nn.Module:
+    """3x3 with stride 2: half the size."""
+    return StridedConv2d(before, after, 3, stride=2, padding=1)
+
+
+def up(before: int, after: int) -> nn.Module:
+    """Transposed, 4x4 with stride 2: twice the size."""
+    return UpConv2d(before, after, 4, stride=2, padding=1)
+
+
+def shuffle(before: int, after: int) -> nn.Module:
+    """A pixel shuffle: channels into pixels."""
+    return nn.PixelShuffle(math.isqrt(before // after))
+
+
+def unet(before: int, after: int, width: int) -> list[Layer]:
+    """The layers of a custom block on a map of even sides."""
+    wide = min(2 * width, 2048)
+    return [(conv, before, width), (conv, width, width), (down, width, wide),
+            (conv, wide, wide), (up, wide, width), (conv, width, after)]  # fmt: skip
+
+
+def pointwise(before: int, after: int, width: int) -> list[Layer]:
+    """Those of a custom block on a map of one pixel."""
+    wide = min(2 * width, 2048)
+    return [(point, before, width), (point, width, wide), (point, wide, width), (point, width, after)]
+
+
+def any_size(before: int, after: int, width: int) -> list[Layer]:
+    """Those of a custom block on a map of any size."""
+    wide = min(2 * width, 2048)
+    return [(conv, before, width), (conv, width, wide), (conv, wide, wide), (conv, wide, width), (conv, width, after)]
 
 
 class ConvMLP(nn.Module):
     """One of a block's networks s, t, r: (B, in, H, W) -> (B, out, H', W'), in the precision of its own weights.
 
-    See `conv_mlp` for the arguments. Input and output have the block's type, whatever the weights have. In reduced
-    precision (half weights, autocast, TF32 convolutions) ``G^-1 G = I`` stays as exact, s and t seeing the same u1 in
-    both directions; ``g g' = I`` holds to that precision only, as u1 comes back rounded.
+    A ReLU between layers, the last layer zero at first. Input and output have the block's type, whatever the weights
+    have. In reduced precision (half weights, autocast, TF32 convolutions) ``G^-1 G = I`` stays as exact, s and t seeing
+    the same u1 in both directions; ``g g' = I`` holds to that precision only, as u1 comes back rounded.
+
+    Args:
+        layers: (kind, channels in, channels out) each; a pixel shuffle may come first.
+        scale: a factor on the channels between layers.
     """
 
-    def __init__(self, layout: str, in_ch: int, out_ch: int, width: int, scale: float = 1.0):
+    def __init__(self, layers: Sequence[Layer], scale: float = 1.0):
         super().__init__()
-        self.net = conv_mlp(layout, in_ch, out_ch, width, scale)
+        net: list[nn.Module] = []
+        for index, (kind, before, after) in enumerate(layers):
+            if kind is shuffle:
+                net.append(shuffle(before, after))
+                continue
+            if net and isinstance(net[-1], nn.ReLU):
+                before = max(1, round(before * scale))
+            if index < len(layers) - 1:
+                after = max(1, round(after * scale))
+            net += [kind(before, after), nn.ReLU()]
+        self.net = nn.Sequential(*net[:-1])
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, v: Tensor) -> Tensor:
         # contiguous: mixing leaves the channels last, and a convolution would copy all of its weights to that format
@@ -353,12 +478,14 @@ class Surjection(nn.Module):
     other order, ``g'(g(x))``, is the projection of x on the natural images and differs from x.
 
     Attributes:
-        lossy: whether something is dropped; where False, the latent is None.
+        lossy: whether something is dropped; if False, the latent is None.
         exact: whether the laws above hold to rounding, whatever the weights are.
+        stateful: whether a forward pass in training mode changes what the next one does, so that none may be repeated.
     """
 
     lossy = True
     exact = True
+    stateful = False
 
     def output_shape(self, shape: Shape) -> Shape:
         """(C, H, W) of y for an x of ``shape``; a ValueError where such an x does not fit."""
@@ -385,46 +512,55 @@ class Surjection(nn.Module):
         return self.forward_log_det(x)[-1]
 
 
+def sides(owner: str, name: str, size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a number for both, or of two. Raises ValueError naming the owner's argument."""
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2:
+        raise ValueError(f"{owner}: {name} must be a number or a pair (height, width), got {size!r}")
+    check_whole(owner, **{name: pair[0]})
+    check_whole(owner, **{name: pair[1]})
+    return pair
+
+
 class PixelUnshuffleBlock(Surjection):
-    """Pixels into channels, (B, C, H, W) -> (B, C r^2, H/r, W/r): a bijection, nothing learned, latent None."""
+    """Pixels into channels, (B, C, H, W) -> (B, C rh rw, H/rh, W/rw): a bijection, nothing learned, latent None.
+
+    Args:
+        r: the factor on both sides, or (rh, rw).
+    """
 
     lossy = False
 
-    def __init__(self, r: int):
+    def __init__(self, r: int | Sequence[int]):
         super().__init__()
-        check_whole("PixelUnshuffleBlock", r=r)
-        if r < 1:
-            raise ValueError(f"PixelUnshuffleBlock(r={r}): r must be at least 1")
-        self.r = r
+        self.rh, self.rw = sides("PixelUnshuffleBlock", "r", r)
+        self.r = self.rh if self.rh == self.rw else (self.rh, self.rw)
+        if min(self.rh, self.rw) < 1:
+            raise ValueError(f"PixelUnshuffleBlock(r={self.r}): r must be at least 1")
 
     def extra_repr(self) -> str:
         return f"r={self.r}"
 
     def output_shape(self, shape: Shape) -> Shape:
         c, h, w = shape
-        if h % self.r or w % self.r:
+        if h % self.rh or w % self.rw:
             raise ValueError(f"PixelUnshuffleBlock(r={self.r}): r must divide the size, got {h}x{w}")
-        return c * self.r**2, h // self.r, w // self.r
+        return c * self.rh * self.rw, h // self.rh, w // self.rw
 
     def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, None]:
         c, h, w = self.output_shape(tuple(x.shape[1:]))
-        y = x.unflatten(3, (w, self.r)).unflatten(2, (h, self.r))  # (B, C, H/r, r, W/r, r)
-        y = y.permute(0, 1, 3, 5, 2, 4).reshape(len(x), c, h, w)  # F.pixel_unshuffle, which fails on an empty batch
+        y = x.unflatten(3, (w, self.rw)).unflatten(2, (h, self.rh))  # (B, C, H/rh, rh, W/rw, rw)
+        y = y.permute(0, 1, 3, 5, 2, 4).reshape(len(x), c, h, w)  # torch's pixel_unshuffle fails on an empty batch
         return (y, None) if return_latent else y
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
         return self(x), None, x.new_zeros(len(x))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        return F.pixel_shuffle(y, self.r)
-
-
-class BlockNets(NamedTuple):
-    """Layouts of a block's networks: of s and t, and of r. `h` is ``width``, or the custom blocks' rule where 0."""
-
-    st: str
-    r: str
-    width: int = 0
+        b, c, h, w = y.shape
+        c //= self.rh * self.rw
+        x = y.reshape(b, c, self.rh, self.rw, h, w).permute(0, 1, 4, 2, 5, 3)  # (B, C, H/rh, rh, W/rw, rw)
+        return x.reshape(b, c, h * self.rh, w * self.rw)
 
 
 class ConvPINNBlock(Surjection):
@@ -440,10 +576,11 @@ class ConvPINNBlock(Surjection):
         in_ch, out_ch: channels, 0 < out_ch < in_ch.
         hidden: width of s, T and R; at least their input's channels, at most 1024.
         scale_bound: largest absolute log-scale. A block's inverse amplifies by at most exp(scale_bound).
-        feat_size: H = W at this block. Even: U-Net like networks; 1: pointwise ones; None: 3x3 ones for any size.
+        feat_size: H = W at this block, or (H, W). Even: U-Net like networks; 1: pointwise ones; None: 3x3 ones for any
+            size.
         mix_type: "cayley" or "householder".
-        nets: layouts of a built-in architecture, in place of those that feat_size stands for.
-        nets_scale: a factor on the widths that ``nets`` gives as numbers.
+        st, r: layers of s and T, and of R (see `ConvMLP`), in place of those that feat_size stands for.
+        scale: a factor on their widths.
 
     Raises:
         ValueError: out_ch not below in_ch, an odd feat_size above 1, an unknown mix_type.
@@ -455,40 +592,34 @@ class ConvPINNBlock(Surjection):
         out_ch: int,
         hidden: int = 64,
         scale_bound: float = 2.0,
-        feat_size: int | None = None,
+        feat_size: int | Sequence[int] | None = None,
         mix_type: str = "cayley",
-        nets: BlockNets | None = None,
-        nets_scale: float = 1.0,
+        st: Sequence[Layer] | None = None,
+        r: Sequence[Layer] | None = None,
+        scale: float = 1.0,
     ):
         super().__init__()
         self.name = f"ConvPINNBlock({in_ch}->{out_ch})"
         check_whole(self.name, in_ch=in_ch, out_ch=out_ch, hidden=hidden)
-        if feat_size is not None:
-            check_whole(self.name, feat_size=feat_size)
+        size = None if feat_size is None else sides(self.name, "feat_size", feat_size)
         if not isinstance(scale_bound, (int, float)):
             raise ValueError(f"{self.name}: scale_bound must be a number, got {scale_bound!r}")
         if not 0 < out_ch < in_ch:
             raise ValueError(f"{self.name}: out_ch must be below in_ch and above 0, got out_ch {out_ch}, in_ch {in_ch}")
-        if feat_size is not None and (feat_size < 1 or feat_size > 1 and feat_size % 2):
+        if size is not None and size != (1, 1) and (min(size) < 1 or size[0] % 2 or size[1] % 2):
             raise ValueError(f"{self.name}: feat_size must be 1, even or None, got {feat_size}; None fits any size")
         if not isinstance(mix_type, str) or mix_type not in MIXINGS:
             raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
         if hidden < 1 or not 0 < scale_bound < math.inf:
             raise ValueError(f"{self.name}: hidden and scale_bound must be positive, got {hidden} and {scale_bound}")
         self.in_ch, self.out_ch, self.feat_size, self.scale_bound = in_ch, out_ch, feat_size, scale_bound
+        self.size = size
 
-        if nets is None:
-            layout = PLAIN if feat_size is None else POINTWISE if feat_size == 1 else UNET
-            nets = BlockNets(layout, layout)
-
-        def network(layout: str, before: int, after: int) -> ConvMLP:
-            width = round(nets.width * nets_scale) if nets.width else min(max(hidden, before), 1024)
-            return ConvMLP(layout, before, after, max(width, 1), nets_scale)
-
+        layers = any_size if size is None else pointwise if size == (1, 1) else unet
         dropped = in_ch - out_ch
-        self.t = network(nets.st, dropped, out_ch)
-        self.s = network(nets.st, dropped, out_ch)
-        self.r = network(nets.r, out_ch, dropped)
+        st = layers(dropped, out_ch, min(max(hidden, dropped), 1024)) if st is None else st
+        r = layers(out_ch, dropped, min(max(hidden, out_ch), 1024)) if r is None else r
+        self.t, self.s, self.r = ConvMLP(st, scale), ConvMLP(st, scale), ConvMLP(r, scale)
         self.mix = MIXINGS[mix_type](in_ch)
 
     def extra_repr(self) -> str:
@@ -498,7 +629,7 @@ class ConvPINNBlock(Surjection):
         c, h, w = shape
         if c != self.in_ch:
             raise ValueError(f"{self.name}: in_ch is {self.in_ch}, but {c} channels arrive")
-        if self.feat_size is not None and (h, w) != (self.feat_size, self.feat_size):
+        if self.size is not None and (h, w) != self.size:
             raise ValueError(f"{self.name}: feat_size is {self.feat_size}, but the map that arrives is {h}x{w}")
         return self.out_ch, h, w
 

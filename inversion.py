@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import PLAIN, POINTWISE, UNET, conv_mlp
+from blocks import ConvMLP, any_size, pointwise, unet
 from utils import InputError
 
 Network = Callable[[Tensor], Tensor]
@@ -287,10 +287,10 @@ class MappingNet(nn.Module):
         self.shape, self.width, self.scale = tuple(shape), width, float(scale)
         self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         if len(shape) == 1:
-            layout = POINTWISE
+            layers = pointwise
         else:
-            layout = UNET if shape[1] % 2 == shape[2] % 2 == 0 else PLAIN
-        self.h = conv_mlp(layout, 2 * shape[0], shape[0], width)
+            layers = unet if shape[1] % 2 == shape[2] % 2 == 0 else any_size
+        self.h = ConvMLP(layers(2 * shape[0], shape[0], width)).net
 
     def config(self) -> dict:
         """The constructor's arguments."""

@@ -9,40 +9,48 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 Letters: B batch, C channels, H and W size, d classes; x an image, y logits, z a latent, u a mixed feature map.
 """
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bijections  # noqa: F401  (adds its layers to BLOCKS)
 from blocks import (
     BLOCKS,
-    PLAIN,
-    POINTWISE,
-    UNET,
-    BlockNets,
+    CayleyMixing,
     ConvPINNBlock,
+    HouseholderMixing,
+    Mixing,
     PixelUnshuffleBlock,
     Shape,
     Surjection,
     check_whole,
+    conv,
+    down,
+    point,
+    shuffle,
+    sides,
+    solved_as,
+    solved_here,
     solved_once,
+    up,
 )
 from checkpoints import Pretrained
 
 __all__ = [
     "BUILT_IN",
     "PINN",
-    "PLAIN",
-    "POINTWISE",
     "SPNN",
-    "UNET",
     "BackProjection",
-    "BlockNets",
+    "CayleyMixing",
     "Completion",
     "ConvPINNBlock",
+    "HouseholderMixing",
     "PixelUnshuffleBlock",
     "Surjection",
 ]
@@ -54,12 +62,12 @@ Latents = list[Tensor | None]
 
 
 def concatenated(latents: Latents) -> Tensor:
-    """All latents of a network as one vector an image, (B, total)."""
+    """All latents of a network as one vector per image, (B, total)."""
     return torch.cat([z.flatten(1) for z in latents if z is not None], dim=1)
 
 
 def _by_image(strength: float | Tensor, like: Tensor) -> float | Tensor:
-    """A strength an image, (B,), shaped to multiply ``like``, (B, ...)."""
+    """A strength per image, (B,), shaped to multiply ``like``, (B, ...)."""
     if not isinstance(strength, Tensor):
         return strength
     return strength.to(like).view(-1, *[1] * (like.dim() - 1)) if strength.dim() else strength.to(like)
@@ -83,7 +91,7 @@ class Completion:
         )
 
     def moved(self, direction: "Completion", strength: float | Tensor) -> "Completion":
-        """``self + strength * direction``; strength is a number, or one an image, (B,)."""
+        """``self + strength * direction``; strength is a number, or one per image, (B,)."""
         z = [None if a is None else a + _by_image(strength, a) * b for a, b in zip(self.z, direction.z, strict=True)]
         return Completion(self.y + _by_image(strength, self.y) * direction.y, z)
 
@@ -99,9 +107,16 @@ class PINN(nn.Module):
         blocks: `Surjection`s, applied in order.
         in_shape: (C, H, W) of the input.
 
+    Attributes:
+        checkpoint_activations: whether the backward pass computes what is inside a block again, so that only what goes
+            in and out of blocks is kept for it, far less than what their networks keep; same weights and gradients.
+            (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.)
+
     Raises:
         ValueError: a block that does not fit what reaches it, named with what it got and what it needs.
     """
+
+    checkpoint_activations = False
 
     def __init__(self, blocks: Sequence[Surjection], in_shape: Shape):
         super().__init__()
@@ -118,22 +133,35 @@ class PINN(nn.Module):
         """``g(x)``, or ``G(x)`` as (y, latents)."""
         latents = []
         for block in self.blocks:
-            x, z = block(x, return_latent=True)
+            x, z = self._run(block, block, x, True)
             latents.append(z)
         return (x, latents) if return_latents else x
+
+    def _run(self, block: Surjection, method: Callable, *arguments):
+        """``method(*arguments)`` of a block, its activations recomputed in the backward pass if that is asked for."""
+        recompute = self.checkpoint_activations and not block.stateful and not torch.compiler.is_compiling()
+        if not (recompute and torch.is_grad_enabled()):
+            return method(*arguments)
+        with solved_once():  # W outside of what is recomputed, and in whichever thread that is
+            for mixing in block.modules():
+                if isinstance(mixing, Mixing):
+                    mixing.factors()
+            solved = solved_here()
+            contexts = lambda: (nullcontext(), solved_as(solved))  # noqa: E731
+            return checkpoint(method, *arguments, use_reentrant=False, context_fn=contexts)
 
     def pinv(
         self, y: Tensor, latents: Latents | None = None, return_latents: bool = False
     ) -> Tensor | tuple[Tensor, Latents]:
-        """``g'(y)``, or ``G^-1(y, latents)``; on request with the latents it used, natural where none were given."""
+        """``g'(y)``, or ``G^-1(y, latents)``; on request with the latents it used, natural if none are given."""
         latents = [None] * len(self.blocks) if latents is None else list(latents)
         if len(latents) != len(self.blocks):
-            raise ValueError(f"pinv expects a latent a block, {len(self.blocks)}, got {len(latents)}")
+            raise ValueError(f"pinv: expected one latent per block ({len(self.blocks)}), got {len(latents)}")
         for index in reversed(range(len(self.blocks))):
             block = self.blocks[index]
             if latents[index] is None:
-                latents[index] = block.natural_latent(y)
-            y = block.pinv(y, latents[index])
+                latents[index] = self._run(block, block.natural_latent, y)
+            y = self._run(block, block.pinv, y, latents[index])
         return (y, latents) if return_latents else y
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Latents, Tensor]:
@@ -157,9 +185,10 @@ class PINN(nn.Module):
         latents: Latents = [None] * len(self.blocks)
         first = next((index for index, block in enumerate(self.blocks) if block.lossy), len(self.blocks))
         for index in reversed(range(first, len(self.blocks))):
-            latents[index] = self.blocks[index].natural_latent(y)
+            block = self.blocks[index]
+            latents[index] = self._run(block, block.natural_latent, y)
             if index > first:
-                y = self.blocks[index].pinv(y, latents[index])
+                y = self._run(block, block.pinv, y, latents[index])
         return latents
 
 
@@ -194,55 +223,90 @@ class BackProjection:
 
 
 # --- Architectures ---------------------------------------------------------------------------------------------------
+# The published networks, for d classes: st are the layers of s and T, r those of R, a ReLU between any two of them.
 
-_SHUFFLED_32 = "PS(4) 1>32 32>128 128>256/2 256>512 512>512/2 512>out"
-_SHUFFLED_2048 = "PS(8) 16>128 128>256 256>512/2 512>512 512>1024/2 1024>out/2"
-_HEAD = BlockNets("in.512 512.256 256.128 128.out", "in.128 128.256 256.512 512.out")
-_HEAD_32 = (
-    (4, 48, 32, BlockNets(_SHUFFLED_32, "in>512 512>256 256>128 128>64 64>out")),
-    (8, 2048, 1024, BlockNets(_SHUFFLED_2048, _SHUFFLED_2048)),
-    (1, 1024, None, _HEAD),
-)
-# img_size -> the chain: (unshuffle by, channels in, channels out, networks); out None is num_classes. Widths given as
-# numbers are those of hidden = 128, the published ones, and scale with it.
-BUILT_IN: dict[int, tuple[tuple[int, int, int | None, BlockNets], ...]] = {
-    256: (
-        (4, 48, 12, BlockNets(UNET, UNET, 128)),
-        (4, 192, 48, BlockNets(UNET, UNET, 256)),
-        (4, 768, 192, BlockNets(UNET, UNET, 512)),
-        (4, 3072, 1024, BlockNets("in.2048 2048.1536 1536.out", "in.1536 1536.2048 2048.out")),
-        (1, 1024, None, _HEAD),
-    ),
-    64: (
-        (2, 12, 6, BlockNets(*["in>64 64>128/2 128>128 128>64^ 64>out"] * 2)),
-        (1, 6, 3, BlockNets(*["in>64 64>64 64>64 64>out"] * 2)),
-        *_HEAD_32,
-    ),
-    32: _HEAD_32,
-}
+
+def published_256(d: int, block: Callable[..., ConvPINNBlock]) -> list[Surjection]:
+    """Images of 3x256x256. ``block`` makes a `ConvPINNBlock`."""
+    return [
+        PixelUnshuffleBlock(4),
+        block(48, 12,  # on 64x64
+            st=[(conv, 36, 128), (conv, 128, 128), (down, 128, 256), (conv, 256, 256), (up, 256, 128), (conv, 128, 12)],
+            r=[(conv, 12, 128), (conv, 128, 128), (down, 128, 256), (conv, 256, 256), (up, 256, 128), (conv, 128, 36)]),
+        PixelUnshuffleBlock(4),
+        block(192, 48,  # on 16x16
+            st=[(conv, 144, 256), (conv, 256, 256), (down, 256, 512), (conv, 512, 512), (up, 512, 256),
+                (conv, 256, 48)],
+            r=[(conv, 48, 256), (conv, 256, 256), (down, 256, 512), (conv, 512, 512), (up, 512, 256),
+               (conv, 256, 144)]),
+        PixelUnshuffleBlock(4),
+        block(768, 192,  # on 4x4
+            st=[(conv, 576, 512), (conv, 512, 512), (down, 512, 1024), (conv, 1024, 1024), (up, 1024, 512),
+                (conv, 512, 192)],
+            r=[(conv, 192, 512), (conv, 512, 512), (down, 512, 1024), (conv, 1024, 1024), (up, 1024, 512),
+               (conv, 512, 576)]),
+        PixelUnshuffleBlock(4),
+        block(3072, 1024,  # on 1x1
+            st=[(point, 2048, 2048), (point, 2048, 1536), (point, 1536, 1024)],
+            r=[(point, 1024, 1536), (point, 1536, 2048), (point, 2048, 2048)]),
+        published_head(d, block),
+    ]  # fmt: skip
+
+
+def published_64(d: int, block: Callable[..., ConvPINNBlock]) -> list[Surjection]:
+    """Images of 3x64x64."""
+    twelve = [(conv, 6, 64), (down, 64, 128), (conv, 128, 128), (up, 128, 64), (conv, 64, 6)]
+    six = [(conv, 3, 64), (conv, 64, 64), (conv, 64, 64), (conv, 64, 3)]
+    return [
+        PixelUnshuffleBlock(2),
+        block(12, 6, st=twelve, r=twelve),  # on 32x32
+        block(6, 3, st=six, r=six),  # on 32x32
+        *published_32(d, block),
+    ]
+
+
+def published_32(d: int, block: Callable[..., ConvPINNBlock]) -> list[Surjection]:
+    """Images of 3x32x32."""
+    wide = [(shuffle, 1024, 16), (conv, 16, 128), (conv, 128, 256), (down, 256, 512), (conv, 512, 512),
+            (down, 512, 1024), (down, 1024, 1024)]  # fmt: skip
+    return [
+        PixelUnshuffleBlock(4),
+        block(48, 32,  # on 8x8
+            st=[(shuffle, 16, 1), (conv, 1, 32), (conv, 32, 128), (down, 128, 256), (conv, 256, 512), (down, 512, 512),
+                (conv, 512, 32)],
+            r=[(conv, 32, 512), (conv, 512, 256), (conv, 256, 128), (conv, 128, 64), (conv, 64, 16)]),
+        PixelUnshuffleBlock(8),
+        block(2048, 1024, st=wide, r=wide),  # on 1x1
+        published_head(d, block),
+    ]  # fmt: skip
+
+
+def published_head(d: int, block: Callable[..., ConvPINNBlock]) -> ConvPINNBlock:
+    """The last block of all three, on 1x1."""
+    return block(1024, d,
+        st=[(point, 1024 - d, 512), (point, 512, 256), (point, 256, 128), (point, 128, d)],
+        r=[(point, d, 128), (point, 128, 256), (point, 256, 512), (point, 512, 1024 - d)])  # fmt: skip
+
+
+BUILT_IN = {32: published_32, 64: published_64, 256: published_256}
 
 
 def built_in_blocks(
     img_size: int, num_classes: int, hidden: int, scale_bound: float, mix_type: str
 ) -> list[Surjection]:
-    """The blocks of a built-in architecture. Raises ValueError where img_size has none."""
+    """The blocks of a published architecture, its widths times hidden / 128. ValueError if img_size has none."""
     if img_size not in BUILT_IN:
         raise ValueError(
             f"SPNN: img_size {img_size} has no built-in architecture ({sorted(BUILT_IN)} have): give layer_channels"
         )
-    blocks: list[Surjection] = []
-    for unshuffle, in_ch, out_ch, nets in BUILT_IN[img_size]:
-        if unshuffle > 1:
-            blocks.append(PixelUnshuffleBlock(unshuffle))
-        out_ch = num_classes if out_ch is None else out_ch
-        blocks.append(
-            ConvPINNBlock(in_ch, out_ch, hidden, scale_bound, mix_type=mix_type, nets=nets, nets_scale=hidden / 128)
-        )
-    return blocks
+    if hidden < 1:
+        raise ValueError(f"SPNN: hidden must be positive, got {hidden}")
+    settings = {"scale_bound": scale_bound, "mix_type": mix_type, "scale": hidden / 128}
+    return BUILT_IN[img_size](num_classes, functools.partial(ConvPINNBlock, **settings))
 
 
 def custom_blocks(layer_channels: Sequence, mix_type: str) -> list[Surjection]:
-    """The blocks of a ``layer_channels`` list: (class or its name, its arguments) a block.
+    """The blocks of a ``layer_channels`` list: (class or its name, its arguments) each.
 
     Raises:
         ValueError: an unknown block or argument, or arguments that the block refuses.
@@ -269,19 +333,22 @@ def custom_blocks(layer_channels: Sequence, mix_type: str) -> list[Surjection]:
 
 
 class SPNN(Pretrained):
-    """A surjective classifier g from images to logits, with its pseudo-inverse g' from logits to images.
+    """A surjective network g from images to logits, with its pseudo-inverse g' from logits to images.
+
+    A chain that ends at 1x1 gives logits (B, d), as every built-in architecture does; any other a map (B, d, H', W').
 
     Args:
         img_ch: channels of an image.
-        num_classes: d, the number of logits.
+        num_classes: d, the number of logits, of the image or of each of the map's pixels.
         hidden: width of a built-in architecture's networks; 128 is the published one, others scale it. Custom blocks
             have their own.
         scale_bound: bound of the log-scales of a built-in architecture. Custom blocks have their own.
-        img_size: H = W. 32, 64 and 256 have a built-in architecture.
+        img_size: H = W, or (H, W). 32, 64 and 256 have a built-in architecture.
         mix_type: "cayley" or "householder"; for custom blocks, that of those which do not name one.
         layer_channels: a custom architecture, a list of (block class or its name, its arguments).
 
     Attributes:
+        in_shape, out_shape: of an image, (C, H, W), and of what g gives, (d,) or (d, H', W').
         config: these arguments as JSON values.
         notes: what `save_pretrained` keeps beside them, JSON values: ``attributes``, the names of the logits, ...
 
@@ -295,20 +362,21 @@ class SPNN(Pretrained):
         num_classes: int = 40,
         hidden: int = 128,
         scale_bound: float = 2.0,
-        img_size: int = 256,
+        img_size: int | Sequence[int] = 256,
         mix_type: str = "cayley",
         layer_channels: Sequence | None = None,
     ):
         super().__init__()
-        check_whole("SPNN", img_ch=img_ch, num_classes=num_classes, hidden=hidden, img_size=img_size)
+        check_whole("SPNN", img_ch=img_ch, num_classes=num_classes, hidden=hidden)
+        h, w = sides("SPNN", "img_size", img_size)
+        img_size = h if h == w else (h, w)
         if layer_channels is None:
             blocks = built_in_blocks(img_size, num_classes, hidden, scale_bound, mix_type)
         else:
             blocks = custom_blocks(layer_channels, mix_type)
-        self.pinn = PINN(blocks, (img_ch, img_size, img_size))
-        c, h, w = self.pinn.out_shape
-        if (h, w) != (1, 1):
-            raise ValueError(f"block {len(blocks) - 1}: the chain must end at 1x1, it ends at {h}x{w}")
+        self.pinn = PINN(blocks, (img_ch, h, w))
+        c, *size = self.pinn.out_shape
+        self.in_shape, self.out_shape = self.pinn.in_shape, (c,) if size == [1, 1] else (c, *size)
         if c != num_classes:
             raise ValueError(
                 f"block {len(blocks) - 1}: num_classes is {num_classes}, but the chain ends with {c} channels"
@@ -320,7 +388,7 @@ class SPNN(Pretrained):
             "num_classes": num_classes,
             "hidden": hidden,
             "scale_bound": scale_bound,
-            "img_size": img_size,
+            "img_size": img_size if h == w else [h, w],
             "mix_type": mix_type,
         }
         if layer_channels is not None:
@@ -354,26 +422,25 @@ class SPNN(Pretrained):
                 return config
         return None
 
-    def _check(self, x: Tensor) -> None:
-        if tuple(x.shape[1:]) != self.pinn.in_shape:
-            c, h, w = self.pinn.in_shape
-            raise ValueError(f"SPNN expects images of shape (B, {c}, {h}, {w}), got {tuple(x.shape)}")
-
     def _as_map(self, logits: Tensor) -> Tensor:
-        if logits.dim() != 2 or logits.shape[1] != self.num_classes:
-            raise ValueError(f"SPNN expects logits of shape (B, {self.num_classes}), got {tuple(logits.shape)}")
-        return logits[..., None, None]  # (B, d, 1, 1)
+        if tuple(logits.shape[1:]) != self.out_shape:
+            expected = ", ".join(map(str, ("B", *self.out_shape)))
+            raise ValueError(f"SPNN expects logits of shape ({expected}), got {tuple(logits.shape)}")
+        return logits.reshape(len(logits), *self.pinn.out_shape)  # (B, d, H', W')
 
     def forward(self, x: Tensor, return_latents: bool = False) -> Tensor | tuple[Tensor, Latents]:
-        """Logits ``g(x)``, (B, d), of images (B, C, H, W) in [-1, 1]; with their latents on request, ``G(x)``."""
-        self._check(x)
-        y, latents = self.pinn(x, return_latents=True)  # (B, d, 1, 1)
-        return (y.flatten(1), latents) if return_latents else y.flatten(1)
+        """Logits ``g(x)``, (B, *out_shape), of images (B, C, H, W) in [-1, 1]; on request with latents, ``G(x)``."""
+        if tuple(x.shape[1:]) != self.in_shape:
+            c, h, w = self.in_shape
+            raise ValueError(f"SPNN expects images of shape (B, {c}, {h}, {w}), got {tuple(x.shape)}")
+        y, latents = self.pinn(x, return_latents=True)  # (B, d, H', W')
+        y = y.reshape(len(x), *self.out_shape)
+        return (y, latents) if return_latents else y
 
     def pinv(
         self, logits: Tensor, latents: Latents | None = None, return_latents: bool = False
     ) -> Tensor | tuple[Tensor, Latents]:
-        """Images ``g'(y)``, (B, C, H, W), of logits (B, d); with latents of `forward`, ``G^-1``."""
+        """Images ``g'(y)``, (B, C, H, W), of logits (B, *out_shape); with latents of `forward`, ``G^-1``."""
         return self.pinn.pinv(self._as_map(logits), latents, return_latents)
 
     def complete(self, x: Tensor) -> Completion:
@@ -389,8 +456,8 @@ class SPNN(Pretrained):
 
         Args:
             x: (B, C, H, W).
-            target: (B, d).
-            strength: lambda, a number or one an image, (B,). 1 reaches the target, 0 returns x.
+            target: (B, *out_shape).
+            strength: lambda, a number or one per image, (B,). 1 reaches the target, 0 returns x.
 
         Returns:
             x', (B, C, H, W).

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks import growth, peak_memory, plain, speed, throughput
-from blocks import POINTWISE, UNET, BlockNets, ConvPINNBlock, PixelUnshuffleBlock
+from blocks import ConvPINNBlock, PixelUnshuffleBlock, pointwise, unet
 from DDNM.guided_diffusion.prior import small_unet
 from models import BUILT_IN, SPNN, concatenated
 from train import Settings, forward_losses, natural_losses
@@ -58,7 +58,15 @@ def test_the_closed_form_is_the_plain_formulation(model):
 def small_32(monkeypatch):
     """In place of the published chain for 32x32, which solves 2048 x 2048 systems, and of the published U-Net, of 32
     residual blocks: seconds that show nothing more."""
-    chain = ((4, 48, 2, BlockNets(UNET, UNET, 128)), (8, 128, None, BlockNets(POINTWISE, POINTWISE, 128)))
+
+    def chain(d, block):
+        return [
+            PixelUnshuffleBlock(4),
+            block(48, 2, st=unet(46, 2, 128), r=unet(2, 46, 128)),
+            PixelUnshuffleBlock(8),
+            block(128, d, st=pointwise(128 - d, d, 128), r=pointwise(d, 128 - d, 128)),
+        ]
+
     monkeypatch.setitem(BUILT_IN, 32, chain)
     for benchmark in (speed, throughput):
         monkeypatch.setattr(benchmark, "published_unet", small_unet_in_its_place)

@@ -33,10 +33,6 @@ REFUSED = {
         lambda: custom(("PixelUnshuffleBlock", {"r": 3}), HEAD),
         r"block 0: PixelUnshuffleBlock\(r=3\).*4x4",
     ),
-    "does not end at 1x1": (
-        lambda: custom(("PixelUnshuffleBlock", {"r": 2}), ("ConvPINNBlock", {"in_ch": 12, "out_ch": 3})),
-        r"block 1: .*1x1.*2x2",
-    ),
     "num_classes": (lambda: custom(UNSHUFFLE, HEAD, num_classes=5), r"block 1: num_classes is 5.* 3 channels"),
     "an odd feat_size": (
         lambda: custom(UNSHUFFLE, ("ConvPINNBlock", {"in_ch": 48, "out_ch": 3, "feat_size": 3})),
