@@ -1,5 +1,6 @@
 # make demo        nine faces from nothing but their 40 attribute logits
 # make test        the tests; make test-slow the long ones too
+# make train-real  train the networks of real faces: REAL=/path/to/CelebA or CelebAMask-HQ (data/celeba64)
 # make train-demo  train the demo's SPNN anew; make judge and make prior, its judge and its prior
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,11 @@ RUN := $(VENV)/bin/python
 FACES := data/faces_64
 LOGS := DDNM/exp/logs/faces
 
-.PHONY: demo test test-slow lint bench train-demo faces judge prior
+REAL ?= data/celeba64
+REAL_IMAGES ?= $(REAL)/CelebA-HQ-img
+REAL_LOGS := DDNM/exp/logs/celeba64
+
+.PHONY: demo test test-slow lint bench train-demo faces judge prior train-real
 
 demo: $(VENV)/ready
 	$(RUN) DDNM/main.py --ni --overwrite --config faces.yml --path_y faces --image_folder demo
@@ -59,3 +64,19 @@ prior: faces
 		--steps 18000 --batch_size 16 --lr 7e-4 --save_every 400 --save_dtype float16 --seed 0
 	mkdir -p $(LOGS)/prior
 	cp check_points/prior_64/*config.json check_points/prior_64/diffusion_pytorch_model.safetensors $(LOGS)/prior/
+
+# --- The networks of real faces, from photographs of your own (weights of CelebA: non-commercial research only) ---
+
+train-real: | $(VENV)/ready
+	@test -d $(REAL_IMAGES) || { echo "$(REAL_IMAGES): no such folder; make train-real REAL=/path/to/CelebAMask-HQ [REAL_IMAGES=its images]"; exit 2; }
+	@echo "Half an hour on a GPU, a night on 2 CPU cores; when it is stopped, the same command goes on"
+	$(RUN) train_celeba.py --config configs/celeba_64.yml --dataset_path $(REAL) --resume
+	$(RUN) checkpoints.py convert check_points/celeba_64/best_model_r_opt_real.pth $(REAL_LOGS)/spnn.safetensors --dtype float16
+	cp check_points/celeba_64/config.json $(REAL_LOGS)/spnn.json
+	$(RUN) judge.py --dataset_path $(REAL) --out $(REAL_LOGS)/judge.safetensors --overwrite --img_size 64 \
+		--epochs 60 --batch_size 128 --lr 3e-3 --weight_decay 0.05 --augment 1 --seed 1 --dtype float16
+	$(RUN) DDNM/train_prior.py --images $(REAL_IMAGES) --split train --out check_points/prior_celeba64 --resume --img_size 64 \
+		--channels 64,128,128 --layers 2 --attention_size 16 --dropout 0.1 --augment 0.5 --steps 6400 --batch_size 256 \
+		--lr 1e-3 --warmup 400 --precision bf16 --save_dtype float16
+	mkdir -p $(REAL_LOGS)/prior
+	cp check_points/prior_celeba64/*config.json check_points/prior_celeba64/diffusion_pytorch_model.safetensors $(REAL_LOGS)/prior/

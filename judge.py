@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from augmentation import augmented
 from checkpoints import DTYPES, load_strictly, read_weights, write_weights
 from data_loader import ATTRIBUTES, CelebAMaskHQ, batches_from, download_dataset, make_loader
 from logger import get_logger
-from loop import Loop, Run, adam
+from loop import Loop, Run, adam, decaying
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from utils import InputError, option, parse, resolve_device, run_command, seed_everything, write_json
 
@@ -36,6 +37,8 @@ class Training:
     epochs: int = option(12, "passes over the training split", 1)
     batch_size: int = option(128, "images per step", 1, 100_000)
     lr: float = option(2e-3, "peak learning rate", 1e-8, 1)
+    weight_decay: float = option(0.0, "of convolutions and matrices", 0)
+    augment: float = option(0.0, "how far training pictures are shifted, scaled, turned and lit: 0 to 1", 0, 1)
     seed: int = option(0, "of weights, order and mirroring", 0, 2**63 - 1)
 
 
@@ -244,11 +247,11 @@ def train_judge(
     drop = len(train) > s.batch_size
     loader = make_loader(train, s.batch_size, workers, s.seed, shuffle=True, flip=True, drop_last=drop, device=device)
     val_loader = make_loader(val, s.batch_size, workers, s.seed, device=device)
-    optimizer = adam(judge.parameters(), s.lr, device)
+    optimizer = adam(decaying(judge, s.weight_decay), s.lr, device)
     best: dict[str, Tensor] = {}
 
     def step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        loss = F.binary_cross_entropy_with_logits(judge.train()(images), labels)
+        loss = F.binary_cross_entropy_with_logits(judge.train()(augmented(images, s.augment)), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -347,10 +347,23 @@ class Ema:
 # --- Gradients -------------------------------------------------------------------------------------------------------
 
 
-def adam(parameters: Iterable[nn.Parameter], lr: float, device: torch.device) -> torch.optim.Adam:
-    """The optimiser of every training here."""
+def adam(parameters: Iterable, lr: float, device: torch.device) -> torch.optim.AdamW:
+    """The optimiser of every training here, of parameters or of `decaying` groups of them."""
     fused = device.type in ("cpu", "cuda")  # one pass over all weights instead of one per operation
-    return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), fused=fused)
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=fused)
+
+
+def decaying(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Groups of parameters for `adam`: convolutions' and matrices' weights shrink by lr times ``weight_decay`` a step.
+
+    Biases, scales and the parameters of orthogonal mixing, whose size means nothing alike, do not. Source: Loshchilov
+    and Hutter 2019, "Decoupled Weight Decay Regularization".
+    """
+    shrink = {name: p.ndim > 1 and ".mix." not in name for name, p in module.named_parameters()}
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": []}]
+    for name, parameter in module.named_parameters():
+        groups[0 if shrink[name] else 1]["params"].append(parameter)
+    return groups
 
 
 def clip_gradients(module: nn.Module, limit: float, loss: Tensor | None = None) -> Tensor:

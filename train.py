@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from augmentation import augmented
 from blocks import solved_once
 from checkpoints import save_spnn
 from data_loader import batches_from, with_batches
 from diagnostics import first_nonfinite
-from loop import Loop, Run, adam, clip_gradients
+from loop import Loop, Run, adam, clip_gradients, decaying
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
 from performance import convolutions_in, networks_in
@@ -52,6 +53,11 @@ class Settings:
     lambda_bce: float = option(1.0, "weight of the classification loss", 0)
     lambda_right_inverse: float = option(40.0, "weight of the right-inverse loss", 0)
     lambda_img_rec: float = option(40.0, "weight of the image reconstruction loss", 0)
+    balance: float = option(
+        0.0, "how much an attribute's rarer class counts more: 0, each image alike; 1, both classes alike", 0, 1
+    )
+    weight_decay: float = option(0.0, "of convolutions and matrices in stage 1", 0)
+    augment: float = option(0.0, "how far training pictures are shifted, scaled, turned and lit: 0 to 1", 0, 1)
     reweight_every: int = option(100, "steps between two updates of the attributes' weights; 0: all weigh the same", 0)
     r_epoch: int = option(50, "epochs of stage 2", 1)
     r_lr: float = option(1e-4, "learning rate of stage 2", 0)
@@ -129,9 +135,27 @@ def is_exact(model: SPNN) -> bool:
     return all(block.exact for block in model.pinn.blocks)
 
 
-def bce_by_attribute(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of each attribute, averaged over the batch: (B, d), (B, d) in {0, 1} -> (d,)."""
-    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0)
+def class_weights(labels: Tensor, balance: float) -> Tensor:
+    """What an absent and a present attribute count in the classification loss, (2, d), from all labels (N, d).
+
+    An image counts in proportion to (1 / the share of its class) ** ``balance``; an attribute's mean weight is 1.
+    """
+    present = labels.mean(0).clamp(1e-3, 1 - 1e-3)
+    shares = torch.stack([1 - present, present])  # (2, d)
+    weights = shares**-balance
+    return weights / (weights * shares).sum(0)
+
+
+def bce_by_attribute(logits: Tensor, labels: Tensor, classes: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy of each attribute, averaged over the batch: (B, d), (B, d) in {0, 1} -> (d,).
+
+    Args:
+        classes: `class_weights`; None: all 1.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    if classes is not None:
+        losses = losses * torch.lerp(classes[0], classes[1], labels)
+    return losses.mean(0)
 
 
 def right_inverse_error(model: SPNN, x: Tensor, y: Tensor) -> Tensor:
@@ -140,11 +164,20 @@ def right_inverse_error(model: SPNN, x: Tensor, y: Tensor) -> Tensor:
 
 
 def forward_losses(
-    model: SPNN, x: Tensor, labels: Tensor, settings: Settings, weights: Tensor | None = None
+    model: SPNN,
+    x: Tensor,
+    labels: Tensor,
+    settings: Settings,
+    weights: Tensor | None = None,
+    classes: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms of stage 1 with their weighted sum, ``total``; and y. Images (B, C, H, W), labels and y (B, d)."""
+    """The terms of stage 1 with their weighted sum, ``total``; and y. Images (B, C, H, W), labels and y (B, d).
+
+    Args:
+        weights: of the attributes, (d,). classes: of their classes, see `class_weights`.
+    """
     y = model(x)  # (B, d)
-    by_attribute = bce_by_attribute(y, labels)  # (d,)
+    by_attribute = bce_by_attribute(y, labels, classes)  # (d,)
     losses = {"bce": (by_attribute if weights is None else weights.to(y.device) * by_attribute).sum()}
     total = settings.lambda_bce * losses["bce"]
     if settings.lambda_img_rec or not is_exact(model):
@@ -258,12 +291,13 @@ class CelebATrainer:
             Stopped: a signal came; the state is saved.
         """
         model, settings, run = self.model, self.settings, self.run
-        optimizer = adam(model.parameters(), settings.lr, run.device)
+        optimizer = adam(decaying(model, settings.weight_decay), settings.lr, run.device)
+        classes = self._class_weights()
         weights = AttributeWeights(model.num_classes, settings.reweight_every)
         steps, looks = settings.epoch * len(self.train), list(self.val.batch_sampler)
 
         def losses_of(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return forward_losses(model, x, labels, settings, weights.values)[0]
+            return forward_losses(model, x, labels, settings, weights.values, classes)[0]
 
         # without the reconstruction's term, nothing goes through the r-networks
         parallel = run.world.parallel(model, losses_of, all_used=settings.lambda_img_rec > 0 or not is_exact(model))
@@ -278,6 +312,7 @@ class CelebATrainer:
 
         def one_step(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
             x, labels = self._on_device((x, labels))
+            x = augmented(x, settings.augment)
             with self._naming(x, labels):
                 return step(model.train(), optimizer, lambda: parallel(x, labels), settings, run.device)
 
@@ -290,7 +325,9 @@ class CelebATrainer:
             parts={"model": model, "optimizer": optimizer, "weights": weights},
             rate=lambda done, _: settings.lr * lr_factor(done, steps, settings.warmup_steps, settings.hold_share),
             before_step=look_at_validation,
-            measure=lambda: self.validate(lambda x, labels: forward_losses(model, x, labels, settings)),
+            measure=lambda: self.validate(
+                lambda x, labels: forward_losses(model, x, labels, settings, classes=classes)
+            ),
         )
 
     def optimise_r(self) -> Path:
@@ -312,10 +349,12 @@ class CelebATrainer:
         def batches(done: int) -> Iterator[tuple[list | None, Batch]]:
             keys = getattr(self.train.batch_sampler, "all_keys", None)  # each stands for a picture
             # with fewer epochs g is asked less without knowing it for all pictures
-            pays = keys is not None and len(keys) < settings.r_epoch * len(self.train.dataset)
+            same = keys is not None and settings.augment == 0  # each time
+            pays = same and len(keys) < settings.r_epoch * len(self.train.dataset)
             logits_of = self._known_logits(keys, g) if pays else None
             for some, batch in batches_from(self.train, done):
                 x, _ = self._on_device(batch)
+                x = augmented(x, settings.augment)
                 yield some, (x, g(x) if logits_of is None else logits_of(some))
 
         def one_step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -355,6 +394,12 @@ class CelebATrainer:
             **what,
         ).train()
         return checkpoint
+
+    def _class_weights(self) -> Tensor | None:
+        if self.settings.balance == 0:
+            return None
+        source = getattr(self.train.dataset, "source", self.train.dataset)
+        return class_weights(source.labels, self.settings.balance).to(self.run.device)
 
     def _on_device(self, batch: Batch) -> Batch:
         return tuple(part.to(self.run.device, non_blocking=True) for part in batch)

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from augmentation import augmented
 from checkpoints import DTYPES
-from data_loader import find_images, grid, load_image, save_image, to_uint8
+from data_loader import find_images, grid, load_image, save_image, split_indices, to_uint8
 from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
@@ -46,6 +47,7 @@ IN_MEMORY_BYTES = 4 << 30  # decoded images beyond this are read again for every
 class Training:
     """Network and training. A resumed run must have the same."""
 
+    split: Literal["all", "train"] = option("all", "train: the first 80 % by number, as SPNN and judge see them")
     img_size: int = option(64, "image size; images are cropped in the middle and resized to it", 1, 4096)
     unshuffle: int = option(2, "pixel-unshuffle factor before the U-Net", 1)
     channels: tuple[int, ...] = option((48, 96, 144), "width of each level", 1, 1 << 16)
@@ -61,6 +63,10 @@ class Training:
     noise_levels: Literal["lognormal", "uniform"] = option("lognormal", "which steps are trained on")
     clip: float = option(1.0, "largest norm of the gradients", 0)
     flip: bool = option(True, "mirror images at random")
+    augment: float = option(
+        0.0, "share of images that are shifted, scaled, turned and lit a little; none in the last fifth", 0, 1
+    )
+    dropout: float = option(0.0, "inside residual blocks", 0, 1)
     precision: Literal["float32", "bf16"] = option("float32", "of the network's arithmetic")
     seed: int = option(0, "of the weights and every draw", 0, 2**63 - 1)
 
@@ -96,8 +102,11 @@ class Images:
         InputError: no image there, or one that cannot be read.
     """
 
-    def __init__(self, folder: Path, size: int, device: torch.device) -> None:
-        self.paths, self.size, self.device = find_images(folder), size, device
+    def __init__(self, folder: Path, size: int, device: torch.device, split: str = "all") -> None:
+        paths, self.size, self.device = find_images(folder), size, device
+        self.paths = [paths[i] for i in split_indices(len(paths), split)]
+        if not self.paths:
+            raise InputError(f"--split {split}: that is none of the images in {folder}; there are {len(paths)}")
         self.pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
         self.pixels: Tensor | None = None  # (N, 3, S, S) uint8
         in_memory = len(self) * 3 * size * size
@@ -173,7 +182,7 @@ class Trainer:
         self.abar = schedule.abar(torch.arange(schedule.num_diffusion_timesteps)).to(device)  # (T,)
         seed_everything(s.seed)  # the initial weights; every later draw belongs to a step
         try:
-            unet = small_unet(s.img_size, s.channels, s.layers, s.unshuffle, s.attention_size, s.norm_groups)
+            unet = small_unet(s.img_size, s.channels, s.layers, s.unshuffle, s.attention_size, s.norm_groups, s.dropout)
         except ValueError as error:
             raise InputError(str(error)) from None
         autocast = torch.bfloat16 if s.precision == "bf16" else None
@@ -214,6 +223,8 @@ class Trainer:
 
         x0 = self.images.batch(share(self.drawn))  # (B, 3, H, W) in [-1, 1]
         x0 = torch.where(share(mirrored)[:, None, None, None], x0.flip(-1), x0)
+        if s.augment:  # what is drawn at last is as the images are
+            x0 = augmented(x0, 0.5, s.augment * max(0.0, 1 - self.loop.progress() / 0.8))
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._gradients(x0, share(noise), share(t))
         norm = clip_gradients(self.prior.unet, s.clip, loss if device.type == "cpu" else None)
@@ -283,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.world.wait()
         if settings.batch_size % run.world.size:
             raise InputError(f"a batch of {settings.batch_size} cannot be shared evenly by {run.world.size} processes")
-        images = Images(machine.images, settings.img_size, run.device)
+        images = Images(machine.images, settings.img_size, run.device, settings.split)
         run.find_state({**asdict(settings), "images": len(images)}, machine.resume, machine.overwrite)
         trainer = Trainer(settings, machine, images, run)
         if run.world.leads:

@@ -19,6 +19,7 @@ from train import (
     CelebATrainer,
     Settings,
     bce_by_attribute,
+    class_weights,
     concatenated,
     forward_losses,
     lr_factor,
@@ -409,3 +410,50 @@ def test_typical_logits_are_the_medians_without_and_with_the_attribute():
     flipped = typical_logits(model, DataLoader(TensorDataset(logits, 1 - labels)), torch.device("cpu"))
     assert flipped[2] == [5.0, -5.0]
     json.dumps(typical, allow_nan=False)
+
+
+def test_class_weights_average_to_one_and_at_one_make_both_classes_count_alike():
+    labels = (torch.arange(100)[:, None] < torch.tensor([5, 50, 90])).float()  # present in 5, 50 and 90 %
+    share = labels.mean(0)
+    for balance in (0.0, 0.35, 1.0):
+        absent, present = class_weights(labels, balance)
+        assert torch.allclose((1 - share) * absent + share * present, torch.ones(3))
+    assert torch.allclose((1 - share) * absent, share * present)
+    absent, present = class_weights(labels, 0.35)
+    assert torch.allclose(present / absent, ((1 - share) / share) ** 0.35)
+
+
+def test_the_classification_loss_takes_class_weights():
+    logits, labels = torch.randn(8, 3), torch.randint(2, (8, 3)).float()
+    classes = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    expected = torch.where(labels > 0, classes[1] * each, classes[0] * each).mean(0)
+    assert torch.allclose(bce_by_attribute(logits, labels, classes), expected)
+
+
+def test_only_weights_of_convolutions_decay():
+    model = SPNN(img_size=8, num_classes=4, layer_channels=CHAIN)
+    shrinks, stays = loop.decaying(model, 0.1)
+    named = {id(p): name for name, p in model.named_parameters()}
+    assert shrinks["weight_decay"] == 0.1
+    assert {named[id(p)].rpartition(".")[2] for p in shrinks["params"]} == {"weight"}
+    assert {named[id(p)].rpartition(".")[2] for p in stays["params"]} == {"bias", "A_unconstrained"}
+    assert len(named) == len(shrinks["params"]) + len(stays["params"])
+
+
+def test_augmentation_balance_and_weight_decay_reach_both_stages(tmp_path):
+    def weights(folder: str, **settings) -> dict:
+        torch.manual_seed(0)
+        run = trainer(SPNN(img_size=8, num_classes=4, layer_channels=CHAIN), tmp_path / folder, lr=0.01, **settings)
+        run.train.dataset.labels = run.train.dataset.tensors[1]
+        run.train_forward()
+        first = {name: p.detach().clone() for name, p in run.model.state_dict().items()}
+        run.optimise_r()
+        return first, run.model.state_dict()
+
+    plain = weights("plain")
+    for settings in ({"augment": 1.0}, {"balance": 1.0}, {"weight_decay": 1.0}):
+        changed = weights(next(iter(settings)), **settings)
+        for stage in (0, 1):
+            assert any(not torch.equal(plain[stage][name], changed[stage][name]) for name in plain[stage])
+            assert all(p.isfinite().all() for p in changed[stage].values())

@@ -156,6 +156,7 @@ def small_unet(
     unshuffle: int = 2,
     attention_size: int = 8,
     norm_groups: int = 16,
+    dropout: float = 0.0,
 ) -> UNet2DModel:
     """A U-Net that a CPU can train: attention only where the feature map is ``attention_size`` or smaller.
 
@@ -163,6 +164,7 @@ def small_unet(
         image_size: H; the network itself works at H / unshuffle, halved at each further level.
         channels: width of each level, each divisible by ``norm_groups``.
         layers: residual blocks a level on the way down (one more on the way up).
+        dropout: inside residual blocks, in training.
 
     Raises:
         ValueError: a size or width that does not divide.
@@ -188,6 +190,7 @@ def small_unet(
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         attention_head_dim=64 if all(c % 64 == 0 for c in channels) else None,  # None: one head
         norm_num_groups=norm_groups,
+        dropout=dropout,
         add_attention=size // 2 ** (levels - 1) <= attention_size,
     )
 
