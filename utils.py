@@ -391,7 +391,10 @@ def parse(description: str, *types: type, argv: Sequence[str] | None = None, ext
     given, preset = vars(given), {}
     config = given.get("config")
     if config is not None:
-        if presets is not None and not config.is_file() and (presets / config).is_file():
+        if presets is not None and not config.is_file():
+            if not (presets / config).is_file():
+                known = ", ".join(sorted(path.name for path in presets.glob("*.yml")))
+                raise InputError(f"--config {config}: no such file, and none under {presets} ({known})")
             config = presets / config
         preset = read_yaml(config, known=[*(flags.keys() - {"config"}), *extra])
     others = {key: preset.pop(key) for key in list(preset) if key not in flags}

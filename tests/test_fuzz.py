@@ -25,6 +25,7 @@ import train_celeba
 from checkpoints import read_weights, save_spnn
 from data_loader import load_image, read_annotations
 from DDNM import main as reconstruct
+from DDNM.guided_diffusion import inputs
 from DDNM.guided_diffusion.results import read_logits, write_logits
 from loop import load_state, save_state
 from models import SPNN
@@ -374,7 +375,7 @@ def test_damaged_pictures(tmp_path, suffix, examples):
 
 
 PRESETS = {
-    "sampling": (reconstruct.parse, reconstruct.DDNM / "configs" / "celeba_hq.yml", ["--path_y", "x"]),
+    "sampling": (reconstruct.parse, inputs.CONFIGS / "celeba_hq.yml", ["--path_y", "x"]),
     "training": (train_celeba.read_command, reconstruct.ROOT / "configs" / "faces_64.yml", ["--is_r_opt"]),
 }
 

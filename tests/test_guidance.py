@@ -31,7 +31,7 @@ NETWORK_RULES = [name for name in RULES if name != "linear"]
 
 
 def rule(name: str, **settings):
-    return dataclasses.replace(RuleSettings(), guidance=name, **settings).build()
+    return dataclasses.replace(RuleSettings(), guidance=name, **settings).build(50)
 
 
 def unet_prior(dtype=None) -> Prior:

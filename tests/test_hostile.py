@@ -18,6 +18,7 @@ from torch import nn
 from checkpoints import read_weights, save_spnn
 from data_loader import CelebAMaskHQ, find_images, load_image
 from DDNM import main as reconstruct
+from DDNM.guided_diffusion.inputs import Networks, TargetSettings, parse_set, read_targets
 from DDNM.guided_diffusion.prior import Prior, load_prior, save_prior, small_unet
 from DDNM.guided_diffusion.results import read_logits
 from models import SPNN
@@ -267,10 +268,12 @@ def test_what_is_no_picture_is_named_and_skipped_or_refused(tmp_path, name):
         with pytest.raises(InputError, match=f"{name}: .*({said})") as error:
             load_image(tmp_path / name, 8)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
-        names, files, _, skipped = reconstruct.read_targets(tmp_path, [], 8, 1, CPU, strict=False)
-    assert names == ["good"] and len(files) == 1 and [name in line for line in skipped] == [True]
+        model = tiny()
+        networks = Networks(model, None, None, list("abc")[: model.num_classes], CPU)
+        found = read_targets(TargetSettings(path_y=str(tmp_path)), networks, 1)
+    assert found.names == ["good"] and len(found.files) == 1 and [name in line for line in found.skipped] == [True]
     with pytest.raises(InputError, match=name):
-        reconstruct.read_targets(tmp_path, [], 8, 1, CPU, strict=True)
+        read_targets(TargetSettings(path_y=str(tmp_path), strict=True), networks, 1)
 
 
 def test_a_data_set_leaves_out_what_is_no_picture(tmp_path):
@@ -299,7 +302,7 @@ def test_a_logit_beyond_float32_is_refused(tmp_path):
     with pytest.raises(InputError, match="line 2: a value is not finite"):
         read_logits(tmp_path / "t.csv", ["a"])
     with pytest.raises(InputError, match="1e99"):
-        reconstruct.parse_set(["a=1e99"], ["a"], None)
+        parse_set(["a=1e99"], ["a"], None)
 
 
 @pytest.mark.parametrize("text", ["name,a\nx,1,2\n", "a,name\n1\n", "name,a\nx\n"])
@@ -322,7 +325,7 @@ def samples(tmp_path, monkeypatch):
 def test_results_stay_in_their_root(samples, tmp_path, name):
     (samples / "link").symlink_to(tmp_path / "mine")
     with pytest.raises(InputError, match="must be inside"):
-        reconstruct.result_folder(name.format(mine=tmp_path / "mine"))
+        reconstruct.result_folder(reconstruct.Run(config=tmp_path, image_folder=name.format(mine=tmp_path / "mine")))
 
 
 def test_only_caches_of_its_own_are_deleted(tmp_path):

@@ -12,7 +12,7 @@ is not finite makes its image not finite, and no other.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -307,8 +307,10 @@ class RuleSettings:
     nlbp_stop_cond: float = option(NLBP.nlbp_stop_cond, "nlbp: none below this mean attribute error", 0, 1)
     max_move: float = option(NLBP.max_move, "nlbp: largest root mean square move; 0: no limit, the published rule", 0)
     last_bp_step: int = option(NLBP.last_bp_step, "nlbp: none below this step", 0)
-    gradient_scale: float = option(0.03, "gradient, freedom, tfg: step of the gradient through the prior", 0, 100)
-    clean_scale: float = option(0.03, "clean_gradient: step of the gradient on x0", 0, 100)
+    gradient_scale: float | None = option(
+        None, "gradient, freedom, tfg: step of the gradient through the prior; none: 0.03 sqrt(50 / steps)", 0, 100
+    )
+    clean_scale: float = option(0.1, "clean_gradient: step of the gradient on x0", 0, 100)
     mean_scale: float = option(0.005, "tfg: step of its gradient on x0", 0, 100)
     recurrences: int = option(2, "freedom, tfg: how often a step is made between the next two", 1, 100)
     recur_from: int = option(700, "freedom, tfg: from below this step ...", 0, 1000)
@@ -333,7 +335,8 @@ class RuleSettings:
         """Whether a rule differentiates the prior."""
         return any(rule in THROUGH_THE_PRIOR for rule in self.rules)
 
-    def build(self) -> Guidance:
-        """The rule. Raises InputError as `rules`."""
-        rules = [RULES[name](self) for name in self.rules]
+    def build(self, steps: int) -> Guidance:
+        """The rule, for so many sampling steps. Raises InputError as `rules`."""
+        scale = self.gradient_scale if self.gradient_scale is not None else 0.03 * (50 / steps) ** 0.5
+        rules = [RULES[name](replace(self, gradient_scale=scale)) for name in self.rules]
         return rules[0] if len(rules) == 1 else Switched(*rules, self.switch)

@@ -1,5 +1,4 @@
-"""What a reconstruction run leaves behind: tables (results.json, results.csv, logits.csv), the sheet of pictures, and
-the record of the images that are finished."""
+"""What a run of the sampler leaves behind: figures, tables, contact sheets, and the record of what is finished."""
 
 import csv
 import hashlib
@@ -7,15 +6,17 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
-from data_loader import to_uint8
-from resume import check_settings
+from images import load_image, to_uint8
+from loop import check_settings
+from metrics import agreement, prob_error, psnr
+from operators import Operator
 from utils import InputError, atomic_write, file_name, nearest, shown, unlinked, write_json
 
 SHEET_ROWS = 10  # rows a page of the sheet: a stranger reads one page
@@ -43,6 +44,19 @@ class Figures:
     seconds: float | None = None
     steps: int | None = None
     seed: int | None = None
+
+    @property
+    def caption(self) -> str:
+        """A line of those figures that there are."""
+        shown = {
+            "agreement by g": (self.agreement, ".2f"),
+            "by the judge": (self.judge_agreement, ".2f"),
+            "probability error": (self.prob_error, ".3f"),
+            "PSNR": (self.psnr, ".1f"),
+            "LPIPS": (self.lpips, ".3f"),
+            "seconds": (self.seconds, ".1f"),
+        }
+        return ", ".join(f"{key} {value:{form}}" for key, (value, form) in shown.items() if value is not None)
 
 
 @dataclass
@@ -148,6 +162,53 @@ class Progress:
         return json.dumps(row) + "\n"
 
 
+def as_saved(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The pictures that `images.save_image` leaves of images, (B, 3, H, W), and which of them are finite, (B,).
+
+    An image that is not becomes a grey picture.
+    """
+    finite = images.isfinite().flatten(1).all(1)  # (B,)
+    shown = torch.where(finite[:, None, None, None], images, 0.0)
+    return to_uint8(shown).to(images) / 127.5 - 1, finite
+
+
+@torch.no_grad()
+def measure(
+    names: Sequence[str],
+    images: Tensor,
+    inputs: Sequence[Tensor | None],
+    operator: Operator,
+    targets: Tensor,
+    judge: nn.Module | None,
+    judge_targets: Tensor | None,
+    lpips: nn.Module | None,
+    **common,
+) -> tuple[list[Figures], Tensor]:
+    """The figures of the pictures that are left of images (B, 3, H, W), and their logits, (B, d).
+
+    An image that is not finite has none: its agreement is 0.
+    """
+    pictures, finite = as_saved(images)
+    logits = torch.where(finite[:, None], operator.A(pictures), math.nan)
+    by_g, error = agreement(logits, targets), prob_error(logits, targets)
+    by_judge = None
+    if judge is not None and judge_targets is not None:
+        by_judge = agreement(torch.where(finite[:, None], judge(pictures), math.nan), judge_targets)
+    figures = []
+    for i, name in enumerate(names):
+        f = Figures(name, by_g[i].item(), prob_error=error[i].item(), **common)
+        if by_judge is not None:
+            f = replace(f, judge_agreement=by_judge[i].item())
+        if inputs[i] is not None and finite[i]:
+            pair = pictures[i : i + 1], inputs[i][None].to(images.device)
+            f = replace(f, psnr=psnr(*pair).item(), lpips=None if lpips is None else lpips(*pair).item())
+        figures.append(f)
+    return figures, logits
+
+
+# --- Tables ----------------------------------------------------------------------------------------------------------
+
+
 def mean_figures(figures: Sequence[Figures]) -> dict:
     """The mean of every figure over the images that have it, None where none has."""
     means = {}
@@ -157,31 +218,39 @@ def mean_figures(figures: Sequence[Figures]) -> dict:
     return means
 
 
+def json_values(value: object) -> object:
+    """A value as JSON has it, which knows no infinity and no NaN: None for those."""
+    if isinstance(value, dict):
+        return {key: json_values(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Write rows of one set of keys as a table."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def write_tables(folder: Path, settings: dict, figures: Sequence[Figures], base: Sequence[Figures] | None) -> dict:
     """Write results.json and results.csv; ``base`` are the figures of unguided samples, in the same order."""
-
-    def rows(of: Sequence[Figures]) -> list[dict]:  # JSON has no infinity: the PSNR of equal images becomes null
-        finite = [{k: v for k, v in asdict(f).items() if not isinstance(v, float) or math.isfinite(v)} for f in of]
-        return [{key: row.get(key) for key in asdict(of[0])} for row in finite]
-
-    record = {"settings": settings, "images": rows(figures), "mean": mean_figures(figures)}
-    if base is not None:
-        record["unguided"] = {"images": rows(base), "mean": mean_figures(base)}
+    record = {"settings": settings}
+    for key, of in (("guided", figures), ("unguided", base)):
+        if of is not None:
+            record[key] = {"images": [asdict(f) for f in of], "mean": mean_figures(of)}
+    record = json_values(record | record.pop("guided"))
     write_json(folder / "results.json", record)
-    with atomic_write(folder / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(record["images"][0]))
-        writer.writeheader()
-        writer.writerows(record["images"])
+    write_csv(folder / "results.csv", record["images"])
     return record
 
 
 def write_logits(path: Path, names: Sequence[str], attributes: Sequence[str], logits: Tensor) -> None:
     """Write logits, (N, d), as a table that `read_logits` reads."""
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", *attributes])
-        for name, row in zip(names, logits.tolist(), strict=True):
-            writer.writerow([name, *(f"{value:.9g}" for value in row)])
+    values = [[f"{value:.9g}" for value in row] for row in logits.tolist()]
+    write_csv(path, [{"name": n, **dict(zip(attributes, v, strict=True))} for n, v in zip(names, values, strict=True)])
 
 
 def read_logits(path: Path, attributes: Sequence[str]) -> tuple[list[str], Tensor]:
@@ -229,17 +298,18 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _picture(image: Tensor | None, side: int) -> Image.Image:
+def picture(image: Tensor | None, side: int) -> Image.Image:
+    """An image (3, H, W) in [-1, 1] for a sheet; a blank one for None."""
     if image is None:
         blank = Image.new("RGB", (side, side), _PALE)
         ImageDraw.Draw(blank).text((side / 2, side / 2), "no picture", _INK, _font(side // 10), anchor="mm")
         return blank
     pixels = to_uint8(image).permute(1, 2, 0).contiguous().numpy()
-    picture = Image.fromarray(pixels)
-    whole = side // picture.width  # small pictures grow by a whole factor first, so that their pixels stay square
+    shown = Image.fromarray(pixels)
+    whole = side // shown.width  # small pictures grow by a whole factor first, so that their pixels stay square
     if whole > 1:
-        picture = picture.resize((picture.width * whole, picture.height * whole), Image.Resampling.NEAREST)
-    return picture.resize((side, side), Image.Resampling.LANCZOS)
+        shown = shown.resize((shown.width * whole, shown.height * whole), Image.Resampling.NEAREST)
+    return shown.resize((side, side), Image.Resampling.LANCZOS)
 
 
 def _shades(logits: Tensor, side: int, against: Tensor | None = None) -> Image.Image:
@@ -269,6 +339,31 @@ def _key(attributes: Sequence[str], width: int) -> Image.Image:
     return key
 
 
+def contact_sheet(
+    path: Path, headings: Sequence[str], rows: Sequence[Sequence[Image.Image]], captions: Sequence[str],
+    footer: Image.Image | None = None,
+) -> None:  # fmt: skip
+    """Write rows of pictures, all of one height, under the headings of their columns, with a line below each row."""
+    gap, line = 16, 24
+    lefts = [gap]
+    for picture in rows[0]:
+        lefts.append(lefts[-1] + picture.width + gap)
+    side = rows[0][0].height
+    page = Image.new("RGB", (lefts[-1], 40 + len(rows) * (side + line + 8) + (footer.height if footer else 0)), "white")
+    draw = ImageDraw.Draw(page)
+    for x, heading in zip(lefts, headings, strict=False):
+        draw.text((x, 12), heading, _INK, _font(16))
+    for i, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        y = 40 + i * (side + line + 8)
+        for x, picture in zip(lefts, row, strict=False):
+            page.paste(picture, (x, y))
+        draw.text((gap, y + side + 4), caption, _INK, _font(13))
+    if footer is not None:
+        page.paste(footer, (0, page.height - footer.height))
+    with atomic_write(path) as temporary:
+        page.save(temporary)
+
+
 def write_sheet(
     folder: Path,
     attributes: Sequence[str],
@@ -279,7 +374,7 @@ def write_sheet(
     logits: Tensor,
     captions: Sequence[str],
 ) -> list[Path]:
-    """The sheet: a row an input with the input, its target shades, the reconstruction, and its own shades.
+    """The sheet: a row per input with the input, its target shades, the reconstruction, and its own shades.
 
     Args:
         inputs: N pictures (3, H, W) in [-1, 1], None where only logits were given.
@@ -290,32 +385,49 @@ def write_sheet(
     Returns:
         The pages, sheet.png, sheet_2.png ..., of `SHEET_ROWS` rows each.
     """
-    side, gap, caption = 160, 16, 24
-    grid_width = round(_COLUMNS * side / _ROWS * 0.75)
-    columns = [gap, gap * 2 + side, gap * 3 + side + grid_width, gap * 4 + 2 * side + grid_width]
-    width = columns[3] + grid_width + gap
+    side = 160
     headings = ["input", f"its {len(attributes)} logits, all that is used", "reconstruction", "its attributes"]
-    key = _key(attributes, width)
+    rows = [
+        (picture(inputs[i], side), _shades(targets[i], side), picture(images[i], side),
+         _shades(logits[i], side, targets[i]))
+        for i in range(len(names))
+    ]  # fmt: skip
+    key = _key(attributes, sum(each.width + 16 for each in rows[0]) + 16)
     pages = []
     for start in range(0, len(names), SHEET_ROWS):
-        rows = range(start, min(start + SHEET_ROWS, len(names)))
-        page = Image.new("RGB", (width, 40 + len(rows) * (side + caption + 8) + key.height), "white")
-        draw = ImageDraw.Draw(page)
-        for x, heading in zip(columns, headings, strict=True):
-            draw.text((x, 12), heading, _INK, _font(16))
-        for line, i in enumerate(rows):
-            y = 40 + line * (side + caption + 8)
-            parts = [
-                _picture(inputs[i], side),
-                _shades(targets[i], side),
-                _picture(images[i], side),
-                _shades(logits[i], side, targets[i]),
-            ]
-            for x, part in zip(columns, parts, strict=True):
-                page.paste(part, (x, y))
-            draw.text((gap, y + side + 4), f"{names[i]}   {captions[i]}", _INK, _font(13))
-        page.paste(key, (0, page.height - key.height))
+        part = slice(start, start + SHEET_ROWS)
         pages.append(folder / (f"sheet_{start // SHEET_ROWS + 1}.png" if start else "sheet.png"))
-        with atomic_write(pages[-1]) as temporary:
-            page.save(temporary)
+        lines = [f"{name}   {caption}" for name, caption in zip(names[part], captions[part], strict=True)]
+        contact_sheet(pages[-1], headings, rows[part], lines, key)
     return pages
+
+
+def write_results(
+    folder: Path, settings: dict, done: Sequence[Finished], targets: Tensor, attributes: Sequence[str], size: int, log
+) -> None:
+    """The tables of the finished images, whose targets are (N, d), and the sheet of the first `SHEET_LIMIT`."""
+    figures = [entry.figures for entry in done]
+    unguided = [entry.unguided for entry in done if entry.unguided is not None] or None
+    record = write_tables(folder, settings, figures, unguided)
+    write_logits(folder / "logits.csv", [entry.name for entry in done], attributes, targets)
+
+    def saved(kind: str, entry: Finished) -> Tensor | None:
+        return load_image(folder / kind / f"{entry.name}.png", size) if kind in entry.pictures else None
+
+    shown = done[:SHEET_LIMIT]
+    pages = write_sheet(
+        folder,
+        attributes,
+        [entry.name for entry in shown],
+        [saved("input", entry) for entry in shown],
+        targets[: len(shown)],
+        torch.stack([saved("reconstruction", entry) for entry in shown]),
+        torch.stack([entry.logits for entry in shown]),
+        [entry.figures.caption for entry in shown],
+    )
+    log.info("mean: %s", Figures("", **mean_figures(figures)).caption)
+    if unguided is not None:
+        log.info("unguided, same noise: %s", Figures("", **record["unguided"]["mean"]).caption)
+    if len(done) > len(shown):
+        log.info("the sheet shows the first %d of %d images", len(shown), len(done))
+    log.info("%s", ", ".join(str(page) for page in pages))

@@ -1,0 +1,316 @@
+"""What a run of the sampler starts from: its settings, its networks, and the targets that its images stand for."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints import locate
+from data_loader import ATTRIBUTES
+from DDNM.guided_diffusion.compiled import compile_for_cpu
+from DDNM.guided_diffusion.prior import Prior, load_prior
+from DDNM.guided_diffusion.results import read_logits
+from images import find_images, load_image
+from judge import load_judge
+from loop import World
+from models import SPNN
+from operators import SPNNOperator
+from performance import compile_networks, inner_networks, prepare_networks
+from utils import LARGEST_BATCH, LARGEST_SEED, InputError, file_name, nearest, option
+
+DDNM = Path(__file__).resolve().parents[1]
+CONFIGS, DATASETS = DDNM / "configs", DDNM / "exp" / "datasets"
+# settings that only a preset has: the architecture of a prior in the published layout
+PRESET_ONLY = ("prior_model", "prior_image_size")
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Networks."""
+
+    spnn: str | None = option(None, "SPNN weights: a file, a folder or a hub id")
+    prior: str | None = option(None, "diffusion prior: a diffusers folder, a DDPM weight file or a hub id")
+    judge: str | None = option(None, "weights of the independent judge (judge.py); none: no judge's figures")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: str = option("float32", "of the prior's network", choices=("float32", "bf16"))
+    compile: bool = option(False, "translate the networks: torch.compile, minutes at first; on a CPU OpenVINO, seconds")
+    checkpoint_activations: bool = option(
+        False, "recompute the prior's activations for a gradient through it: less memory, a third more time"
+    )
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """Targets."""
+
+    path_y: str = option(..., "input images: a name under exp/datasets, a folder or a file; or a table of logits "
+                         "(.csv) as written to logits.csv")  # fmt: skip
+    set: list[str] = option([], "NAME=VALUE: set an attribute of every target; 0 or 1 for the typical logit without "
+                            "or with it, or a logit such as +4")  # fmt: skip
+    align: bool = option(False, "find the face in each image and cut it as CelebA-HQ does")
+    strict: bool = option(False, "refuse unreadable images instead of skipping them")
+
+
+@dataclass(frozen=True)
+class WalkSettings:
+    """Sampler."""
+
+    travel_length: int = option(1, "time travel", 1, 1000)
+    travel_repeat: int = option(1, "time travel", 1, 1000)
+    eta: float | None = option(None, "DDIM's variance; none: the published one", 0, 1)
+    clip_x0: bool = option(True, "keep x0 in [-1, 1]; --no-clip_x0 is the published rule")
+    seed: int = option(1234, "of the noise, with each image's name", 0, LARGEST_SEED)
+    batch_size: int = option(1, "images at once", 1, LARGEST_BATCH)
+
+    @property
+    def travel(self) -> dict[str, int]:
+        return {"travel_length": self.travel_length, "travel_repeat": self.travel_repeat}
+
+
+def check_architecture(said: dict) -> None:
+    """Raises InputError where what a preset says of the prior (`PRESET_ONLY`) has no sense."""
+    size = said.get("prior_image_size", 1)
+    if not isinstance(said.get("prior_model", {}), dict) or type(size) is not int or not 1 <= size <= 4096:
+        raise InputError("config: prior_model must be a mapping, prior_image_size a whole number to 4096")
+
+
+# --- Networks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Networks:
+    """The networks of a run, in eval mode on ``device``, of one image size and one list of attributes."""
+
+    spnn: SPNN
+    prior: Prior
+    judge: nn.Module | None
+    attributes: list[str]
+    device: torch.device
+
+    @property
+    def operator(self) -> SPNNOperator:
+        return SPNNOperator(self.spnn)
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """What tells these weights from others, whatever their files are called."""
+        return {"spnn weights": _fingerprint(self.spnn), "prior weights": _fingerprint(self.prior.unet),
+                "judge weights": _fingerprint(self.judge)}  # fmt: skip
+
+
+def _fingerprint(network: nn.Module | None) -> str | None:
+    if network is None:
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def from_ddnm(source: str) -> str:
+    """A path that is given relative to DDNM/, as the presets do, from wherever the command runs."""
+    inside = DDNM / source
+    return str(inside) if not Path(source).exists() and inside.exists() else source
+
+
+def load_networks(settings: NetworkSettings, architecture: dict, device: torch.device) -> Networks:
+    """Load and check what a run needs.
+
+    Args:
+        architecture: what a preset says of the prior (`PRESET_ONLY`).
+
+    Raises:
+        InputError: weights that are missing (all of them in one message) or do not fit one another.
+    """
+    for flag in ("spnn", "prior"):
+        if getattr(settings, flag) is None:
+            raise InputError(f"--{flag}: give the weights, here or in the config")
+    spnn_source, prior_source = locate(from_ddnm(settings.spnn), from_ddnm(settings.prior))
+    spnn = SPNN.from_pretrained(spnn_source)
+    attributes = spnn.notes.get("attributes") or (ATTRIBUTES if spnn.num_classes == len(ATTRIBUTES) else None)
+    if attributes is None or len(attributes) != spnn.num_classes:
+        raise InputError(f"{settings.spnn}: config.json does not name its {spnn.num_classes} attributes")
+    autocast = torch.bfloat16 if settings.precision == "bf16" else None
+    image_size = architecture.get("prior_image_size", spnn.img_size)
+    prior = load_prior(prior_source, architecture.get("prior_model"), image_size, autocast, channels_last=True)
+    judge = None if settings.judge is None else load_judge(from_ddnm(settings.judge))
+    for what, size in {"prior draws": prior.image_size, "judge takes": judge and judge.img_size}.items():
+        if size is not None and size != spnn.img_size:
+            raise InputError(f"the {what} {size}x{size} images, not {spnn.img_size}x{spnn.img_size} as the SPNN takes")
+    if judge is not None and list(judge.attributes) != list(attributes):
+        raise InputError(f"the judge's {judge.num_classes} attributes are not the SPNN's {spnn.num_classes}")
+    prepare_networks(spnn, device)
+    for network in filter(None, (spnn, prior, judge)):
+        network.to(device).eval().requires_grad_(False)
+    if settings.checkpoint_activations:
+        prior.unet.enable_gradient_checkpointing()
+    if settings.compile and device.type == "cpu":
+        compile_for_cpu(prior)  # torch.compile makes it slower there
+    elif settings.compile:
+        compile_networks([prior.unet, *inner_networks(spnn)], device)
+    return Networks(spnn, prior, judge, list(attributes), device)
+
+
+def load_lpips(device: torch.device, log, image_size: int = 64) -> nn.Module | None:
+    """LPIPS (Zhang et al. 2018, AlexNet); None, said in one line, for images it cannot see or without its weights."""
+    if image_size < 31:
+        log.warning("no LPIPS: AlexNet sees no image below 31x31, these are %dx%d", image_size, image_size)
+        return None
+    try:
+        import lpips
+
+        return lpips.LPIPS(net="alex", verbose=False).to(device).eval()
+    except Exception as error:  # torchvision fetches AlexNet's weights: any network error may come
+        log.warning("no LPIPS: its weights cannot be had (%s)", " ".join(str(error).split())[:120])
+        return None
+
+
+# --- Targets ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Targets:
+    """N targets by name; the images they come from are not held: there may be many.
+
+    Attributes:
+        files: of the images; None for a table of logits.
+        logits: (N, d), what the sampler is given. judged: (N, d), what the judge should see; only its sign counts.
+        skipped: a line for each image that cannot be read.
+    """
+
+    names: list[str]
+    files: list[Path] | None
+    logits: Tensor
+    judged: Tensor | None
+    skipped: list[str]
+    align: bool = False
+
+    def inputs(self, part: slice, size: int) -> list[Tensor | None]:
+        """The images of a part of the targets, (3, S, S) each; None each for a table of logits."""
+        return [None] * len(self.names[part]) if self.files is None else [
+            load_image(file, size, self.align) for file in self.files[part]
+        ]  # fmt: skip
+
+
+def input_path(path_y: str) -> Path:
+    """What --path_y names: a path, or a name under exp/datasets. Raises InputError with the names there."""
+    for candidate in (Path(path_y), DATASETS / path_y):
+        if candidate.exists():
+            return candidate
+    named = sorted(p.name for p in DATASETS.glob("*") if p.is_dir())
+    raise InputError(f"--path_y {path_y}: no such file or folder, nor a name under exp/datasets ({', '.join(named)})")
+
+
+def image_names(paths: Sequence[Path], top: Path) -> list[str]:
+    """A name for each image's results: its path below ``top`` without suffix; with it, or a number, where two meet."""
+    top = top if top.is_dir() else top.parent
+    relative = [path.relative_to(top) for path in paths]
+    names = [file_name("__".join(r.with_suffix("").parts)) for r in relative]
+    count = Counter(names)
+    names = [n if count[n] == 1 else file_name("__".join(r.parts)) for n, r in zip(names, relative, strict=True)]
+    apart: dict[str, None] = {}  # a set that keeps its order
+    for name in names:
+        number = 1
+        while (unique := name if number == 1 else f"{name}_{number}") in apart:
+            number += 1
+        apart[unique] = None
+    return list(apart)
+
+
+def read_targets(
+    settings: TargetSettings,
+    networks: Networks,
+    batch_size: int,
+    world: World = World(),  # noqa: B008  (frozen)
+    most: int | None = None,
+) -> Targets:
+    """What the networks see in the images, or a table says, with ``--set``'s edits. Processes share the reading.
+
+    Args:
+        most: of the first so many images.
+
+    Raises:
+        InputError: nothing to read, or an edit that makes no sense.
+    """
+    edits = parse_set(settings.set, networks.attributes, networks.spnn.notes.get("typical_logits"))
+    source = input_path(settings.path_y)
+    if source.suffix.lower() == ".csv":
+        names, logits = read_logits(source, networks.attributes)
+        targets = Targets(names[:most], None, logits[:most], logits[:most].clone(), [])
+    else:
+        targets = _read_images(source, networks, batch_size, world, settings, most)
+    for index, (logit, present) in edits.items():
+        targets.logits[:, index] = logit
+        if targets.judged is not None:
+            targets.judged[:, index] = 1.0 if present else -1.0
+    return targets
+
+
+@torch.no_grad()
+def _read_images(
+    source: Path, networks: Networks, batch_size: int, world: World, settings: TargetSettings, most: int | None
+) -> Targets:
+    paths = find_images(source)[:most]
+    named = list(zip(image_names(paths, source), paths, strict=True))
+    seen, skipped = [], []
+    # whole batches are shared: rounding depends on what an image shares its batch with
+    for start in world.share(range(0, len(named), batch_size)):
+        images = []
+        for index, (name, path) in enumerate(named[start : start + batch_size], start):
+            try:
+                images.append((index, name, path, load_image(path, networks.spnn.img_size, settings.align)))
+            except InputError as error:
+                if settings.strict:
+                    raise
+                skipped.append((index, str(error)))
+        if images:
+            batch = torch.stack([image for *_, image in images]).to(networks.device)  # (B, 3, S, S)
+            logits = networks.operator.A(batch).cpu()
+            judged = [None] * len(images) if networks.judge is None else networks.judge(batch).cpu()
+            seen += [(*of[:3], *said) for of, *said in zip(images, logits, judged, strict=True)]
+    seen = sorted((row for part in world.gather(seen) for row in part), key=lambda row: row[0])
+    skipped = [line for _, line in sorted(row for part in world.gather(skipped) for row in part)]
+    if not seen:
+        raise InputError(f"{source}: none of its {len(paths)} images can be read")
+    _, names, files, logits, judged = map(list, zip(*seen, strict=True))
+    judged = None if networks.judge is None else torch.stack(judged)
+    return Targets(names, files, torch.stack(logits), judged, skipped, settings.align)
+
+
+def parse_set(
+    assignments: Sequence[str], attributes: Sequence[str], typical: Sequence | None
+) -> dict[int, tuple[float, bool]]:
+    """Attribute index -> its logit and whether it should be present, from ``NAME=VALUE`` strings.
+
+    Args:
+        typical: for each attribute its typical logits (without, with), from config.json; None where it has none.
+
+    Raises:
+        InputError: an attribute that does not exist (with the nearest match), or a value that is no number.
+    """
+    logits = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise InputError(f"--set {assignment}: expected NAME=VALUE, such as Eyeglasses=1")
+        if name not in attributes:
+            raise InputError(f"--set {assignment}: no attribute {name!r}{nearest(name, attributes)}")
+        index = list(attributes).index(name)
+        if value in ("0", "1"):
+            if typical is None:
+                raise InputError(f"--set {assignment}: these weights record no typical logits; give one: {name}=+4")
+            logits[index] = float(typical[index][int(value)]), value == "1"
+        else:
+            try:
+                logit = float(value)
+            except ValueError:
+                logit = math.nan
+            if not torch.tensor(logit).isfinite():  # in float32: 1e99 is none
+                raise InputError(f"--set {assignment}: {value!r} is neither 0, 1 nor a logit such as +4")
+            logits[index] = logit, logit > 0
+    return logits
