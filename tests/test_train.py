@@ -273,6 +273,32 @@ def test_stage_2_changes_the_r_networks_and_nothing_else(tmp_path):
     assert torch.equal(loaded(x), model.eval()(x))  # g is the same
 
 
+STATISTICS = [*CHAIN[:1], ("BatchNorm", {"channels": 48}), ("ActNorm", {"channels": 48}), *CHAIN[1:]]
+
+
+def test_stage_2_moves_no_statistic_of_g(tmp_path):
+    model = tiny_spnn(chain=STATISTICS)
+    trainer(model, tmp_path, epoch=1).train_forward()
+    before, y = copy_of(model), model.eval()(data(3).tensors[0])
+    trainer(model, tmp_path, r_lr=1e-3).optimise_r()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (".r." not in name), name
+    assert torch.equal(model.eval()(data(3).tensors[0]), y)
+
+
+def test_training_images_alone_set_statistics(tmp_path):
+    """The look at validation that attributes' weights take comes before the first step."""
+    model = SPNN(num_classes=4, img_size=8, layer_channels=STATISTICS)
+    run = trainer(model, tmp_path, epoch=1, reweight_every=1, lr=0.0)
+    run.train_forward()
+    fresh = SPNN(num_classes=4, img_size=8, layer_channels=STATISTICS)
+    fresh.train()(next(iter(run.train))[0])
+    expected = {name: p for name, p in fresh.named_parameters() if name.startswith("pinn.blocks.2.")}
+    assert expected
+    for name, parameter in expected.items():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-5, atol=1e-6)
+
+
 def test_two_runs_from_one_seed_are_bit_equal(tmp_path):
     states = []
     for name in ("a", "b"):
@@ -310,10 +336,14 @@ def test_validation_averages_over_images_not_batches(tmp_path):
     assert measured["accuracy"] == pytest.approx(((y > 0) == (labels > 0.5)).float().mean().item())
 
 
-@pytest.mark.parametrize("stage, table", [("train_forward", "forward"), ("optimise_r", "r_opt")])
-@pytest.mark.parametrize("weight", ["pinn.blocks.3.r.net.0.weight", "pinn.blocks.1.r.net.0.weight"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_named_and_the_last_checkpoint_kept(tmp_path, stage, table, weight, value):
+@pytest.mark.parametrize(
+    "stage, weight, value",
+    [
+        ("train_forward", "pinn.blocks.3.r.net.0.weight", float("nan")),
+        ("optimise_r", "pinn.blocks.1.r.net.0.weight", float("inf")),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named_and_the_last_checkpoint_kept(tmp_path, stage, weight, value):
     model = tiny_spnn()
     path = getattr(trainer(model, tmp_path, epoch=1, r_epoch=1, lr=1e-3), stage)()
     before = path.read_bytes()
