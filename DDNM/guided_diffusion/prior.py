@@ -7,14 +7,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from checkpoints import first, locate, opener, read_json, read_weights, write_weights
 from DDNM.guided_diffusion.ddpm_layout import filled, unet_from_ddpm
@@ -83,8 +87,10 @@ class Prior(nn.Module):
         self.prediction_type, self.schedule = prediction_type, schedule
         if channels_last:
             unet.to(memory_format=torch.channels_last)
-        if recompute:
-            unet.enable_gradient_checkpointing()
+        if recompute:  # not by diffusers' own switch, which older versions lack for this U-Net
+            for module in unet.modules():
+                if isinstance(module, (Attention, ResnetBlock2D)):
+                    module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
     def forward(self, x: Tensor, t: Tensor | int) -> Tensor:
         """The noise in ``x`` (B, 3, H, W) at the training-time step(s) ``t``, a number or a tensor of shape (B,) or ().
