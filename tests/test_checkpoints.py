@@ -289,6 +289,8 @@ def hub(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.asked = tmp_path / "hub", []
     server.options = {"endpoint": f"http://127.0.0.1:{server.server_port}", "cache_dir": str(tmp_path / "cache")}
+    # huggingface_hub < 1 keeps a connection that was made offline for the rest of the process
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -340,7 +342,9 @@ def test_what_the_hub_cannot_give_is_one_clear_line(hub, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.MonkeyPatch.context() as patch:  # without the pauses between the client's attempts
         patch.setattr("time.sleep", lambda seconds: None)
-        with pytest.raises(InputError, match="not in the cache, and the hub cannot be reached: .*refused"):
+        with pytest.raises(
+            InputError, match="not in the cache, and the hub cannot be reached: .*127.0.0.1|Connection refused"
+        ):
             SPNN.from_pretrained("me/other", **nowhere)
 
 
