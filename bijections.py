@@ -58,7 +58,7 @@ def statistics_held() -> Iterator[None]:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum over all processes, where there are several, with its gradient."""
+    """The sum over all processes, if there are several, with its gradient."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return values
     from torch.distributed.nn.functional import all_reduce  # a build of torch may lack it
@@ -69,7 +69,7 @@ def total(values: Tensor) -> Tensor:
 def moments(x: Tensor, owner: str) -> tuple[Tensor, Tensor, int]:
     """Mean and variance of each channel of x, (B, C, *), and the number n of its values, over all processes.
 
-    Raises ValueError, by the name of ``owner``, where a channel has fewer than 2 values.
+    Raises ValueError, by the name of ``owner``, if a channel has fewer than 2 values.
     """
     values = at_least_float32(x).movedim(1, 0).flatten(1)  # (C, B*...)
     n = int(total(torch.tensor(values.shape[1], device=x.device)))
@@ -199,7 +199,7 @@ class Affine(PerFeature):
         self.bias = nn.Parameter(torch.zeros(self.features)) if bias else None
 
     def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
-        """log_scale and bias, (*features) each, for a forward pass of x, or for an inverse, where x is None."""
+        """log_scale and bias, (*features) each, for a forward pass of x, or for an inverse, if x is None."""
         one = self.bias if self.log_scale is None else self.log_scale
         return tuple(torch.zeros_like(one) if c is None else c for c in (self.log_scale, self.bias))
 
@@ -617,7 +617,7 @@ class Whitening(OverChannels):
         """Fit to observed x, (B, C, *), of all processes, every position a sample; returns the layer.
 
         With a ``momentum`` below 1 it adapts: to a mixture of the data it was fitted to, and that share of x. Raises
-        ValueError where the data span fewer than C dimensions.
+        ValueError if the data span fewer than C dimensions.
         """
         self.output_shape(x.shape[1:])
         if not 0 < momentum <= 1:
@@ -871,7 +871,7 @@ class Coupling(Split):
         return tuple(shape)
 
     def _mask(self, x: Tensor) -> Tensor | None:
-        """1 where x stays, for x of (B, C, *); None where channels are split."""
+        """1 where x stays, for x of (B, C, *); None if channels are split."""
         if self.checkerboard:
             size = x.shape[2:] or x.shape[1:]
             indices = torch.meshgrid(*[torch.arange(n, device=x.device) for n in size], indexing="ij")

@@ -23,7 +23,7 @@ from blocks import ConvMLP, any_size, pointwise, unet
 from utils import InputError
 
 Network = Callable[[Tensor], Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]  # f(x) and y, both (B, ...), to one loss a sample, (B,)
+Loss = Callable[[Tensor, Tensor], Tensor]  # f(x) and y, both (B, ...), to one loss per sample, (B,)
 
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def squared_error(output: Tensor, y: Tensor) -> Tensor:
 
 
 def perceptual_loss(distance: Network | nn.Module, weight: float = 1.0) -> Loss:
-    """`squared_error` plus ``weight`` times a perceptual distance of images, one value a sample (LPIPS, say)."""
+    """`squared_error` plus ``weight`` times a perceptual distance of images, one value per sample (LPIPS, say)."""
 
     def loss(output: Tensor, y: Tensor) -> Tensor:
         return squared_error(output, y) + weight * distance(output, y).reshape(len(output), -1).mean(1)
@@ -170,7 +170,7 @@ def invert(
         f: a differentiable network, (B, ...) -> (B, ...), in eval mode. Its weights gather no gradients.
         y: wanted outputs, (B, ...).
         x0: where to start, (B, ...).
-        loss: of f(x) and y, one value a sample.
+        loss: of f(x) and y, one value per sample.
         steps: T, updates of x. There are T + 1 evaluations of f.
         lr: of Adam.
         clip: largest norm of a sample's gradient; None: no limit.
@@ -265,7 +265,7 @@ class MappingNet(nn.Module):
     Args:
         shape: of one x and one z, (D,) or (C, H, W).
         width: channels of h's first layer.
-        scale: units of x in a unit of z. Adam moves x by lr * scale a step at most while h is zero.
+        scale: units of x in a unit of z. Adam moves x by at most lr * scale per step while h is zero.
         bounds: range of x; gradients pass through the clamp as if it were not there.
 
     Raises:
@@ -410,7 +410,7 @@ def train_mapping(
         samples: N.
         steps, z_lr, clip: of the inversions, as in `invert`.
         lr, weight_decay: of AdamW on theta.
-        batch_size, updates: points (z_t, x0, y) an update, and updates a buffer; None: one pass over the buffer.
+        batch_size, updates: points (z_t, x0, y) per update, and updates per buffer; None: one pass over the buffer.
         seed: of all draws.
         on_step: called after each step of an inversion and each update.
         state: filled with what a later call needs to go on after the last buffer, beside theta; where it is filled

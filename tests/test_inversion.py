@@ -194,7 +194,7 @@ def test_inputs_that_do_not_fit():
 
 
 class CentredByHand(nn.Module):
-    """A norm of nobody's library."""
+    """A norm that no list of classes has."""
 
     def forward(self, x):
         return x - x.mean(0)
