@@ -103,7 +103,7 @@ def available() -> bool:
 
 
 @functools.cache
-def load_networks() -> dict[str, _Net]:
+def load_detector() -> dict[str, _Net]:
     """The three networks with the weights of the package mtcnn.
 
     Raises:
@@ -196,9 +196,9 @@ def find_faces(picture: Image.Image) -> list[Face]:
     """The faces in an RGB picture that are at least half as large as its largest one, that one first.
 
     Raises:
-        InputError: no weights, see `load_networks`.
+        InputError: no weights, see `load_detector`.
     """
-    networks = load_networks()
+    networks = load_detector()
     scale = min(1, _LARGEST / max(picture.size))
     small = picture.resize([max(12, round(side * scale)) for side in picture.size], Image.Resampling.BILINEAR)
     boxes = _proposals(networks["pnet"], small)

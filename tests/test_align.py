@@ -1,6 +1,7 @@
 """Faces are found and cut as CelebA-HQ's; without the weights, on what needs none."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from PIL import Image
 import align
 import procedural_faces as faces
 from align import Face, align_face, find_faces, frame, misalignment, warn_unaligned
-from data_loader import ATTRIBUTES, load_image
+from data_loader import ATTRIBUTES
+from DDNM.guided_diffusion.inputs import TargetSettings, read_targets
+from images import load_image
 from utils import InputError
 
 POINTS = np.array([[69.5, 111.0], [107.5, 111.0], [88.0, 130.0], [73.0, 152.0], [104.0, 152.0]])
@@ -92,7 +95,7 @@ def test_the_picture_is_cut_along_the_frame(monkeypatch):
 
 
 def test_without_the_weights_one_line_says_what_to_install(portrait, monkeypatch, caplog):
-    align.load_networks.cache_clear()
+    align.load_detector.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install mtcnn"):
         align_face(portrait)
@@ -102,10 +105,10 @@ def test_without_the_weights_one_line_says_what_to_install(portrait, monkeypatch
 
 @needs_weights
 def test_other_weights_are_refused(monkeypatch):
-    align.load_networks.cache_clear()
+    align.load_detector.cache_clear()
     monkeypatch.setitem(align._SHA256, "onet", "0" * 64)
     with pytest.raises(InputError, match="onet.lz4: not the weights of mtcnn 1.0.0"):
-        align.load_networks()
+        align.load_detector()
 
 
 @needs_weights
@@ -158,6 +161,31 @@ def test_only_a_picture_far_from_the_frame_is_warned_of(portrait, tmp_path, capl
         load_image(tmp_path / name, 32, align=None)
     said = [record.getMessage() for record in caplog.records if "--align" in record.getMessage()]
     assert len(said) == 1 and "far.png" in said[0]
+
+
+def networks() -> SimpleNamespace:
+    operator = SimpleNamespace(A=lambda x: x.mean((2, 3)))
+    spnn = SimpleNamespace(img_size=32, notes={})
+    return SimpleNamespace(operator=operator, spnn=spnn, judge=None, attributes=ATTRIBUTES, device="cpu")
+
+
+@needs_weights
+def test_the_reconstruction_command_aligns_its_targets(portrait, tmp_path):
+    placed(portrait, 18).save(tmp_path / "a.png")
+    Image.new("RGB", (200, 200), "grey").save(tmp_path / "b.png")
+    targets = read_targets(TargetSettings(path_y=str(tmp_path), align=True), networks(), 1)
+    expected = load_image(tmp_path / "a.png", 32, align=True).mean((1, 2))
+    assert targets.names == ["a"] and torch.equal(targets.logits[0], expected)
+    assert len(targets.skipped) == 1 and "b.png: no face found" in targets.skipped[0]
+
+
+def test_the_command_says_once_that_the_weights_are_missing(portrait, tmp_path, monkeypatch):
+    align.load_detector.cache_clear()
+    for name in "ab":
+        portrait.save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install mtcnn"):
+        read_targets(TargetSettings(path_y=str(tmp_path), align=True), networks(), 1)
 
 
 def test_suppression_keeps_the_best_of_what_overlaps():

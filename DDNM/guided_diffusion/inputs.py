@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from align import load_detector
 from checkpoints import locate
 from data_loader import ATTRIBUTES
 from DDNM.guided_diffusion.compiled import compile_for_cpu
@@ -52,7 +53,7 @@ class TargetSettings:
                          "(.csv) as written to logits.csv")  # fmt: skip
     set: list[str] = option([], "NAME=VALUE: set an attribute of every target; 0 or 1 for the typical logit without "
                             "or with it, or a logit such as +4")  # fmt: skip
-    align: bool = option(False, "find the face in each image and cut it as CelebA-HQ does")
+    align: bool = option(False, "find the face in each image and cut it as CelebA-HQ does (pip install mtcnn)")
     strict: bool = option(False, "refuse unreadable images instead of skipping them")
 
 
@@ -255,6 +256,8 @@ def read_targets(
 def _read_images(
     source: Path, networks: Networks, batch_size: int, world: World, settings: TargetSettings, most: int | None
 ) -> Targets:
+    if settings.align:
+        load_detector()  # said once, and not of each image, if they are not there
     paths = find_images(source)[:most]
     named = list(zip(image_names(paths, source), paths, strict=True))
     seen, skipped = [], []
@@ -263,7 +266,7 @@ def _read_images(
         images = []
         for index, (name, path) in enumerate(named[start : start + batch_size], start):
             try:
-                images.append((index, name, path, load_image(path, networks.spnn.img_size, settings.align)))
+                images.append((index, name, path, load_image(path, networks.spnn.img_size, settings.align or None)))
             except InputError as error:
                 if settings.strict:
                     raise
