@@ -22,7 +22,7 @@ from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
 from performance import PRECISIONS, networks_in
-from utils import InputError, option, parse, resolve_device, run_command, write_json
+from utils import LARGEST_BATCH, LARGEST_SEED, InputError, option, parse, resolve_device, run_command, write_json
 
 IDENTITIES = {
     "right_inverse": "g g' (y) = y",
@@ -365,7 +365,7 @@ class Options:
     checkpoint: Path = option(..., "SPNN weights, .pth or .safetensors")
     dataset_path: Path = option(..., "a folder in CelebAMask-HQ's layout")
     split: Literal["train", "val", "test", "all"] = option("test", "of the data set")
-    batch_size: int = option(32, "images at a time", 1, 100_000)
+    batch_size: int = option(32, "images at a time", 1, LARGEST_BATCH)
     samples: int = option(64, "images for the identities", 1)
     precision: tuple[str, ...] = option(
         ("float32", "float64"), "of the identities' arithmetic; tf32 and bf16 inside the networks only",
@@ -373,7 +373,7 @@ class Options:
     )  # fmt: skip
     json: Path | None = option(None, "write the report there too")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    seed: int = option(0, "of the random targets", 0, 2**63 - 1)
+    seed: int = option(0, "of the random targets", 0, LARGEST_SEED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

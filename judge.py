@@ -25,21 +25,34 @@ from data_loader import ATTRIBUTES, CelebAMaskHQ, batches_from, download_dataset
 from logger import get_logger
 from loop import Loop, Run, adam, decaying
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
-from utils import InputError, option, parse, resolve_device, run_command, seed_everything, write_json
+from utils import (
+    LARGEST_BATCH,
+    LARGEST_CREW,
+    LARGEST_SEED,
+    LARGEST_SIDE,
+    LARGEST_WIDTH,
+    InputError,
+    option,
+    parse,
+    resolve_device,
+    run_command,
+    seed_everything,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
 class Training:
     """Training."""
 
-    img_size: int = option(64, "side of the images", 8, 4096)
-    width: int = option(32, "channels of the first stage", 1, 1 << 16)
+    img_size: int = option(64, "side of the images", 8, LARGEST_SIDE)
+    width: int = option(32, "channels of the first stage", 1, LARGEST_WIDTH)
     epochs: int = option(12, "passes over the training split", 1)
-    batch_size: int = option(128, "images per step", 1, 100_000)
+    batch_size: int = option(128, "images per step", 1, LARGEST_BATCH)
     lr: float = option(2e-3, "peak learning rate", 1e-8, 1)
     weight_decay: float = option(0.0, "of convolutions and matrices", 0)
     augment: float = option(0.0, "how far training pictures are shifted, scaled, turned and lit: 0 to 1", 0, 1)
-    seed: int = option(0, "of weights, order and mirroring", 0, 2**63 - 1)
+    seed: int = option(0, "of weights, order and mirroring", 0, LARGEST_SEED)
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class Machine:
     out: Path = option(..., "weights file, .safetensors or .pth")
     dataset_path: Path | None = option(None, "data set folder (default: download from Kaggle)")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    workers: int = option(0, "loader processes", 0, 1024)
+    workers: int = option(0, "loader processes", 0, LARGEST_CREW)
     dtype: str = option("float32", "of the stored weights", choices=DTYPES)
     strict: bool = option(False, "refuse unreadable images instead of leaving them out")
     overwrite: bool = option(False, "replace an existing weights file")

@@ -478,8 +478,8 @@ def open_run(folder: Path, device: str, save_every: int = 0, seed: int = 0) -> I
 class Loop:
     """A training: steps, one after the other, and everything around them.
 
-    A step may depend on its batch, on ``parts`` and on torch's generators, which the number of the step seeds; on
-    nothing else, or a resumed run would not be the run that was stopped.
+    A step may depend on its batch, on ``parts`` and on torch's generators, which its number seeds before the batch is
+    made; on nothing else, or a resumed run would not be the run that was stopped.
 
     Attributes:
         run: where it runs.
@@ -549,6 +549,7 @@ class Loop:
                 if run.save_every and self.done % run.save_every == 0 and self.done > began:
                     self.save()
                 run.stop_if_asked(lambda: self.save(goes_on=False))
+                seed_step(run, self.done)
                 self._make_step(*next(batches))
                 bar.update()
         if self.measure is None:
@@ -569,7 +570,6 @@ class Loop:
         rate = self.rate(self.done, self.progress())
         for group in self.parts["optimizer"].param_groups:
             group["lr"] = rate
-        seed_step(self.run, self.done)
         try:
             losses = self.step(*batch)
         except FloatingPointError as error:  # weights are still good here: nothing has been applied

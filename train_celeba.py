@@ -33,7 +33,20 @@ from performance import (
     prepare_networks,
 )
 from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
-from utils import InputError, option, parse, remove_temporaries, run_command, seed_everything, write_json
+from utils import (
+    LARGEST_BATCH,
+    LARGEST_CREW,
+    LARGEST_SEED,
+    LARGEST_SIDE,
+    LARGEST_WIDTH,
+    InputError,
+    option,
+    parse,
+    remove_temporaries,
+    run_command,
+    seed_everything,
+    write_json,
+)
 
 DIAGNOSTICS, NATURAL = "diagnostics_{}.json", "natural_{}.png"  # by stage
 
@@ -45,13 +58,13 @@ class Task:
     is_forward_train: bool = option(False, "run stage 1: train g")
     is_r_opt: bool = option(False, "run stage 2: optimise the r-networks")
     img_size: int | None = option(
-        None, "32, 64 or 256; any with layer_channels (default: 256; stage 2 alone: that of stage 1)", 1, 4096
+        None, "32, 64 or 256; any with layer_channels (default: 256; stage 2 alone: that of stage 1)", 1, LARGEST_SIDE
     )
     mix_type: str = option("cayley", "mixing layers", choices=sorted(MIXINGS))
-    hidden: int = option(128, "width of a built-in architecture's networks", 1, 1 << 16)
+    hidden: int = option(128, "width of a built-in architecture's networks", 1, LARGEST_WIDTH)
     scale_bound: float = option(2.0, "bound of its log-scales", 1e-6)
-    batch_size: int = option(256, "images per step, over all processes", 1, 100_000)
-    seed: int = option(0, "of weights, order and mirroring", 0, 2**63 - 1)
+    batch_size: int = option(256, "images per step, over all processes", 1, LARGEST_BATCH)
+    seed: int = option(0, "of weights, order and mirroring", 0, LARGEST_SEED)
 
     def build(self, layer_channels: list | None) -> SPNN:
         """A fresh SPNN. Raises InputError where the architecture does not fit."""
@@ -73,7 +86,7 @@ class Machine:
         False, "continue the run in --checkpoint_dir exactly where its last state is; begin it where there is none"
     )
     save_every: int = option(500, "steps between saved states; epoch ends are saved too", 0)
-    workers: int = option(2, "loader processes", 0, 1024)
+    workers: int = option(2, "loader processes", 0, LARGEST_CREW)
     strict: bool = option(False, "refuse unreadable images, do not skip them")
     no_cache: bool = option(False, "keep no resized copy of the images")
     checkpoint_activations: bool = option(False, "keep less for the backward pass, compute it again block by block")

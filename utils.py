@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 import yaml
 
-LARGEST_CONFIG = 1 << 16  # bytes; the presets have 1 KB
+# bounds that settings of several commands share: beyond them is a slip of the finger
 LARGEST_SEED = 2**63 - 1  # what PyTorch's generators take
 LARGEST_SIDE = 4096  # of an image, in pixels
 LARGEST_WIDTH = 1 << 16  # channels of a layer
@@ -74,14 +73,8 @@ def run_command(main: Callable[[], int | None]) -> None:
             raise
         print("error: not enough memory; make the batch, the images or the network smaller", file=sys.stderr)
         status = 2
-    except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except InputErrors as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print("error:", error if isinstance(error, InputErrors) else " ".join(str(error).split()), file=sys.stderr)
         status = 2
     except Stopped as stopped:
         status = stopped.status
@@ -128,13 +121,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML's plain part: no aliases, by which a few lines stand for gigabytes, and no key twice."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not read")
-        return super().compose_node(parent, index)
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which no key stands twice: the first would be dropped without a word."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -160,17 +148,8 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> dict:
     if not path.is_file():
         raise InputError(f"config {path}: no such file")
     try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise InputError(f"config {path}: {path.stat().st_size:,} bytes, more than {LARGEST_CONFIG:,}")
-        text = path.read_text(encoding="utf-8")
-        if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > 50:  # PyYAML's time is quadratic in it
-            raise RecursionError
-        settings = yaml.load(text, _PlainLoader)
-    except InputError:
-        raise
-    except RecursionError:
-        raise InputError(f"config {path}: not readable as YAML: nested too deeply") from None
-    except (yaml.YAMLError, ValueError, OSError) as error:  # ValueError: not UTF-8, or the 99th day of a month
+        settings = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:  # ValueError: the 99th day of a month
         raise InputError(f"config {path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
     settings = {} if settings is None else settings
     if not isinstance(settings, Mapping):
@@ -180,54 +159,6 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> dict:
         if key not in known:
             raise InputError(f"config {path}: unknown key {shown(key)}{nearest(str(key)[:80], known)}")
     return dict(settings)
-
-
-def _as_on_command_line(action: argparse.Action, config: str | Path, value: object):
-    """A config's value for a flag, through the flag's own type and choices."""
-    if isinstance(value, (list, dict, set, tuple)) or "\0" in str(value):
-        raise InputError(f"config {config}: {action.dest}: expected one value, got {shown(value)}")
-    try:
-        value = action.type(str(value)) if action.type is not None else str(value)
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"config {config}: {action.dest}: {shown(value)} is refused: {error}") from None
-    if action.choices is not None and value not in action.choices:
-        raise InputError(f"config {config}: {action.dest} must be one of {list(action.choices)}, got {shown(value)}")
-    return value
-
-
-def parse_with_config(
-    parser: argparse.ArgumentParser, config: str | Path | None, argv: list[str] | None = None, extra: Iterable[str] = ()
-) -> tuple[argparse.Namespace, dict]:
-    """Parse ``argv`` over a preset: flag given > config value > the parser's default.
-
-    A config value goes through the flag's own type and choices, so a preset is checked like a command line.
-    Keys in ``extra`` have no flag (``layer_channels``, say) and come back as the second value.
-
-    Raises:
-        InputError: an unknown key, or a value that its flag would refuse.
-    """
-    if config is None:
-        return parser.parse_args(argv), {}
-    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
-    settings = read_yaml(config, known=[*actions, *extra])
-    others = {key: settings.pop(key) for key in list(settings) if key in set(extra) - actions.keys()}
-    defaults = {}
-    for key, value in settings.items():
-        action = actions[key]
-        if action.nargs == 0:  # a switch
-            if not isinstance(value, bool):
-                raise InputError(f"config {config}: {key} must be true or false, got {shown(value)}")
-        elif isinstance(action.default, list):  # a repeatable flag
-            values = value if isinstance(value, list) else [value]
-            value = [_as_on_command_line(action, config, v) for v in values]
-        elif value is not None:
-            value = _as_on_command_line(action, config, value)
-        elif action.default is not None:
-            raise InputError(f"config {config}: {key} is empty; give a value or leave it out")
-        action.required = False  # given here, it need not be on the command line
-        defaults[key] = value
-    parser.set_defaults(**defaults)
-    return parser.parse_args(argv), others
 
 
 # --- Settings: dataclasses, from which flags and presets are made -----------------------------------------------------

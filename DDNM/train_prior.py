@@ -36,7 +36,20 @@ from DDNM.guided_diffusion.schedule import Schedule
 from logger import get_logger
 from loop import STATE_NAME, Ema, Loop, Run, adam, clip_gradients, is_empty, open_run
 from performance import compile_networks
-from utils import InputError, option, parse, remove_temporaries, run_command, seed_everything, write_json
+from utils import (
+    LARGEST_BATCH,
+    LARGEST_CREW,
+    LARGEST_SEED,
+    LARGEST_SIDE,
+    LARGEST_WIDTH,
+    InputError,
+    option,
+    parse,
+    remove_temporaries,
+    run_command,
+    seed_everything,
+    write_json,
+)
 
 SAMPLES_NAME = "samples"
 SAMPLE_STEPS = 50  # of the pictures at each save
@@ -48,13 +61,13 @@ class Training:
     """Network and training. A resumed run must have the same."""
 
     split: Literal["all", "train"] = option("all", "train: the first 80 % by number, as SPNN and judge see them")
-    img_size: int = option(64, "image size; images are cropped in the middle and resized to it", 1, 4096)
+    img_size: int = option(64, "image size; images are cropped in the middle and resized to it", 1, LARGEST_SIDE)
     unshuffle: int = option(2, "pixel-unshuffle factor before the U-Net", 1)
-    channels: tuple[int, ...] = option((48, 96, 144), "width of each level", 1, 1 << 16)
+    channels: tuple[int, ...] = option((48, 96, 144), "width of each level", 1, LARGEST_WIDTH)
     layers: int = option(1, "residual blocks per level", 1, 100)
     attention_size: int = option(8, "attention where the feature map is this small", 0)
     norm_groups: int = option(16, "groups of the normalisation", 1)
-    batch_size: int = option(64, "images per step, over all processes", 1, 100_000)
+    batch_size: int = option(64, "images per step, over all processes", 1, LARGEST_BATCH)
     lr: float = option(4e-4, "learning rate after warm-up", 0)
     warmup: int = option(100, "steps of linear warm-up", 0)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "of the learning rate, to the end")
@@ -68,7 +81,7 @@ class Training:
     )
     dropout: float = option(0.0, "inside residual blocks", 0, 1)
     precision: Literal["float32", "bf16"] = option("float32", "of the network's arithmetic")
-    seed: int = option(0, "of the weights and every draw", 0, 2**63 - 1)
+    seed: int = option(0, "of the weights and every draw", 0, LARGEST_SEED)
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class Machine:
     steps: int = option(2500, "optimiser steps", 1)
     minutes: float | None = option(None, "end by this many minutes of training, learning rate included", 0.01)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    threads: int = option(os.cpu_count() or 1, "CPU threads, each with a part of the batch", 1, 1024)
+    threads: int = option(os.cpu_count() or 1, "CPU threads, each with a part of the batch", 1, LARGEST_CREW)
     compile: bool = option(False, "translate the network with torch.compile; takes a minute at first")
     save_every: int = option(500, "steps between saved states", 1)
     log_every: int = option(25, "steps between rows of metrics.csv", 1)
@@ -192,7 +205,8 @@ class Trainer:
         if machine.compile:
             compile_networks([unet], device)
         self.parallel = run.world.parallel(self.prior, self._loss)
-        self.threads = machine.threads if device.type == "cpu" and run.world.size == 1 else 1
+        draws = s.dropout > 0  # in an order that threads do not keep
+        self.threads = machine.threads if device.type == "cpu" and run.world.size == 1 and not draws else 1
         self.workers = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
         self.loop = Loop(
             run,
