@@ -20,7 +20,6 @@ wanted outputs are images of --data and starts are --start. Otherwise wanted out
 inputs, starts are zero, and --data is not needed.
 """
 
-import csv
 import dataclasses
 import json
 import math
@@ -495,10 +494,9 @@ def evaluate(s: Settings, own: Eval) -> int:
         record["landscape"] = {"loss": goal, "steps": own.theta_steps, "plain_steps": steps}
         log.info("a mean loss of %.4g: %d steps through the landscape, plain %s", goal, own.theta_steps, steps)
     write_json(s.out / "results.json", {**record, "images": by_image})
-    with atomic_write(s.out / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    table = MetricsTable(s.out / "results.csv", rows=[])
+    for row in rows:
+        table.append({key: value for key, value in row.items() if value is not None})
     if curves:
         write_curves(s.out, curves)
     if target.img_size is not None:
