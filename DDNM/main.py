@@ -40,21 +40,23 @@ from DDNM.guided_diffusion.inputs import (  # noqa: E402
     read_targets,
 )
 from DDNM.guided_diffusion.results import (  # noqa: E402
+    PICTURES,
     Figures,
     Finished,
     Progress,
     as_saved,
+    check_results,
+    clear_results,
     measure,
     write_results,
 )
 from images import save_image  # noqa: E402
 from logger import get_logger  # noqa: E402
-from loop import World, is_empty, join_world, locked, stop_signals, to_json_values  # noqa: E402
+from loop import World, join_world, locked, stop_signals, to_json_values  # noqa: E402
 from utils import InputError, option, remove_temporaries, run_command  # noqa: E402
 from utils import parse as parse_settings  # noqa: E402
 
 SAMPLES = ROOT / "DDNM" / "exp" / "image_samples"
-PICTURES = ("input", "reconstruction", "unguided")  # folders of a result folder
 
 
 @dataclass(frozen=True)
@@ -127,26 +129,6 @@ def result_folder(run: Run) -> Path:
     return folder
 
 
-def check_results(folder: Path, run: Run) -> None:
-    """Raises InputError where ``folder`` has results that may neither be replaced nor continued."""
-    if is_empty(folder) or run.overwrite or run.resume and Progress.file(folder).is_file():
-        return
-    if not run.ni and sys.stdin.isatty():
-        if input(f"{folder} has results. Replace them? [y/N] ").strip().lower() in ("y", "yes"):
-            return
-    hint = " or --resume" if Progress.file(folder).is_file() else ""
-    raise InputError(f"{folder} is not empty; give --overwrite{hint} or another --image_folder")
-
-
-def clear_results(folder: Path) -> None:
-    """Delete what an earlier run wrote into its result folder, and nothing else."""
-    pictures = [f"{kind}/*.png" for kind in PICTURES]
-    files = ("sheet*.png", "results.json", "results.csv", "logits.csv", "log.txt")
-    for pattern in (Progress.file(folder).name, *files, *pictures):
-        for file in folder.glob(pattern):
-            file.unlink()
-
-
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = result_folder(s.run)
     with join_world(s.networks.device) as (world, device), locked(folder) if world.leads else nullcontext():
         if world.leads:
-            check_results(folder, s.run)
+            check_results(folder, s.run.resume, s.run.overwrite, ask=not s.run.ni)
         return reconstruct(s, folder, world, device)
 
 
@@ -170,18 +152,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
     except ValueError as error:
         raise InputError(f"--steps {s.run.steps}: {error}") from None
     progress = Progress(folder, to_json_values(s.deciding() | networks.fingerprints()))
-    done: list[Finished | None] = [None] * len(targets.names)
-    if world.leads:
-        if s.run.resume and progress.path.is_file():
-            done = progress.read(targets.names, targets.logits)
-        else:
-            clear_results(folder)  # nothing can be refused any more
-        for kind in (".", *PICTURES):
-            remove_temporaries(folder / kind)
-        progress.begin(done)
-    else:
-        logging.disable(logging.INFO)
-    done = world.gather(done)[0]  # and not before: the others write into the folder from here on
+    done = finished_before(s, progress, targets, world)
     log = get_logger("reconstruct", folder)
     for line in targets.skipped:
         log.warning("skipped: %s", line)
@@ -224,6 +195,22 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
         log.info("stopped: %d of %d images are finished; draw the others with --resume", len(ready), len(done))
         return 128 + signum
     return 0
+
+
+def finished_before(s: Settings, progress: Progress, targets: Targets, world: World) -> list[Finished | None]:
+    """For each target what an earlier run finished, if --resume is given; else the folder is cleared."""
+    done: list[Finished | None] = [None] * len(targets.names)
+    if world.leads:
+        if s.run.resume and progress.path.is_file():
+            done = progress.read(targets.names, targets.logits)
+        else:
+            clear_results(progress.folder)  # nothing can be refused any more
+        for kind in (".", *PICTURES):
+            remove_temporaries(progress.folder / kind)
+        progress.begin(done)
+    else:
+        logging.disable(logging.INFO)
+    return world.gather(done)[0]  # and not before: the others write into the folder from here on
 
 
 def draw(

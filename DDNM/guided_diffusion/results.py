@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from images import load_image, to_uint8
-from loop import check_settings
+from loop import check_settings, is_empty
 from metrics import agreement, prob_error, psnr
 from operators import Operator
 from utils import InputError, atomic_write, file_name, nearest, shown, unlinked, write_json
 
+PICTURES = ("input", "reconstruction", "unguided")  # folders of a result folder
 SHEET_ROWS = 10  # rows a page of the sheet: a stranger reads one page
 SHEET_LIMIT = 100  # rows of all pages: nobody reads a thousand, and their pictures are held at once
 
@@ -160,6 +162,32 @@ class Progress:
             "logits": entry.logits.tolist(),
         }
         return json.dumps(row) + "\n"
+
+
+# --- The folder -------------------------------------------------------------------------------------------------------
+
+
+def check_results(folder: Path, resume: bool, overwrite: bool, ask: bool) -> None:
+    """Raises InputError where ``folder`` has results that may neither be replaced nor continued."""
+    if is_empty(folder) or overwrite or resume and Progress.file(folder).is_file():
+        return
+    if ask and sys.stdin.isatty():
+        if input(f"{folder} has results. Replace them? [y/N] ").strip().lower() in ("y", "yes"):
+            return
+    hint = " or --resume" if Progress.file(folder).is_file() else ""
+    raise InputError(f"{folder} is not empty; give --overwrite{hint} or another --image_folder")
+
+
+def clear_results(folder: Path) -> None:
+    """Delete what an earlier run wrote into its result folder, and nothing else."""
+    pictures = [f"{kind}/*.png" for kind in PICTURES]
+    files = ("sheet*.png", "results.json", "results.csv", "logits.csv", "log.txt")
+    for pattern in (Progress.file(folder).name, *files, *pictures):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+# --- Figures ---------------------------------------------------------------------------------------------------------
 
 
 def as_saved(images: Tensor) -> tuple[Tensor, Tensor]:
