@@ -3,6 +3,7 @@
 import csv
 import gc
 import json
+import logging
 import math
 import os
 import shutil
@@ -213,9 +214,17 @@ def test_figures_are_measured_on_the_pictures(finished, assets):
         original, drawn = (picture.float()[None] for picture in pair)
         with torch.no_grad():
             target, logits = model(original), model(drawn)
-        assert image["psnr"] == pytest.approx(10 * math.log10(4 / (original - drawn).square().mean().item()), abs=0.05)
+        assert image["psnr"] == pytest.approx(10 * math.log10(4 / (original - drawn).square().mean().item()), abs=1e-3)
         error = (target.sigmoid() - logits.sigmoid()).abs().mean().item()
-        assert image["prob_error"] == pytest.approx(error, abs=0.02)
+        assert image["prob_error"] == pytest.approx(error, abs=1e-5)
+
+
+def test_the_published_rules_figures_describe_the_picture_and_not_what_was_clamped(run):
+    folder = run("letter", None, "--published_rule", "--nlbp_stop_cond", "0")
+    for image in record_of(folder)["images"]:
+        original, drawn = (pixels(folder / kind / f"{image['name']}.png") for kind in ("input", "reconstruction"))
+        error = ((original - drawn) ** 2).mean() / 127.5**2
+        assert image["psnr"] == pytest.approx(10 * math.log10(4 / error), abs=1e-3)
 
 
 def test_guided_pictures_are_nearer_to_their_targets(finished):
@@ -269,11 +278,13 @@ def test_lpips_is_measured_where_it_can_be_had(run, preset, monkeypatch):
     assert all(image["lpips"] > 0 for image in record["images"]) and record["mean"]["lpips"] > 0
 
 
-def test_without_lpips_weights_the_run_goes_on(run, preset, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", None)
+def test_where_lpips_cannot_be_had_the_run_goes_on(run, preset, monkeypatch, caplog):
     folder = run(config=preset(lpips=True))
     assert record_of(folder)["mean"]["lpips"] is None
-    assert "no LPIPS" in (folder / "log.txt").read_text()
+    assert "no LPIPS: AlexNet sees no image below 31x31, these are 16x16" in (folder / "log.txt").read_text()
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert inputs_module.load_lpips(torch.device("cpu"), logging.getLogger(), 64) is None
+    assert "its weights cannot be had" in caplog.text
 
 
 def test_numbers_that_are_not_finite_become_null_and_are_named(run, monkeypatch):
@@ -433,10 +444,6 @@ def test_names_stay_apart_however_files_are_called(tmp_path):
     assert len(set(image_names(paths, tmp_path))) == len(files)
 
 
-def test_a_single_file(run, assets):
-    assert names_of(run("out", assets / "inputs" / "green.png")) == ["green"]
-
-
 def test_a_broken_picture_is_skipped_and_named_or_refused(run, assets, tmp_path):
     folder = tmp_path / "inputs"
     folder.mkdir()
@@ -562,12 +569,6 @@ def test_a_mistake_costs_no_results(run, preset):
     assert before == sorted(path.name for path in folder.rglob("*"))
 
 
-def test_a_mistake_does_not_stand_in_the_way_of_the_next_run(run, tmp_path):
-    (tmp_path / "empty").mkdir()
-    refused("no images found", run, "out", tmp_path / "empty")
-    run("out", None, "--steps", "1")
-
-
 def test_results_may_be_drawn_anew_from_their_own_logits(run):
     """The inputs lie in the folder that is about to be overwritten: they are read first."""
     folder = run("out", None, "--steps", "1")
@@ -576,24 +577,28 @@ def test_results_may_be_drawn_anew_from_their_own_logits(run):
     assert (folder / "logits.csv").read_text() == before
 
 
-def test_a_second_run_in_one_process_has_its_own_log(run):
-    run("out", None, "--steps", "1")
-    folder = run("out", None, "--steps", "1", "--overwrite")
-    assert (folder / "log.txt").read_text().count("3 targets") == 1
+def test_out_takes_a_folder_anywhere_under_the_same_protections(assets, samples, tmp_path):
+    arguments = ["--ni", "--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--steps", "1"]
+    arguments += ["--out", str(tmp_path / "a" / "b")]
+    assert reconstruct.main(arguments) == 0 and not samples.exists()
+    assert (tmp_path / "a" / "b" / "results.json").is_file()
+    refused("not empty; give --overwrite or --resume", reconstruct.main, arguments)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "input").symlink_to(tmp_path / "a")
+    refused("is a link", reconstruct.main, [*arguments[:-1], str(tmp_path / "linked")])
+    (tmp_path / "file").write_text("mine")
+    refused("is a file", reconstruct.main, [*arguments[:-1], str(tmp_path / "file")])
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "", ".", "a/.."])
-def test_a_result_folder_outside_is_refused(run, samples, tmp_path, name):
-    refused("must be inside", run, name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == []
-
-
-def test_a_link_does_not_lead_outside(run, samples, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    samples.mkdir()
-    (samples / "link").symlink_to(tmp_path / "elsewhere")
-    refused("must be inside", run, "link")
-    refused("must be inside", run, "link/below")
+def test_more_steps_than_the_prior_knows_are_refused_before_anything_is_deleted(run, preset, tmp_path):
+    folder = run("out", None, "--steps", "1")
+    before = sorted(path.name for path in folder.rglob("*"))
+    save_prior(Prior(tiny_prior().unet, schedule=Schedule(num_diffusion_timesteps=50)), tmp_path / "short")
+    refused(
+        "--steps 60", run, "out", None, "--overwrite", "--steps", "60", config=preset(prior=str(tmp_path / "short"))
+    )
+    refused("linear operators", run, "out", None, "--overwrite", "--guidance", "linear")
+    assert before == sorted(path.name for path in folder.rglob("*"))
 
 
 def test_a_nested_result_folder_and_a_file_in_the_way(run, samples):
@@ -755,7 +760,7 @@ def test_a_resume_with_other_weights_names_them(assets, samples, finished, prese
     refused("has spnn weights [0-9a-f]{16}, not", reconstruct.main, [*arguments, "--resume"])
 
 
-@pytest.mark.parametrize("content", ["", "junk\n", '{"settings": 3}\n', "[]\n", "\xff"])
+@pytest.mark.parametrize("content", ["", '{"settings": 3}\n', "\xff"])
 def test_a_record_that_is_none_is_one_line(command, samples, content):
     (samples / "out").mkdir(parents=True)
     (samples / "out" / "progress.jsonl").write_text(content, encoding="latin-1")
@@ -926,11 +931,6 @@ def test_missing_weights_are_named_all_at_once_with_addresses_and_places(run, no
     assert "https://huggingface.co/yamitehr/SPNN" in message
 
 
-def test_one_missing_file_is_named_alone(run, nothing_local, preset):
-    message = refused("1 weight file could not be found", run, config=preset(prior="celeba_hq.ckpt"))
-    assert "celeba_hq.ckpt" in message and "spnn_celebahq_256.pth" not in message
-
-
 def test_a_damaged_file_at_the_manual_path_is_not_called_missing(run, nothing_local, preset):
     known = known_for(nothing_local, "celeba_hq.ckpt")
     Path(known.manual_path).parent.mkdir(parents=True)
@@ -1014,9 +1014,6 @@ def test_a_prior_in_the_published_layout(run, preset, ddpm_weights):
     [
         ({**DDPM, "ch_mult": [1, 2]}, "do not fit"),
         ({key: value for key, value in DDPM.items() if key != "ch"}, "'ch'"),
-        ("simple", "prior"),
-        (3, "prior"),
-        ({**DDPM, "ch_mult": 2}, "prior"),
         ({**DDPM, "ch": 20}, "prior"),
     ],
 )
