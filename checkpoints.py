@@ -13,7 +13,6 @@ import argparse
 import json
 import pickle
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +74,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return _without_prefixes(state)
 
 
-def _load(path: Path) -> object:
+def _load(path: Path) -> Any:
     """The object in ``path``, read without running any code that the file may carry."""
     try:
         if path.suffix == ".safetensors":
@@ -84,9 +83,7 @@ def _load(path: Path) -> object:
             start = file.read(2)
         if start != b"PK" and start[:1] != pickle.PROTO:  # tar archives too: torch < 2.6 runs code in them
             raise pickle.UnpicklingError("not in torch's format")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"weights {path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch.load and safetensors raise almost anything on damaged bytes
@@ -339,8 +336,8 @@ def locate(*sources: str | Path, **hub: Any) -> list[str]:
             found.append(source)
             continue
         try:
-            path = ROOT / known.manual_path
-            path = path if path.is_file() else hub_file(known.repo, known.filename, **hub)
+            by_hand = ROOT / known.manual_path
+            path = by_hand if by_hand.is_file() else hub_file(known.repo, known.filename, **hub)
             if path is None:
                 raise InputError("the repository does not have it any more")
         except InputError as error:
@@ -387,9 +384,9 @@ class Pretrained(nn.Module, huggingface_hub.PyTorchModelHubMixin, library_name="
         path = Path(source)
         if not path.is_file():
             get = opener(source, **hub)
-            path = first(get, WEIGHTS_NAMES)
-            if path is None:
+            if (found := first(get, WEIGHTS_NAMES)) is None:
                 raise InputError(f"weights {source}: has none of {', '.join(WEIGHTS_NAMES)}")
+            path = found
             first(get, (f"{path.stem}.json", "config.json"))  # from the hub to beside the weights
         state = read_weights(path)
         content = read_config(path)

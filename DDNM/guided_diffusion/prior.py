@@ -69,7 +69,8 @@ class Prior(nn.Module):
         super().__init__()
         if prediction_type not in PREDICTIONS:
             raise ValueError(f"a prior's prediction_type must be one of {PREDICTIONS}, got {prediction_type!r}")
-        channels, predicted, size = unet.config.in_channels, unet.config.out_channels, unet.config.sample_size
+        config: Any = unet.config
+        channels, predicted, size = config.in_channels, config.out_channels, config.sample_size
         k = round((channels / 3) ** 0.5)
         if 3 * k**2 != channels or predicted not in (channels, 2 * channels):
             raise ValueError(
@@ -80,7 +81,7 @@ class Prior(nn.Module):
             size = size[0]
         if not isinstance(size, int):
             raise ValueError(f"a prior's U-Net needs a square sample_size in its configuration, got {size}")
-        if unet.config.class_embed_type is not None or unet.config.num_class_embeds is not None:
+        if config.class_embed_type is not None or config.num_class_embeds is not None:
             raise ValueError("a prior's U-Net must not be class-conditional: no class is known here")
         self.unet, self.unshuffle, self.image_size = unet, k, size * k
         self.autocast, self.channels_last = autocast, channels_last
