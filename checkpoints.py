@@ -415,14 +415,6 @@ class Pretrained(nn.Module, huggingface_hub.PyTorchModelHubMixin, library_name="
         save_spnn(save_directory / WEIGHTS_NAMES[0], self)
 
 
-def load_spnn(path: str | Path) -> tuple[Pretrained, dict]:
-    """The network and ``{"model": its settings, **notes}``, from `Pretrained.from_pretrained`."""
-    from models import SPNN
-
-    model = SPNN.from_pretrained(path)
-    return model, {**model.notes, "model": model.config}
-
-
 # --- Command ---------------------------------------------------------------------------------------------------------
 
 

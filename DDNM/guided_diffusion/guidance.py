@@ -221,7 +221,7 @@ class Gradient:
     - ``tfg``: all of them.
 
     Through the prior, the activations of its network are kept for a backward pass, some ten times the memory of a
-    forward pass; `diffusers.UNet2DModel.enable_gradient_checkpointing` recomputes them instead.
+    forward pass; `Prior(recompute=True)` computes them again instead.
 
     Attributes:
         through: step of the gradient by x_t; 0 for none.

@@ -138,7 +138,9 @@ def load_networks(settings: NetworkSettings, architecture: dict, device: torch.d
         raise InputError(f"{settings.spnn}: config.json does not name its {spnn.num_classes} attributes")
     autocast = torch.bfloat16 if settings.precision == "bf16" else None
     image_size = architecture.get("prior_image_size", spnn.img_size)
-    prior = load_prior(prior_source, architecture.get("prior_model"), image_size, autocast, channels_last=True)
+    prior = load_prior(
+        prior_source, architecture.get("prior_model"), image_size, autocast, True, settings.checkpoint_activations
+    )
     judge = None if settings.judge is None else load_judge(from_ddnm(settings.judge))
     for what, size in {"prior draws": prior.image_size, "judge takes": judge and judge.img_size}.items():
         if size is not None and size != spnn.img_size:
@@ -148,8 +150,6 @@ def load_networks(settings: NetworkSettings, architecture: dict, device: torch.d
     prepare_networks(spnn, device)
     for network in filter(None, (spnn, prior, judge)):
         network.to(device).eval().requires_grad_(False)
-    if settings.checkpoint_activations:
-        prior.unet.enable_gradient_checkpointing()
     if settings.compile and device.type == "cpu":
         compile_for_cpu(prior)  # torch.compile makes it slower there
     elif settings.compile:
