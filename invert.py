@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints import load_strictly, read_weights, write_weights
+from checkpoints import load_strictly, read_json, read_weights, write_weights
 from data_loader import grid, load_image, save_image, to_uint8
 from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
@@ -143,19 +143,6 @@ def settings_of(*settings, without: Sequence[str] = ()) -> dict:
     return to_json_values(merged)
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises InputError if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return content
-
-
 def load_theta(path: Path, target: Target) -> tuple[MappingNet, dict]:
     """The theta at ``path`` and its notes. Raises InputError if it is damaged or belongs to another network."""
     file = path.with_suffix(".json")
@@ -208,9 +195,8 @@ def train(s: Settings, own: Train) -> int:
     updates = own.updates or math.ceil((own.steps + 1) * own.samples / s.batch_size)
     table = MetricsTable(s.out / "metrics.csv", rows=rows)
     first, started = state.get("buffer", 0), time.perf_counter() - seconds
-    with tqdm(
-        total=(own.buffers - first) * (own.steps + updates), unit="step", dynamic_ncols=True, disable=None
-    ) as bar:
+    steps = (own.buffers - first) * (own.steps + updates)
+    with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None) as bar:
         fixed = {key: getattr(own, key) for key in ("buffers", "samples", "steps", "z_lr", "lr", "weight_decay")}
         history = train_mapping(theta, target.f, draw, loss, **fixed, clip=s.clip, batch_size=s.batch_size,
                                 updates=updates, seed=s.seed, on_step=bar.update, state=state)  # fmt: skip
@@ -617,8 +603,8 @@ def find(s: Settings, own: Find) -> int:
     table = MetricsTable(s.out / "results.csv")
     done = {row["image"] for row in table.rows}
     left = [name for name in paths if name not in done]
-    with tqdm(total=len(targets) * own.steps * math.ceil(len(left) / s.batch_size), unit="step", dynamic_ncols=True,
-              disable=None) as bar:  # fmt: skip
+    steps = len(targets) * own.steps * math.ceil(len(left) / s.batch_size)
+    with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None) as bar:
         for start in range(0, len(left), s.batch_size):
             chosen = left[start : start + s.batch_size]
             y = torch.stack([load_image(paths[name], size) for name in chosen])
