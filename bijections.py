@@ -487,13 +487,6 @@ def positions(x: Tensor) -> int:
     return math.prod(x.shape[2:])
 
 
-def over_columns(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """f, which takes (C, n), over the channels of x, (B, C, *) -> (B, C, *)."""
-    with full_precision(x.device):
-        columns = f(at_least_float32(x).movedim(1, 0).flatten(1))  # (C, B*...)
-    return columns.unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
-
-
 class OverChannels(Bijection):
     """A layer over exactly ``channels`` channels, the same at every position."""
 
@@ -511,9 +504,16 @@ class OverChannels(Bijection):
             raise ValueError(f"{self.name}: channels is {self.channels}, but {shape[0]} channels arrive")
         return tuple(shape)
 
+    def over_columns(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """f, which takes (C, n), over the channels of x, (B, C, *) -> (B, C, *), in full precision."""
+        self.output_shape(x.shape[1:])
+        with full_precision(x.device):
+            columns = f(at_least_float32(x).movedim(1, 0).flatten(1))  # (C, B*...)
+        return columns.unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
+
 
 class Orthogonal(VolumePreserving, OverChannels):
-    """``y = W x``, W the product of Householder reflections, or Cayley's (`models.HouseholderMixing`, `CayleyMixing`).
+    """``y = W x``, W the product of Householder reflections, or Cayley's (`blocks.HouseholderMixing`, `CayleyMixing`).
 
     Args:
         reflections: of the Householder product; ``channels`` of them reach every orthogonal W of determinant
@@ -578,22 +578,19 @@ class Conv1x1(OverChannels):
         return lower, upper.triu(1) + torch.diag(self.sign * log_scale.exp())
 
     def forward_log_det(self, x: Tensor) -> Completed:
-        self.output_shape(x.shape[1:])
         lower, upper = self._triangles()
-        y = over_columns(lambda columns: self.permutation.to(lower) @ lower @ upper @ columns, x)
+        y = self.over_columns(lambda columns: self.permutation.to(lower) @ lower @ upper @ columns, x)
         return y, None, (positions(x) * at_least_float32(self.log_scale).sum()).expand(len(x))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        self.output_shape(y.shape[1:])
         lower, upper = self._triangles()
 
         def solve(columns: Tensor) -> Tensor:
-            columns = torch.linalg.solve_triangular(
-                lower, self.permutation.T.to(lower) @ columns, upper=False, unitriangular=True
-            )
+            columns = self.permutation.T.to(lower) @ columns
+            columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
             return torch.linalg.solve_triangular(upper, columns, upper=True)
 
-        return over_columns(solve, y)
+        return self.over_columns(solve, y)
 
 
 class Whitening(OverChannels):
@@ -642,15 +639,13 @@ class Whitening(OverChannels):
         return self
 
     def forward_log_det(self, x: Tensor) -> Completed:
-        self.output_shape(x.shape[1:])
         whiten, mean = at_least_float32(self.whiten), at_least_float32(self.mean)
         log_det = positions(x) * torch.linalg.slogdet(whiten).logabsdet
-        return over_columns(lambda columns: whiten @ (columns - mean), x), None, log_det.expand(len(x))
+        return self.over_columns(lambda columns: whiten @ (columns - mean), x), None, log_det.expand(len(x))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        self.output_shape(y.shape[1:])
         whiten, mean = at_least_float32(self.whiten), at_least_float32(self.mean)
-        return over_columns(lambda columns: torch.linalg.solve(whiten, columns) + mean, y)
+        return self.over_columns(lambda columns: torch.linalg.solve(whiten, columns) + mean, y)
 
 
 # --- Rearrangements --------------------------------------------------------------------------------------------------
@@ -711,7 +706,7 @@ class View(VolumePreserving):
 class PixelUnshuffle(VolumePreserving):
     """Positions into channels, r along each of ``dims`` dimensions: (B, C, *) -> (B, C r^dims, */r).
 
-    In two dimensions it is `models.PixelUnshuffleBlock` (and torch's), channels in the order (C, row, column).
+    In two dimensions it is `blocks.PixelUnshuffleBlock` (and torch's), channels in the order (C, row, column).
     """
 
     def __init__(self, r: int, dims: int = 2):
