@@ -45,7 +45,7 @@ class Settings:
     loss: Literal["auto", "mse", "lpips", "vgg"] = option(
         "auto", "with the squared error; auto: LPIPS if it can be had"
     )
-    perceptual_weight: float = option(1.0, "of LPIPS, or of VGG's features", 0.0)
+    perceptual_weight: tuple[float, ...] = option((1.0,), "of LPIPS or VGG's features; one, or one for each layer", 0.0)
     vgg_layers: tuple[int, ...] = option((1, 3, 13, 20), "of VGG-16's features, compared after these", 0)
     x_lr: float | None = option(None, "step of Adam on x; default: by the network, or theta's", 1e-12)
     clip: float = option(10.0, "largest norm of a sample's gradient", 1e-12)
@@ -387,10 +387,11 @@ def make_loss(target: Target, s: Settings, device: torch.device) -> Loss:
         return squared_error
     if s.loss == "vgg":
         try:
-            return FeatureDistance(load_vgg(device), s.vgg_layers, [s.perceptual_weight] * len(s.vgg_layers))
+            weights = s.perceptual_weight * (len(s.vgg_layers) if len(s.perceptual_weight) == 1 else 1)
+            return FeatureDistance(load_vgg(device), s.vgg_layers, weights)
         except ValueError as error:
-            raise InputError(f"--vgg_layers: {error}") from None
+            raise InputError(f"--vgg_layers, --perceptual_weight: {error}") from None
     lpips = lpips_or_none(device)
     if lpips is None and s.loss == "lpips":
         raise InputError("--loss lpips: its weights cannot be had; use --loss mse, or auto, which goes on without")
-    return squared_error if lpips is None else perceptual_loss(lpips, s.perceptual_weight)
+    return squared_error if lpips is None else perceptual_loss(lpips, s.perceptual_weight[0])

@@ -373,7 +373,7 @@ def test_lpips_joins_the_loss_if_it_can_be_had(here, monkeypatch):
 
     monkeypatch.setattr(targets, "lpips_or_none", lambda device: Distance())
     assert loss("auto") == loss("lpips") == [4.0, 4.0]
-    assert loss("lpips", perceptual_weight=2.0) == [7.0, 7.0] and loss("mse") == [1.0, 1.0]
+    assert loss("lpips", perceptual_weight=(2.0,)) == [7.0, 7.0] and loss("mse") == [1.0, 1.0]
     monkeypatch.setattr(targets, "lpips_or_none", lambda device: None)
     assert loss("auto") == [1.0, 1.0]
     with pytest.raises(InputError, match="--loss lpips: its weights cannot be had"):
@@ -389,15 +389,16 @@ def test_the_features_of_vgg_join_the_loss(here, monkeypatch):
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
     monkeypatch.setattr(targets, "load_vgg", lambda device: layers.requires_grad_(False))
     a, b = torch.rand(2, 2, 3, 8, 8) * 2 - 1
-    s = replace(settings(here), loss="vgg", vgg_layers=(0, 2), perceptual_weight=3.0)
+    s = replace(settings(here), loss="vgg", vgg_layers=(0, 2), perceptual_weight=(3.0, 5.0))
     zero_one = [(x + 1) / 2 for x in (a, b)]
     shallow, deep = ([f(x) for x in zero_one] for f in (layers[0], layers))
     expected = sum(
-        weight * (x - y).square().flatten(1).mean(1) for weight, (x, y) in ((1, zero_one), (3, shallow), (3, deep))
+        weight * (x - y).square().flatten(1).mean(1) for weight, (x, y) in ((1, zero_one), (3, shallow), (5, deep))
     )
     torch.testing.assert_close(make_loss(target, s, CPU)(a, b), expected)
-    with pytest.raises(InputError, match="--vgg_layers"):
-        make_loss(target, replace(s, vgg_layers=(3,)), CPU)
+    for wrong in ({"vgg_layers": (3,)}, {"perceptual_weight": (1.0, 2.0, 3.0)}):
+        with pytest.raises(InputError, match="--vgg_layers, --perceptual_weight: taps"):
+            make_loss(target, replace(s, **wrong), CPU)
     monkeypatch.undo()
 
     def unreachable(weights):
