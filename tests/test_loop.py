@@ -65,11 +65,12 @@ def spnn_arguments(faces: Path, folder: Path, **changes) -> list[str]:
     return ["--config", str(preset), "--dataset_path", str(faces), "--checkpoint_dir", str(folder)]
 
 
-def prior_arguments(faces: Path, folder: Path, steps: int = 12) -> list[str]:
+def prior_arguments(faces: Path, folder: Path, steps: int = 12, augment: float = 0.0) -> list[str]:
     return [
         "--images", str(faces), "--out", str(folder), "--img_size", str(SIZE), "--channels", "8,16", "--norm_groups",
         "4", "--attention_size", "0", "--batch_size", "4", "--steps", str(steps), "--warmup", "1", "--log_every", "2",
         "--save_every", "2", "--samples", "0", "--device", "cpu", "--threads", "1",
+        "--augment", str(augment), "--dropout", str(augment / 5),
     ]  # fmt: skip
 
 
@@ -171,9 +172,10 @@ def killed_again_and_again(kind: str, arguments: list[str], kills: int, seed: in
 
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_a_run_killed_three_times_ends_as_the_undisturbed_one(kind, faces, undisturbed, tmp_path):
-    hits = killed_again_and_again(kind, COMMANDS[kind][1](faces, tmp_path / "run"), kills=3, seed=0)
+    arguments = COMMANDS[kind][1](faces, tmp_path / "run", augment=0.5)  # draws in every step
+    hits = killed_again_and_again(kind, arguments, kills=3, seed=0)
     assert hits == 3
-    assert_same(outcome(tmp_path / "run"), undisturbed(kind))
+    assert_same(outcome(tmp_path / "run"), undisturbed(kind, augment=0.5))
     assert not list((tmp_path / "run").glob(".*"))  # nothing half written is left
 
 
