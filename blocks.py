@@ -238,10 +238,9 @@ class Mixing(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key != "_kept"}
 
     def _mix(self, x: Tensor, transpose: bool) -> Tensor:
-        factors, dtype = self.factors(), at_least_float32(x).dtype
-        with torch.autocast(x.device.type, enabled=False):
-            y = self._apply_factors(exact(x).movedim(1, -1), factors, transpose)  # (B, ..., C)
-        return y.movedim(-1, 1).to(dtype)
+        with torch.autocast("mps", enabled=False) if x.device.type == "mps" else nullcontext():
+            y = self._apply_factors(exact(x).movedim(1, -1), self.factors(), transpose)  # (B, ..., C)
+        return y.movedim(-1, 1).to(at_least_float32(x).dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``W x`` over dimension 1 of x, (B, C, ...) -> (B, C, ...)."""
@@ -368,7 +367,7 @@ class StridedConv2d(nn.Conv2d):
         columns = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, in k k, h w)
         rows = columns.transpose(1, 2).flatten(0, 1)  # (B h w, in k k)
         y = F.linear(rows, self.weight.flatten(1), self.bias)  # (B h w, out)
-        y = y.unflatten(0, (len(x), h * w)).transpose(1, 2)  # (B, out, h w)
+        y = y.unflatten(0, (x.shape[0], h * w)).transpose(1, 2)  # (B, out, h w)
         return y.unflatten(2, (h, w)).contiguous()  # (B, out, h, w)
 
 
@@ -550,7 +549,7 @@ class PixelUnshuffleBlock(Surjection):
     def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, None]:
         c, h, w = self.output_shape(tuple(x.shape[1:]))
         y = x.unflatten(3, (w, self.rw)).unflatten(2, (h, self.rh))  # (B, C, H/rh, rh, W/rw, rw)
-        y = y.permute(0, 1, 3, 5, 2, 4).reshape(len(x), c, h, w)  # torch's pixel_unshuffle fails on an empty batch
+        y = y.permute(0, 1, 3, 5, 2, 4).reshape(x.shape[0], c, h, w)  # torch's pixel_unshuffle fails on an empty batch
         return (y, None) if return_latent else y
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, None, Tensor]:

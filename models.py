@@ -426,7 +426,7 @@ class SPNN(Pretrained):
         if tuple(logits.shape[1:]) != self.out_shape:
             expected = ", ".join(map(str, ("B", *self.out_shape)))
             raise ValueError(f"SPNN expects logits of shape ({expected}), got {tuple(logits.shape)}")
-        return logits.reshape(len(logits), *self.pinn.out_shape)  # (B, d, H', W')
+        return logits.reshape(logits.shape[0], *self.pinn.out_shape)  # (B, d, H', W')
 
     def forward(self, x: Tensor, return_latents: bool = False) -> Tensor | tuple[Tensor, Latents]:
         """Logits ``g(x)``, (B, *out_shape), of images (B, C, H, W) in [-1, 1]; on request with latents, ``G(x)``."""
@@ -434,7 +434,7 @@ class SPNN(Pretrained):
             c, h, w = self.in_shape
             raise ValueError(f"SPNN expects images of shape (B, {c}, {h}, {w}), got {tuple(x.shape)}")
         y, latents = self.pinn(x, return_latents=True)  # (B, d, H', W')
-        y = y.reshape(len(x), *self.out_shape)
+        y = y.reshape(x.shape[0], *self.out_shape)
         return (y, latents) if return_latents else y
 
     def pinv(

@@ -92,6 +92,20 @@ def diy12() -> SPNN:
     )
 
 
+def landscape() -> SPNN:
+    """A network of 6x8 images that ends at a map, 4 channels at 3x2, with both mixings."""
+    return SPNN(
+        num_classes=4,
+        img_size=(6, 8),
+        layer_channels=[
+            (PixelUnshuffleBlock, {"r": (1, 2)}),
+            (ConvPINNBlock, {"in_ch": 6, "out_ch": 5, "hidden": 6, "feat_size": (6, 4)}),
+            (PixelUnshuffleBlock, {"r": 2}),
+            (ConvPINNBlock, {"in_ch": 20, "out_ch": 4, "hidden": 6, "mix_type": "householder"}),
+        ],
+    )
+
+
 def oblong() -> PINN:
     """A chain over images that are not square."""
     blocks = [PixelUnshuffleBlock(2), ConvPINNBlock(12, 5, 8), ConvPINNBlock(5, 4, 8, mix_type="householder")]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import OPTIMISERS, ForgetsShift, diy12, diy16, oblong, random, randomise, seeded, tiny
+from helpers import OPTIMISERS, ForgetsShift, diy12, diy16, landscape, oblong, random, randomise, seeded, tiny
 from torch import Tensor, nn
 
 import bijections as bi
@@ -191,6 +191,7 @@ ROWS = [
     *block_rows("householder"),
     Row("unshuffle 2", lambda: PixelUnshuffleBlock(2), (3, 4, 6), lossy=False),
     Row("unshuffle 1", lambda: PixelUnshuffleBlock(1), (2, 3, 5), lossy=False),
+    Row("unshuffle 3 by 2", lambda: PixelUnshuffleBlock((3, 2)), (2, 6, 4), lossy=False),
     *bijection_rows(),
     Row("tiny with bijections", tiny_with_bijections, (3, 4, 4), **CHAIN),
     Row("chain, oblong", oblong, (3, 6, 10), **CHAIN),
@@ -198,6 +199,7 @@ ROWS = [
     Row("tiny cayley", tiny, (3, 4, 4), **CHAIN),
     Row("tiny householder", lambda: tiny(mix_type="householder"), (3, 4, 4), **CHAIN),
     Row("tiny, one class", lambda: tiny(num_classes=1), (3, 4, 4), **CHAIN),
+    Row("tiny map", landscape, (3, 6, 8), **CHAIN),
     Row("16x16 example", diy16, (3, 16, 16), **CHAIN),
     Row("12x12, both mixings", diy12, (3, 12, 12), **CHAIN),
     built_in(32, "householder"),
@@ -564,6 +566,7 @@ def materialised(g: nn.Module, shape: Shape) -> Tensor:
 
 
 LINEAR = [
+    pytest.param(landscape, (3, 6, 8), id="map"),
     pytest.param(lambda: ConvPINNBlock(7, 3), (7, 2, 3), id="block"),
     pytest.param(lambda: ConvPINNBlock(6, 5, feat_size=2, mix_type="householder"), (6, 2, 2), id="block householder"),
     pytest.param(oblong, (3, 6, 10), id="oblong"),
@@ -584,7 +587,7 @@ def test_a_linear_network_has_the_moore_penrose_inverse(build, shape):
     case.close(g.pinv(y).flatten(1), y.flatten(1) @ torch.linalg.pinv(matrix).T)
 
 
-@pytest.mark.parametrize("build, shape", [row for row in LINEAR if row.id in ("tiny", "12x12")])
+@pytest.mark.parametrize("build, shape", [row for row in LINEAR if row.id in ("tiny", "12x12", "map")])
 @pytest.mark.parametrize("strength", [0.4, 1.0])
 @torch.no_grad()
 def test_back_projection_of_a_linear_network_is_the_linear_one(build, shape, strength):
@@ -593,7 +596,7 @@ def test_back_projection_of_a_linear_network_is_the_linear_one(build, shape, str
     matrix = materialised(g, shape)
     case = Case(g, shape, torch.float64, 1e-10)
     x, y = case.x, case.y(scale=5)
-    expected = x.flatten(1) + strength * (y - x.flatten(1) @ matrix.T) @ torch.linalg.pinv(matrix).T
+    expected = x.flatten(1) + strength * (y.flatten(1) - x.flatten(1) @ matrix.T) @ torch.linalg.pinv(matrix).T
     case.close(g.back_project(x, y, strength).flatten(1), expected)
 
 
