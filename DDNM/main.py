@@ -41,7 +41,6 @@ from DDNM.guided_diffusion.inputs import (  # noqa: E402
 )
 from DDNM.guided_diffusion.results import (  # noqa: E402
     PICTURES,
-    Figures,
     Finished,
     Progress,
     as_saved,
@@ -141,6 +140,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return reconstruct(s, folder, world, device)
 
 
+class Drawing(NamedTuple):
+    """What every batch of a run has in common."""
+
+    settings: Settings
+    networks: Networks
+    targets: Targets
+    lpips: nn.Module | None
+    log: logging.Logger
+    shown: bool
+
+
 def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -> int:
     """Draw what is not finished yet, and write the results of all that is; the exit status."""
     guidance = s.rule.build(s.run.steps)
@@ -164,6 +174,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
     if kept := sum(entry is not None for entry in done):
         log.info("resumed: %d are finished", kept)
     lpips = load_lpips(device, log, networks.spnn.img_size) if s.run.lpips and targets.files is not None else None
+    d = Drawing(s, networks, targets, lpips, log, shown=world.leads)
     rules = {"reconstruction": guidance}
     if s.run.base_rate and s.rule.guidance != "none":
         rules["unguided"] = Unguided()
@@ -175,8 +186,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
             if stopped() is not None:
                 break
             inputs, counter = targets.inputs(part, networks.spnn.img_size), f"batch {index + 1}/{len(parts)}"
-            drawn = {kind: draw(s, rule, networks, targets, part, inputs, lpips, log, f"{counter}, {kind}", world.leads)
-                     for kind, rule in rules.items()}  # fmt: skip
+            drawn = {kind: draw(d, rule, part, inputs, f"{counter}, {kind}") for kind, rule in rules.items()}
             new = {i: save(folder, i - part.start, drawn, inputs) for i in range(len(done))[part] if done[i] is None}
             for i, entry in new.items():
                 done[i] = entry
@@ -213,43 +223,24 @@ def finished_before(s: Settings, progress: Progress, targets: Targets, world: Wo
     return world.gather(done)[0]  # and not before: the others write into the folder from here on
 
 
-def draw(
-    s: Settings,
-    rule: Guidance,
-    networks: Networks,
-    targets: Targets,
-    part: slice,
-    inputs: Sequence[Tensor | None],
-    lpips: nn.Module | None,
-    log: logging.Logger,
-    label: str,
-    shown: bool,
-) -> tuple[Tensor, list[Figures], Tensor]:
-    """Pictures of a part of the targets, as they are to be saved, on the CPU; their figures and logits."""
-    names, target = targets.names[part], targets.logits[part].to(networks.device)
-    count = evaluations(networks.prior, rule, s.run.steps, **s.walk.travel)
-    started = time.perf_counter()
-    with tqdm(total=count, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=not shown) as bar:
+def draw(d: Drawing, rule: Guidance, part: slice, inputs: Sequence[Tensor | None], label: str):
+    """Pictures of a part of the targets, (B, 3, S, S) on the CPU, as they are saved; their figures and logits."""
+    s, n, names = d.settings, d.networks, d.targets.names[part]
+    target = d.targets.logits[part].to(n.device)
+    judged = None if d.targets.judged is None else d.targets.judged[part].to(n.device)
+    walk = s.walk.travel | {"steps": s.run.steps}
+    count, started = evaluations(n.prior, rule, **walk), time.perf_counter()
+    with tqdm(total=count, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=not d.shown) as bar:
         images = sample(
-            networks.prior,
-            [image_generator(s.walk.seed, name) for name in names],
-            networks.device,
-            networks.operator,
-            target,
-            rule,
-            steps=s.run.steps,
-            eta=s.walk.eta,
-            clip_x0=s.walk.clip_x0,
-            on_step=lambda *_: bar.update(),
-            **s.walk.travel,
-        )
+            n.prior, [image_generator(s.walk.seed, name) for name in names], n.device, n.operator, target, rule,
+            eta=s.walk.eta, clip_x0=s.walk.clip_x0, on_step=lambda *_: bar.update(), **walk,
+        )  # fmt: skip
     seconds = (time.perf_counter() - started) / len(images)
-    judged = None if targets.judged is None else targets.judged[part].to(networks.device)
-    figures, logits = measure(names, images, inputs, networks.operator, target, networks.judge, judged, lpips,
+    figures, logits = measure(names, images, inputs, n.operator, target, n.judge, judged, d.lpips,
                               seconds=seconds, steps=count, seed=s.walk.seed)  # fmt: skip
     pictures, finite = as_saved(images)
     if broken := [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]:
-        log.warning("not finite: %s; --clip_x0 and --max_move keep images in range", ", ".join(broken))
+        d.log.warning("not finite: %s; --clip_x0 and --max_move keep images in range", ", ".join(broken))
     return pictures.cpu(), figures, logits.cpu()
 
 
