@@ -28,7 +28,9 @@ Shape = tuple[int, int, int]  # (C, H, W)
 # --- Precision -------------------------------------------------------------------------------------------------------
 
 PRECISIONS = ("float32", "tf32", "bf16")
-_switches = threading.RLock()  # torch's switches hold for all threads of the process: one thread at a time sets them
+# torch's switches hold for all threads of the process
+_convolving = threading.RLock()  # threads that want convolutions of one kind or the other take turns
+_exact = {"users": 0, "before": None, "lock": threading.Lock()}  # of products all want the same: the last sets it back
 
 
 def has_tf32(device: torch.device) -> bool:
@@ -36,37 +38,48 @@ def has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@contextmanager
-def _tf32(backend, allowed: bool) -> Iterator[None]:
-    """Allow or forbid a backend of torch to round the factors of float32 products to TF32, 11 bits."""
+def _switch_tf32(backend, value: bool | str) -> bool | str:
+    """Set a backend's switch, to a bool or to what it was; returns what it was."""
     newer = hasattr(backend, "fp32_precision")  # torch refuses to read the older switch once the newer one was set
-    name, value = ("fp32_precision", "tf32" if allowed else "ieee") if newer else ("allow_tf32", allowed)
-    with _switches:
-        before = getattr(backend, name)
-        setattr(backend, name, value)
-        try:
-            yield
-        finally:
-            setattr(backend, name, before)
+    name = "fp32_precision" if newer else "allow_tf32"
+    before = getattr(backend, name)
+    setattr(backend, name, ("tf32" if value else "ieee") if newer and isinstance(value, bool) else value)
+    return before
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Run matrix products in true float32: no autocast, no TF32."""
-    products = _tf32(torch.backends.cuda.matmul, False) if device.type == "cuda" else nullcontext()
-    with products, torch.autocast(device.type, enabled=False):
-        yield
+    """Run matrix products in true float32: no autocast, no rounding of factors to TF32's 11 bits."""
+    on_gpu, products = device.type == "cuda", torch.backends.cuda.matmul
+    if on_gpu:
+        with _exact["lock"]:
+            _exact["users"] += 1
+            if _exact["users"] == 1:
+                _exact["before"] = _switch_tf32(products, False)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if on_gpu:
+            with _exact["lock"]:
+                _exact["users"] -= 1
+                if not _exact["users"]:
+                    _switch_tf32(products, _exact["before"])
 
 
 @contextmanager
 def convolutions_in(precision: str) -> Iterator[None]:
-    """Let cuDNN round convolutions to TF32 inside the block if ``precision`` is "tf32", and not otherwise.
-
-    Threads that convolve on GPUs inside such blocks take turns.
-    """
-    cudnn = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
-    with _tf32(cudnn, precision == "tf32") if torch.cuda.is_available() else nullcontext():
+    """Let cuDNN round convolutions to TF32 inside the block if ``precision`` is "tf32", and not otherwise."""
+    if not torch.cuda.is_available():
         yield
+        return
+    cudnn = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+    with _convolving:
+        before = _switch_tf32(cudnn, precision == "tf32")
+        try:
+            yield
+        finally:
+            _switch_tf32(cudnn, before)
 
 
 @contextmanager

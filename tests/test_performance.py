@@ -3,7 +3,9 @@
 import copy
 import pickle
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from test_loop import assert_same, faces, outcome, spnn_arguments  # noqa: F401 
 import train
 import train_celeba
 from benchmarks.speed import randomise
-from blocks import StridedConv2d, UpConv2d, convolutions_in, networks_in, solved_once
+from blocks import StridedConv2d, UpConv2d, convolutions_in, full_precision, networks_in, solved_once
 from checkpoints import read_weights
 from models import SPNN, concatenated
 from performance import compile_networks, inner_networks
@@ -124,6 +126,27 @@ def test_training_in_bf16_takes_other_steps_than_in_float32(faces, tmp_path, mon
         found[precision] = read_weights(folder / "best_model.pth")
     changed = [name for name, weight in found["bf16"].items() if not torch.equal(weight, found["float32"][name])]
     assert changed and all(w.dtype == torch.float32 and w.isfinite().all() for w in found["bf16"].values())
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_full_precision_is_set_back(threads):
+    """However threads overlap that ask for it, as autograd's own does while this one waits."""
+    products = torch.backends.cuda.matmul
+
+    def look(index: int) -> bool:
+        with full_precision(SimpleNamespace(type="cuda")):
+            time.sleep(0.001 * (index % 3))
+            return products.fp32_precision == "ieee" if hasattr(products, "fp32_precision") else not products.allow_tf32
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # autocast of a device that is not there
+            assert all(pool.map(look, range(20)))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
