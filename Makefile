@@ -1,6 +1,7 @@
 # make demo        nine faces from nothing but their 40 attribute logits
 # make test        the tests; make test-slow the long ones too
 # make train-real  train the networks of real faces: REAL=/path/to/CelebA or CelebAMask-HQ (data/celeba64)
+# make page        forty sliders and a face; make test-page its tests, in a browser
 # make train-demo  train the demo's SPNN anew; make judge and make prior, its judge and its prior
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ REAL ?= data/celeba64
 REAL_IMAGES ?= $(REAL)/CelebA-HQ-img
 REAL_LOGS := DDNM/exp/logs/celeba64
 
-.PHONY: demo test test-slow lint bench train-demo faces judge prior train-real
+.PHONY: demo page test-page test test-slow lint bench train-demo faces judge prior train-real
 
 demo: $(VENV)/ready
 	$(RUN) DDNM/main.py --ni --overwrite --config faces.yml --path_y faces --image_folder demo
@@ -23,6 +24,17 @@ $(VENV)/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV) || { echo "python3 has no venv: apt install python3-venv, or make demo PYTHON=..."; exit 1; }
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
+
+page: $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-page.txt
+	$(RUN) app.py
+
+test-page: $(VENV)/ready
+	@command -v chromium >/dev/null || apt-get install -y -qq chromium >/dev/null 2>&1 || true
+	@if command -v chromium >/dev/null; then \
+		$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-page.txt playwright && \
+		$(RUN) -m pytest -q -m page tests/test_page.py; \
+	else echo "SKIPPED: the page's tests need Chromium: apt install chromium"; fi
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile

@@ -320,8 +320,8 @@ def parse(description: str, *types: type, argv: Sequence[str] | None = None, ext
     if unknown:
         raise InputError(f"unknown argument {shown(unknown[0])}{nearest(unknown[0], [f'--{name}' for name in flags])}")
     given, preset = vars(given), {}
-    config = given.get("config")
-    if config is not None:
+    config = given.get("config", flags["config"].default if "config" in flags else None)
+    if config not in (None, MISSING):
         if presets is not None and not config.is_file():
             if not (presets / config).is_file():
                 known = ", ".join(sorted(path.name for path in presets.glob("*.yml")))

@@ -1,0 +1,511 @@
+"""A page on which forty attributes are sliders and a face answers.
+
+    make page                                  # or: pip install -r requirements-page.txt && python app.py
+    python app.py --config faces.yml           # other weights, by the flags of DDNM/main.py
+
+It listens on the loopback address and prints it. Pictures travel inside the page: nothing is written to disk but an
+upload, which is deleted as soon as it is read.
+"""
+
+import base64
+import io
+import json
+import os
+import queue
+import shlex
+import sys
+import tempfile
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from html import escape
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import align
+from DDNM.guided_diffusion.diffusion import image_generator, sample
+from DDNM.guided_diffusion.guidance import RuleSettings
+from DDNM.guided_diffusion.inputs import (
+    CONFIGS,
+    PRESET_ONLY,
+    Networks,
+    NetworkSettings,
+    TargetSettings,
+    WalkSettings,
+    load_networks,
+    read_targets,
+)
+from images import load_image, to_uint8
+from utils import InputError, option, parse, resolve_device, run_command
+
+GROUPS = {
+    "Hair": "Bald Bangs Black_Hair Blond_Hair Brown_Hair Gray_Hair Receding_Hairline Straight_Hair Wavy_Hair",
+    "Face": "Male Young Attractive Big_Nose Blurry Chubby Double_Chin Heavy_Makeup High_Cheekbones Oval_Face "
+            "Pale_Skin Pointy_Nose Rosy_Cheeks",
+    "Eyes": "Arched_Eyebrows Bags_Under_Eyes Bushy_Eyebrows Narrow_Eyes",
+    "Mouth": "Smiling Mouth_Slightly_Open Big_Lips Wearing_Lipstick",
+    "Beard": "No_Beard 5_o_Clock_Shadow Goatee Mustache Sideburns",
+    "Things worn": "Eyeglasses Wearing_Earrings Wearing_Hat Wearing_Necklace Wearing_Necktie",
+}  # fmt: skip
+CHANGES = {  # what a button sets: attributes to their typical logits with (+) and without (-) them
+    "blond": "+Blond_Hair -Black_Hair -Brown_Hair -Gray_Hair -Bald",
+    "dark hair": "+Black_Hair -Blond_Hair -Brown_Hair -Gray_Hair -Bald",
+    "glasses": "+Eyeglasses",
+    "smiling": "+Smiling +Mouth_Slightly_Open +High_Cheekbones",
+    "serious": "-Smiling -Mouth_Slightly_Open -High_Cheekbones",
+    "a beard": "+Goatee +Mustache +Sideburns -No_Beard +Male",
+    "a hat": "+Wearing_Hat",
+    "old": "+Gray_Hair -Young -Black_Hair -Brown_Hair -Blond_Hair",
+    "young": "+Young -Gray_Hair -Bald -Receding_Hairline",
+    "made up": "+Heavy_Makeup +Wearing_Lipstick",
+}
+RULES = ("nlbp+gradient", "nlbp", "gradient", "none")
+NAME = "face"  # of every picture: its noise comes of the seed and this
+SHOWN_EVERY = 5  # evaluations of the prior between two pictures of one that is being drawn
+LARGEST_UPLOAD = "10mb"
+COMMAND_ONLY = (*PRESET_ONLY, "base_rate", "lpips", "path_y", "set")  # keys of presets that the page has no use for
+
+
+@dataclass(frozen=True)
+class Page:
+    """Page."""
+
+    config: Path = option(Path("celeba_64.yml"), "preset: a file under DDNM/configs, or a path; flags given here win")
+    host: str | None = option(None, "address to listen on, 0.0.0.0 lets other machines in (default: loopback only)")
+    port: int | None = option(None, "default: the first free one from 7860", 1, 65535)
+    waiting: int = option(64, "visitors that may wait for their picture", 1, 10_000)
+    steps: int = option(50, "T_sampling at first", 1, 1000)
+    faces: str = option("celeba.csv", "faces to start from, as --path_y of DDNM/main.py")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a picture is drawn from: logits by attribute, the seed of its noise, the number of steps, and the rule."""
+
+    logits: tuple[float, ...]
+    seed: int
+    steps: int
+    rule: str
+
+    def link(self) -> str:
+        """As the query of a link."""
+        content = json.dumps([[round(y, 4) for y in self.logits], self.seed, self.steps, self.rule]).encode()
+        return "?state=" + base64.urlsafe_b64encode(zlib.compress(content)).decode()
+
+    @classmethod
+    def from_link(cls, state: str, ranges: Sequence[tuple[float, float]]) -> "Wish":
+        """Raises InputError: no state of this page, whose sliders have these ranges."""
+        try:
+            unpack = zlib.decompressobj()
+            content = json.loads(unpack.decompress(base64.urlsafe_b64decode(state.encode()), 100_000))
+            logits, seed, steps, rule = content
+            wish = cls(tuple(map(float, logits)), int(seed), int(steps), str(rule))
+        except (ValueError, TypeError, zlib.error):
+            raise InputError("the link holds no state of this page") from None
+        if (
+            len(wish.logits) != len(ranges)
+            or wish.rule not in RULES
+            or not 1 <= wish.steps <= 1000
+            or not 0 <= wish.seed < 2**31
+        ):
+            raise InputError("the link is of another page")
+        if not all(low <= y <= high for y, (low, high) in zip(wish.logits, ranges, strict=True)):
+            raise InputError("the link holds a logit beyond its slider")
+        return wish
+
+
+class Studio:
+    """What draws for all visitors; it keeps nothing of any of them.
+
+    Args:
+        networks: on one device.
+        rule, walk: the preset's; a wish brings its own rule, steps and seed.
+        page: the page's own settings. flags: what was given beside them, for command lines.
+    """
+
+    def __init__(
+        self, networks: Networks, rule: RuleSettings, walk: WalkSettings, page: Page, flags: Sequence[str] = ()
+    ) -> None:
+        self.networks, self.rule, self.walk, self.page, self.flags = networks, rule, walk, page, tuple(flags)
+        self.attributes = networks.attributes
+        typical = networks.spnn.notes.get("typical_logits") or [[-8.0, 8.0]] * len(self.attributes)
+        self.typical = [(round(without, 1), round(present, 1)) for without, present in typical]
+        targets = read_targets(TargetSettings(path_y=page.faces), networks, 16)
+        self.faces = {
+            name: tuple(round(y, 1) for y in logits.tolist())
+            for name, logits in zip(targets.names, targets.logits, strict=True)
+        }
+        self.range = []  # of each slider: well beyond the typical values and those of the faces
+        for values in zip(*self.typical_by_side(), *self.faces.values(), strict=True):
+            reach = max(values) - min(values)
+            self.range.append((round(min(values) - reach / 2, 1), round(max(values) + reach / 2, 1)))
+        self.size = networks.spnn.img_size
+
+    def typical_by_side(self) -> Iterator[tuple[float, ...]]:
+        """Typical logits of every attribute without it, then with it."""
+        return zip(*self.typical, strict=True)
+
+    def changed(self, change: str, logits: Sequence[float]) -> list[float]:
+        """The sliders after a button of `CHANGES`; the others stay."""
+        after = list(logits)
+        for word in CHANGES[change].split():
+            if word[1:] in self.attributes:
+                i = self.attributes.index(word[1:])
+                after[i] = self.typical[i][word[0] == "+"]
+        return after
+
+    def target(self, wish: Wish) -> Tensor:
+        return torch.tensor([wish.logits], device=self.networks.device)  # (1, d)
+
+    def natural(self, logits: Sequence[float]) -> Tensor:
+        """``g'(y)``, (3, S, S)."""
+        with torch.inference_mode():
+            return self.networks.operator.pinv(torch.tensor([logits], device=self.networks.device))[0].cpu()
+
+    def seen(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What g and the judge see in a picture, (3, S, S): (d,) logits each."""
+        x = (to_uint8(image).float() / 127.5 - 1)[None].to(self.networks.device)  # as it is saved
+        judge = self.networks.judge
+        with torch.inference_mode():
+            return self.networks.operator.A(x)[0].cpu(), None if judge is None else judge(x)[0].cpu()
+
+    def draw(self, wish: Wish) -> Iterator[tuple[float, Tensor]]:
+        """(share done, x0), the last one the picture, (3, S, S). Closing the iterator ends the drawing."""
+        guidance = replace(self.rule, guidance=wish.rule).build(wish.steps)
+        found: queue.Queue = queue.Queue()
+        stopped, count = threading.Event(), 0
+
+        def look(t: int, x0: Tensor) -> None:
+            nonlocal count
+            if stopped.is_set():
+                raise StopIteration
+            count += 1
+            if count % SHOWN_EVERY == 0:
+                found.put((min(count / wish.steps, 0.99), x0[0].cpu()))
+
+        def work() -> None:
+            n = self.networks
+            try:
+                images = sample(
+                    n.prior, [image_generator(wish.seed, NAME)], n.device, n.operator, self.target(wish), guidance,
+                    steps=wish.steps, eta=self.walk.eta, clip_x0=self.walk.clip_x0, on_step=look, **self.walk.travel,
+                )  # fmt: skip
+                found.put((1.0, images[0].cpu()))
+            except StopIteration:
+                pass
+            except Exception as error:  # goes to the visitor who waits, not to the thread's end
+                found.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            share = 0.0
+            while share < 1:
+                item = found.get()
+                if isinstance(item, Exception):
+                    raise item
+                share, _ = item
+                yield item
+        finally:
+            stopped.set()
+
+    def picture(self, wish: Wish) -> Tensor:
+        """The finished picture, (3, S, S)."""
+        return list(self.draw(wish))[-1][1]
+
+    def table(self, wish: Wish) -> str:
+        """A table of logits that DDNM/main.py reads."""
+        return ",".join(["name", *self.attributes]) + "\n" + ",".join([NAME, *(f"{y:.9g}" for y in wish.logits)]) + "\n"
+
+    def command(self, wish: Wish) -> str:
+        """The command that draws exactly this picture from `table`, saved as face.csv."""
+        words = ["python", "DDNM/main.py", "--ni", "--config", str(self.page.config), *self.flags,
+                 "--path_y", f"{NAME}.csv", "--image_folder", "page", "--overwrite", "--no-base_rate",
+                 "--batch_size", "1", "--steps", str(wish.steps), "--seed", str(wish.seed),
+                 "--guidance", wish.rule]  # fmt: skip
+        return shlex.join(words)
+
+
+# --- What a visitor sees ---------------------------------------------------------------------------------------------
+
+STYLE = """
+@media (max-width: 700px) {.columns {flex-direction: column-reverse}}
+.columns pre {white-space: pre-wrap; font-size: 13px}
+.small .pic {max-width: 160px}
+.pic {margin: 0; display: inline-block; vertical-align: top; width: 100%; max-width: 320px}
+.pic img {width: 100%; aspect-ratio: 1; border-radius: 8px; background: #e6e8ec}
+.pic figcaption {font-size: 14px; margin: 4px 0 10px}
+.row {display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 12px; max-width: 1000px}
+.chips span {display: inline-block; font-size: 12px; margin: 2px; padding: 1px 7px; border-radius: 9px;
+             border: 2px solid transparent; background: #e6e8ec; color: #1e2026}
+.chips .yes {background: #1e2026; color: white}
+.chips .differs {border-color: #d63c32}
+"""
+
+
+def data_uri(image: Tensor) -> str:
+    """(3, S, S) in [-1, 1] as a PNG inside the page."""
+    out = io.BytesIO()
+    Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().numpy()).save(out, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def figure(image: Tensor | None, caption: str, save: str | None = None) -> str:
+    """A picture with its caption, which is its text for a screen reader too; and a link that saves it."""
+    if image is None:
+        return f'<figure class="pic"><figcaption>{escape(caption)}</figcaption></figure>'
+    uri = data_uri(image)
+    link = f' · <a download="{escape(save)}.png" href="{uri}">save</a>' if save is not None else ""
+    return (f'<figure class="pic"><img src="{uri}" alt="{escape(caption)}">'
+            f"<figcaption>{escape(caption)}{link}</figcaption></figure>")  # fmt: skip
+
+
+def chips(title: str, attributes: Sequence[str], logits: Tensor, target: Sequence[float]) -> str:
+    """Attributes as chips, dark if present, framed and named if they differ from the target."""
+    cells, wrong = [], 0
+    for name, y, wanted in zip(attributes, logits.tolist(), target, strict=True):
+        yes, differs = y > 0, (y > 0) != (wanted > 0)
+        wrong += differs
+        if yes or differs:
+            text = name.replace("_", " ") + (f" ({'added' if yes else 'missing'})" if differs else "")
+            cells.append(f'<span class="{"yes" if yes else ""} {"differs" if differs else ""}">{escape(text)}</span>')
+    share = 1 - wrong / len(attributes)
+    return f'<div class="chips"><b>{escape(title)}</b>, {share:.0%} as wanted<br>{"".join(cells)}</div>'
+
+
+def verdicts(studio: Studio, image: Tensor, target: Sequence[float]) -> str:
+    by_g, by_judge = studio.seen(image)
+    parts = [chips("g sees", studio.attributes, by_g, target)]
+    if by_judge is not None:
+        parts.append(chips("An independent judge sees", studio.attributes, by_judge, target))
+    return "".join(parts)
+
+
+def recipe(studio: Studio, wish: Wish) -> str:
+    """How to make the same picture again: the table of logits to save, and the command."""
+    uri = "data:text/csv;base64," + base64.b64encode(studio.table(wish).encode()).decode()
+    return (f'<p><a download="{NAME}.csv" href="{uri}">save the logits</a>, then the command that draws the same '
+            f"picture, bit by bit on one machine:</p><pre>{escape(studio.command(wish))}</pre>")  # fmt: skip
+
+
+def agreement(studio: Studio, image: Tensor, target: Sequence[float]) -> str:
+    """A line of figures under a picture."""
+    wanted = torch.tensor(target) > 0
+    by_g, by_judge = studio.seen(image)
+    shares = [f"g {((by_g > 0) == wanted).float().mean():.0%}"]
+    if by_judge is not None:
+        shares.append(f"judge {((by_judge > 0) == wanted).float().mean():.0%}")
+    return ", ".join(shares)
+
+
+def grouped(attributes: Sequence[str]) -> dict[str, list[int]]:
+    """Indices of attributes by group; those of other weights in one of their own."""
+    groups = {title: [attributes.index(n) for n in names.split() if n in attributes] for title, names in GROUPS.items()}
+    known = {index for group in groups.values() for index in group}
+    groups["Attributes"] = [index for index in range(len(attributes)) if index not in known]
+    return {title: group for title, group in groups.items() if group}
+
+
+def build(studio: Studio):
+    """The page, a `gradio.Blocks`."""
+    import gradio as gr
+
+    d = len(studio.attributes)
+    busy = {"concurrency_id": "sampler", "concurrency_limit": 1}  # one picture at a time: two would both be slow
+
+    def wish_of(values: Sequence) -> Wish:
+        *logits, seed, steps, rule = values
+        return Wish(tuple(map(float, logits)), int(seed or 0), int(steps), rule)
+
+    def natural(*logits: float) -> str:
+        return figure(studio.natural(logits), "g'(y): the natural pseudo-inverse, in one pass", "natural")
+
+    def draw(request: gr.Request, *values) -> Iterator[tuple[str, str, str, str]]:
+        wish = wish_of(values)
+        link = f"{str(request.request.base_url).rstrip('/')}/{wish.link()}"
+        for share, image in studio.draw(wish):
+            if share < 1:
+                yield figure(image, f"x0 after {share:.0%}"), "", "", link
+        yield (figure(image, f"{wish.rule}, {wish.steps} steps, seed {wish.seed}", NAME),
+               verdicts(studio, image, wish.logits), recipe(studio, wish), link)  # fmt: skip
+
+    def read_portrait(path: str | None) -> tuple:
+        if path is None:
+            raise gr.Error("choose a portrait first")
+        try:
+            try:
+                image = load_image(path, studio.size, align=align.available())
+                told = "" if align.available() else "It was not aligned (pip install -r requirements-align.txt)."
+            except InputError as error:
+                image, told = load_image(path, studio.size), f"It is used as it is: {without_path(error, path)}"
+        except InputError as error:
+            raise gr.Error(without_path(error, path)) from None
+        finally:
+            Path(path).unlink(missing_ok=True)
+        seen = studio.seen(image)[0].tolist()
+        logits = [round(min(max(y, low), high), 1) for y, (low, high) in zip(seen, studio.range, strict=True)]
+        return figure(image, f"the portrait. {told}"), logits, *logits
+
+    def edit(portrait: list[float] | None, *values) -> Iterator[tuple[str, str, str]]:
+        if portrait is None:
+            raise gr.Error("choose a portrait first")
+        wish = wish_of(values)
+        for share, image in studio.draw(wish):
+            if share < 1:
+                yield figure(image, f"x0 after {share:.0%}"), figure(None, ""), ""
+        changed = {i for i in range(d) if abs(wish.logits[i] - portrait[i]) > 0.051}
+        before, after = torch.tensor(portrait), studio.seen(image)[0]
+        kept = [i for i in range(d) if i not in changed]
+        flipped = [studio.attributes[i].replace("_", " ") for i in kept if (before[i] > 0) != (after[i] > 0)]
+        told = f"Of the {len(kept)} attributes that were left alone, {len(flipped)} changed by g"
+        told += f": {', '.join(flipped)}." if flipped else "."
+        yield (figure(image, "the edited face", "edited"), figure(studio.natural(wish.logits), "g'(y)", "natural"),
+               f"<p>{escape(told)}</p>" + verdicts(studio, image, wish.logits) + recipe(studio, wish))  # fmt: skip
+
+    def compare(*values) -> Iterator[str]:
+        wish, done = wish_of(values), []
+        for rule in RULES[::-1]:
+            image = studio.picture(replace(wish, rule=rule))
+            done.append(figure(image, f"{rule}: {agreement(studio, image, wish.logits)}", rule))
+            yield f'<div class="row">{"".join(done)}</div>'
+
+    def walk(start: list[float] | None, count: float, *values) -> Iterator[str]:
+        if start is None:
+            raise gr.Error("keep a start first: set the sliders and press 'These sliders are the start'")
+        wish, done = wish_of(values), []
+        for k in range(int(count)):
+            share = k / (int(count) - 1)
+            logits = tuple(a + share * (b - a) for a, b in zip(start, wish.logits, strict=True))
+            done.append(figure(studio.picture(replace(wish, logits=logits)), f"{share:.0%} of the way", f"walk_{k}"))
+            yield f'<div class="row">{"".join(done)}</div>'
+
+    def seeds(count: float, *values) -> Iterator[str]:
+        wish, done = wish_of(values), []
+        for k in range(int(count)):
+            seed = wish.seed + k
+            done.append(figure(studio.picture(replace(wish, seed=seed)), f"seed {seed}", f"seed_{seed}"))
+            yield f'<div class="row">{"".join(done)}</div>'
+
+    def arrive(request: gr.Request) -> tuple:
+        wish = Wish(next(iter(studio.faces.values())), 7, studio.page.steps, RULES[0])
+        if state := request.query_params.get("state"):
+            try:
+                wish = Wish.from_link(state, studio.range)
+            except InputError as error:
+                gr.Warning(str(error))
+        return *wish.logits, wish.seed, wish.steps, wish.rule, natural(*wish.logits)
+
+    with gr.Blocks(title="Forty sliders", delete_cache=(60, 60)) as page:
+        gr.Markdown(f"# Forty sliders\nA face from nothing but {d} attribute logits: a classifier's exact "
+                    "pseudo-inverse, and a frozen diffusion model steered by it.")  # fmt: skip
+        sliders: dict[int, gr.Slider] = {}
+        with gr.Row(elem_classes="columns"):
+            with gr.Column(scale=2, min_width=300):
+                choice = gr.Dropdown(
+                    list(studio.faces), label="Start from the logits of", value=next(iter(studio.faces))
+                )
+                changes = gr.Radio(list(CHANGES), label="and make them", value=None)
+                for title, group in grouped(studio.attributes).items():
+                    with gr.Accordion(title, open=title == "Hair"):
+                        for i in group:
+                            without, present = studio.typical[i]
+                            sliders[i] = gr.Slider(
+                                *studio.range[i],
+                                value=without, step=0.1, label=studio.attributes[i].replace("_", " "),
+                                info=f"typical: {without:+.0f} without, {present:+.0f} with",
+                            )  # fmt: skip
+                with gr.Row():
+                    seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+                    steps = gr.Slider(5, 200, value=studio.page.steps, step=1, label="Steps")
+                rule = gr.Radio(list(RULES), value=RULES[0], label="Rule")
+            with gr.Column(scale=3, min_width=320):
+                inverse = gr.HTML(elem_classes="small")
+                with gr.Tab("Draw"):
+                    with gr.Row():
+                        start_drawing = gr.Button("Draw", variant="primary")
+                        stop_drawing = gr.Button("Stop")
+                    drawn, seen, how = gr.HTML(), gr.HTML(), gr.HTML()
+                    link = gr.Textbox(label="Link to this face", interactive=False)
+                with gr.Tab("Edit"):
+                    upload = gr.File(label="Portrait (at most 10 MB)", file_types=["image"], type="filepath")
+                    portrait = gr.State(None)
+                    with gr.Row():
+                        start_editing = gr.Button("Draw with these sliders", variant="primary")
+                        stop_editing = gr.Button("Stop")
+                    with gr.Row():
+                        given, edited, edit_natural = gr.HTML(), gr.HTML(), gr.HTML()
+                    edit_told = gr.HTML()
+                with gr.Tab("Compare"):
+                    start_comparing = gr.Button("Draw by every rule, from the same noise", variant="primary")
+                    compared = gr.HTML()
+                with gr.Tab("Walk"):
+                    start_of_walk = gr.State(None)
+                    keep_start = gr.Button("These sliders are the start")
+                    how_many = gr.Slider(2, 9, value=5, step=1, label="Pictures")
+                    with gr.Row():
+                        start_walking = gr.Button("Walk from the start to these sliders", variant="primary")
+                        start_seeds = gr.Button("Several seeds of these sliders")
+                    walked = gr.HTML()
+        logits = [sliders[i] for i in range(d)]
+        wishes = [*logits, seed, steps, rule]
+        page.load(arrive, None, [*wishes, inverse], show_progress="hidden")
+        for slider in logits:
+            slider.change(natural, logits, inverse, show_progress="hidden", trigger_mode="always_last",
+                          concurrency_id="natural", concurrency_limit=2)  # fmt: skip
+        choice.input(studio.faces.get, choice, logits, show_progress="hidden")
+        changes.input(lambda change, *y: studio.changed(change, y), [changes, *logits], logits, show_progress="hidden")
+        event = start_drawing.click(draw, wishes, [drawn, seen, how, link], show_progress="minimal", **busy)
+        stop_drawing.click(None, cancels=[event])
+        upload.upload(read_portrait, upload, [given, portrait, *logits])
+        event = start_editing.click(edit, [portrait, *wishes], [edited, edit_natural, edit_told], **busy)
+        stop_editing.click(None, cancels=[event])
+        start_comparing.click(compare, wishes, compared, **busy)
+        keep_start.click(lambda *y: (list(y), "<p>The start is kept. Now move the sliders.</p>"), logits,
+                         [start_of_walk, walked])  # fmt: skip
+        start_walking.click(walk, [start_of_walk, how_many, *wishes], walked, **busy)
+        start_seeds.click(seeds, [how_many, *wishes], walked, **busy)
+    return page
+
+
+def given_flags(argv: Sequence[str] | None) -> list[str]:
+    """The words of the page's command line that the reconstruction command takes too."""
+    own = {f"--{each.name}" for each in fields(Page)}
+    words, kept = list(sys.argv[1:] if argv is None else argv), []
+    while words:
+        word = words.pop(0)
+        takes = kept if word.split("=")[0] not in own else []
+        takes.append(word)
+        while words and not words[0].startswith("--"):
+            takes.append(words.pop(0))
+    return kept
+
+
+def without_path(error: Exception, path: str) -> str:
+    """What is wrong, without the server's folders."""
+    return str(error).replace(str(path), "the picture")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    page, networks, rule, walk, architecture = parse(
+        __doc__, Page, NetworkSettings, RuleSettings, WalkSettings, argv=argv, extra=COMMAND_ONLY, presets=CONFIGS
+    )
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise InputError("the page needs gradio: pip install -r requirements-page.txt") from None
+    device = resolve_device(networks.device)
+    architecture = {key: value for key, value in architecture.items() if key in PRESET_ONLY}
+    studio = Studio(load_networks(networks, architecture, device), rule, walk, page, given_flags(argv))
+    with tempfile.TemporaryDirectory() as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+        blocks = build(studio).queue(max_size=page.waiting)
+        blocks.launch(server_name=page.host, server_port=page.port, max_file_size=LARGEST_UPLOAD, css=STYLE)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
