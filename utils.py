@@ -259,7 +259,7 @@ class _Flag:
         return [self.word(str(each)) for each in several] if self.many else self.value(str(value))
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
-        unsaid = self.default in (MISSING, None, False) or self.many is list
+        unsaid = self.default is None or self.default is False or self.many is list
         default = ",".join(map(str, self.default)) if self.many is tuple and self.default else self.default
         text = "must be given" if self.default is MISSING else "" if unsaid else f"default: {default}"
         text = f"{self.help} ({text})".strip() if text else self.help

@@ -134,5 +134,6 @@ def test_help_names_flags_groups_and_defaults(capsys):
     said = capsys.readouterr().out
     assert stopped.value.code == 0
     for words in ("What it does.", "How it is trained", "--fast, --no-fast", "(default: 0.5)", "(default: 4,8)",
+                  "of everything (default: 0)",
                   "one|two", "result folder (must be given)"):  # fmt: skip
         assert words in said
