@@ -356,7 +356,7 @@ def locate(*sources: str | Path, **hub: Any) -> list[str]:
 class Pretrained(nn.Module, huggingface_hub.PyTorchModelHubMixin, library_name="spnn", tags=["arxiv:2602.06042"]):
     """A network that is loaded and saved with ``config``, its settings, and ``notes``, more JSON values beside them.
 
-    ``save_pretrained(FOLDER)`` and ``push_to_hub(ID)`` are huggingface_hub's, which documents their options.
+    ``push_to_hub(ID)`` is huggingface_hub's, which documents its options.
     """
 
     config: dict
@@ -410,6 +410,17 @@ class Pretrained(nn.Module, huggingface_hub.PyTorchModelHubMixin, library_name="
         load_strictly(model, state, path)
         model.notes = {key: value for key, value in content.items() if key != "model"}
         return model.eval()
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write model.safetensors and config.json; huggingface_hub documents the options.
+
+        Raises:
+            InputError: the folder's config.json is another network's, whose weights would lose their settings.
+        """
+        there = Path(save_directory) / "config.json"
+        if there.is_file() and (read_config(there) or {}).get("model") != json.loads(json.dumps(self.config)):
+            raise InputError(f"{there} belongs to another network: save into another folder")
+        return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_spnn(save_directory / WEIGHTS_NAMES[0], self)

@@ -171,6 +171,11 @@ def test_save_pretrained_and_back(tmp_path, model):
     again = SPNN.from_pretrained(tmp_path / "b" / "model.safetensors")
     assert same(again.state_dict(), model.state_dict()) and again.notes == model.notes
     assert {"model.safetensors", "config.json"} <= {p.name for p in (tmp_path / "b").iterdir()}
+    before = (tmp_path / "b" / "config.json").read_bytes()
+    with pytest.raises(InputError, match="config.json belongs to another network"):
+        tiny(num_classes=2).save_pretrained(tmp_path / "b")
+    again.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "config.json").read_bytes() == before
 
 
 def test_the_demo_is_one_line_away():
