@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace, Normal, Uniform, constraints
 
-from blocks import BLOCKS, MIXINGS, Surjection, at_least_float32, full_precision
+from blocks import BLOCKS, MIXINGS, Surjection, at_least_float32
 from fixed_point import Banach, FixedPoint, norm
+from networks import full_precision
 
 Shape = tuple[int, ...]  # of one image, without B: (C,), (C, L), (C, H, W) or (C, D, H, W)
 Completed = tuple[Tensor, Tensor | None, Tensor]  # y, z and log |det|, (B,)

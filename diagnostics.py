@@ -21,7 +21,7 @@ from blocks import PixelUnshuffleBlock, solved_once
 from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
-from performance import PRECISIONS, networks_in
+from networks import PRECISIONS, networks_in
 from utils import LARGEST_BATCH, LARGEST_SEED, InputError, option, parse, resolve_device, run_command, write_json
 
 IDENTITIES = {

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blocks import full_precision
+from networks import full_precision
 
 
 def norm(x: Tensor, dims: int) -> Tensor:

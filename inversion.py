@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import ConvMLP, any_size, pointwise, unet
+from networks import ConvMLP, any_size, pointwise, unet
 from utils import InputError
 
 Network = Callable[[Tensor], Tensor]

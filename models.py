@@ -30,17 +30,13 @@ from blocks import (
     Shape,
     Surjection,
     check_whole,
-    conv,
-    down,
-    point,
-    shuffle,
     sides,
     solved_as,
     solved_here,
     solved_once,
-    up,
 )
 from checkpoints import Pretrained
+from networks import conv, down, point, shuffle, up
 
 __all__ = [
     "BUILT_IN",

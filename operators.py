@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blocks import solved_once
 from models import BackProjection, Completion
-from performance import networks_in
+from networks import networks_in
 
 Shape = tuple[int, ...]
 

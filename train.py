@@ -35,7 +35,7 @@ from diagnostics import first_nonfinite
 from loop import Loop, Run, adam, clip_gradients, decaying
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
-from performance import convolutions_in, networks_in
+from networks import convolutions_in, networks_in
 from utils import option
 
 FORWARD_CHECKPOINT = "best_model.pth"

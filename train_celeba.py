@@ -23,9 +23,8 @@ from diagnostics import diagnose, format_table
 from logger import get_logger
 from loop import DONE, STATE_NAME, Run, check_settings, open_run, outlive_stop_signals
 from models import SPNN
-from performance import (
+from networks import (
     PRECISIONS,
-    checkpoint_activations,
     compile_networks,
     has_tf32,
     inner_networks,
@@ -139,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         def trainer(model: SPNN, **notes) -> CelebATrainer:
             prepare_networks(model, run.device)
             if machine.checkpoint_activations:
-                checkpoint_activations(model)
+                model.pinn.checkpoint_activations = True
             if machine.compile:
                 compile_networks(inner_networks(model), run.device)
             return CelebATrainer(model, loaders.train, loaders.val, settings, run, ATTRIBUTES, notes)

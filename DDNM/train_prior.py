@@ -35,7 +35,7 @@ from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_un
 from DDNM.guided_diffusion.schedule import Schedule
 from logger import get_logger
 from loop import STATE_NAME, Ema, Loop, Run, adam, clip_gradients, is_empty, open_run
-from performance import compile_networks
+from networks import compile_networks
 from utils import (
     LARGEST_BATCH,
     LARGEST_CREW,

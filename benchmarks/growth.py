@@ -25,7 +25,7 @@ from torch import nn  # noqa: E402
 
 from benchmarks.speed import add_common_flags, images, network, provenance, randomise, seconds  # noqa: E402
 from models import SPNN, BackProjection  # noqa: E402
-from performance import prepare_networks  # noqa: E402
+from networks import prepare_networks  # noqa: E402
 from train import Settings, backward, forward_losses  # noqa: E402
 from utils import number, resolve_device, run_command, write_json  # noqa: E402
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from blocks import solved_once  # noqa: E402
 from models import SPNN  # noqa: E402
-from performance import checkpoint_activations, networks_in  # noqa: E402
+from networks import networks_in  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from utils import LARGEST_WIDTH, number, run_command, write_json  # noqa: E402
 
@@ -95,7 +95,7 @@ def measure(stage: int, size: int, batch: int, precision: str, recompute: bool, 
     with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory, standing:
         model = SPNN(img_size=size, hidden=hidden).train()
         if recompute:
-            checkpoint_activations(model)
+            model.pinn.checkpoint_activations = True
         two_steps(stage, model, batch, precision)
         return {
             "stage": stage,

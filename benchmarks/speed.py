@@ -41,8 +41,8 @@ from DDNM.guided_diffusion.guidance import NLBP, Denoiser  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
 from models import SPNN, BackProjection  # noqa: E402
+from networks import prepare_networks  # noqa: E402
 from operators import SPNNOperator  # noqa: E402
-from performance import prepare_networks  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from train import step as take_step  # noqa: E402
 from utils import (  # noqa: E402

@@ -27,15 +27,14 @@ from benchmarks.speed import add_common_flags, images, network, provenance, publ
 from DDNM.guided_diffusion.diffusion import image_generator, sample  # noqa: E402
 from DDNM.guided_diffusion.guidance import NLBP, Unguided  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior  # noqa: E402
-from operators import SPNNOperator  # noqa: E402
-from performance import (  # noqa: E402
+from networks import (  # noqa: E402
     PRECISIONS,
-    checkpoint_activations,
     compile_networks,
     inner_networks,
     networks_in,
     prepare_networks,
 )
+from operators import SPNNOperator  # noqa: E402
 from train import Settings, adam, forward_losses, freeze_g, natural_losses, origin_latents, step  # noqa: E402
 from utils import LARGEST_WIDTH, number, resolve_device, run_command, write_json  # noqa: E402
 
@@ -94,7 +93,7 @@ def training(args: argparse.Namespace, device: torch.device, rate: float, stage:
             y = model(x)
         losses_of = partial(natural_losses, model, x, y, origin_latents(model), settings)
     if args.checkpoint_activations:
-        checkpoint_activations(model)
+        model.pinn.checkpoint_activations = True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adam(trained, 1e-6, device)
     run = partial(step, model, optimizer, losses_of, settings, device)

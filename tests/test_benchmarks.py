@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from benchmarks import growth, peak_memory, plain, speed, throughput
-from blocks import ConvPINNBlock, PixelUnshuffleBlock, pointwise, unet
+from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from DDNM.guided_diffusion.prior import small_unet
 from models import BUILT_IN, SPNN, concatenated
+from networks import pointwise, unet
 from train import Settings, forward_losses, natural_losses
 from utils import InputError
 

@@ -17,8 +17,9 @@ from helpers import diy12, landscape, oblong, random, randomise, seeded, tiny
 from torch import Tensor, nn
 from torch.func import functional_call, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
-from blocks import ConvPINNBlock, PixelUnshuffleBlock, networks_in, solved_once
+from blocks import ConvPINNBlock, PixelUnshuffleBlock, solved_once
 from models import PINN, SPNN
+from networks import networks_in
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from images import find_images, load_image
 from judge import load_judge
 from loop import World
 from models import SPNN
+from networks import compile_networks, inner_networks, prepare_networks
 from operators import SPNNOperator
-from performance import compile_networks, inner_networks, prepare_networks
 from utils import LARGEST_BATCH, LARGEST_SEED, InputError, file_name, nearest, option
 
 DDNM = Path(__file__).resolve().parents[1]

@@ -14,10 +14,18 @@ from test_loop import assert_same, faces, outcome, spnn_arguments  # noqa: F401 
 import train
 import train_celeba
 from benchmarks.speed import randomise
-from blocks import StridedConv2d, UpConv2d, convolutions_in, full_precision, networks_in, solved_once
+from blocks import solved_once
 from checkpoints import read_weights
 from models import SPNN, concatenated
-from performance import compile_networks, inner_networks
+from networks import (
+    StridedConv2d,
+    UpConv2d,
+    compile_networks,
+    convolutions_in,
+    full_precision,
+    inner_networks,
+    networks_in,
+)
 from train import Settings, forward_losses, natural_losses
 from utils import InputError
 
