@@ -13,7 +13,9 @@ SNIPPETS = [
     for page in PAGES
     for i, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]
-COMMANDS = "DDNM.main train_celeba DDNM.train_prior diagnostics procedural_faces judge benchmarks.growth".split()
+COMMANDS = (
+    "evaluate app DDNM.main train_celeba DDNM.train_prior diagnostics procedural_faces judge benchmarks.growth".split()
+)
 COMMANDS += "experiments.train_stylegan benchmarks.speed benchmarks.throughput benchmarks.peak_memory".split()
 
 
@@ -38,7 +40,7 @@ def test_every_flag_named_exists(capsys):
             importlib.import_module(module).main([*command, "--help"])
         assert left.value.code == 0, module
     helps = capsys.readouterr().out + (ROOT / "experiments/digits.py").read_text()  # needs what not all have
-    helps += "--nproc_per_node --requeue --signal"  # of torchrun and Slurm
+    helps += "--nproc_per_node --gres --requeue --signal"  # of torchrun and Slurm
     for page in PAGES:
         for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))):
             assert flag in helps, f"{page.name}: {flag}"
