@@ -1,5 +1,4 @@
-# make demo        nine faces from nothing but their 40 attribute logits
-# make people      nine people from theirs, by networks trained on photographs (non-commercial research only)
+# make demo        nine people, and nine drawn faces, from nothing but their 40 attribute logits
 # make test        the tests; make test-slow the long ones too
 # make train-real  train the networks of real faces: REAL=/path/to/CelebA or CelebAMask-HQ (data/celeba64)
 # make page        forty sliders and a face; make test-page its tests, in a browser
@@ -14,15 +13,13 @@ REAL ?= data/celeba64
 REAL_IMAGES ?= $(REAL)/CelebA-HQ-img
 REAL_LOGS := DDNM/exp/logs/celeba64
 
-.PHONY: demo people page test-page test test-slow lint bench train-demo faces judge prior train-real
+.PHONY: demo page test-page test test-slow lint bench train-demo faces judge prior train-real
 
 demo: $(VENV)/ready
-	$(RUN) DDNM/main.py --ni --overwrite --config faces.yml --path_y faces --image_folder demo
-	@echo "The picture: DDNM/exp/image_samples/demo/sheet.png"
-
-people: $(VENV)/ready
 	$(RUN) DDNM/main.py --ni --overwrite --config celeba_64.yml --path_y celeba.csv --image_folder people
-	@echo "The picture: DDNM/exp/image_samples/people/sheet.png"
+	$(RUN) DDNM/main.py --ni --overwrite --config faces.yml --path_y faces --image_folder demo
+	@echo "Nine people: DDNM/exp/image_samples/people/sheet.png"
+	@echo "Nine drawn faces, with their originals: DDNM/exp/image_samples/demo/sheet.png"
 
 $(VENV)/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed: make demo PYTHON=python3.11') if sys.version_info < (3, 10) else 0"

@@ -187,6 +187,9 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
                 break
             inputs, counter = targets.inputs(part, networks.spnn.img_size), f"batch {index + 1}/{len(parts)}"
             drawn = {kind: draw(d, rule, part, inputs, f"{counter}, {kind}") for kind, rule in rules.items()}
+            if targets.files is None:  # in the place of the input, which nobody has
+                natural, _ = as_saved(networks.operator.pinv(targets.logits[part].to(device)))
+                drawn["natural"] = natural.cpu(), [], None
             new = {i: save(folder, i - part.start, drawn, inputs) for i in range(len(done))[part] if done[i] is None}
             for i, entry in new.items():
                 done[i] = entry

@@ -20,7 +20,7 @@ from metrics import agreement, prob_error, psnr
 from operators import Operator
 from utils import InputError, atomic_write, file_name, nearest, shown, unlinked, write_json
 
-PICTURES = ("input", "reconstruction", "unguided")  # folders of a result folder
+PICTURES = ("input", "natural", "reconstruction", "unguided")  # folders of a result folder
 SHEET_ROWS = 10  # rows a page of the sheet: a stranger reads one page
 SHEET_LIMIT = 100  # rows of all pages: nobody reads a thousand, and their pictures are held at once
 
@@ -359,7 +359,7 @@ def _key(attributes: Sequence[str], width: int) -> Image.Image:
     font, line = _font(11), 40
     key = Image.new("RGB", (width, _ROWS * line + 30), "white")
     draw = ImageDraw.Draw(key)
-    draw.text((12, 4), "Order of the shades (dark: present; red frame: differs from the input):", _INK, _font(13))
+    draw.text((12, 4), "Order of the shades (dark: present; red frame: differs from the target):", _INK, _font(13))
     for index, name in enumerate(attributes):
         row, column = divmod(index, _COLUMNS)
         text = name.replace("_", " ").replace(" ", "\n", 1)
@@ -396,16 +396,17 @@ def write_sheet(
     folder: Path,
     attributes: Sequence[str],
     names: Sequence[str],
-    inputs: Sequence[Tensor | None],
+    heading: str,
+    beside: Sequence[Tensor | None],
     targets: Tensor,
     images: Tensor,
     logits: Tensor,
     captions: Sequence[str],
 ) -> list[Path]:
-    """The sheet: a row per input with the input, its target shades, the reconstruction, and its own shades.
+    """The sheet: a row per target with a picture beside it, its shades, the reconstruction, and that one's shades.
 
     Args:
-        inputs: N pictures (3, H, W) in [-1, 1], None where only logits were given.
+        heading, beside: N pictures (3, H, W) in [-1, 1], and what they are: the inputs, or g'(y).
         targets, logits: (N, d), of the input and of the reconstruction.
         images: (N, 3, H, W).
         captions: a line for each row.
@@ -414,9 +415,9 @@ def write_sheet(
         The pages, sheet.png, sheet_2.png ..., of `SHEET_ROWS` rows each.
     """
     side = 160
-    headings = ["input", f"its {len(attributes)} logits, all that is used", "reconstruction", "its attributes"]
+    headings = [heading, f"{len(attributes)} logits, all that is used", "reconstruction", "its attributes"]
     rows = [
-        (picture(inputs[i], side), _shades(targets[i], side), picture(images[i], side),
+        (picture(beside[i], side), _shades(targets[i], side), picture(images[i], side),
          _shades(logits[i], side, targets[i]))
         for i in range(len(names))
     ]  # fmt: skip
@@ -447,7 +448,8 @@ def write_results(
         folder,
         attributes,
         [entry.name for entry in shown],
-        [saved("input", entry) for entry in shown],
+        "input" if "input" in shown[0].pictures else "g'(y), in one pass",
+        [saved("input" if "input" in entry.pictures else "natural", entry) for entry in shown],
         targets[: len(shown)],
         torch.stack([saved("reconstruction", entry) for entry in shown]),
         torch.stack([entry.logits for entry in shown]),
