@@ -44,7 +44,7 @@ class Banach(NamedTuple):
 
     def __call__(self, step: Callable[[Tensor], Tensor], scale: Tensor, x: Tensor) -> Tensor:
         tail = self.lipschitz / (1 - self.lipschitz)  # the error is at most that times the last step
-        rounding = 32 * torch.finfo(x.dtype).eps
+        rounding = 8 * torch.finfo(x.dtype).eps
         goal = rounding if self.tolerance is None else self.tolerance / tail
         # the first step is at most ``scale`` long, and each of the others shrinks by ``lipschitz``
         iterations = max(math.ceil(math.log(goal) / math.log(self.lipschitz)), 1) + 20
@@ -52,10 +52,10 @@ class Banach(NamedTuple):
         for _ in range(iterations):
             x, before = step(x), x
             last, length = length, norm(x - before, self.dims)
-            resting = (length >= last) & (length <= 64 * rounding * scale)  # it moves by rounding only
+            resting = (length >= last) & (length <= 256 * rounding * scale)  # it moves by rounding only
             if not ((length > goal * scale) & ~resting).any():  # one that is no number comes to no end
                 break
-        failed = (length > max(goal, 64 * rounding) * scale) | scale.isfinite() & ~length.isfinite()
+        failed = (length > max(goal, 256 * rounding) * scale) | scale.isfinite() & ~length.isfinite()
         if failed.any():
             worst = (length / last)[failed].max().item()
             raise ValueError(
