@@ -34,7 +34,7 @@ from DDNM.guided_diffusion.results import write_sheet
 from DDNM.guided_diffusion.schedule import Schedule
 from judge import Judge
 from models import SPNN
-from utils import InputError, run_command
+from utils import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("agreement", "judge_agreement", "prob_error", "psnr", "lpips", "seconds", "steps", "seed")
@@ -935,14 +935,6 @@ def test_missing_weights_are_named_all_at_once_with_addresses_and_places(run, no
     assert "https://huggingface.co/yamitehr/SPNN" in message
 
 
-def test_a_damaged_file_at_the_manual_path_is_not_called_missing(run, nothing_local, preset):
-    known = known_for(nothing_local, "celeba_hq.ckpt")
-    Path(known.manual_path).parent.mkdir(parents=True)
-    Path(known.manual_path).write_bytes(b"cut short")
-    message = refused("SHA-256 .*, the published file has", run, config=preset(prior="celeba_hq.ckpt"))
-    assert "could not be found" not in message
-
-
 @pytest.mark.parametrize("key", ["spnn", "prior", "judge"])
 def test_weights_that_are_not_there_are_named(run, preset, samples, key):
     refused("nowhere.safetensors", run, config=preset(**{key: "nowhere.safetensors"}))
@@ -1032,15 +1024,6 @@ def test_a_device_that_is_not_there_is_refused(run, samples, monkeypatch):
 
 
 # --- The command itself ----------------------------------------------------------------------------------------------
-
-
-def test_an_error_is_status_2(assets, samples, capsys):
-    arguments = ["--ni", "--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs")]
-    with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: reconstruct.main([*arguments, "--set", "Smilng=1"]))
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert error[-1].startswith("error: --set Smilng=1")
 
 
 def test_the_command_runs_from_the_root_and_from_its_own_folder():
