@@ -69,7 +69,12 @@ class Task:
         """A fresh SPNN. Raises InputError where the architecture does not fit."""
         try:
             size = 256 if self.img_size is None else self.img_size
-            return SPNN(3, len(ATTRIBUTES), self.hidden, self.scale_bound, size, self.mix_type, layer_channels)
+            model = SPNN(3, len(ATTRIBUTES), self.hidden, self.scale_bound, size, self.mix_type, layer_channels)
+            if len(model.out_shape) > 1:
+                raise ValueError(
+                    "attributes need a chain that ends at 1x1, it ends at {1}x{2}".format(*model.out_shape)
+                )
+            return model
         except ValueError as error:
             raise InputError(f"architecture: {error}") from None
 
