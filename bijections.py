@@ -36,7 +36,7 @@ def per_image(values: Tensor) -> Tensor:
 
 def no_volume(x: Tensor) -> Tensor:
     """The log-determinant of a map that keeps volumes: zeros, (B,)."""
-    return torch.zeros(len(x), dtype=at_least_float32(x[:0]).dtype, device=x.device)
+    return torch.zeros(x.shape[0], dtype=at_least_float32(x[:0]).dtype, device=x.device)
 
 
 # --- Statistics ------------------------------------------------------------------------------------------------------
@@ -333,7 +333,8 @@ class Activation(Bijection):
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         y = at_least_float32(y)
-        if self.codomain is not constraints.real and not (inside := self.codomain.check(y)).all():
+        looks = self.codomain is not constraints.real and not torch.compiler.is_compiling()  # no graph can refuse
+        if looks and not (inside := self.codomain.check(y)).all():
             raise ValueError(f"{self.name}: its inverse takes values of {self.codomain}, got {y[~inside][0].item():g}")
         return self.inverse(y)
 
@@ -510,7 +511,7 @@ class OverChannels(Bijection):
         self.output_shape(x.shape[1:])
         with full_precision(x.device):
             columns = f(at_least_float32(x).movedim(1, 0).flatten(1))  # (C, B*...)
-        return columns.unflatten(1, (len(x), *x.shape[2:])).movedim(0, 1)
+        return columns.unflatten(1, (x.shape[0], *x.shape[2:])).movedim(0, 1)
 
 
 class Orthogonal(VolumePreserving, OverChannels):
@@ -581,7 +582,7 @@ class Conv1x1(OverChannels):
     def forward_log_det(self, x: Tensor) -> Completed:
         lower, upper = self._triangles()
         y = self.over_columns(lambda columns: self.permutation.to(lower) @ lower @ upper @ columns, x)
-        return y, None, (positions(x) * at_least_float32(self.log_scale).sum()).expand(len(x))
+        return y, None, (positions(x) * at_least_float32(self.log_scale).sum()).expand(x.shape[0])
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         lower, upper = self._triangles()
@@ -642,7 +643,7 @@ class Whitening(OverChannels):
     def forward_log_det(self, x: Tensor) -> Completed:
         whiten, mean = at_least_float32(self.whiten), at_least_float32(self.mean)
         log_det = positions(x) * torch.linalg.slogdet(whiten).logabsdet
-        return self.over_columns(lambda columns: whiten @ (columns - mean), x), None, log_det.expand(len(x))
+        return self.over_columns(lambda columns: whiten @ (columns - mean), x), None, log_det.expand(x.shape[0])
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         whiten, mean = at_least_float32(self.whiten), at_least_float32(self.mean)
@@ -698,10 +699,10 @@ class View(VolumePreserving):
         return self.before
 
     def g(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), *self.output_shape(x.shape[1:]))
+        return x.reshape(x.shape[0], *self.output_shape(x.shape[1:]))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        return y.reshape(len(y), *self.input_shape(y.shape[1:]))
+        return y.reshape(y.shape[0], *self.input_shape(y.shape[1:]))
 
 
 class PixelUnshuffle(VolumePreserving):
@@ -734,15 +735,15 @@ class PixelUnshuffle(VolumePreserving):
     def g(self, x: Tensor) -> Tensor:
         _, c, *size = x.shape
         out = self.output_shape((c, *size))
-        x = x.view(len(x), c, *(part for n in size for part in (n // self.r, self.r)))  # (B, C, H/r, r, W/r, r)
+        x = x.view(x.shape[0], c, *(part for n in size for part in (n // self.r, self.r)))  # (B, C, H/r, r, W/r, r)
         coarse, fine = range(2, 2 + 2 * self.dims, 2), range(3, 3 + 2 * self.dims, 2)
-        return x.permute(0, 1, *fine, *coarse).reshape(len(x), *out)
+        return x.permute(0, 1, *fine, *coarse).reshape(x.shape[0], *out)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         c, *size = self.input_shape(y.shape[1:])
-        y = y.reshape(len(y), c, *[self.r] * self.dims, *y.shape[2:])  # (B, C, r, r, H/r, W/r)
+        y = y.reshape(y.shape[0], c, *[self.r] * self.dims, *y.shape[2:])  # (B, C, r, r, H/r, W/r)
         pairs = [dim for i in range(self.dims) for dim in (2 + self.dims + i, 2 + i)]
-        return y.permute(0, 1, *pairs).reshape(len(y), c, *size)
+        return y.permute(0, 1, *pairs).reshape(y.shape[0], c, *size)
 
 
 class PixelShuffle(Inverted):
@@ -993,7 +994,7 @@ class SplineCoupling(Split):
     def _moved(self, x: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
         """The output for x, or the input for an output x, and the log-derivative of every entry that moved."""
         stays, moves = self._parts(x)
-        said = self._ask(self.net, stays, (len(x), moves.shape[1] * (3 * self.bins - 1), *x.shape[2:]))
+        said = self._ask(self.net, stays, (x.shape[0], moves.shape[1] * (3 * self.bins - 1), *x.shape[2:]))
         parameters = said.unflatten(1, (moves.shape[1], -1)).movedim(2, -1)  # (B, moving, *, 3 bins - 1)
         moved, log_slope = rational_quadratic(moves, parameters, self.bound, backwards)
         return self._whole(stays, moved), log_slope
@@ -1118,7 +1119,7 @@ class Residual(OverChannels):
         return self.out_ch, *shape[1:]
 
     def natural_latent(self, y: Tensor) -> Tensor | None:
-        return y.new_zeros(len(y), self.channels - self.out_ch, *y.shape[2:]) if self.lossy else None
+        return y.new_zeros(y.shape[0], self.channels - self.out_ch, *y.shape[2:]) if self.lossy else None
 
     @torch.no_grad()
     def _iterate(self) -> None:
@@ -1185,7 +1186,7 @@ class Residual(OverChannels):
         # the Jacobian needs a graph, which inference mode refuses to make
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate), full_precision(x.device):
             x, *weights = (t.clone() if t.is_inference() else t for t in (x, *self.weights()))
-            if not len(x):
+            if not x.shape[0]:
                 return *self._cut(x), no_volume(x)
             h, log_det = (self._exact_log_det if exact else self._estimated_log_det)(x, weights)
         return *self._cut(x + h), log_det
@@ -1309,7 +1310,7 @@ class Concat(OverChannels):
     def natural_extra(self, x: Tensor) -> Tensor:
         """What is most natural for e, (B, extra, *), for x of (B, C, *)."""
         constant = self.constant.to(at_least_float32(x[:0]).dtype)
-        return constant.view(-1, *[1] * (x.dim() - 2)).expand(len(x), self.extra, *x.shape[2:])
+        return constant.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[0], self.extra, *x.shape[2:])
 
     def draw(self, x: Tensor) -> Tensor:
         return self.natural_extra(x)
@@ -1364,10 +1365,10 @@ class ConcatNoise(Concat):
             mean = self.noise.mean.to(at_least_float32(x[:0])).nan_to_num(0.0).view(-1, *[1] * (x.dim() - 2))
         except NotImplementedError:  # a transformed distribution's
             mean = at_least_float32(x[:0]).new_zeros([1] * (x.dim() - 1))
-        return mean.expand(len(x), self.extra, *x.shape[2:])
+        return mean.expand(x.shape[0], self.extra, *x.shape[2:])
 
     def draw(self, x: Tensor) -> Tensor:
-        shape = (len(x), *x.shape[2:], *[self.extra][len(self.noise.event_shape) :])
+        shape = (x.shape[0], *x.shape[2:], *[self.extra][len(self.noise.event_shape) :])
         return self.noise.sample(shape).movedim(-1, 1).to(x)
 
     def log_density(self, e: Tensor) -> Tensor:

@@ -450,10 +450,16 @@ def test_a_layer_exports(name):
         pytest.skip("its forward pass is an iteration, whose number of steps depends on the data")
     row, g = ROWS[name], layer(name, torch.float32)
     x = inputs(row, dtype=torch.float32)
-    expected = g(x)
-    exported = torch.export.export(g, (x,)).module()
-    torch.testing.assert_close(exported(x), expected)
-    torch.testing.assert_close(g(x), expected, rtol=0, atol=0)  # and is as it was
+    y = row.outputs(random((3, *g(x).shape[1:]), 2, torch.float32))
+    sizes = ({0: torch.export.Dim("batch", min=1)},)
+    for part, at in ((Part(g, "forward"), x), (Part(g, "pinv"), y)):
+        if part.method == "pinv" and any(isinstance(m, bi.Residual) for m in g.modules()):
+            continue  # an iteration, as above
+        expected = part(at)
+        exported = torch.export.export(part, (at,), dynamic_shapes=sizes).module()
+        torch.testing.assert_close(exported(at), expected)
+        assert len(exported(torch.cat([at, at[:1]]))) == 4  # of any number
+        torch.testing.assert_close(part(at), expected, rtol=0, atol=0)  # and is as it was
 
 
 @every_layer
