@@ -87,10 +87,9 @@ class Bijection(Surjection):
 
     Attributes:
         domain, codomain: the numbers that x and y consist of.
-        stateful: whether a forward pass in training mode changes what the next one does, so that none may be repeated.
     """
 
-    lossy = stateful = False
+    lossy = False
     domain = codomain = constraints.real
 
     @property
