@@ -47,6 +47,7 @@ test-slow: $(VENV)/ready
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy *.py DDNM/*.py DDNM/guided_diffusion/*.py
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/growth.py --threads 2 --json benchmarks/results/growth_cpu.json

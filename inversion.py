@@ -40,7 +40,8 @@ def perceptual_loss(distance: Network | nn.Module, weight: float = 1.0) -> Loss:
     """`squared_error` plus ``weight`` times a perceptual distance of images, one value per sample (LPIPS, say)."""
 
     def loss(output: Tensor, y: Tensor) -> Tensor:
-        return squared_error(output, y) + weight * distance(output, y).reshape(len(output), -1).mean(1)
+        apart: Tensor = distance(output, y)  # type: ignore[call-arg]
+        return squared_error(output, y) + weight * apart.reshape(len(output), -1).mean(1)
 
     return loss
 

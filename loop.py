@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -508,7 +508,7 @@ class Loop:
     batches: Callable[[int], Iterator[tuple[object, Sequence]]]
     steps: int
     row_every: int
-    parts: dict[str, object]
+    parts: dict[str, Any]
     rate: Callable[[int, float], float]
     axis: str = "epoch"
     before_step: Callable[[int], None] = lambda done: None

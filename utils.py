@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -226,7 +226,7 @@ class _Flag:
             self.many, hint = get_origin(hint), get_args(hint)[0]
         if get_origin(hint) is Literal:
             self.choices, hint = get_args(hint), type(get_args(hint)[0])
-        self.kind = hint
+        self.kind: Any = hint
 
     def value(self, text: str) -> object:
         """One value. Raises ArgumentTypeError."""
@@ -271,7 +271,7 @@ class _Flag:
             several = {list: {"action": "append"}, tuple: {"nargs": "+"}, None: {}}[self.many]
             group.add_argument(f"--{self.name}", type=self.word, metavar=metavar, **several, **how)
 
-    def final(self, value: object) -> object:
+    def final(self, value: Any) -> object:
         """What the dataclass gets: words that hold several values, as one tuple."""
         if self.many is tuple and value is not None:
             return None if None in value else tuple(each for word in value for each in word)

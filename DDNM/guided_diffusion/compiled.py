@@ -43,7 +43,7 @@ def compile_for_cpu(prior: Prior) -> str:
         (result,) = compiled[0]((h.float().contiguous().numpy(), t.long().contiguous().numpy())).values()
         return (torch.from_numpy(result.copy()),)  # the next call writes into OpenVINO's own array
 
-    unet.forward = forward
+    unet.forward = forward  # type: ignore[method-assign]
     return precision
 
 

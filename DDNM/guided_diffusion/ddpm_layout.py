@@ -117,7 +117,8 @@ def unet_from_ddpm(
     if model_config is None or image_size is None:
         model_config, image_size = ddpm_config(state_dict, image_size)
     unet = ddpm_unet(model_config, image_size)
-    own = {ddpm_name(name, len(unet.config.block_out_channels)): name for name in unet.state_dict()}
+    levels = len(unet.config["block_out_channels"])
+    own = {ddpm_name(name, levels): name for name in unet.state_dict()}
     matrices = {name for name, tensor in unet.state_dict().items() if tensor.ndim == 2}
     state = {own.get(name, name): tensor for name, tensor in state_dict.items()}
     # attention: 1x1 convolutions there, matrices here

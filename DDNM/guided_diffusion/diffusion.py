@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blocks import solved_once
-from DDNM.guided_diffusion.guidance import NLBP, Denoiser, Gradient, Guidance, Switched, Unguided
+from DDNM.guided_diffusion.guidance import NLBP, Denoiser, Gradient, Guidance, NoisePredictor, Switched, Unguided
 from DDNM.guided_diffusion.schedule import time_pairs
 from operators import Operator, as_operator
 
@@ -50,7 +50,7 @@ def evaluations(prior, guidance: Guidance, steps: int, travel_length: int = 1, t
 
 @torch.no_grad()
 def sample(
-    prior: Callable[[Tensor, int], Tensor],
+    prior: NoisePredictor,
     generators: Sequence[torch.Generator],
     device: torch.device,
     operator: Operator | None = None,

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from DDNM.guided_diffusion.schedule import Schedule
 from operators import LinearOperator, Move, Operator
 from utils import InputError, nearest, option
 
@@ -36,16 +37,25 @@ class Denoised(NamedTuple):
     correction: Tensor | None = None
 
 
+class NoisePredictor(Protocol):
+    """What a sampler draws from: ``eps(x_t, t)``, the schedule it was trained with, and H = W of its images."""
+
+    schedule: Schedule
+    image_size: int
+
+    def __call__(self, x: Tensor, t: int) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """The clean images that a prior sees in x_t.
 
     Attributes:
-        prior: ``eps(x_t, t)``, with the schedule it was trained with.
+        prior: a `NoisePredictor`, `prior.Prior` say.
         clip_x0: keep x0 in [-1, 1]: g has seen nothing outside, and G^-1 amplifies.
     """
 
-    prior: Callable[[Tensor, int], Tensor]
+    prior: NoisePredictor
     clip_x0: bool = True
 
     def __call__(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -339,4 +349,4 @@ class RuleSettings:
         """The rule, for so many sampling steps. Raises InputError as `rules`."""
         scale = self.gradient_scale if self.gradient_scale is not None else 0.03 * (50 / steps) ** 0.5
         rules = [RULES[name](replace(self, gradient_scale=scale)) for name in self.rules]
-        return rules[0] if len(rules) == 1 else Switched(*rules, self.switch)
+        return rules[0] if len(rules) == 1 else Switched(rules[0], rules[1], self.switch)

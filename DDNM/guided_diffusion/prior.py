@@ -87,11 +87,12 @@ class Prior(nn.Module):
         self.autocast, self.channels_last = autocast, channels_last
         self.prediction_type, self.schedule = prediction_type, schedule
         if channels_last:
-            unet.to(memory_format=torch.channels_last)
+            unet.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         if recompute:  # not by diffusers' own switch, which older versions lack for this U-Net
             for module in unet.modules():
                 if isinstance(module, (Attention, ResnetBlock2D)):
-                    module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+                    again = partial(checkpoint, module.forward, use_reentrant=False)
+                    module.forward = again  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, t: Tensor | int) -> Tensor:
         """The noise in ``x`` (B, 3, H, W) at the training-time step(s) ``t``, a number or a tensor of shape (B,) or ().
