@@ -21,8 +21,9 @@ COMMANDS += "experiments.train_stylegan benchmarks.speed benchmarks.throughput b
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_a_snippet_runs(snippet, capsys, tmp_path, monkeypatch):
-    (tmp_path / "DDNM").symlink_to(ROOT / "DDNM")
-    monkeypatch.chdir(tmp_path)  # where it may leave pictures
+    for path in [ROOT / "DDNM", *ROOT.glob("*.py")]:
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)  # as in a clone, where it may leave pictures
     names = {}
     exec(compile(snippet, "README.md", "exec"), names)
     if "moved" in names:  # the errors it prints are rounding
