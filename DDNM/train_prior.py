@@ -90,9 +90,7 @@ class Machine:
 
     images: Path = option(..., "folder of images, flat or nested")
     out: Path = option(..., "result folder")
-    resume: bool = option(
-        False, "continue the run in OUT exactly where its last state is; begin it where there is none"
-    )
+    resume: bool = option(False, "continue the run in OUT exactly where its last state is; begin it if there is none")
     overwrite: bool = option(False, "start anew in an OUT that is not empty")
     steps: int = option(2500, "optimiser steps", 1)
     minutes: float | None = option(None, "end by this many minutes of training, learning rate included", 0.01)
@@ -181,8 +179,7 @@ def diffusion_loss(prior: Prior, abar: Tensor, x0: Tensor, noise: Tensor, t: Ten
     """The loss on images x0 (B, 3, H, W) in [-1, 1] with noise of the same shape at the steps t, (B,); abar is (T,)."""
     abar = abar[t].view(-1, 1, 1, 1)
     x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * noise  # (B, 3, H, W)
-    wanted = noise if prior.prediction_type == "epsilon" else abar.sqrt() * noise - (1 - abar).sqrt() * x0
-    return (prior.predict(x_t, t) - wanted).square().mean()
+    return (prior.predict(x_t, t) - prior.target(x0, noise, t)).square().mean()
 
 
 class Trainer:

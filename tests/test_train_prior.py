@@ -13,7 +13,7 @@ import loop
 from checkpoints import read_weights
 from data_loader import grid
 from DDNM import train_prior
-from DDNM.guided_diffusion.prior import Prior, load_prior, small_unet
+from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, load_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
 from utils import InputError, Stopped
 
@@ -209,7 +209,7 @@ def test_images_too_many_for_memory_are_read_again(images, monkeypatch):
     assert batch.shape == (2, 3, 16, 16) and -1 <= batch.min() < batch.max() <= 1
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_loss_is_the_error_of_what_the_network_predicts(prediction):
     prior = Prior(small_unet(16, (8, 16), norm_groups=4, attention_size=4), prediction_type=prediction)
     torch.nn.init.zeros_(prior.unet.conv_out.weight)
@@ -218,7 +218,8 @@ def test_the_loss_is_the_error_of_what_the_network_predicts(prediction):
     x0, noise = torch.randn(2, 4, 3, 16, 16, generator=generator)
     t = torch.tensor([0, 10, 500, 999])
     abar = schedule.abar(t).view(-1, 1, 1, 1)
-    wanted = noise if prediction == "epsilon" else abar.sqrt() * noise - (1 - abar).sqrt() * x0
+    v = abar.sqrt() * noise - (1 - abar).sqrt() * x0
+    wanted = {"epsilon": noise, "v_prediction": v, "sample": x0}[prediction]
     loss = train_prior.diffusion_loss(prior, schedule.abar(torch.arange(1000)), x0, noise, t)
     torch.testing.assert_close(loss, wanted.square().mean())  # a network that predicts zero
 
