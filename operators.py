@@ -59,6 +59,10 @@ class _SPNNMove(BackProjection):
     def y(self) -> Tensor:
         return self.start.y
 
+    def __call__(self, strength: float | Tensor, images=slice(None)) -> Tensor:
+        with networks_in("float32", self.start.y.device):
+            return super().__call__(strength, images)
+
 
 class SPNNOperator:
     """The logits of a pseudo-invertible network, whose back-projection is the non-linear one.
@@ -79,7 +83,7 @@ class SPNNOperator:
 
     @property
     def out_shape(self) -> Shape:
-        return (self.model.num_classes,)
+        return self.model.out_shape
 
     def A(self, x: Tensor) -> Tensor:
         with networks_in("float32", x.device):
@@ -104,10 +108,10 @@ class SPNNOperator:
         return move
 
     def distance(self, y1: Tensor, y2: Tensor) -> Tensor:
-        return (y1.sigmoid() - y2.sigmoid()).abs().mean(dim=1)
+        return (y1.sigmoid() - y2.sigmoid()).abs().flatten(1).mean(dim=1)
 
     def loss(self, y1: Tensor, y2: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(y1, y2.sigmoid(), reduction="none").mean(dim=1)
+        return F.binary_cross_entropy_with_logits(y1, y2.sigmoid(), reduction="none").flatten(1).mean(dim=1)
 
 
 class LinearOperator:

@@ -169,7 +169,7 @@ def of_spnn(network: str, s: Settings, device: torch.device) -> Target:
         f = CompletionInverse(model.cpu()).to(device)
         x_lr, closed = 0.1, {"closed form G(y)": lambda y, x0: f.encode(y)}
     else:
-        model.in_shape, f, x_lr = model.pinn.in_shape, model, 0.03
+        f, x_lr = model, 0.03
 
         def in_moves(y: Tensor, x0: Tensor) -> Tensor:
             move, far = SPNNOperator(model).towards(y), x0.new_ones(len(x0), dtype=torch.bool)
@@ -357,7 +357,7 @@ def fixed_problems(
 @functools.cache
 def lpips_or_none(device: torch.device) -> nn.Module | None:
     """LPIPS (Zhang et al. 2018), or None, said in one line, if its weights cannot be had."""
-    from DDNM.main import load_lpips  # imports much, and only this needs it
+    from DDNM.guided_diffusion.inputs import load_lpips  # imports much, and only this needs it
 
     lpips = load_lpips(device, get_logger("invert"))
     return None if lpips is None else lpips.requires_grad_(False)

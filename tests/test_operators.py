@@ -104,6 +104,25 @@ def test_with_zero_coupling_networks_nlbp_is_the_linear_back_projection():
     assert (bent.back_project(x, y) - linear.back_project(x, y)).abs().max() > 1e-2
 
 
+@torch.no_grad()
+def test_measurements_may_be_maps():
+    chain = [("PixelUnshuffleBlock", {"r": 4}), ("ConvPINNBlock", {"in_ch": 48, "out_ch": 5, "hidden": 8})]
+    operator = as_operator(SPNN(3, 5, img_size=8, layer_channels=chain).double().eval())
+    x, y = points(operator)
+    assert operator.out_shape == (5, 2, 2)
+    assert operator.distance(operator.A(x), y).shape == operator.loss(operator.A(x), y).shape == (3,)
+    torch.testing.assert_close(operator.A(operator.back_project(x, y)), y, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_the_target_is_reached_in_full_precision_whatever_surrounds_it():
+    operator = as_operator(spnn().float())
+    x, y = (part.float() for part in points(operator))
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = operator.back_project(x, y)
+    torch.testing.assert_close(operator.A(moved), y, rtol=1e-4, atol=1e-4)
+
+
 def test_an_operator_stays_what_it_is():
     linear = mean_of_blocks()
     assert as_operator(linear) is linear and isinstance(as_operator(spnn()), SPNNOperator)
