@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -116,8 +117,10 @@ def load_state(path: Path) -> dict:
 START_ANEW = "start anew with --overwrite, or in another folder"
 
 
-def check_settings(saved: Mapping, given: Mapping, folder: Path) -> None:
-    """A resumed run must be the run it resumes.
+def check_settings(
+    saved: Mapping, given: Mapping, folder: Path, otherwise: str = "start anew with --overwrite"
+) -> None:
+    """A resumed run must be the run it resumes; ``otherwise`` says what to do if it is not meant to be.
 
     Raises:
         InputError: names the first setting in ``given`` that the run in ``folder`` has otherwise.
@@ -125,8 +128,8 @@ def check_settings(saved: Mapping, given: Mapping, folder: Path) -> None:
     for key, value in given.items():
         if saved.get(key) != to_json_values(value):
             raise InputError(
-                f"--resume: the run in {folder} has {key} {saved.get(key)}, not {to_json_values(value)}; give the "
-                f"same, or start anew with --overwrite"
+                f"the run in {folder} has {key} {saved.get(key)}, not {to_json_values(value)}; give the same, or "
+                f"{otherwise}"
             )
 
 
@@ -313,7 +316,9 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
             raise InputError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
         own = torch.device("cuda", int(local))
         torch.cuda.set_device(own)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+    # the others wait while one downloads, fills the cache or measures: NCCL's own 10 minutes are too few
+    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(hours=6))
     try:
         yield World(distributed.get_rank(), distributed.get_world_size()), own
     finally:
