@@ -104,7 +104,7 @@ class Wish:
             content = json.loads(unpack.decompress(base64.urlsafe_b64decode(state.encode()), 100_000))
             logits, seed, steps, rule = content
             wish = cls(tuple(map(float, logits)), int(seed), int(steps), str(rule))
-        except (ValueError, TypeError, zlib.error):
+        except (ValueError, TypeError, OverflowError, RecursionError, zlib.error):
             raise InputError("the link holds no state of this page") from None
         if (
             len(wish.logits) != len(ranges)
@@ -419,7 +419,8 @@ def build(studio: Studio):
                             )  # fmt: skip
                 with gr.Row():
                     seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-                    steps = gr.Slider(5, 200, value=studio.page.steps, step=1, label="Steps")
+                    chosen = studio.page.steps
+                    steps = gr.Slider(min(5, chosen), max(200, chosen), value=chosen, step=1, label="Steps")
                 rule = gr.Radio(list(RULES), value=RULES[0], label="Rule")
             with gr.Column(scale=3, min_width=320):
                 inverse = gr.HTML(elem_classes="small")

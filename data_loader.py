@@ -746,7 +746,7 @@ def make_loader(
 
 
 class Loaders(NamedTuple):
-    """One loader a split."""
+    """One loader per split."""
 
     train: FaceLoader
     val: FaceLoader

@@ -22,7 +22,17 @@ from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
 from networks import PRECISIONS, networks_in
-from utils import LARGEST_BATCH, LARGEST_SEED, InputError, option, parse, resolve_device, run_command, write_json
+from utils import (
+    LARGEST_BATCH,
+    LARGEST_SEED,
+    InputError,
+    json_values,
+    option,
+    parse,
+    resolve_device,
+    run_command,
+    write_json,
+)
 
 IDENTITIES = {
     "right_inverse": "g g' (y) = y",
@@ -254,15 +264,6 @@ def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str
 # --- Everything at once ----------------------------------------------------------------------------------------------
 
 
-def _plain(value):
-    """``value`` with NaN and infinity as None, which JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def diagnose(
     model: SPNN,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -289,7 +290,7 @@ def diagnose(
         "attributes": names | None}``: JSON values only. A figure that is NaN or infinite is None there.
 
     Raises:
-        ValueError: no images, fewer than one sample, or names that are not one a logit.
+        ValueError: no images, fewer than one sample, or names that are not one per logit.
     """
     if samples < 1:
         raise ValueError(f"diagnose: samples must be at least 1, got {samples}")
@@ -308,7 +309,7 @@ def diagnose(
 
     measured = accuracy(model, keeping(), device)
     images = torch.cat(kept)
-    return _plain(
+    return json_values(
         {
             "accuracy": measured,
             "penrose": {

@@ -14,9 +14,6 @@ reference; PSNR and LPIPS against the input. The row "inputs" is what the inputs
 ceiling, because it and g disagree about the inputs already.
 """
 
-import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoints import read_json
 from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sample
 from DDNM.guided_diffusion.guidance import RuleSettings
 from DDNM.guided_diffusion.inputs import (
@@ -42,12 +40,12 @@ from DDNM.guided_diffusion.inputs import (
     parse_set,
     read_targets,
 )
-from DDNM.guided_diffusion.results import as_saved, contact_sheet, json_values, picture, write_csv
+from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture, write_csv
 from images import find_images, load_image, save_image
 from logger import get_logger
 from loop import check_settings, locked, to_json_values
 from metrics import agreement, balanced_accuracy_by_attribute, prob_error, psnr
-from utils import InputError, atomic_write, option, parse, resolve_device, run_command, write_json
+from utils import InputError, atomic_write, json_values, option, parse, resolve_device, run_command, write_json
 
 DRAWS = 1000  # of the bootstrap
 COLUMNS = {  # figure -> its heading and digits
@@ -136,6 +134,10 @@ def peak_gib(device: torch.device) -> float:
     if status.exists():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows, which does not say
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
@@ -150,8 +152,8 @@ def draw(
     file = folder.parent / f"{folder.name}.json"
     record = {"settings": same, "names": [], "batches": 0, "evaluations": 0, "gradients": 0, "seconds": 0, "memory": 0}
     if file.is_file():
-        record = json.loads(file.read_text(encoding="utf-8"))
-        check_settings(record["settings"], same, folder)
+        record = read_json(file)
+        check_settings(record["settings"], same, folder, otherwise="take another --out")
     parts = [slice(i, i + walk.batch_size) for i in range(0, len(targets.names), walk.batch_size)]
     parts = [part for part in parts if not set(targets.names[part]) <= set(record["names"])]
     total = evaluations(prior, guidance, case.steps, **walk.travel) * len(parts)
@@ -370,9 +372,6 @@ def pictures_of(folder: Path, names: Sequence[str], size: int) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not any(word == "--config" or word.startswith("--config=") for word in argv):
-        argv = ["--config", str(Evaluation.config), *argv]
     kinds = (Evaluation, NetworkSettings, TargetSettings, RuleSettings, WalkSettings)
     ignored = ("base_rate", "image_folder", "ni", "published_rule")  # of presets, for DDNM/main.py
     e, weights, what, rule, walk, others = parse(

@@ -99,12 +99,12 @@ class Train:
 
     network: str = option("g", f"{', '.join(READY)}, or package.module:factory (is imported)")
     buffers: int = option(24, "replay buffers; 500 in the paper", 1)
-    samples: int = option(16, "inversions a buffer", 1, LARGEST_BATCH)
+    samples: int = option(16, "inversions per buffer", 1, LARGEST_BATCH)
     steps: int = option(20, "steps of an inversion", 1)
     z_lr: float = option(0.1, "Adam on z", 1e-12)
     lr: float = option(1e-4, "AdamW on theta", 1e-12)
     weight_decay: float = option(0.1, "AdamW on theta", 0.0)
-    updates: int | None = option(None, "of theta, a buffer; default: one pass over it", 1)
+    updates: int | None = option(None, "of theta per buffer; default: one pass over it", 1)
     width: int = option(16, "channels of theta's first layer", 1, LARGEST_WIDTH)
     resume: bool = option(False, "go on with what is in --out")
 
@@ -396,7 +396,7 @@ def format_table(rows: Sequence[dict], first: str = "method") -> str:
 
 
 def write_sheet(path: Path, rows: Sequence[Sequence[Tensor]], headings: Sequence[str], captions=None) -> None:
-    """A row a problem, a picture (3, S, S) a column with its caption below, whatever lies outside [-1, 1] clipped."""
+    """A row per problem, a picture (3, S, S) per column, its caption below; what lies outside [-1, 1] is clipped."""
     side, gap, top, below = 128, 8, 40, 26 if captions is not None else 8
     font = ImageFont.load_default(12)
     sheet = Image.new("RGB", (gap + (side + gap) * len(headings), top + (side + below) * len(rows) + gap), "white")

@@ -87,7 +87,7 @@ class Machine:
     checkpoint_dir: str = option("check_points/", "where everything is saved")
     overwrite: bool = option(False, "train anew where a trained model is")
     resume: bool = option(
-        False, "continue the run in --checkpoint_dir exactly where its last state is; begin it where there is none"
+        False, "continue the run in --checkpoint_dir exactly where its last state is; begin it if there is none"
     )
     save_every: int = option(500, "steps between saved states; epoch ends are saved too", 0)
     workers: int = option(2, "loader processes", 0, LARGEST_CREW)

@@ -256,7 +256,7 @@ class _Flag:
         several = value if isinstance(value, list) and self.many is not None else [value]
         if value is None or any(isinstance(each, (list, dict)) or each is None for each in several):
             raise ArgumentTypeError(f"expected {'values' if self.many else 'one value'}, got {shown(value)}")
-        return [self.word(str(each)) for each in several] if self.many else self.value(str(value))
+        return [self.word(str(each)) for each in several] if self.many else self.word(str(value))
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         unsaid = self.default is None or self.default is False or self.many is list
@@ -339,6 +339,15 @@ def parse(description: str, *types: type, argv: Sequence[str] | None = None, ext
         raise InputError(f"required: {', '.join(missing)}")
     chosen = ({f.name: values[f.name] for f in fields(kind) if f.name in values} for kind in types)
     return *(kind(**each) for kind, each in zip(types, chosen, strict=True)), others
+
+
+def json_values(value: object) -> object:
+    """A value as JSON has it, which knows no infinity and no NaN: None for those."""
+    if isinstance(value, dict):
+        return {key: json_values(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: str | Path, content: object) -> None:

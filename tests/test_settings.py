@@ -61,6 +61,7 @@ def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default(tmp_path):
     )
     assert training == Training(out=Path("there"), count=9, rate=0.2, fast=False, clip=False)
     assert drawing == Drawing(widths=(5, 6), set=["x=1"], eta=None) and extra == {"chain": [1, {"a": 2}]}
+    assert settings(preset="out: here\neta: none\n", tmp_path=tmp_path)[1].eta is None
 
 
 def test_a_preset_is_looked_for_in_the_folder_of_presets(tmp_path):

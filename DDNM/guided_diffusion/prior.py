@@ -171,7 +171,7 @@ def small_unet(
     Args:
         image_size: H; the network itself works at H / unshuffle, halved at each further level.
         channels: width of each level, each divisible by ``norm_groups``.
-        layers: residual blocks a level on the way down (one more on the way up).
+        layers: residual blocks per level on the way down (one more on the way up).
         dropout: inside residual blocks, in training.
 
     Raises:

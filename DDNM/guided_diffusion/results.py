@@ -18,7 +18,7 @@ from images import load_image, to_uint8
 from loop import check_settings, is_empty
 from metrics import agreement, prob_error, psnr
 from operators import Operator
-from utils import InputError, atomic_write, file_name, nearest, shown, unlinked, write_json
+from utils import InputError, atomic_write, file_name, json_values, nearest, shown, unlinked, write_json
 
 PICTURES = ("input", "natural", "reconstruction", "unguided")  # folders of a result folder
 SHEET_ROWS = 10  # rows a page of the sheet: a stranger reads one page
@@ -244,15 +244,6 @@ def mean_figures(figures: Sequence[Figures]) -> dict:
         values = [v for f in figures if (v := getattr(f, key)) is not None and math.isfinite(v)]
         means[key] = sum(values) / len(values) if values else None
     return means
-
-
-def json_values(value: object) -> object:
-    """A value as JSON has it, which knows no infinity and no NaN: None for those."""
-    if isinstance(value, dict):
-        return {key: json_values(of) for key, of in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_values(of) for of in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
