@@ -7,11 +7,12 @@ Targets are g's logits of the inputs. The folder gets table.csv, .json and .md, 
 pictures. A method that is finished is not drawn again: the same command goes on where it was stopped. Every setting of
 DDNM/main.py can be given; those of --config (default: faces.yml) hold for all methods.
 
-Columns, each but the costs with its 95 % interval: judge and g, the share of attributes whose sign is the target's, by
-the independent judge and by g itself; balanced, the same as a mean over attributes of the shares of present and of
-absent ones; error, the mean difference of probabilities by g; KID (times 100) and, with Inception, FID against the
-reference; PSNR and LPIPS against the input. The row "inputs" is what the inputs themselves get: the judge's is a
-ceiling, because it and g disagree about the inputs already.
+Columns, each but the costs with its 95 % interval: g, the share of attributes whose sign, by g, is the target's; judge,
+the share on which the independent judge says of a picture what it says of the input (for a table of logits: the
+target's sign); balanced, the same as a mean over attributes of the shares of present and of absent ones; error, the
+mean difference of probabilities by g; KID (times 100) and, with Inception, FID against the reference; PSNR and LPIPS
+against the input. The row "inputs" is what the inputs themselves get, by the judge against g's logits: a ceiling, for
+the two disagree about the inputs already.
 """
 
 import time

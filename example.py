@@ -39,6 +39,8 @@ def main() -> None:
 
     # the same numbers but one: typical of faces with the attribute
     changed = logits.clone()
+    if args.set not in spnn.notes["attributes"]:
+        parser.error(f"--set {args.set}: the attributes are {', '.join(spnn.notes['attributes'])}")
     index = spnn.notes["attributes"].index(args.set)
     changed[0, index] = spnn.notes["typical_logits"][index][1]
 

@@ -69,7 +69,7 @@ class Run:
     overwrite: bool = option(False, "replace the results in a folder that has some")
     resume: bool = option(False, "keep the images that an interrupted run finished, and draw the others")
     steps: int = option(100, "T_sampling", 1, 1000)
-    published_rule: bool = option(False, "--guidance nlbp --no-clip_x0 --max_move 0 --last_bp_step 0")
+    published_rule: bool = option(False, "--guidance nlbp --no-clip_x0 --max_move 0 --last_bp_step 0 --eta none")
     base_rate: bool = option(False, "also draw each image unguided from the same noise, and report its figures")
     lpips: bool = option(True, "measure LPIPS")
 
@@ -103,7 +103,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     if s.run.published_rule:
         guidance = "none" if s.rule.guidance == "none" else "nlbp"
         rule = replace(s.rule, guidance=guidance, max_move=0.0, last_bp_step=0)
-        s = s._replace(rule=rule, walk=replace(s.walk, clip_x0=False))
+        s = s._replace(rule=rule, walk=replace(s.walk, clip_x0=False, eta=None))
     s.rule.build(s.run.steps)  # refuses what it does not know
     check_architecture(s.architecture)
     if s.run.resume and s.run.overwrite:

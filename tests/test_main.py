@@ -906,7 +906,8 @@ def test_the_shipped_configs_parse():
     assert published.run.steps == 100 and published.walk.eta is None
     letter = reconstruct.parse(["--config", "faces.yml", "--path_y", "x", "--published_rule"])
     rule = letter.rule.build(100)
-    assert type(rule) is NLBP and rule.max_move is None and rule.last_bp_step == 0 and not letter.walk.clip_x0
+    assert type(rule) is NLBP and rule.max_move is None and rule.last_bp_step == 0
+    assert not letter.walk.clip_x0 and letter.walk.eta is None  # the preset's is 0.5
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
