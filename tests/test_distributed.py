@@ -41,7 +41,7 @@ def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
         for a, b in zip(one, two, strict=True):
             assert a.keys() == b.keys()
             for key in a.keys() - {"seconds", "val_right_inverse"}:
-                assert b[key] == pytest.approx(a[key], rel=1e-5), (stage, key)
+                assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-8), (stage, key)  # of losses of about 1
     for name in ("best_model.pth", "best_model_r_opt_real.pth"):
         one, two = (read_weights(folder / name) for folder in folders.values())
         one, two = (torch.cat([tensor.flatten() for tensor in weights.values()]) for weights in (one, two))
