@@ -476,7 +476,7 @@ def test_one_space_after_another_and_resumed(here, generator, tmp_path, monkeypa
     monkeypatch.undo()
     with pytest.raises(InputError, match="not empty"):
         main(find_arguments(here, parts, *arguments))
-    with pytest.raises(InputError, match="--resume: .* has spaces"):
+    with pytest.raises(InputError, match="the run in .* has spaces"):
         main(find_arguments(here, parts, "--resume", "--spaces", "w+"))
     assert main(find_arguments(here, parts, *arguments, "--resume")) == 0
     for i in range(6):
@@ -551,7 +551,7 @@ def test_training_a_landscape_is_resumed(here, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(train_arguments(here, whole, "--buffers", "4")) == 0
     assert main(train_arguments(here, parts)) == 0
-    with pytest.raises(InputError, match="--resume: .* has width 4, not 5"):
+    with pytest.raises(InputError, match="the run in .* has width 4, not 5"):
         main(train_arguments(here, parts, "--buffers", "4", "--resume", "--width", "5"))
     assert main(train_arguments(here, parts, "--buffers", "4", "--resume")) == 0
     for name in ("theta.safetensors", "metrics.csv"):
