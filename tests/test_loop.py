@@ -445,13 +445,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(faces, tmp_path):
 
 
 def test_a_state_with_a_broken_weight_replaces_none(faces, stopped, monkeypatch):
-    honest = torch.optim.Adam.step
+    honest = torch.optim.AdamW.step
 
     def step(self, *args, **kwargs):
         honest(self, *args, **kwargs)
         self.param_groups[0]["params"][0].data.fill_(float("nan"))
 
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     with pytest.raises(TrainingFailed, match="forward 1/2, batch 4.*not a finite number in weight pinn.blocks.1"):
         spnn(faces, stopped, "--resume")
     state = load_state(stopped / "train_state.pth")

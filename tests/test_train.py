@@ -103,13 +103,13 @@ def test_the_learning_rate_of_runs_shorter_than_the_warm_up(total):
 
 
 def test_training_follows_the_schedule(tmp_path, monkeypatch):
-    rates, honest = [], torch.optim.Adam.step
+    rates, honest = [], torch.optim.AdamW.step
 
     def step(self, *args, **kwargs):
         rates.append(self.param_groups[0]["lr"])
         return honest(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     trainer(tiny_spnn(), tmp_path, epoch=4, lr=1e-3, warmup_steps=3).train_forward()
     assert rates == pytest.approx([1e-3 * lr_factor(s, 12, warmup=3) for s in range(12)])
 
