@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from augmentation import augmented
 from checkpoints import DTYPES, load_strictly, read_weights, write_weights
-from data_loader import ATTRIBUTES, CelebAMaskHQ, batches_from, download_dataset, make_loader
+from data_loader import ATTRIBUTES, CelebAMaskHQ, augmented, batches_from, download_dataset, make_loader
 from logger import get_logger
 from loop import Loop, Run, adam, decaying
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute

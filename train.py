@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from augmentation import augmented
 from blocks import solved_once
 from checkpoints import save_spnn
-from data_loader import batches_from, with_batches
+from data_loader import augmented, batches_from, with_batches
 from diagnostics import first_nonfinite
 from loop import Loop, Run, adam, clip_gradients, decaying
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from augmentation import augmented
 from checkpoints import DTYPES
-from data_loader import find_images, grid, load_image, save_image, split_indices, to_uint8
+from data_loader import augmented, split_indices
 from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
+from images import find_images, grid, load_image, save_image, to_uint8
 from logger import get_logger
 from loop import STATE_NAME, Ema, Loop, Run, adam, clip_gradients, is_empty, open_run
 from networks import compile_networks

@@ -17,6 +17,7 @@ from data_loader import (
     MASK_CLASSES,
     CelebAMaskHQ,
     attribute_indices,
+    augmented,
     batches_from,
     download_dataset,
     find_dataset,
@@ -542,6 +543,55 @@ def test_the_plain_loader_works_too(root):
 def test_loader_settings_that_make_no_sense(root, settings):
     with pytest.raises(InputError, match="batch_size"):
         make_loaders(root, 8, **settings)
+
+
+# Augmentation -----------------------------------------------------------------------------------------------------
+
+
+def smooth(count: int, size: int = 32) -> torch.Tensor:
+    """Pictures that interpolation does not change much."""
+    ramp = torch.linspace(-0.8, 0.8, size)
+    picture = torch.stack([ramp[None] + 0 * ramp[:, None], ramp[:, None] + 0 * ramp[None], ramp[None] * ramp[:, None]])
+    return picture.expand(count, 3, size, size).clone()
+
+
+def test_strength_zero_returns_the_pictures_themselves():
+    x = smooth(2)
+    assert augmented(x, 0.0) is x
+
+
+def test_each_picture_changes_its_own_way_and_stays_in_range():
+    torch.manual_seed(0)
+    x = smooth(8)
+    y = augmented(x, 1.0)
+    assert y.shape == x.shape and y.abs().max() <= 1
+    moved = (y - x).flatten(1).abs().amax(1)
+    assert moved.min() > 0.01
+    assert len({round(value, 5) for value in moved.tolist()}) == 8
+
+
+def test_more_strength_moves_further():
+    x = smooth(64)
+    moved = []
+    for strength in (0.1, 1.0):
+        torch.manual_seed(1)  # the same draws
+        moved.append((augmented(x, strength) - x).abs().mean().item())
+    assert moved[1] > 3 * moved[0]
+
+
+def test_a_share_of_the_pictures_is_left_alone():
+    torch.manual_seed(0)
+    x = smooth(400, 8).double()
+    left = (augmented(x, 1.0, share=0.25) - x).flatten(1).abs().amax(1) < 1e-6
+    assert 250 < left.sum() < 350  # 300 expected, deviation 9
+
+
+def test_the_global_seed_decides():
+    x = smooth(4)
+    torch.manual_seed(3)
+    first = augmented(x, 1.0)
+    torch.manual_seed(3)
+    assert torch.equal(augmented(x, 1.0), first)
 
 
 def test_import_is_light():
