@@ -569,8 +569,7 @@ for owner, names in ((os, ("O_NOFOLLOW", "sched_getaffinity", "fork")), (signal,
         if hasattr(owner, name):
             delattr(owner, name)
 for path in Path.cwd().glob("*.py"):
-    if path.stem != "setup":
-        importlib.import_module(path.stem)
+    importlib.import_module(path.stem)
 from DDNM import main, train_prior
 from loop import locked
 from logger import get_logger
