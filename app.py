@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import align
 from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.guidance import RuleSettings
 from DDNM.guided_diffusion.inputs import (
@@ -39,7 +38,7 @@ from DDNM.guided_diffusion.inputs import (
     load_networks,
     read_targets,
 )
-from images import load_image, to_uint8
+from images import can_align, load_image, to_uint8
 from utils import InputError, option, parse, resolve_device, run_command
 
 GROUPS = {
@@ -337,8 +336,8 @@ def build(studio: Studio):
             raise gr.Error("choose a portrait first")
         try:
             try:
-                image = load_image(path, studio.size, align=align.available())
-                told = "" if align.available() else "It was not aligned (pip install -r requirements-align.txt)."
+                image = load_image(path, studio.size, align=can_align())
+                told = "" if can_align() else "It was not aligned (pip install -r requirements-align.txt)."
             except InputError as error:
                 image, told = load_image(path, studio.size), f"It is used as it is: {without_path(error, path)}"
         except InputError as error:

@@ -42,23 +42,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from tqdm import tqdm
 
-from images import (  # noqa: F401, those that others import from here
+from images import (
     IMAGE_SUFFIXES,
     RESAMPLING,
     Size,
-    find_images,
     fit,
-    grid,
     listed,
-    load_image,
     natural_key,
     read_picture,
     read_rgb,
-    save_image,
     sides,
     to_float,
     to_pixels,
-    to_uint8,
 )
 from utils import InputError, atomic_write, nearest
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import load_strictly, read_json, read_weights, write_weights
-from data_loader import grid, load_image, save_image, to_uint8
+from images import grid, load_image, save_image, to_uint8
 from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
 from logger import MetricsTable, get_logger, plot_curves

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_loader import find_images, load_image
 from DDNM.guided_diffusion.guidance import guide
+from images import find_images, load_image
 from inversion import FeatureDistance, Loss, perceptual_loss, squared_error
 from logger import get_logger
 from models import SPNN

@@ -18,8 +18,9 @@ import torch
 
 from blocks import MIXINGS
 from checkpoints import save_spnn
-from data_loader import ATTRIBUTES, FaceLoader, Loaders, download_dataset, grid, make_loaders, save_image
+from data_loader import ATTRIBUTES, FaceLoader, Loaders, download_dataset, make_loaders
 from diagnostics import diagnose, format_table
+from images import grid, save_image
 from logger import get_logger
 from loop import DONE, STATE_NAME, Run, check_settings, open_run, outlive_stop_signals
 from models import SPNN

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data_loader import find_images, grid, load_image, save_image, to_uint8
+from images import find_images, grid, load_image, save_image, to_uint8
 from procedural_faces import draw_face
 from stylegan import Equalised, StyleGAN
 from utils import InputError, atomic_write, option, parse, resolve_device, run_command, seed_everything, write_json

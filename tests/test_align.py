@@ -8,16 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-import align
+import images
 import procedural_faces as faces
-from align import Face, align_face, find_faces, frame, misalignment, warn_unaligned
 from data_loader import ATTRIBUTES
 from DDNM.guided_diffusion.inputs import TargetSettings, read_targets
-from images import load_image
+from images import Face, align_face, find_faces, frame, load_image, misalignment, warn_unaligned
 from utils import InputError
 
 POINTS = np.array([[69.5, 111.0], [107.5, 111.0], [88.0, 130.0], [73.0, 152.0], [104.0, 152.0]])
-needs_weights = pytest.mark.skipif(not align.available(), reason="needs mtcnn")
+needs_weights = pytest.mark.skipif(not images.can_align(), reason="needs mtcnn")
 
 
 def face(points: np.ndarray) -> Face:
@@ -62,7 +61,7 @@ def test_the_frame_turns_scales_and_moves_with_the_face(angle):
 def test_a_turned_face_is_looked_at_again_upright(monkeypatch):
     """What the detector says of the turned picture is replaced by what it says of the upright one, turned back."""
     angle, middle = 0.5, frame(face(POINTS)).mean(0)
-    turned = align._turned(POINTS, angle, middle)
+    turned = images._turned(POINTS, angle, middle)
     seen = []
 
     def found(image):
@@ -70,9 +69,9 @@ def test_a_turned_face_is_looked_at_again_upright(monkeypatch):
         noise = np.array([[0, 0], [0, 0], [0, 0], [4, 0], [4, 0]])  # of the corners of the mouth, turned only
         return [face(turned + noise)] if len(seen) == 1 else [face(POINTS + image.size[0] * 1000), face(POINTS)]
 
-    monkeypatch.setattr(align, "find_faces", found)
-    corners = align.find_frame(Image.new("RGB", (178, 218)), "a.png")
-    expected = align._turned(frame(face(POINTS)), angle, middle)
+    monkeypatch.setattr(images, "find_faces", found)
+    corners = images.find_frame(Image.new("RGB", (178, 218)), "a.png")
+    expected = images._turned(frame(face(POINTS)), angle, middle)
     assert len(seen) == 2 and np.hypot(*(corners - expected).T).max() < 12
     square = np.hypot(*(corners - np.roll(corners, 1, 0)).T)
     np.testing.assert_allclose(square, np.hypot(*(expected[0] - expected[1])))
@@ -82,20 +81,20 @@ def test_the_picture_is_cut_along_the_frame(monkeypatch):
     """Its corners are the frame's, whatever lies beyond the picture is its mirror image."""
     y, x = np.mgrid[0:218, 0:178]
     picture = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
-    monkeypatch.setattr(align, "find_faces", lambda image: [face(POINTS)])
+    monkeypatch.setattr(images, "find_faces", lambda image: [face(POINTS)])
     cut = np.asarray(align_face(picture)).astype(float)
     corners = frame(face(POINTS))
     side = len(cut)
     assert cut.shape == (side, side, 3) and side == round(np.hypot(*(corners[3] - corners[0])))
     for row, column, corner in ((0, 0, 0), (side - 1, 0, 1), (side - 1, side - 1, 2), (0, side - 1, 3)):
         np.testing.assert_allclose(cut[row, column, :2], corners[corner], atol=1.5)
-    monkeypatch.setattr(align, "find_faces", lambda image: [face(POINTS - (60, 0))])
+    monkeypatch.setattr(images, "find_faces", lambda image: [face(POINTS - (60, 0))])
     cut = np.asarray(align_face(picture)).astype(float)
     np.testing.assert_allclose(cut[0, 0, 0], -(corners[0, 0] - 60), atol=1.5)
 
 
 def test_without_the_weights_one_line_says_what_to_install(portrait, monkeypatch, caplog):
-    align.load_detector.cache_clear()
+    images.load_detector.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install mtcnn"):
         align_face(portrait)
@@ -105,10 +104,10 @@ def test_without_the_weights_one_line_says_what_to_install(portrait, monkeypatch
 
 @needs_weights
 def test_other_weights_are_refused(monkeypatch):
-    align.load_detector.cache_clear()
-    monkeypatch.setitem(align._SHA256, "onet", "0" * 64)
+    images.load_detector.cache_clear()
+    monkeypatch.setitem(images._SHA256, "onet", "0" * 64)
     with pytest.raises(InputError, match="onet.lz4: not the weights of mtcnn 1.0.0"):
-        align.load_detector()
+        images.load_detector()
 
 
 @needs_weights
@@ -180,7 +179,7 @@ def test_the_reconstruction_command_aligns_its_targets(portrait, tmp_path):
 
 
 def test_the_command_says_once_that_the_weights_are_missing(portrait, tmp_path, monkeypatch):
-    align.load_detector.cache_clear()
+    images.load_detector.cache_clear()
     for name in "ab":
         portrait.save(tmp_path / f"{name}.png")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -191,5 +190,5 @@ def test_the_command_says_once_that_the_weights_are_missing(portrait, tmp_path, 
 def test_suppression_keeps_the_best_of_what_overlaps():
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10], [2, 2, 6, 6]])
     scores = torch.tensor([0.8, 0.9, 0.7, 0.6])
-    assert align._keep(boxes, scores, 0.5).tolist() == [1, 2, 3]  # 9/11 of the union with the first; 16/100
-    assert align._keep(boxes, scores, 0.5, of_smaller=True).tolist() == [1, 2]
+    assert images._keep(boxes, scores, 0.5).tolist() == [1, 2, 3]  # 9/11 of the union with the first; 16/100
+    assert images._keep(boxes, scores, 0.5, of_smaller=True).tolist() == [1, 2]

@@ -21,7 +21,6 @@ from data_loader import (
     batches_from,
     download_dataset,
     find_dataset,
-    load_image,
     make_loader,
     make_loaders,
     mirror_masks,
@@ -29,6 +28,7 @@ from data_loader import (
     split_indices,
     with_batches,
 )
+from images import load_image
 from utils import InputError
 
 

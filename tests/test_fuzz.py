@@ -23,10 +23,11 @@ from test_laws import LAWS, LAWS_OF_NETWORKS, Case
 import checkpoints
 import train_celeba
 from checkpoints import read_weights, save_spnn
-from data_loader import load_image, read_annotations
+from data_loader import read_annotations
 from DDNM import main as reconstruct
 from DDNM.guided_diffusion import inputs
 from DDNM.guided_diffusion.results import read_logits, write_logits
+from images import load_image
 from loop import load_state, save_state
 from models import SPNN
 from utils import InputError, InputErrors

@@ -16,11 +16,12 @@ from test_data_loader import write_dataset
 from torch import nn
 
 from checkpoints import read_weights, save_spnn
-from data_loader import CelebAMaskHQ, find_images, load_image
+from data_loader import CelebAMaskHQ
 from DDNM import main as reconstruct
 from DDNM.guided_diffusion.inputs import Networks, TargetSettings, parse_set, read_targets
 from DDNM.guided_diffusion.prior import Prior, load_prior, save_prior, small_unet
 from DDNM.guided_diffusion.results import read_logits
+from images import find_images, load_image
 from models import SPNN
 from utils import InputError, read_yaml
 

@@ -13,7 +13,8 @@ import invert as command
 import targets
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from checkpoints import save_spnn, write_weights
-from data_loader import ATTRIBUTES, load_image
+from data_loader import ATTRIBUTES
+from images import load_image
 from inversion import MappingNet, invert_through
 from invert import Result, as_picture, main
 from judge import Judge

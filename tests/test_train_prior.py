@@ -11,10 +11,10 @@ from PIL import Image
 
 import loop
 from checkpoints import read_weights
-from data_loader import grid
 from DDNM import train_prior
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, load_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
+from images import grid
 from utils import InputError, Stopped
 
 MODEL = "diffusion_pytorch_model.safetensors"

@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from align import load_detector
 from checkpoints import locate
 from data_loader import ATTRIBUTES
 from DDNM.guided_diffusion.compiled import compile_for_cpu
 from DDNM.guided_diffusion.prior import Prior, load_prior
 from DDNM.guided_diffusion.results import read_logits
-from images import find_images, load_image
+from images import find_images, load_detector, load_image
 from judge import load_judge
 from loop import World
 from models import SPNN
