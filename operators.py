@@ -3,15 +3,22 @@
 B images of shape ``in_shape``, (3, H, W), and their measurements of shape ``out_shape``: (d,) logits, or a picture.
 """
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocks import solved_once
-from models import BackProjection, Completion
+from blocks import PixelUnshuffleBlock, Surjection, at_least_float32, exact, solved_once
+from images import read_rgb
+from models import PINN, BackProjection, Completion
 from networks import networks_in
+from utils import InputError, nearest
 
 Shape = tuple[int, ...]
 
@@ -115,24 +122,34 @@ class SPNNOperator:
 
 
 class LinearOperator:
-    """A linear operator with a right inverse A+ (``A A+ = I``), whose back-projection is ``x + strength A+(y - A x)``.
+    """A linear operator with its pseudo-inverse A+, whose back-projection is ``x + strength (A+ y - A+ A x)``.
 
-    ``distance`` is the root mean square of the difference, ``loss`` half its mean square.
+    That is NLBP's equation with A+ for g', and as offsets cancel in it, A and A+ may be affine. ``distance`` is the
+    root mean square of the difference, ``loss`` half its mean square.
 
     Args:
-        a, a_plus: functions of batches, (B, *in_shape) -> (B, *out_shape) and back.
+        a, a_plus: functions of batches, (B, *in_shape) -> (B, *out_shape) and back. Of targets outside the range of A
+            the nearest one inside is reached.
+        gain: s if ``A A^T = s^2 I``: A's only singular value other than 0. None: it may have several.
     """
 
     def __init__(
-        self, a: Callable[[Tensor], Tensor], a_plus: Callable[[Tensor], Tensor], in_shape: Shape, out_shape: Shape
+        self,
+        a: Callable[[Tensor], Tensor],
+        a_plus: Callable[[Tensor], Tensor],
+        in_shape: Shape,
+        out_shape: Shape,
+        gain: float | None = None,
     ) -> None:
         self.A, self.pinv, self.in_shape, self.out_shape = a, a_plus, tuple(in_shape), tuple(out_shape)
+        self.gain = gain
 
     def back_project(self, x: Tensor, y: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         return self.towards(y)(x)(strength)
 
     def towards(self, y: Tensor) -> Callable[[Tensor], Move]:
-        return lambda x: _LinearMove(self, x, y)
+        goal = self.pinv(y)
+        return lambda x: _LinearMove(self, x, goal)
 
     def distance(self, y1: Tensor, y2: Tensor) -> Tensor:
         return (y1 - y2).flatten(1).square().mean(dim=1).sqrt()
@@ -142,9 +159,9 @@ class LinearOperator:
 
 
 class _LinearMove:
-    def __init__(self, operator: LinearOperator, x: Tensor, y: Tensor) -> None:
+    def __init__(self, operator: LinearOperator, x: Tensor, goal: Tensor) -> None:
         self.x, self.y = x, operator.A(x)
-        self.direction = operator.pinv(y - self.y)
+        self.direction = goal - operator.pinv(self.y)
 
     def __call__(self, strength: float | Tensor, images=slice(None)) -> Tensor:
         if isinstance(strength, Tensor) and strength.ndim:
@@ -155,3 +172,156 @@ class _LinearMove:
 def as_operator(network) -> Operator:
     """An operator as it is; an `models.SPNN` behind the interface."""
     return network if hasattr(network, "towards") else SPNNOperator(network)
+
+
+# --- Linear operators as chains of blocks ----------------------------------------------------------------------------
+
+
+class LinearBlock(Surjection):
+    """A fixed orthogonal change of coordinates, some of which are kept: ``y = scale u0``, ``z = u1``, natural is z = 0.
+
+    So ``A A^T = scale^2 I`` and g' is the Moore-Penrose inverse of A. A chain's is too: ``(A B)+ = B+ A+`` if the rows
+    of B are orthogonal to each other and of one length.
+
+    Attributes:
+        dropped: entries of z along the dimension in which they were dropped.
+    """
+
+    scale = 1.0
+    dropped: int
+
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, z = self(x, True)
+        return y, z, x.new_full((len(x),), math.log(self.scale) * y[:1].numel())
+
+
+class Weights(LinearBlock):
+    """Weighted sums of the channels, (B, C, H, W) -> (B, k, H, W). In float64, as mixing.
+
+    Args:
+        rows: A, (k, C): k < C rows, orthogonal to each other and of one length, which is ``scale``.
+    """
+
+    def __init__(self, rows: Tensor):
+        super().__init__()
+        rows = rows.double()
+        self.scale = rows[0].norm().item()
+        kept = rows / self.scale
+        rest = torch.linalg.qr(kept.T, mode="complete").Q[:, len(rows) :].T  # (C - k, C)
+        self.w, self.dropped = torch.cat([kept, rest]), len(rest)  # W is no buffer: `float` would round it
+
+    def output_shape(self, shape: Shape) -> Shape:
+        c = len(self.w)
+        if len(shape) != 3 or shape[0] != c:
+            raise ValueError(f"takes images of shape ({c}, H, W), got {tuple(shape)}")
+        return c - self.dropped, *shape[1:]
+
+    def _turned(self, x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x.movedim(1, -1), w.to(x.dtype).to(x.device)).movedim(-1, 1)
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        u = self._turned(exact(x), self.w).to(at_least_float32(x).dtype)  # (B, C, H, W)
+        y, z = self.scale * u[:, : -self.dropped], u[:, -self.dropped :]  # (B, k, H, W), (B, C - k, H, W)
+        return (y, z) if return_latent else y
+
+    def natural_latent(self, y: Tensor) -> Tensor:
+        return y.new_zeros(len(y), self.dropped, *y.shape[2:])
+
+    def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
+        z = self.natural_latent(y) if latent is None else latent
+        u = torch.cat([exact(y) / self.scale, exact(z)], dim=1)
+        return self._turned(u, self.w.T).to(at_least_float32(y).dtype)  # (B, C, H, W)
+
+
+class KnownPixels(LinearBlock):
+    """Those pixels of an image that a mask knows, in its order: (B, C, H, W) -> (B, C, K, 1).
+
+    Args:
+        mask: (H, W), true for the K pixels that are known. Some must be, and some not.
+    """
+
+    def __init__(self, mask: Tensor):
+        super().__init__()
+        known = mask.flatten()
+        if known.all() or not known.any():
+            raise ValueError(f"a mask needs known pixels and missing ones, this one has {known.sum()} of {len(known)}")
+        self.size, self.dropped = tuple(mask.shape), int((~known).sum())
+        self.order = torch.argsort(~known, stable=True)  # known pixels first
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if tuple(shape[1:]) != self.size:
+            sizes = ["x".join(map(str, size)) for size in (self.size, shape[1:])]
+            raise ValueError(f"the mask is {sizes[0]}, the images it would cover are {sizes[1]} (height x width)")
+        return shape[0], len(self.order) - self.dropped, 1
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        u = x.flatten(2)[:, :, self.order.to(x.device), None]  # (B, C, H W, 1)
+        y, z = u[:, :, : -self.dropped], u[:, :, -self.dropped :]
+        return (y, z) if return_latent else y
+
+    def natural_latent(self, y: Tensor) -> Tensor:
+        return y.new_zeros(*y.shape[:2], self.dropped, 1)
+
+    def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
+        z = self.natural_latent(y) if latent is None else latent
+        u = torch.cat([y, z], dim=2)[:, :, torch.argsort(self.order).to(y.device)]  # (B, C, H W, 1)
+        return u.view(*y.shape[:2], *self.size)
+
+
+class LinearChain(LinearOperator):
+    """`LinearBlock`s, and bijections that keep every length, as one operator.
+
+    Attributes:
+        chain: the `models.PINN`. Its completion is the operator's singular value decomposition: see `coordinates`.
+    """
+
+    def __init__(self, blocks: Sequence[Surjection], in_shape: Shape) -> None:
+        self.chain = PINN(blocks, in_shape)
+        scales = [block.scale for block in blocks if isinstance(block, LinearBlock)]
+        super().__init__(self.chain, self.chain.pinv, in_shape, self.chain.out_shape, math.prod(scales))
+
+
+GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and most software weigh the colours
+KNOWN = ("grey", "inpaint:FILE", "sr4")
+
+
+def _blocks_of(part: str, shape: Shape) -> list[Surjection]:
+    """The blocks of one factor of a product, for images of this shape."""
+    if factor := re.fullmatch(r"sr([2-9]|[1-9]\d+)", part):
+        r = int(factor[1])
+        mean = torch.full((1, r * r), 1 / r**2, dtype=torch.float64)
+        return [PixelUnshuffleBlock(r), Weights(torch.kron(torch.eye(shape[0]), mean))]  # rows (C, C r^2)
+    if part == "grey":
+        return [Weights(torch.tensor([GREY], dtype=torch.float64))]
+    kind, _, file = part.partition(":")
+    if kind == "inpaint" and file:
+        return [KnownPixels(torch.from_numpy(np.asarray(read_rgb(Path(file)).convert("L")) > 127))]
+    raise InputError(f"no such operator{nearest(part, KNOWN)}; known are {', '.join(KNOWN)}, and products, grey*sr4")
+
+
+def make_operator(spec: str, in_shape: Shape) -> LinearChain:
+    """The operator that a word stands for, exact, with nothing to train.
+
+    ========================  ==========================================================================
+    ``sr4``                   means of 4x4 pixels (any factor that divides the size)
+    ``grey``                  the grey picture of a colour one, `GREY`
+    ``inpaint:FILE``          the pixels where a picture of the same size is white; its black ones are missing
+    ``grey*sr4``              a product, the rightmost first; ``sr`` must stand right of ``inpaint``
+    ========================  ==========================================================================
+
+    Args:
+        in_shape: (3, H, W).
+
+    Raises:
+        InputError: an unknown word, or one that does not fit the images that reach it, with both shapes.
+    """
+    blocks: list[Surjection] = []
+    shape = tuple(in_shape)
+    for part in reversed(spec.split("*")):
+        try:
+            for block in _blocks_of(part.strip(), shape):
+                shape = block.output_shape(shape)
+                blocks.append(block)
+        except ValueError as error:
+            raise InputError(f"operator {spec}: {part.strip()}: {error}") from None
+    return LinearChain(blocks, in_shape)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_diffusion import CPU, SCHEDULE, SHAPE, as_prior, gaussian_prior, images, logits, tiny_spnn
-from test_operators import mean_of_blocks
 
 from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.guidance import (
@@ -25,7 +24,7 @@ from DDNM.guided_diffusion.guidance import (
 )
 from DDNM.guided_diffusion.prior import Prior, small_unet
 from DDNM.guided_diffusion.schedule import time_pairs
-from operators import SPNNOperator
+from operators import SPNNOperator, make_operator
 from utils import InputError, parse
 
 NETWORK_RULES = [name for name in RULES if name != "linear"]
@@ -142,7 +141,7 @@ def test_a_composition_is_its_first_rule_at_noisy_steps_and_its_second_at_clean_
 
 
 def test_the_linear_rule_keeps_what_was_measured_and_refuses_a_network():
-    operator = mean_of_blocks()
+    operator = make_operator("sr2", (3, 8, 8))
     y = operator.A(images(2, seed=3) * 0.3)
     generators = [image_generator(0, name) for name in "ab"]
     drawn = sample(gaussian_prior, generators, CPU, operator, y, Linear(), steps=10, clip_x0=False)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import bijections as bi
 from blocks import CayleyMixing, ConvPINNBlock, HouseholderMixing, Mixing, PixelUnshuffleBlock, Shape, Surjection
 from models import PINN, SPNN
+from operators import KnownPixels, LinearChain, Weights, make_operator
 
 # --- Material --------------------------------------------------------------------------------------------------------
 
@@ -186,7 +187,19 @@ def bijection_rows() -> list[Row]:
     ]
 
 
+def operator_rows() -> list[Row]:
+    mask = random((4, 5), seed=3) > 0
+    return [
+        Row("weights", lambda: Weights(torch.tensor([[0.6, 0.8, 0.0], [0.8, -0.6, 0.0]])), (3, 2, 5)),
+        Row("operator sr2", lambda: make_operator("sr2", (3, 4, 6)).chain, (3, 4, 6)),
+        Row("operator grey", lambda: make_operator("grey", (3, 3, 5)).chain, (3, 3, 5)),
+        Row("operator inpaint", lambda: LinearChain([KnownPixels(mask)], (3, 4, 5)).chain, (3, 4, 5)),
+        Row("operator grey*sr2", lambda: make_operator("grey*sr2", (3, 4, 4)).chain, (3, 4, 4)),
+    ]
+
+
 ROWS = [
+    *operator_rows(),
     *block_rows("cayley"),
     *block_rows("householder"),
     Row("unshuffle 2", lambda: PixelUnshuffleBlock(2), (3, 4, 6), lossy=False),

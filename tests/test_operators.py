@@ -1,10 +1,13 @@
 """The operator interface: its laws for a network and for a matrix, and the case in which the two are one."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models import SPNN
-from operators import LinearOperator, SPNNOperator, as_operator
+from operators import LinearOperator, SPNNOperator, as_operator, make_operator
+from utils import InputError
 
 CHAIN = [
     ("PixelUnshuffleBlock", {"r": 4}),
@@ -29,17 +32,21 @@ def matrix(model: SPNN) -> torch.Tensor:
     return model(torch.eye(192, dtype=torch.float64).view(192, 3, 8, 8)).T
 
 
-def mean_of_blocks() -> LinearOperator:
-    """Super-resolution: A takes the mean of 2x2 pixels, A+ repeats it."""
-    return LinearOperator(
-        lambda x: torch.nn.functional.avg_pool2d(x, 2),
-        lambda y: y.repeat_interleave(2, -1).repeat_interleave(2, -2),
-        (3, 8, 8),
-        (3, 4, 4),
-    )
+def mask_file(folder, height: int = 4, width: int = 8):
+    """Half of it known, in no order."""
+    mask = torch.rand(height, width, generator=torch.Generator().manual_seed(3)) > 0.5
+    Image.fromarray(mask.byte().mul(255).numpy()).save(folder / "mask.png")
+    return folder / "mask.png"
 
 
-OPERATORS = {"spnn": lambda: SPNNOperator(spnn()), "linear": mean_of_blocks}
+SPECS = ["sr2", "sr4", "grey", "inpaint:MASK", "grey*sr2", "sr2*grey", "inpaint:MASK*grey", "grey*inpaint:MASK"]
+
+
+@pytest.fixture(params=["spnn", *SPECS])
+def operator(request, tmp_path):
+    if request.param == "spnn":
+        return SPNNOperator(spnn())
+    return make_operator(request.param.replace("MASK", str(mask_file(tmp_path))), (3, 4, 8))
 
 
 def points(operator, count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,11 +55,6 @@ def points(operator, count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
         torch.randn(count, *shape, generator=generator, dtype=torch.float64)
         for shape in (operator.in_shape, operator.out_shape)
     )
-
-
-@pytest.fixture(params=OPERATORS)
-def operator(request):
-    return OPERATORS[request.param]()
 
 
 @torch.no_grad()
@@ -124,5 +126,94 @@ def test_the_target_is_reached_in_full_precision_whatever_surrounds_it():
 
 
 def test_an_operator_stays_what_it_is():
-    linear = mean_of_blocks()
+    linear = make_operator("sr4", (3, 8, 8))
     assert as_operator(linear) is linear and isinstance(as_operator(spnn()), SPNNOperator)
+
+
+# --- Linear operators ------------------------------------------------------------------------------------------------
+
+
+def as_matrix(function, shape) -> torch.Tensor:
+    """A linear function of images of this shape as a matrix."""
+    n = torch.Size(shape).numel()
+    return function(torch.eye(n, dtype=torch.float64).view(n, *shape)).flatten(1).T
+
+
+@pytest.fixture(params=SPECS)
+def linear(request, tmp_path):
+    return make_operator(request.param.replace("MASK", str(mask_file(tmp_path))), (3, 4, 8))
+
+
+@torch.no_grad()
+def test_the_four_penrose_identities(linear):
+    """By A and A+ as matrices, which also are `torch.linalg.pinv` of each other; and all singular values are one."""
+    a, a_plus = as_matrix(linear.A, linear.in_shape), as_matrix(linear.pinv, linear.out_shape)
+    tight = {"rtol": 0, "atol": 1e-13}
+    torch.testing.assert_close(a @ a_plus @ a, a, **tight)
+    torch.testing.assert_close(a_plus @ a @ a_plus, a_plus, **tight)
+    torch.testing.assert_close((a @ a_plus).T, a @ a_plus, **tight)
+    torch.testing.assert_close((a_plus @ a).T, a_plus @ a, **tight)
+    torch.testing.assert_close(a_plus, torch.linalg.pinv(a), **tight)
+    torch.testing.assert_close(a @ a.T, linear.gain**2 * torch.eye(len(a), dtype=a.dtype), **tight)
+
+
+@torch.no_grad()
+def test_nlbp_of_a_linear_chain_is_ddnms_update(linear):
+    """The closed form of an SPNN, over the chain's own completion, and ``x + A+(y - A x)``: DDNM, equation 13."""
+    x, y = points(linear)
+    network = SPNN.__new__(SPNN)
+    torch.nn.Module.__init__(network)
+    network.pinn, network.in_shape, network.out_shape = linear.chain, linear.in_shape, linear.out_shape
+    expected = x + linear.pinv(y - linear.A(x))
+    torch.testing.assert_close(network.back_project(x, y), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(linear.back_project(x, y), expected, rtol=0, atol=1e-13)
+
+
+@torch.no_grad()
+def test_what_the_words_measure(tmp_path):
+    x = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = mask_file(tmp_path)
+    known = torch.from_numpy(np.array(Image.open(mask))) > 0
+    grey = (x * torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype).view(3, 1, 1)).sum(1, keepdim=True)
+    expected = {
+        "sr2": torch.nn.functional.avg_pool2d(x, 2),
+        "sr4": torch.nn.functional.avg_pool2d(x, 4),
+        "grey": grey,
+        "grey*sr2": torch.nn.functional.avg_pool2d(grey, 2),
+        f"inpaint:{mask}": x[:, :, known][..., None],
+        f"inpaint:{mask}*grey": grey[:, :, known][..., None],
+    }
+    for spec, y in expected.items():
+        torch.testing.assert_close(make_operator(spec, (3, 4, 8)).A(x), y, rtol=0, atol=1e-14)
+    filled = make_operator(f"inpaint:{mask}", (3, 4, 8)).pinv(expected[f"inpaint:{mask}"])
+    torch.testing.assert_close(filled, x * known)
+
+
+@torch.no_grad()
+def test_float32_measures_to_rounding_whatever_surrounds_it(linear):
+    x, y = (part.float() for part in points(linear))
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = linear.back_project(x, y)
+    assert moved.dtype == torch.float32
+    torch.testing.assert_close(linear.A(moved), y, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        ("sr3", "sr3: .*3.* must divide the size, got 4x8"),
+        ("sr1", "no such operator, did you mean 'sr4'"),
+        ("gray", "no such operator, did you mean 'grey'"),
+        ("grey*grey", r"takes images of shape \(3, H, W\), got \(1, 4, 8\)"),
+        ("sr2*inpaint:MASK", "must divide the size"),
+        ("inpaint:MASK*sr2", "mask is 4x8, the images it would cover are 2x4"),
+        ("inpaint:nowhere.png", "no such file"),
+        ("", "no such operator"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused_with_both_shapes(spec, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        make_operator(spec.replace("MASK", str(mask_file(tmp_path))), (3, 4, 8))
+    with pytest.raises(InputError, match="0 of 32|32 of 32"):
+        Image.new("L", (8, 4), 255 * (len(spec) % 2)).save(tmp_path / "plain.png")
+        make_operator(f"inpaint:{tmp_path / 'plain.png'}", (3, 4, 8))
