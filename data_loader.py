@@ -25,14 +25,13 @@ import hashlib
 import json
 import logging
 import math
-import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -67,8 +66,7 @@ ATTRIBUTES: tuple[str, ...] = (
 )  # fmt: skip
 """The 40 attribute names, in the order of the annotation file and of every label and logit vector."""
 
-IMAGE_FOLDER = "CelebA-HQ-img"
-ANNOTATION_FILE = "CelebAMask-HQ-attribute-anno.txt"
+IMAGE_FOLDER, ANNOTATION_FILE = "CelebA-HQ-img", "CelebAMask-HQ-attribute-anno.txt"
 KAGGLE_DATASET = "liusonghua/celebamaskhq"
 SPLITS = ("train", "val", "test", "all")
 MASK_CLASSES = (
@@ -77,48 +75,52 @@ MASK_CLASSES = (
 )  # fmt: skip
 """The 19 classes of a mask, by their number. CelebAMask-HQ has a picture of each; later ones cover earlier ones."""
 PART_FOLDER, MASK_FOLDER = "CelebAMask-HQ-mask-anno", "masks"
-
-_CACHE_VERSION = 2  # raise it when the way a cached pixel is computed changes
-_LAYOUT = (
+LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (  # of each part, the first name that is there; one without is needed
+    {"images": (IMAGE_FOLDER,), "labels": (ANNOTATION_FILE,), "masks": (PART_FOLDER, MASK_FOLDER, "")},
+    {
+        "images": ("img_align_celeba/img_align_celeba", "Img/img_align_celeba", "img_align_celeba"),
+        "labels": ("list_attr_celeba.txt", "list_attr_celeba.csv", "Anno/list_attr_celeba.txt"),
+        "partition": ("list_eval_partition.txt", "list_eval_partition.csv", "Eval/list_eval_partition.txt"),
+    },
+    {"images": ("images",), "masks": (MASK_FOLDER,), "labels": ("labels.csv", "")},
+)
+"""What a data set consists of, and under which names: of each part the first that is there; "": it may be missing."""
+_EXPECTED = (
     f"expected a folder with {IMAGE_FOLDER}/ and {ANNOTATION_FILE}, or with img_align_celeba/, list_attr_celeba and "
     "list_eval_partition (.txt or .csv), or with images/ and masks/"
 )
-_NO_DATA_SETS = {IMAGE_FOLDER, PART_FOLDER, MASK_FOLDER, "img_align_celeba", "images"}
+_NO_DATA_SETS = {IMAGE_FOLDER, PART_FOLDER, MASK_FOLDER, "img_align_celeba", "images"}  # thousands of files
+_CACHE_VERSION = 3  # raise it when the way a cached pixel is computed, or kept, changes
+_VALUES = {"1": 1, "+1": 1, "-1": 0, "0": 0}
+_UNKNOWN = -1
 
 log = logging.getLogger(__name__)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Annotations and layouts
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Annotations and layouts -----------------------------------------------------------------------------------------
 
 
 class Annotations(NamedTuple):
-    """What an annotation file says, rows as in the file, columns in the order of `ATTRIBUTES`."""
+    """What an annotation file says, rows as in the file."""
 
     files: list[str]  # N file names
-    attributes: tuple[str, ...]  # the 40 names
-    labels: np.ndarray  # (N, 40) int8: 1 present, 0 absent, -1 unknown
+    labels: np.ndarray  # (N, 40) int8, in the order of `ATTRIBUTES`: 1 present, 0 absent, -1 unknown
 
 
-_VALUES = {"1": 1, "+1": 1, "-1": 0, "0": 0}
-_UNKNOWN = -1
+def _is_csv(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
 
 
 def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     """Line numbers and words of a table: separated by commas in a .csv, by any white space elsewhere."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot read annotations: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: annotations are not UTF-8 text (byte {error.start})") from None
-    comma = path.suffix.lower() == ".csv"
-    rows = [
-        (i, [word.strip() for word in line.split(",")] if comma else line.split())
-        for i, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    ]
+    split = (lambda line: [word.strip() for word in line.split(",")]) if _is_csv(path) else str.split
+    rows = [(i, split(line)) for i, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise InputError(f"{path}: empty; expected the attribute names, then one row for each image")
     return rows
@@ -134,50 +136,48 @@ def read_annotations(path: str | Path) -> Annotations:
     Raises:
         InputError: with the file and the line, for anything else.
     """
-    path = Path(path)
-    lines = _read_rows(path)
-    comma = path.suffix.lower() == ".csv"
-    count = None
-    if not comma:
-        at, words = lines.pop(0)
-        if len(words) != 1 or not words[0].isdecimal():
-            got = " ".join(words[:3]) + (" ..." if len(words) > 3 else "")
-            raise InputError(f"{path}, line {at}: expected the number of images, got {got!r}")
-        count = (at, int(words[0][:18]))  # nobody has more; int() refuses thousands of digits
-        if not lines:
-            raise InputError(f"{path}, line {at + 1}: expected the 40 attribute names, the file ends here")
-    at, names = lines.pop(0)
-    names = names[1:] if comma else names
-    for i, name in enumerate(names):
-        if name not in ATTRIBUTES and not comma:
-            raise InputError(f"{path}, line {at}: unknown attribute {name!r}{nearest(name, ATTRIBUTES)}")
-        if name in names[:i]:
-            raise InputError(f"{path}, line {at}: attribute {name!r} is named twice")
-    if missing := [name for name in ATTRIBUTES if name not in names]:
-        expected = f"{len(ATTRIBUTES) - len(missing)} attribute names, expected {len(ATTRIBUTES)}"
-        raise InputError(f"{path}, line {at}: {expected}; missing {', '.join(missing)}")
+    path, count = Path(path), None
+    rows, comma = _read_rows(path), _is_csv(path)
 
-    pick = operator.itemgetter(*(names.index(name) for name in ATTRIBUTES))
+    def wrong(line: int, what: str) -> NoReturn:
+        raise InputError(f"{path}, line {line}: {what}")
+
+    if not comma:
+        at, words = rows.pop(0)
+        if len(words) != 1 or not words[0].isdecimal():
+            wrong(at, f"expected the number of images, got {' '.join(words)[:40]!r}")
+        count = words[0]
+    if not rows:
+        wrong(at + 1, "expected the 40 attribute names, the file ends here")
+    at, names = rows.pop(0)
+    names = names[1:] if comma else names
+    for name in () if comma else names:
+        if name not in ATTRIBUTES:
+            wrong(at, f"unknown attribute {name!r}{nearest(name, ATTRIBUTES)}")
+    if missing := [name for name in ATTRIBUTES if name not in names]:
+        wrong(at, f"{40 - len(missing)} attribute names, expected 40; missing {', '.join(missing)}")
+    if len(set(names)) < len(names):
+        wrong(at, "an attribute is named twice")
+
+    columns = [names.index(name) for name in ATTRIBUTES]
     values_of = {**_VALUES, "": _UNKNOWN} if comma else _VALUES
-    labels = np.zeros((len(lines), len(ATTRIBUTES)), dtype=np.int8)
-    rows: dict[str, int] = {}
-    for row, (at, words) in enumerate(lines):
-        file, values = words[0], words[1:]
+    labels, files = np.zeros((len(rows), 40), dtype=np.int8), dict[str, int]()
+    for row, (at, (file, *values)) in enumerate(rows):
         if len(values) != len(names):
-            raise InputError(f"{path}, line {at}: {file} has {len(values)} values, expected {len(names)}")
-        if file in rows:
-            raise InputError(f"{path}, line {at}: {file} is listed twice, first on line {rows[file]}")
-        if "/" in file or "\\" in file or file in (".", "..") or "\0" in file or len(file.encode()) > 255:
-            raise InputError(f"{path}, line {at}: {file[:80]!r} is not a plain file name")
-        rows[file] = at
+            wrong(at, f"{file} has {len(values)} values, expected {len(names)}")
+        if file in files:
+            wrong(at, f"{file} is listed twice, first on line {files[file]}")
+        if not re.fullmatch(r"(?!\.\.?$)[^/\\\0]{1,80}", file):
+            wrong(at, f"{file[:80]!r} is not a plain file name")
+        files[file] = at
         try:
-            labels[row] = [values_of[value] for value in pick(values)]
+            labels[row] = [values_of[values[column]] for column in columns]
         except KeyError as error:
-            name = ATTRIBUTES[pick(values).index(error.args[0])]
-            raise InputError(f"{path}, line {at}: {name} of {file} is {error.args[0]!r}, expected 1 or -1") from None
-    if count is not None and len(rows) != count[1]:
-        raise InputError(f"{path}, line {count[0]}: the count says {count[1]} images, the file lists {len(rows)}")
-    return Annotations(list(rows), ATTRIBUTES, labels)
+            name = next(n for n, column in zip(ATTRIBUTES, columns, strict=True) if values[column] == error.args[0])
+            wrong(at, f"{name} of {file} is {error.args[0]!r}, expected 1 or -1")
+    if count is not None and count.lstrip("0") != str(len(files)):
+        raise InputError(f"{path}: the count says {count[:18]} images, the file lists {len(files)}")
+    return Annotations(list(files), labels)
 
 
 def read_partition(path: str | Path) -> dict[str, int]:
@@ -186,72 +186,33 @@ def read_partition(path: str | Path) -> dict[str, int]:
     Raises:
         InputError: with the file and the line, for anything else.
     """
-    path = Path(path)
-    rows = _read_rows(path)
-    if path.suffix.lower() == ".csv":
-        rows.pop(0)  # the header
-    splits: dict[str, int] = {}
-    for at, words in rows:
+    path, splits = Path(path), {}
+    for at, words in _read_rows(path)[_is_csv(path) :]:  # without the CSV's header
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
             raise InputError(f"{path}, line {at}: expected a file name and 0, 1 or 2, got {' '.join(words)[:80]!r}")
         splits[words[0]] = int(words[1])
     return splits
 
 
-class Layout(NamedTuple):
-    """What a data set consists of, and under which names: of each, the first that is there."""
-
-    images: tuple[str, ...]
-    labels: tuple[str, ...]
-    partition: tuple[str, ...] = ()  # none: split by number
-    masks: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ("images", "labels")
-
-
-LAYOUTS = (
-    Layout((IMAGE_FOLDER,), (ANNOTATION_FILE,), masks=(PART_FOLDER, MASK_FOLDER)),
-    Layout(
-        ("img_align_celeba/img_align_celeba", "Img/img_align_celeba", "img_align_celeba"),
-        ("list_attr_celeba.txt", "list_attr_celeba.csv", "Anno/list_attr_celeba.txt"),
-        ("list_eval_partition.txt", "list_eval_partition.csv", "Eval/list_eval_partition.txt"),
-        needs=("images", "labels", "partition"),
-    ),
-    Layout(("images",), ("labels.csv",), masks=(MASK_FOLDER,), needs=("images", "masks")),
-)
-
-
-def _parts(layout: Layout, folder: Path) -> dict[str, Path]:
-    """What of a layout is in a folder."""
-    names = {part: getattr(layout, part) for part in ("images", "labels", "partition", "masks")}
-    found = {part: [folder / name for name in several if (folder / name).exists()] for part, several in names.items()}
-    return {part: paths[0] for part, paths in found.items() if paths}
-
-
 def _find(root: Path) -> tuple[Path, dict[str, Path]]:
-    """The outermost folder at or below ``root`` that is a data set (downloads nest it), and its parts."""
+    """The first folder at or below ``root`` that is a data set (downloads nest it), and its parts."""
     if not root.is_dir():
-        what = "not a folder; unpack it and give the folder" if root.exists() else f"no such folder; {_LAYOUT}"
-        raise InputError(f"data set {root}: {what}")
-    level, partial = [root], []
-    for _ in range(5):  # level by level, so that the outermost match wins
-        below = []
-        for folder in level:
-            for layout in LAYOUTS:
-                parts = _parts(layout, folder)
-                missing = [getattr(layout, part)[0] for part in layout.needs if part not in parts]
-                if not missing:
-                    return folder, parts
-                if len(missing) < len(layout.needs):
-                    partial += [f"{name} is missing in {folder}" for name in missing]
-            try:  # not into a folder of images: it holds 30,000 files and no data set
-                inner = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-            except OSError:
-                inner = []
-            below += [folder / name for name in inner if name not in _NO_DATA_SETS]
-        level = below
-    archives = sorted(p.name for p in root.iterdir() if p.suffix in (".zip", ".tar", ".gz", ".tgz", ".7z"))
-    unpack = [f"unpack {listed(archives)} first"] if archives else []
-    raise InputError(f"data set {root}: " + "; ".join([*partial[:3], *unpack, _LAYOUT]))
+        raise InputError(f"data set {root}: no such folder; unpack an archive first; {_EXPECTED}")
+    partial: list[str] = []
+    for name, folders, files in os.walk(root):
+        folder = Path(name)
+        for layout in LAYOUTS:
+            there = {part: [folder / name for name in names if name] for part, names in layout.items()}
+            parts = {part: path for part, paths in there.items() for path in reversed(paths) if path.exists()}
+            missing = [names[0] for part, names in layout.items() if "" not in names and part not in parts]
+            if not missing:
+                return folder, parts
+            if "images" in parts:
+                partial += [f"{name} is missing in {folder}" for name in missing]
+        deep = len(folder.relative_to(root).parts) > 3
+        folders[:] = [] if deep else sorted(n for n in folders if n not in _NO_DATA_SETS and n[0] != ".")
+        partial += [f"unpack {n} first" for n in sorted(files) if n.endswith((".zip", ".tar", ".gz", ".tgz", ".7z"))]
+    raise InputError(f"data set {root}: " + "; ".join([*partial[:3], _EXPECTED]))
 
 
 def find_dataset(root: str | Path) -> Path:
@@ -277,9 +238,9 @@ def download_dataset() -> Path:
     try:
         path = kagglehub.dataset_download(KAGGLE_DATASET)
     except Exception as error:  # network, credentials and quota all have types of their own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = f"{reason[:300]}; check the network and your Kaggle API credentials, {advice}"
-        raise InputError(f"cannot download {KAGGLE_DATASET}: {reason}") from error
+        reason = (str(error) or type(error).__name__)[:300]
+        check = "check the network and your Kaggle API credentials"
+        raise InputError(f"cannot download {KAGGLE_DATASET}: {reason}; {check}, {advice}") from error
     return find_dataset(path)
 
 
@@ -303,10 +264,6 @@ def _state(path: Path) -> tuple:
         return (path.name,)
 
 
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0] or name
-
-
 class Records(NamedTuple):
     """Everything that a data set lists, in the order of its numbers."""
 
@@ -315,28 +272,27 @@ class Records(NamedTuple):
     splits: np.ndarray  # (N,): position in `SPLITS`
 
 
-def read_records(parts: dict[str, Path]) -> Records:
+@functools.lru_cache(maxsize=1)  # three splits ask for it, one after the other
+def read_records(items: tuple[tuple[str, Path], ...], states: tuple) -> Records:
     """Files, labels and splits of a data set: CelebA's as published, others by number, 80, 10 and 10 %.
+
+    Args:
+        items: the parts of the data set, see `LAYOUTS`. states: what they are remembered by, see `_state`.
 
     Raises:
         InputError: tables that cannot be read, or that do not fit each other.
     """
-    return _records(tuple(parts.items()), tuple(map(_state, parts.values())))
-
-
-@functools.lru_cache(maxsize=1)  # three splits ask for it, one after the other
-def _records(items: tuple[tuple[str, Path], ...], state: object) -> Records:
     parts = dict(items)
     folder = parts["images"]
     there = sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(IMAGE_SUFFIXES) and e.name[0] != ".")
     if "labels" in parts:
-        names, _, labels = read_annotations(parts["labels"])
+        names, labels = read_annotations(parts["labels"])
     else:
-        names, labels = there, np.full((len(there), len(ATTRIBUTES)), _UNKNOWN, dtype=np.int8)
+        names, labels = there, np.full((len(there), 40), _UNKNOWN, dtype=np.int8)
     # a CSV may list numbers, a folder hold PNG where the table says JPEG
     known = set(there)
-    by_stem = {_stem(name): name for name in known - set(names)}
-    files = [name if name in known else by_stem.get(_stem(name), name) for name in names]
+    by_stem = {os.path.splitext(name)[0]: name for name in known - set(names)}
+    files = [name if name in known else by_stem.get(os.path.splitext(name)[0], name) for name in names]
     order = sorted(range(len(files)), key=lambda i: natural_key(files[i]))
     if "partition" in parts:
         published = read_partition(parts["partition"])
@@ -345,16 +301,13 @@ def _records(items: tuple[tuple[str, Path], ...], state: object) -> Records:
             raise InputError(f"{parts['partition']}: {said}")
         splits = np.array([published[names[i]] for i in order], dtype=np.int8)
     else:
-        bounds = [split_indices(len(order), split) for split in SPLITS[:3]]
-        splits = np.repeat(np.arange(3, dtype=np.int8), [len(part) for part in bounds])
+        splits = np.repeat(np.arange(3), [len(split_indices(len(order), split)) for split in SPLITS[:3]])
     if extra := sorted(known - set(files), key=natural_key):
         log.warning("%s: left out %d pictures without labels: %s", folder, len(extra), listed(extra))
     return Records([folder / files[i] for i in order], labels[order], splits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Masks -----------------------------------------------------------------------------------------------------------
 
 
 _MIRRORED = torch.tensor([0, 1, 2, 3, 5, 4, 7, 6, 9, 8, *range(10, 19)])  # class -> class on the other side
@@ -405,19 +358,23 @@ def read_mask(files: Sequence[Path], size: Size) -> np.ndarray:
     return np.asarray(fit(Image.fromarray(mask), size, files[0], Image.Resampling.NEAREST))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The data set ----------------------------------------------------------------------------------------------------
 
 
 class _Store:
-    """N arrays (*shape) uint8, each read from some files; kept as one memory-mapped file where that can be written.
+    """N arrays (*shape) uint8, each read from some files; kept in one memory-mapped file where that can be written.
+
+    The file is an array as NumPy writes it, followed by JSON: why which rows could not be read.
 
     Args:
-        folder: for the file, with a name that says what was read; None to read anew at every access. What was kept of
-            an earlier state of the files, by their names, sizes and dates, is made again.
+        folder: for the file; None to read anew at every access. What was kept of an earlier state of the files, by
+            their names, sizes and dates, is made again.
+        name: of what is read, for the file's name.
         read: makes an array of (files, its height and width), or raises an `InputError`: one bad file must not end a
             pass over 30,000.
+
+    Attributes:
+        bad: why a row could not be read.
     """
 
     def __init__(
@@ -431,14 +388,18 @@ class _Store:
         self.name, self.sources, self.shape, self.read = name, sources, shape, read
         self.file: Path | None = None
         self._map: np.ndarray | None = None  # opened once in a process: a pickled memory map would be a full copy
-        bad = None
         if folder is not None:
-            key = [_CACHE_VERSION, name, int(RESAMPLING), [list(map(_state, files)) for files in sources]]
-            bad = self._keep(folder, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
-        if bad is None:
-            bad = {i: row for i, row in enumerate(self._read(sources)) if isinstance(row, str)}
-        self.bad: dict[int, str] = bad
-        """Why a row could not be read."""
+            key = json.dumps([_CACHE_VERSION, name, int(RESAMPLING), [list(map(_state, files)) for files in sources]])
+            file = folder / f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+            try:
+                if folder.is_symlink():
+                    raise InputError(f"{folder} is a link, and nothing is written outside the data set")
+                self.bad = self._kept(file) if self._kept(file) is not None else self._write(file)
+                self.file = file
+            except (InputError, OSError) as error:
+                log.warning("no cache of resized images, every epoch reads the originals: %s", error)
+        if self.file is None:
+            self.bad = {i: row for i, row in enumerate(self._read(sources)) if isinstance(row, str)}
 
     def _read(self, sources: Sequence[Sequence[Path]]) -> Iterator[np.ndarray | str]:
         """The array of each source, or why there is none."""
@@ -449,45 +410,23 @@ class _Store:
             except InputError as error:
                 return str(error)
 
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with ThreadPoolExecutor(min(16, cores)) as pool:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             yield from pool.map(read, sources)
 
-    def _keep(self, folder: Path, key: str) -> dict[int, str] | None:
-        """Map the file of this key, making it first if need be; its unreadable rows, or None without a file."""
-        if folder.is_symlink():
-            log.warning("no cache of resized images: %s is a link, and nothing is written outside the data set", folder)
-            return None
-        file = folder / f"{self.name}_{key}.npy"
-        try:
-            bad = self._notes(file)
-            if bad is None:
-                self._write(file)
-                for old in folder.glob(f"{self.name}_*"):  # made from an earlier state of the same files
-                    ours = re.fullmatch(rf"{self.name}_[0-9a-f]{{16}}\.(npy|json)", old.name)
-                    if ours and old.stem != file.stem and not old.is_dir():
-                        old.unlink(missing_ok=True)
-                bad = self._notes(file)
-        except (InputError, OSError) as error:
-            log.warning("no cache of resized images, every epoch reads the originals: %s", error)
-            return None
-        if bad is None:
-            log.warning("no cache of resized images: %s was changed by another process", file)
-            return None
-        self.file = file
-        return bad
-
-    def _notes(self, file: Path) -> dict[int, str] | None:
+    def _kept(self, file: Path) -> dict[int, str] | None:
         """Unreadable rows of a complete file, or None without one."""
         try:
-            notes = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
             kept = np.load(file, mmap_mode="r", allow_pickle=False)
-            bad = {int(i): str(message) for i, message in notes.items()}
+            if kept.shape != (len(self.sources), *self.shape) or kept.dtype != np.uint8:
+                return None
+            with open(file, "rb") as notes:
+                notes.seek(kept.offset + kept.nbytes)
+                return {int(i): str(why) for i, why in json.load(notes).items()}
         except (OSError, ValueError, AttributeError, EOFError):
             return None
-        return bad if kept.shape == (len(self.sources), *self.shape) and kept.dtype == np.uint8 else None
 
-    def _write(self, file: Path) -> None:
+    def _write(self, file: Path) -> dict[int, str]:
+        """Make the file, in place of one of an earlier state; its unreadable rows."""
         bad, nothing = {}, np.zeros(self.shape, dtype=np.uint8)
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.sources), *self.shape)}
         with (
@@ -502,9 +441,11 @@ class _Store:
                         bad[i], row = row, nothing
                     out.write(row.tobytes())
                     progress.update()
-            out.close()
-            with atomic_write(file.with_suffix(".json")) as notes:  # first: the array in place means that both are
-                notes.write_text(json.dumps(bad), encoding="utf-8")
+            out.write(json.dumps(bad).encode())
+        for old in file.parent.glob(f"{self.name}_*.npy"):
+            if re.fullmatch(rf"{self.name}_[0-9a-f]{{16}}", old.stem) and old != file:
+                old.unlink()
+        return bad
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_map": None}
@@ -520,10 +461,6 @@ class _Store:
                 log.warning("no cache of resized images any more, the originals are read: %s", error)
                 self.file = None
         return torch.from_numpy(np.stack([self.read(self.sources[row], self.shape[-2:]) for row in rows]))
-
-
-def _said(size: Size) -> str:
-    return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
 def _read_pixels(files: Sequence[Path], size: Size) -> np.ndarray:
@@ -562,11 +499,9 @@ class CelebAMaskHQ(Dataset):
         cache: bool = True,
         mask_size: Size | None = None,
     ) -> None:
-        if min(sides(img_size) + sides(1 if mask_size is None else mask_size)) < 1:
-            raise InputError(f"img_size and mask_size must be at least 1, got {img_size} and {mask_size}")
         self.root, parts = _find(Path(root))
         self.split, self.img_size, self.mask_size = split, img_size, mask_size
-        records = read_records(parts)
+        records = read_records(tuple(parts.items()), tuple(map(_state, parts.values())))
         total, wanted = len(records.files), split_indices(len(records.files), split)  # refuses unknown names
         rows = np.flatnonzero(records.splits == SPLITS.index(split)) if split != "all" else np.array(wanted, dtype=int)
         if not len(rows):
@@ -576,32 +511,29 @@ class CelebAMaskHQ(Dataset):
 
         if strict and (missing := [f"{file}: no such file" for file in files if not file.is_file()]):
             raise InputError(listed(missing, 1))  # before an hour of resizing
-        shape, name = (3, *sides(img_size)), f"{split}_{_said(img_size)}"
-        self._images = _Store(folder, name, [(file,) for file in files], shape, _read_pixels)
-        bad = dict(self._images.bad)
+        name = f"{split}_{_named(img_size)}"
+        self._images = _Store(folder, name, [(file,) for file in files], (3, *sides(img_size)), _read_pixels)
+        self._masks = None
         if mask_size is None:
-            self._masks = None
-            unknown = [i for i in range(len(files)) if i not in bad and _UNKNOWN in labels[i]]
-            bad |= {i: f"{files[i].name}: attributes unknown" for i in unknown}
+            unknown = np.flatnonzero((labels == _UNKNOWN).any(1)).tolist()
+            bad = {i: f"{files[i].name}: attributes unknown" for i in unknown} | self._images.bad
+        elif "masks" not in parts:
+            raise InputError(f"{self.root}: no masks; expected {PART_FOLDER}/ or {MASK_FOLDER}/")
         else:
-            if "masks" not in parts:
-                raise InputError(f"{self.root}: no masks; expected {PART_FOLDER}/ or {MASK_FOLDER}/")
             sources = [(file, *masks) for file, masks in zip(files, mask_files(parts["masks"], files), strict=True)]
-            self._masks = _Store(folder, f"{split}_masks_{_said(mask_size)}", sources, sides(mask_size), read_mask)
-            bad = self._masks.bad | bad
+            self._masks = _Store(folder, f"{split}_masks_{_named(mask_size)}", sources, sides(mask_size), read_mask)
+            bad = self._masks.bad | self._images.bad
         if bad:
             why = listed([bad[i] for i in sorted(bad)], 1 if strict else 5)
             if strict:
                 raise InputError(why)
+            if len(bad) == len(files):
+                raise InputError(f"{parts['images']}: no image of the {split} split can be used: {why}")
             log.warning("%s split: left out %d of %d images: %s", split, len(bad), len(files), why)
-        keep = [i for i in range(len(files)) if i not in bad]
-        if not keep:
-            why = next(iter(bad.values()))
-            raise InputError(f"{parts['images']}: no image of the {split} split can be used: {why}")
-        self._rows = np.array(keep)  # item -> row of the stores
-        self.paths = [files[i] for i in keep]
+        self._rows = np.array([i for i in range(len(files)) if i not in bad])  # item -> row of the stores
+        self.paths = [files[i] for i in self._rows]
         self.files = [path.name for path in self.paths]
-        self.labels = torch.from_numpy(labels[keep]).float()  # (N, 40) in {0, 1}; with masks -1 where unknown
+        self.labels = torch.from_numpy(labels[self._rows]).float()  # (N, 40) in {0, 1}; with masks -1 where unknown
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -617,9 +549,7 @@ class CelebAMaskHQ(Dataset):
         return to_float(images), targets if self._masks is None else targets.long()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"item {index} of {len(self)}")
-        images, targets = self.batch([index])
+        images, targets = self.batch([index])  # raises IndexError
         return images[0], targets[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -627,12 +557,14 @@ class CelebAMaskHQ(Dataset):
         return list(zip(*self.batch(indices), strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loaders
-# ---------------------------------------------------------------------------------------------------------------------
+def _named(size: Size) -> str:
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
+
+# --- Loaders ---------------------------------------------------------------------------------------------------------
 
 Key = tuple[int, bool]  # (item, whether it is mirrored): each stands for one picture
+RawBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S) uint8, their targets, which to mirror (B,) bool
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -672,9 +604,6 @@ class EpochBatches(Sampler[list[Key]]):
         # first iterator twice and drops one.)
         epoch, self.epoch = self.epoch, self.epoch + 1
         yield from self.batches(epoch)
-
-
-RawBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S) uint8, their targets, which to mirror (B,) bool
 
 
 class _Batched(Dataset):
@@ -727,8 +656,6 @@ def make_loader(
 
     Its ``batch_sampler`` is an `EpochBatches`; `batches_from` goes on in the middle of an epoch.
     """
-    if batch_size < 1 or workers < 0:
-        raise InputError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {workers}")
     loader = FaceLoader(
         _Batched(source),
         batch_sampler=EpochBatches(len(source), batch_size, shuffle, flip, drop_last, seed, share),
@@ -771,14 +698,14 @@ def make_loaders(
     ``mask_size`` they hand out masks in place of labels.
 
     Raises:
-        InputError: as `CelebAMaskHQ`, or a batch size or worker count that makes no sense.
+        InputError: as `CelebAMaskHQ`, or a batch that cannot be shared evenly.
     """
     parts = {split: CelebAMaskHQ(root, split, img_size, strict, cache, mask_size) for split in SPLITS[:3]}
     common = {"batch_size": batch_size, "workers": workers, "seed": seed, "device": device}
-    drop = len(parts["train"]) > batch_size
     together = min(batch_size, len(parts["train"]))
     if together % share[1]:
         raise InputError(f"a batch of {together} images cannot be shared evenly by {share[1]} processes")
+    drop = len(parts["train"]) > batch_size
     train = make_loader(parts["train"], shuffle=True, flip=flip, drop_last=drop, share=share, **common)
     return Loaders(train, make_loader(parts["val"], **common), make_loader(parts["test"], **common))
 
@@ -789,17 +716,53 @@ def attribute_indices(names: Iterable[str]) -> list[int]:
     Raises:
         InputError: an unknown name, with its nearest match.
     """
-    indices = []
-    for name in names:
-        if name not in ATTRIBUTES:
-            raise InputError(f"unknown attribute {name!r}{nearest(name, ATTRIBUTES)}")
-        indices.append(ATTRIBUTES.index(name))
-    return indices
+    names = list(names)
+    if unknown := [name for name in names if name not in ATTRIBUTES]:
+        raise InputError(f"unknown attribute {unknown[0]!r}{nearest(unknown[0], ATTRIBUTES)}")
+    return [ATTRIBUTES.index(name) for name in names]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures that training did not see, made of those it has: for small data sets
-# ---------------------------------------------------------------------------------------------------------------------
+def with_batches(loader: DataLoader, batches: Sequence, workers: int = 0) -> DataLoader:
+    """A loader of these batches (lists of keys) alone, otherwise like ``loader``."""
+    other = type(loader)(
+        loader.dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=torch.Generator(),  # or it draws the workers' seed from the global one
+    )
+    if isinstance(loader, FaceLoader):
+        other.device = loader.device
+    return other
+
+
+def batches_from(loader: DataLoader, step: int) -> Iterator[tuple[list | None, tuple]]:
+    """The batches of a training, epoch after epoch, each with its keys; those of the first ``step`` are not loaded.
+
+    The keys are None if the loader shuffles by anything but `EpochBatches`, whose order alone is known beforehand.
+
+    Raises:
+        ValueError: the order of an epoch, in which ``step`` lies, is not known.
+    """
+    sampler = loader.batch_sampler
+    epoch, done = divmod(step, len(loader))
+    while True:
+        keys = None
+        if isinstance(sampler, EpochBatches):
+            keys, sampler.epoch = sampler.batches(epoch), epoch
+        elif isinstance(getattr(sampler, "sampler", None), SequentialSampler):
+            keys = list(sampler)
+        if done and keys is None:
+            raise ValueError("the order of an epoch must be known to resume in it: use `EpochBatches`")
+        batches = with_batches(loader, keys[done:], loader.num_workers) if done else loader
+        names = repeat(None) if keys is None else keys[done:]
+        yield from ((name, batch) for batch, name in zip(batches, names))  # noqa: B905  (repeat has no end)
+        epoch, done = epoch + 1, 0
+
+
+# --- Pictures that training did not see, made of those it has ---------------------------------------------------------
 
 
 def augmented(x: Tensor, strength: float, share: float = 1.0) -> Tensor:
@@ -828,54 +791,3 @@ def augmented(x: Tensor, strength: float, share: float = 1.0) -> Tensor:
     x = F.grid_sample(x, where, mode="bilinear", padding_mode="reflection", align_corners=False)
     contrast, light = 1 + 0.1 * draws[:, 4], 0.1 * draws[:, 5]
     return (x * contrast.view(-1, 1, 1, 1) + light.view(-1, 1, 1, 1)).clamp(-1, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The batches of a training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def epoch_keys(loader: DataLoader, epoch: int) -> list | None:
-    """What the loader's batch sampler hands out in an epoch, from 0: the keys of every batch, no image loaded.
-
-    None if it shuffles and is no `EpochBatches`, so that it cannot be told.
-    """
-    sampler = loader.batch_sampler
-    if isinstance(sampler, EpochBatches):
-        return sampler.batches(epoch)
-    return list(sampler) if isinstance(getattr(sampler, "sampler", None), SequentialSampler) else None
-
-
-def with_batches(loader: DataLoader, batches: Sequence, workers: int = 0) -> DataLoader:
-    """A loader of these batches (lists of keys) alone, otherwise like ``loader``."""
-    other = type(loader)(
-        loader.dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        generator=torch.Generator(),  # or it draws the workers' seed from the global one
-    )
-    if isinstance(loader, FaceLoader):
-        other.device = loader.device
-    return other
-
-
-def batches_from(loader: DataLoader, step: int) -> Iterator[tuple[list | None, tuple]]:
-    """The batches of a training, epoch after epoch, each with its keys; those of the first ``step`` are not loaded.
-
-    Raises:
-        ValueError: the order of an epoch, in which ``step`` lies, is not known.
-    """
-    epoch, done = divmod(step, len(loader))
-    while True:
-        keys = epoch_keys(loader, epoch)
-        if done and keys is None:
-            raise ValueError("the order of an epoch must be known to resume in it: use `EpochBatches`")
-        if isinstance(loader.batch_sampler, EpochBatches):
-            loader.batch_sampler.epoch = epoch
-        batches = with_batches(loader, keys[done:], loader.num_workers) if done else loader
-        names = repeat(None) if keys is None else keys[done:]
-        yield from ((name, batch) for batch, name in zip(batches, names))  # noqa: B905  (repeat has no end)
-        epoch, done = epoch + 1, 0

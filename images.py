@@ -1,6 +1,16 @@
-"""Pictures in and out: found, read whatever they are, made square, written.
+"""Pictures in and out: found, read whatever they are, made square, written; and the face in one, framed.
 
 An image is a (3, H, W) float32 tensor in [-1, 1].
+
+The networks of this project have seen faces as CelebA-HQ frames them: level eyes, a quarter of the width apart, a
+little above the middle. `align_face` turns, moves and scales a portrait so. Faces are found by MTCNN: three small
+networks look at every place and size, then twice more, ever closer, at what looked like a face; the last says where
+eyes, nose and mouth are. It was trained on the landmarks of CelebA, by which CelebA-HQ was cut. Its weights are those
+of the package mtcnn (MIT licence, 2 MB; it needs TensorFlow for networks of its own, and none of it here).
+
+K. Zhang, Z. Zhang, Z. Li, Y. Qiao, "Joint Face Detection and Alignment using Multi-task Cascaded Convolutional
+Networks", 2016. T. Karras, T. Aila, S. Laine, J. Lehtinen, "Progressive Growing of GANs for Improved Quality,
+Stability, and Variation", 2018, has the frame in appendix C.
 """
 
 import functools
@@ -9,7 +19,6 @@ import importlib.util
 import logging
 import os
 import re
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,23 +37,17 @@ Image.init()
 _FORMATS = tuple({"JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF"} & Image.OPEN.keys())
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS))
 
-_IMAGES, _MASKS = {"CelebA-HQ-img", "images"}, {"CelebAMask-HQ-mask-anno", "masks"}  # side by side in a data set
 RESAMPLING = Image.Resampling.LANCZOS  # Pillow widens its kernel when it shrinks: antialiased
-_SHA256 = {  # of the weights: what is in there is unpickled
-    "pnet": "ea6b0c3e685ebee3165326ad6484acc95f2ef78f1c94fbf40a55704fa989f7b5",
-    "rnet": "cb00e6460f3c98b0bfafaba3c0a0ded4bdf6e62cee7174d969e8670d7e757fee",
-    "onet": "94f6ea2f4cf985275ee958cdd762d17b6009348a4fb9d8c6be39ba73ffd22ca3",
-}
-_THRESHOLDS = 0.6, 0.7, 0.8  # a network's probability that it sees a face
-_SMALLEST = 20  # pixels: the side of a face that is looked for
-_LARGEST = 640  # pixels: a larger picture is looked at in a smaller copy
-_SHRINK = 0.709  # from one size that is looked at to the next: half the area
-_ROLL = 0.1  # radians: a face that is turned by more is looked at again
-_FAR = 0.3  # of the width: a picture whose corners are farther off is not aligned
+_IMAGES, _MASKS = {"CelebA-HQ-img", "images"}, {"CelebAMask-HQ-mask-anno", "masks"}  # side by side in a data set
 _CELEBA_SIZE, _CELEBA_BOX = (178, 218), (11, 37, 167, 193)  # left, upper, right, lower; see `fit`
+_cropped: list[str | Path] = []  # the first picture that was, of which a warning was given
 
-log = logging.getLogger(__name__)
+Size = int | tuple[int, int]  # the side of a square, or (height, width)
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+# --- Found and read --------------------------------------------------------------------------------------------------
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
@@ -93,22 +96,15 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _to_rgb(image: Image.Image, png: bool = False) -> Image.Image:
-    """Any Pillow mode to 8-bit RGB; transparent pixels show white.
-
-    Args:
-        png: it comes from one, whose integers have 16 bits, which older versions of Pillow do not say.
-    """
+def _to_rgb(image: Image.Image, png: bool) -> Image.Image:
+    """Any Pillow mode to 8-bit RGB; transparent pixels show white. ``png``: its integers have 16 bits."""
     if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips these at 255 instead of scaling them
         values = np.asarray(image).astype(np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("it holds values that are not finite")
-        if image.mode == "F":
-            most = 1 if values.max() <= 1 else 255
-        else:
-            most = 65535 if png or image.mode.startswith("I;16") or values.max() > 255 else 255
-        if values.min() < 0 or values.max() > most:
-            raise ValueError(f"its values reach from {values.min():g} to {values.max():g}, expected 0 to {most}")
+        low, high = values.min(), values.max()
+        wide = image.mode != "F" and (png or image.mode.startswith("I;16") or high > 255)
+        most = 65535 if wide else 1 if image.mode == "F" and high <= 1 else 255
+        if not 0 <= low <= high <= most:  # NaN neither
+            raise ValueError(f"its values reach from {low:g} to {high:g}, expected 0 to {most}")
         image = Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -158,12 +154,6 @@ def to_float(images: Tensor) -> Tensor:
     return (images / 127.5).sub_(1)
 
 
-_CROPPED = threading.Lock()
-
-
-Size = int | tuple[int, int]  # the side of a square, or (height, width)
-
-
 def sides(size: Size) -> tuple[int, int]:
     """(height, width)."""
     return (size, size) if isinstance(size, int) else tuple(size)
@@ -182,13 +172,14 @@ def fit(image: Image.Image, size: Size, path: str | Path, resampling: Image.Resa
     height, width = sides(size)
     if image.size == _CELEBA_SIZE:
         image = image.crop(_CELEBA_BOX)
-    elif image.width * height != image.height * width and _CROPPED.acquire(blocking=False):  # never given back
-        said = "not square" if height == width else f"not {width} to {height}"
-        log.warning("%s is %dx%d: of pictures that are %s, the middle is used", path, *image.size, said)
-    if image.width * height != image.height * width:
-        part = [max(1, min(image.width, image.height * width // height))]
-        part.append(max(1, min(image.height, image.width * height // width)))
-        left, top = (image.width - part[0]) // 2, (image.height - part[1]) // 2
+    w, h = image.size
+    if w * height != h * width:
+        if not _cropped:
+            said = "not square" if height == width else f"not {width} to {height}"
+            log.warning("%s is %dx%d: of pictures that are %s, the middle is used", path, w, h, said)
+            _cropped.append(path)
+        part = max(1, min(w, h * width // height)), max(1, min(h, w * height // width))
+        left, top = (w - part[0]) // 2, (h - part[1]) // 2
         image = image.crop((left, top, left + part[0], top + part[1]))
     return image if image.size == (width, height) else image.resize((width, height), resampling)
 
@@ -244,7 +235,18 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
     return filled.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
-# --- Faces, found and framed as CelebA-HQ's -------------------------------------------------------------------------
+# --- Faces, found and framed as CelebA-HQ's ---------------------------------------------------------------------------
+
+_SHA256 = {  # of the weights: what is in there is unpickled
+    "pnet": "ea6b0c3e685ebee3165326ad6484acc95f2ef78f1c94fbf40a55704fa989f7b5",
+    "rnet": "cb00e6460f3c98b0bfafaba3c0a0ded4bdf6e62cee7174d969e8670d7e757fee",
+    "onet": "94f6ea2f4cf985275ee958cdd762d17b6009348a4fb9d8c6be39ba73ffd22ca3",
+}
+_THRESHOLDS = 0.6, 0.7, 0.8  # a network's probability that it sees a face
+_SMALLEST, _LARGEST = 20, 640  # pixels: the side of a face that is looked for; a larger picture is looked at smaller
+_SHRINK = 0.709  # from one size that is looked at to the next: half the area
+_ROLL = 0.1  # radians: a face that is turned by more is looked at again
+_FAR = 0.3  # of the width: a picture whose corners are farther off is not aligned
 
 
 class Face(NamedTuple):

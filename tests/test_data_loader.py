@@ -1,4 +1,5 @@
-import builtins
+"""Data sets as they lie on disks, whole and broken; loaders that repeat, resume and share."""
+
 import itertools
 import logging
 import pickle
@@ -9,7 +10,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from layout import annotation_text, circle, picture, write_dataset
+from PIL import Image
 
 import data_loader
 from data_loader import (
@@ -32,64 +34,27 @@ from images import load_image
 from utils import InputError
 
 
-def picture(seed: int, size: int | tuple[int, int] = 12) -> Image.Image:
-    width, height = (size, size) if isinstance(size, int) else size
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def circle(width: int, height: int) -> Image.Image:
-    image = Image.new("RGB", (width, height), "white")
-    middle, radius = (width / 2, height / 2), 0.4 * min(width, height)
-    box = [middle[0] - radius, middle[1] - radius, middle[0] + radius, middle[1] + radius]
-    ImageDraw.Draw(image).ellipse(box, fill="black")
-    return image
-
-
-def annotation_text(n: int, names=ATTRIBUTES, end: str = "\n") -> str:
-    rng = np.random.default_rng(n)
-    rows = [f"{i}.jpg  " + " ".join("1" if bit else "-1" for bit in rng.integers(0, 2, len(names))) for i in range(n)]
-    return end.join([str(n), " ".join(names), *rows]) + end
-
-
-def write_dataset(folder, n: int = 20):
-    (folder / "CelebA-HQ-img").mkdir(parents=True)
-    for i in range(n):
-        picture(i).save(folder / "CelebA-HQ-img" / f"{i}.jpg", quality=95)
-    (folder / "CelebAMask-HQ-attribute-anno.txt").write_text(annotation_text(n))
-    return folder
-
-
 @pytest.fixture
 def root(tmp_path):
     return write_dataset(tmp_path / "faces")
 
 
-def test_forty_names():
-    assert len(ATTRIBUTES) == len(set(ATTRIBUTES)) == 40
-    assert ATTRIBUTES[0] == "5_o_Clock_Shadow" and ATTRIBUTES[20] == "Male" and ATTRIBUTES[-1] == "Young"
-
-
 # Annotations ---------------------------------------------------------------------------------------------------------
 
 
-def test_annotations_tolerate_bom_crlf_blank_lines_and_tabs(tmp_path):
-    plain = tmp_path / "plain.txt"
-    plain.write_text(annotation_text(3))
-    expected = read_annotations(plain)
-    assert expected.files == ["0.jpg", "1.jpg", "2.jpg"] and expected.attributes == ATTRIBUTES
+def test_annotations_tolerate_bom_crlf_blank_lines_tabs_and_any_order_of_names(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(annotation_text(3))
+    expected = read_annotations(path)
+    assert expected.files == ["0.jpg", "1.jpg", "2.jpg"]
     assert expected.labels.shape == (3, 40) and set(np.unique(expected.labels)) == {0, 1}
-    odd = tmp_path / "odd.txt"
-    odd.write_bytes(b"\xef\xbb\xbf" + annotation_text(3, end="\r\n").replace("  ", "\t ").encode() + b"\r\n \r\n")
-    assert (read_annotations(odd).labels == expected.labels).all()
-    odd.write_text(annotation_text(3).replace("-1", "0"))
-    assert (read_annotations(odd).labels == expected.labels).all()
-
-
-def test_annotations_reorder_the_names(tmp_path):
-    names = ATTRIBUTES[::-1]
-    row = " ".join("1" if name == "Smiling" else "-1" for name in names)
-    (tmp_path / "a.txt").write_text(f"1\n{' '.join(names)}\n0.jpg {row}\n")
-    labels = read_annotations(tmp_path / "a.txt").labels
+    path.write_bytes(b"\xef\xbb\xbf" + annotation_text(3, end="\r\n").replace("  ", "\t ").encode() + b"\r\n \r\n")
+    assert (read_annotations(path).labels == expected.labels).all()
+    path.write_text(annotation_text(3).replace("-1", "0"))
+    assert (read_annotations(path).labels == expected.labels).all()
+    row = " ".join("1" if name == "Smiling" else "-1" for name in ATTRIBUTES[::-1])
+    path.write_text(f"1\n{' '.join(ATTRIBUTES[::-1])}\n0.jpg {row}\n")
+    labels = read_annotations(path).labels
     assert labels.sum() == 1 and labels[0, ATTRIBUTES.index("Smiling")] == 1
 
 
@@ -103,32 +68,23 @@ def edited(line: int, change) -> str:
     "text, message",
     [
         ("", "empty"),
+        ("3\n", "line 2: expected the 40 attribute names"),
+        (b"3\n\xff\xfe\n", "not UTF-8"),
         (edited(1, lambda s: "many"), "line 1: expected the number of images, got 'many'"),
-        (edited(1, lambda s: "5"), "line 1: the count says 5 images, the file lists 3"),
-        ("3\n", "expected the 40 attribute names"),
-        (annotation_text(3).split("\n", 1)[1], "line 1: expected the number of images"),
+        (edited(1, lambda s: "5"), "the count says 5 images, the file lists 3"),
         (edited(2, lambda s: s.replace(" Young", "")), "line 2: 39 attribute names, expected 40; missing Young"),
         (edited(2, lambda s: s.replace("Smiling", "Smilling")), "line 2: unknown attribute 'Smilling'.*'Smiling'"),
-        (edited(2, lambda s: s.replace("Young", "Male")), "line 2: attribute 'Male' is named twice"),
+        (edited(2, lambda s: s + " Male"), "line 2: an attribute is named twice"),
         (edited(4, lambda s: s + " 1"), "line 4: 1.jpg has 41 values, expected 40"),
-        (edited(4, lambda s: s.rsplit(" ", 1)[0]), "line 4: 1.jpg has 39 values"),
         (edited(4, lambda s: s.rsplit(" ", 1)[0] + " 2"), "line 4: Young of 1.jpg is '2', expected 1 or -1"),
         (edited(4, lambda s: s.replace("1.jpg", "0.jpg")), "line 4: 0.jpg is listed twice, first on line 3"),
         (edited(4, lambda s: s.replace("1.jpg", "../1.jpg")), "line 4: '../1.jpg' is not a plain file name"),
     ],
 )
 def test_annotation_errors_name_file_and_line(tmp_path, text, message):
-    (tmp_path / "anno.txt").write_text(text)
+    (tmp_path / "anno.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=f"anno.txt.*{message}"):
         read_annotations(tmp_path / "anno.txt")
-
-
-def test_annotation_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(InputError, match="cannot read annotations"):
-        read_annotations(tmp_path / "none.txt")
-    (tmp_path / "bytes.txt").write_bytes(b"3\n\xff\xfe\n")
-    with pytest.raises(InputError, match="not UTF-8"):
-        read_annotations(tmp_path / "bytes.txt")
 
 
 def test_attribute_indices():
@@ -140,47 +96,17 @@ def test_attribute_indices():
 # Folders and splits --------------------------------------------------------------------------------------------------
 
 
-def test_find_dataset_searches_below(tmp_path):
-    nested = write_dataset(tmp_path / "versions" / "1" / "CelebAMask-HQ", 1)
-    assert find_dataset(tmp_path) == nested == find_dataset(nested)
-
-
-def test_find_dataset_failures(tmp_path):
-    with pytest.raises(InputError, match="no such folder.*CelebA-HQ-img"):
-        find_dataset(tmp_path / "none")
-    with pytest.raises(InputError, match="CelebAMask-HQ-attribute-anno.txt"):
-        find_dataset(tmp_path)
-    (tmp_path / "CelebA-HQ-img").mkdir()
-    with pytest.raises(InputError, match="attribute-anno.txt is missing in"):
-        find_dataset(tmp_path)
-
-
-def test_download_failures_name_the_flag(monkeypatch):
-    def refuse(handle):
-        raise OSError("no network")
-
-    monkeypatch.setitem(sys.modules, "kagglehub", types.SimpleNamespace(dataset_download=refuse))
-    with pytest.raises(InputError, match="no network.*--dataset_path"):
-        download_dataset()
-    monkeypatch.delitem(sys.modules, "kagglehub")
-    real = builtins.__import__
-
-    def absent(name, *args, **kwargs):
-        if name == "kagglehub":
-            raise ImportError
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(InputError, match="pip install kagglehub.*--dataset_path"):
-        download_dataset()
-
-
-def test_download_finds_the_nested_folder(monkeypatch, tmp_path):
-    nested = write_dataset(tmp_path / "CelebAMask-HQ", 1)
-    asked = []
+def test_a_download_is_found_where_it_lies_and_its_failures_name_the_flag(monkeypatch, tmp_path):
+    nested, asked = write_dataset(tmp_path / "versions" / "1" / "CelebAMask-HQ", 1), []
     hub = types.SimpleNamespace(dataset_download=lambda handle: asked.append(handle) or str(tmp_path))
     monkeypatch.setitem(sys.modules, "kagglehub", hub)
-    assert download_dataset() == nested and asked == ["liusonghua/celebamaskhq"]
+    assert download_dataset() == nested == find_dataset(nested) and asked == ["liusonghua/celebamaskhq"]
+    hub.dataset_download = lambda handle: 1 / 0
+    with pytest.raises(InputError, match="division by zero.*--dataset_path"):
+        download_dataset()
+    monkeypatch.setitem(sys.modules, "kagglehub", None)
+    with pytest.raises(InputError, match="pip install kagglehub.*--dataset_path"):
+        download_dataset()
 
 
 def test_splits():
@@ -196,11 +122,10 @@ def test_splits():
 # Data set ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(89, 109), (109, 89), (64, 64), (101, 300)])
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("size, cache", [((89, 109), True), ((101, 300), False)])
 def test_training_and_use_see_a_picture_alike(tmp_path, size, cache):
     """A circle stays one, and lies at the same place, by the data set as by `load_image`."""
-    root = write_dataset(tmp_path, 10)
+    root = write_dataset(tmp_path / "faces", 10)
     for path in (root / "CelebA-HQ-img").iterdir():
         circle(*size).save(path, quality=95)
     image = CelebAMaskHQ(root, "all", 32, cache=cache)[0][0]
@@ -218,8 +143,6 @@ def test_items_splits_and_labels(root):
     annotations = read_annotations(root / "CelebAMask-HQ-attribute-anno.txt")
     assert torch.equal(labels, torch.from_numpy(annotations.labels[19]).float())
     assert torch.equal(image, load_image(root / "CelebA-HQ-img" / "19.jpg", 8))
-    with pytest.raises(IndexError):
-        dataset[2]
     assert len(list(dataset)) == 2
 
 
@@ -242,10 +165,11 @@ def test_cache_is_built_once_and_again_when_the_source_changes(root, monkeypatch
     picture(99).save(root / "CelebA-HQ-img" / "18.jpg", quality=95)
     after = CelebAMaskHQ(root, "test", 8)[0][0]
     assert len(built) == 2 and not torch.equal(before, after)
-    assert len(list((root / ".cache").iterdir())) == 2  # the old one is gone: an array and its notes
-    file = next((root / ".cache").glob("*.npy"))
-    file.write_bytes(file.read_bytes()[:100])
-    assert torch.equal(CelebAMaskHQ(root, "test", 8)[0][0], after) and len(built) == 3
+    (file,) = (root / ".cache").iterdir()  # the old one is gone
+    for size in (100, len(file.read_bytes()) - 1):  # cut, in the pixels and in what follows them
+        file.write_bytes(file.read_bytes()[:size])
+        assert torch.equal(CelebAMaskHQ(root, "test", 8)[0][0], after)
+    assert len(built) == 4
 
 
 def test_unwritable_cache_is_a_warning(root, caplog):
@@ -274,15 +198,15 @@ def test_bad_images_are_left_out_and_named_or_refused(root, caplog, cache):
         CelebAMaskHQ(root, "train", 8, strict=True, cache=cache)
 
 
-def test_data_sets_that_make_no_sense(root, tmp_path):
+def test_a_split_of_which_nothing_is_left_is_refused(root, tmp_path, caplog):
     with pytest.raises(InputError, match="val split of 3 images is empty"):
         CelebAMaskHQ(write_dataset(tmp_path / "three", 3), "val", 8)
-    with pytest.raises(InputError, match="img_size"):
-        CelebAMaskHQ(root, "train", 0)
+    picture(0).save(root / "CelebA-HQ-img" / "20.jpg")
     for i in (18, 19):
         (root / "CelebA-HQ-img" / f"{i}.jpg").unlink()
     with pytest.raises(InputError, match="no image of the test split"):
         CelebAMaskHQ(root, "test", 8)
+    assert "left out 1 pictures without labels: 20.jpg" in caplog.text
 
 
 # CelebA --------------------------------------------------------------------------------------------------------------
@@ -295,24 +219,24 @@ def write_celeba(folder, kaggle: bool, n: int = 12):
     names = [f"{i:06d}.jpg" for i in range(1, n + 1)]
     for i, name in enumerate(names):
         picture(i, (178, 218)).save(images / name)
-    splits = [(0, 1, 2, 0, 0)[i % 5] for i in range(n)]
-    rows = [line.split() for line in annotation_text(n).splitlines()[2:]]
-    if kaggle:
-        table = [["image_id", *ATTRIBUTES], *([name, *row[1:]] for name, row in zip(names, rows, strict=True))]
-        (folder / "list_attr_celeba.csv").write_text("\n".join(",".join(row) for row in table) + "\n")
-        partition = ["image_id,partition", *(f"{name},{split}" for name, split in zip(names, splits, strict=True))]
-        (folder / "list_eval_partition.csv").write_text("\n".join(partition) + "\n")
-    else:
-        lines = [str(n), " ".join(ATTRIBUTES), *(" ".join([f, *row[1:]]) for f, row in zip(names, rows, strict=True))]
-        (folder / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
-        partition = [f"{name} {split}" for name, split in zip(names, splits, strict=True)]
-        (folder / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
+    bits = [line.split()[1:] for line in annotation_text(n).splitlines()[2:]]
+    attributes = [["image_id", *ATTRIBUTES], *([name, *row] for name, row in zip(names, bits, strict=True))]
+    partition = [["image_id", "partition"], *([name, "01200"[i % 5]] for i, name in enumerate(names))]
+    for table, rows in (("list_attr_celeba", attributes), ("list_eval_partition", partition)):
+        if kaggle:
+            (folder / f"{table}.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
+        else:
+            head = [str(n), " ".join(ATTRIBUTES)] if table == "list_attr_celeba" else []
+            (folder / f"{table}.txt").write_text("\n".join([*head, *(" ".join(row) for row in rows[1:])]) + "\n")
     return folder
 
 
-@pytest.mark.parametrize("kaggle", [False, True])
-def test_celeba_is_found_and_split_as_published(tmp_path, kaggle):
-    root = write_celeba(tmp_path / "deep" / "celeba", kaggle)
+@pytest.mark.parametrize("form", ["torchvision", "kaggle", "published"])
+def test_celeba_is_found_and_split_as_published(tmp_path, form):
+    root = write_celeba(tmp_path / "deep" / "celeba", form == "kaggle")
+    for folder, name in (("Img", "img_align_celeba"), ("Anno", "list_attr_celeba.txt")) * (form == "published"):
+        (root / folder).mkdir()
+        (root / name).rename(root / folder / name)
     assert find_dataset(tmp_path) == root
     parts = {split: CelebAMaskHQ(tmp_path, split, 16) for split in ("train", "val", "test", "all")}
     assert parts["val"].files == ["000002.jpg", "000007.jpg", "000012.jpg"]
@@ -324,50 +248,24 @@ def test_celeba_is_found_and_split_as_published(tmp_path, kaggle):
     assert torch.equal(parts["test"][1][1], labels[7])
 
 
-def test_celeba_as_it_is_published_in_three_folders(tmp_path):
-    root = write_celeba(tmp_path / "celeba", False)
-    for folder, names in {"Img": ["img_align_celeba"], "Anno": ["list_attr_celeba.txt"]}.items():
-        (root / folder).mkdir()
-        for name in names:
-            (root / name).rename(root / folder / name)
-    assert CelebAMaskHQ(root, "test", 8).files == ["000003.jpg", "000008.jpg"]
+def shorter(path, by: int) -> None:
+    path.write_bytes(path.read_bytes()[:-by])
 
 
-def test_celeba_that_does_not_fit_is_one_line(tmp_path):
-    root = write_celeba(tmp_path / "a", False)
-    lines = (root / "list_eval_partition.txt").read_text().splitlines()
-    (root / "list_eval_partition.txt").write_text("\n".join(lines[:10]))  # cut short
-    with pytest.raises(
-        InputError, match="list_eval_partition.txt: no split for 000011.jpg, 000012.jpg, which list_attr"
-    ):
+@pytest.mark.parametrize("kaggle, harm, said", [
+    (False, lambda r: shorter(r / "list_eval_partition.txt", 26), "partition.txt: no split for 000011.jpg, 000012.jpg"),
+    (False, lambda r: (r / "list_eval_partition.txt").write_text("1.jpg 7\n"), "line 1: expected a file name and 0, 1"),
+    (False, lambda r: (r / "list_eval_partition.txt").unlink(), "list_eval_partition.txt is missing in"),
+    (True, lambda r: shorter(r / "list_attr_celeba.csv", 30), "csv, line 13: 000012.jpg has .* values, expected 40"),
+    (False, lambda r: shutil.rmtree(r) or r.mkdir() or (r / "img.zip").touch(), "unpack img.zip first; expected a fol"),
+    (False, shutil.rmtree, "no such folder; unpack an archive first; expected a folder with CelebA-HQ-img/ and"),
+])  # fmt: skip
+def test_a_data_set_that_does_not_fit_is_one_line(tmp_path, kaggle, harm, said):
+    root = write_celeba(tmp_path / "celeba", kaggle)
+    harm(root)
+    with pytest.raises(InputError, match=said) as error:
         CelebAMaskHQ(root, "train", 8)
-    (root / "list_eval_partition.txt").write_text("000001.jpg 7\n")
-    with pytest.raises(InputError, match="line 1: expected a file name and 0, 1 or 2, got '000001.jpg 7'"):
-        CelebAMaskHQ(root, "train", 8)
-    (root / "list_eval_partition.txt").unlink()
-    with pytest.raises(InputError, match="list_eval_partition.txt is missing in"):
-        CelebAMaskHQ(root, "train", 8)
-    kaggle = write_celeba(tmp_path / "b", True)
-    table = (kaggle / "list_attr_celeba.csv").read_text()
-    (kaggle / "list_attr_celeba.csv").write_text(table[:-30])
-    with pytest.raises(InputError, match="list_attr_celeba.csv, line 13: 000012.jpg has .* values, expected 40"):
-        CelebAMaskHQ(kaggle, "train", 8)
-    (kaggle / "list_attr_celeba.csv").write_text(table.replace(",Young", ",Yuong"))
-    with pytest.raises(InputError, match="line 1: 39 attribute names, expected 40; missing Young"):
-        CelebAMaskHQ(kaggle, "train", 8)
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "img_align_celeba.zip").touch()
-    with pytest.raises(InputError, match="unpack img_align_celeba.zip first"):
-        CelebAMaskHQ(tmp_path / "c", "train", 8)
-    with pytest.raises(InputError, match="img_align_celeba.zip: not a folder; unpack it"):
-        CelebAMaskHQ(tmp_path / "c" / "img_align_celeba.zip", "train", 8)
-
-
-def test_pictures_without_labels_are_named(root, caplog):
-    picture(0).save(root / "CelebA-HQ-img" / "20.jpg")
-    picture(0).save(root / "CelebA-HQ-img" / "21.jpg")
-    assert len(CelebAMaskHQ(root, "all", 8)) == 20
-    assert "left out 2 pictures without labels: 20.jpg, 21.jpg" in caplog.text
+    assert "\n" not in str(error.value)
 
 
 # Masks ---------------------------------------------------------------------------------------------------------------
@@ -456,7 +354,7 @@ def test_masks_that_do_not_fit_are_one_line(root, caplog):
     folder = root / "CelebAMask-HQ-mask-anno" / "0"
     for file in folder.glob("00003_*"):
         file.unlink()
-    (folder / "00004_hair.png").write_bytes((folder / "00004_hair.png").read_bytes()[:50])
+    shorter(folder / "00004_hair.png", 40)
     Image.new("L", (9, 9)).save(folder / "00005_hair.png")
     assert len(CelebAMaskHQ(root, "train", 8, mask_size=8)) == 13
     assert "00003_skin.png: no such file" in caplog.text and "00004_hair.png: cannot read" in caplog.text
@@ -489,7 +387,6 @@ def test_same_seed_same_batches_for_any_number_of_workers(root):
     assert len(reference) == 6 and reference[0][0].shape == (5, 3, 8, 8) and reference[0][1].shape == (5, 40)
     torch.manual_seed(7)  # the global generator has no say
     torch.rand(3)
-    assert equal(reference, epochs(root, seed=1))
     assert equal(reference, epochs(root, seed=1, workers=2))
     assert equal(reference, epochs(root, seed=1, cache=False))
     assert not equal(reference, epochs(root, seed=2))
@@ -531,21 +428,11 @@ def test_evaluation_sees_every_image_in_order_and_training_drops_a_remainder(roo
     assert [len(x) for x, _ in make_loaders(root, 8, 100).train] == [16]  # never an empty epoch
     dataset = CelebAMaskHQ(root, "train", 8)
     assert [len(x) for x, _ in make_loader(dataset, 7)] == [7, 7, 2]
-
-
-def test_the_plain_loader_works_too(root):
-    dataset = CelebAMaskHQ(root, "train", 8)
-    images, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
+    images, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))  # the plain loader works too
     assert torch.equal(images, dataset.batch(range(4))[0]) and torch.equal(labels, dataset.labels[:4])
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"batch_size": 2, "workers": -1}])
-def test_loader_settings_that_make_no_sense(root, settings):
-    with pytest.raises(InputError, match="batch_size"):
-        make_loaders(root, 8, **settings)
-
-
-# Augmentation -----------------------------------------------------------------------------------------------------
+# Augmentation --------------------------------------------------------------------------------------------------------
 
 
 def smooth(count: int, size: int = 32) -> torch.Tensor:
@@ -555,28 +442,17 @@ def smooth(count: int, size: int = 32) -> torch.Tensor:
     return picture.expand(count, 3, size, size).clone()
 
 
-def test_strength_zero_returns_the_pictures_themselves():
-    x = smooth(2)
-    assert augmented(x, 0.0) is x
+def test_each_picture_changes_its_own_way_stays_in_range_and_moves_with_strength():
+    def drawn(strength: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        return augmented(x, strength)
 
-
-def test_each_picture_changes_its_own_way_and_stays_in_range():
-    torch.manual_seed(0)
     x = smooth(8)
-    y = augmented(x, 1.0)
-    assert y.shape == x.shape and y.abs().max() <= 1
-    moved = (y - x).flatten(1).abs().amax(1)
-    assert moved.min() > 0.01
-    assert len({round(value, 5) for value in moved.tolist()}) == 8
-
-
-def test_more_strength_moves_further():
-    x = smooth(64)
-    moved = []
-    for strength in (0.1, 1.0):
-        torch.manual_seed(1)  # the same draws
-        moved.append((augmented(x, strength) - x).abs().mean().item())
-    assert moved[1] > 3 * moved[0]
+    assert drawn(0.0) is x and torch.equal(drawn(1.0), drawn(1.0))
+    assert drawn(1.0).shape == x.shape and drawn(1.0).abs().max() <= 1
+    moved = (drawn(1.0) - x).flatten(1).abs().amax(1)
+    assert moved.min() > 0.01 and len({round(value, 5) for value in moved.tolist()}) == 8
+    assert (drawn(1.0) - x).abs().mean() > 3 * (drawn(0.1) - x).abs().mean()
 
 
 def test_a_share_of_the_pictures_is_left_alone():
@@ -584,15 +460,3 @@ def test_a_share_of_the_pictures_is_left_alone():
     x = smooth(400, 8).double()
     left = (augmented(x, 1.0, share=0.25) - x).flatten(1).abs().amax(1) < 1e-6
     assert 250 < left.sum() < 350  # 300 expected, deviation 9
-
-
-def test_the_global_seed_decides():
-    x = smooth(4)
-    torch.manual_seed(3)
-    first = augmented(x, 1.0)
-    torch.manual_seed(3)
-    assert torch.equal(augmented(x, 1.0), first)
-
-
-def test_import_is_light():
-    assert not hasattr(data_loader, "kagglehub")

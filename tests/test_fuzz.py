@@ -17,7 +17,7 @@ import torch
 from helpers import randomise, seeded, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_data_loader import annotation_text
+from layout import annotation_text
 from test_laws import LAWS, LAWS_OF_NETWORKS, Case
 
 import checkpoints
