@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from DDNM.guided_diffusion.guidance import (
 )
 from DDNM.guided_diffusion.prior import Prior, small_unet
 from DDNM.guided_diffusion.schedule import time_pairs
-from operators import SPNNOperator, make_operator
+from operators import LinearOperator, SPNNOperator, make_operator
 from utils import InputError, parse
 
 NETWORK_RULES = [name for name in RULES if name != "linear"]
@@ -152,6 +153,47 @@ def test_the_linear_rule_keeps_what_was_measured_and_refuses_a_network():
     torch.testing.assert_close(drawn, same, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="linear is for linear operators"):
         draw(Linear())
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.3, 2.0])
+@pytest.mark.parametrize("sigma", [0.4, 0.02])
+@torch.no_grad()
+def test_noise_in_the_target_follows_ddnm_plus(noise, sigma):
+    """DDNM+, equations 17 to 19: lambda, what is added, and the covariance that x_next has around a clean image."""
+    operator, x, t, a = make_operator("grey*sr2", (3, 4, 4)), images(1)[..., :4, :4].double(), 500, torch.tensor(0.8)
+    y, z = torch.randn(1, 1, 2, 2, dtype=torch.float64), torch.eye(48, dtype=torch.float64).view(48, 3, 4, 4)
+    steer = Linear(noise).towards(operator, y)
+    x0, _, _, settle = steer(Denoiser(gaussian_prior), x, t)
+    moved, _ = settle(z[:1], a, torch.tensor(sigma))
+    strength = 1.0 if sigma >= 0.8 * noise / operator.gain else sigma * operator.gain / (0.8 * noise)
+    torch.testing.assert_close(moved, x0 + strength * operator.pinv(y - operator.A(x0)), rtol=0, atol=1e-6)
+    added = sigma * settle(z, a, torch.tensor(sigma))[1].flatten(1).T  # of z, (48, 48)
+    brought = 0.8 * strength * noise * operator.pinv(torch.eye(4, dtype=z.dtype).view(4, 1, 2, 2)).flatten(1).T
+    covariance = added @ added.T + brought @ brought.T
+    torch.testing.assert_close(covariance, sigma**2 * torch.eye(48, dtype=z.dtype), rtol=0, atol=1e-6 * sigma)
+
+
+@torch.no_grad()
+def test_knowing_the_noise_helps():
+    """Half the error that a target with noise leaves where it is taken at its word."""
+    operator, truth = make_operator("sr2", (3, 8, 8)), images(4, seed=3) * 0.3
+    y = operator.A(truth) + 0.5 * torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(5))
+    errors = []
+    for noise in (0.0, 0.5):
+        generators = [image_generator(0, name) for name in "abcd"]
+        drawn = sample(gaussian_prior, generators, CPU, operator, y, Linear(noise), steps=50)
+        errors.append((operator.A(drawn) - operator.A(truth)).square().mean().item())
+    assert errors[1] < errors[0] / 2
+
+
+def test_an_operator_of_other_images_or_a_target_of_another_shape_is_refused():
+    refused = partial(sample, gaussian_prior, [image_generator(0, "a")], CPU, guidance=Linear(), steps=2)
+    with pytest.raises(ValueError, match=r"draws images \(3, 8, 8\), the operator measures images \(3, 4, 4\)"):
+        refused(make_operator("sr2", (3, 4, 4)), torch.zeros(1, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"targets have shape \(5,\), what is measured \(3, 4, 4\)"):
+        refused(make_operator("sr2", (3, 8, 8)), torch.zeros(1, 5))
+    with pytest.raises(InputError, match="more than one"):
+        Linear(0.1).towards(LinearOperator(torch.diff, torch.diff, (3, 8, 8), (3, 8, 7)), torch.zeros(1, 3, 8, 7))
 
 
 # --- What every rule owes --------------------------------------------------------------------------------------------

@@ -22,16 +22,23 @@ from operators import Operator, as_operator
 BEST = Switched(NLBP(max_move=0.06, nlbp_stop_cond=0.05), Gradient(0.03), switch=400)
 
 
+def added_variance(abar: Tensor, abar_next: Tensor, eta: float | None) -> Tensor:
+    """``s2``, of the noise that a step adds.
+
+    Args:
+        eta: None for the published ``1 - abar_t / abar_next``; a number for DDIM's,
+            ``eta^2 (1 - abar_next) / (1 - abar_t) (1 - abar_t / abar_next)``.
+    """
+    s2 = 1 - abar / abar_next
+    return s2 if eta is None else eta**2 * (1 - abar_next) / (1 - abar) * s2
+
+
 def renoise(x0: Tensor, eps: Tensor, noise: Tensor, abar: Tensor, abar_next: Tensor, eta: float | None) -> Tensor:
     """The next, less noisy x from a clean image: ``sqrt(abar_next) x0 + c eps + sqrt(s2) noise``.
 
-    Args:
-        eta: None for the published variance ``s2 = 1 - abar_t / abar_next``; a number for DDIM's,
-            ``eta^2 (1 - abar_next) / (1 - abar_t) (1 - abar_t / abar_next)``. ``c^2 = max(0, 1 - abar_next - s2)``.
+    ``s2`` is `added_variance`, ``c^2 = max(0, 1 - abar_next - s2)``.
     """
-    s2 = 1 - abar / abar_next
-    if eta is not None:
-        s2 = eta**2 * (1 - abar_next) / (1 - abar) * s2
+    s2 = added_variance(abar, abar_next, eta)
     c = (1 - abar_next - s2).clamp_min(0).sqrt()
     return abar_next.sqrt() * x0 + c * eps + s2.sqrt() * noise
 
@@ -81,18 +88,23 @@ def sample(
         device: where the networks are.
         operator, target: A and y, (B, *out_shape). A rule that needs none ignores them.
         steps: T_sampling, of the schedule's ``num_diffusion_timesteps``.
-        eta: see `renoise`.
-        clip_x0: keep x0 in [-1, 1], before and after it is moved.
+        eta: see `added_variance`.
+        clip_x0: keep x0 in [-1, 1], before and after it is moved; after the ``linear`` rule it stays as it is.
         on_step: called with (t, x0') after each evaluation of the prior.
 
     Returns:
-        The last x0', (B, 3, H, W); in [-1, 1] if ``clip_x0``. An image that a network breaks is not finite, the others
-        are what they are without it.
+        The last x0', (B, 3, H, W); in [-1, 1] if ``clip_x0``, but for ``linear``. An image that a network breaks is
+        not finite, the others are what they are without it.
 
     Raises:
-        ValueError: more steps than the prior was trained with.
+        ValueError: more steps than the prior was trained with, or shapes that differ: of its images and those that the
+            operator takes, or of the targets and what it measures.
     """
     shape = (3, prior.image_size, prior.image_size)
+    if operator is not None and tuple(operator.in_shape) != shape:
+        raise ValueError(f"the prior draws images {shape}, the operator measures images {tuple(operator.in_shape)}")
+    if operator is not None and target is not None and tuple(target.shape[1:]) != tuple(operator.out_shape):
+        raise ValueError(f"targets have shape {tuple(target.shape[1:])}, what is measured {tuple(operator.out_shape)}")
 
     def noise() -> Tensor:
         drawn = torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -108,8 +120,11 @@ def sample(
                 x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * noise()
                 continue
             for again in reversed(range(guidance.recurrences(t))):
-                x0, eps, correction = steer(denoise, x, t)  # 1, 2, 3
-                x_next = renoise(x0, eps, noise(), abar, abar_next, eta)  # 4
+                x0, eps, correction, settle = steer(denoise, x, t)  # 1, 2, 3
+                z = noise()
+                if settle is not None:
+                    x0, z = settle(z, abar_next.sqrt(), added_variance(abar, abar_next, eta).sqrt())
+                x_next = renoise(x0, eps, z, abar, abar_next, eta)  # 4
                 if correction is not None:
                     x_next = x_next + correction
                 if again:

@@ -30,11 +30,14 @@ class Denoised(NamedTuple):
         x0: the clean images, moved.
         eps: the noise.
         correction: to be added to x_next; None for nothing.
+        settle: for targets with noise: given z, a and sigma of ``x_next = a x0 + c eps + sigma z``, x0 and z as they
+            should be; None for as they are.
     """
 
     x0: Tensor
     eps: Tensor
     correction: Tensor | None = None
+    settle: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 class NoisePredictor(Protocol):
@@ -184,20 +187,39 @@ def guide(
 
 @dataclass(frozen=True)
 class Linear(Once):
-    """``linear``: ``x0' = x0 + A+(y - A x0)``, the range-null space decomposition of a linear operator.
+    """``linear``: ``x0' = x0 + lambda A+(y - A x0)``, the range-null space decomposition of a linear operator.
 
-    Source: Wang et al. 2023, "Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model" (DDNM),
-    equation 13.
+    Source: Wang et al. 2023, "Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model" (DDNM): equation
+    13, and for a target with noise DDNM+, equations 17 to 19. x0' is not clamped: A x0' is y to rounding.
+
+    Of a target's noise, ``a lambda noise / gain`` comes into ``x_next = a x0' + c eps + sigma z``, in the directions that
+    A measures. There the step adds so much less of its own, and ``lambda = min(1, sigma gain / (a noise))``.
+
+    Attributes:
+        noise: standard deviation of what the target has, in its unit. 0: lambda is 1.
     """
+
+    noise: float = 0.0
 
     def towards(self, operator: Operator, y: Tensor) -> Steer:
         if not isinstance(operator, LinearOperator):
             raise InputError("--guidance linear is for linear operators; nlbp is the same for a network")
+        if self.noise and operator.gain is None:
+            raise InputError("--noise: this operator has singular values that are not known, or more than one")
         move = operator.towards(y)
 
         def steer(denoise: Denoiser, x: Tensor, t: int) -> Denoised:
             x0, eps = denoise(x, t)
-            return Denoised(denoise.in_range(move(x0)(1.0)), eps)
+            project = move(x0)
+            if not self.noise:
+                return Denoised(project(1.0), eps)
+
+            def settle(z: Tensor, a: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+                ratio = a * self.noise / operator.gain / sigma  # of y's noise in x_next by lambda = 1, to the step's
+                left = (1 - ratio.clamp(max=1).square()).sqrt()
+                return project((1 / ratio).clamp(max=1)), z + (left - 1) * operator.pinv(operator.A(z))
+
+            return Denoised(x0, eps, settle=settle)
 
         return steer
 
@@ -300,7 +322,7 @@ RULES: dict[str, Callable[["RuleSettings"], Guidance]] = {
     "clean_gradient": lambda s: Gradient(0.0, s.clean_scale),
     "freedom": lambda s: Gradient(s.gradient_scale, 0.0, s.recurrences, s.recur_from, s.recur_to),
     "tfg": lambda s: Gradient(s.gradient_scale, s.mean_scale, s.recurrences, s.recur_from, s.recur_to),
-    "linear": lambda s: Linear(),
+    "linear": lambda s: Linear(s.noise),
 }
 THROUGH_THE_PRIOR = ("gradient", "freedom", "tfg")
 
@@ -322,6 +344,7 @@ class RuleSettings:
     )
     clean_scale: float = option(0.1, "clean_gradient: step of the gradient on x0", 0, 100)
     mean_scale: float = option(0.005, "tfg: step of its gradient on x0", 0, 100)
+    noise: float = option(0.0, "linear: the target's noise, standard deviation for images in [-1, 1] (DDNM+)", 0, 10)
     recurrences: int = option(2, "freedom, tfg: how often a step is made between the next two", 1, 100)
     recur_from: int = option(700, "freedom, tfg: from below this step ...", 0, 1000)
     recur_to: int = option(300, "freedom, tfg: ... down to this one", 0, 1000)
