@@ -78,7 +78,7 @@ class SPNNOperator:
     probabilities sigmoid(y2), a mean over logits. The networks compute in float32, whatever surrounds them.
 
     Args:
-        model: an `models.SPNN`, or what else has ``complete``, ``natural`` and ``pinv``.
+        model: an `models.SPNN`, or what else has its ``complete``, ``natural``, ``pinv`` and shapes.
     """
 
     def __init__(self, model) -> None:
@@ -86,7 +86,7 @@ class SPNNOperator:
 
     @property
     def in_shape(self) -> Shape:
-        return self.model.pinn.in_shape
+        return self.model.in_shape
 
     @property
     def out_shape(self) -> Shape:

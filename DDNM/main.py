@@ -1,7 +1,8 @@
-"""Reconstruct images from nothing but their attribute logits.
+"""Reconstruct images from nothing but their attribute logits, or from another measurement of them.
 
     python DDNM/main.py --ni --config faces.yml --path_y faces --image_folder demo
     python DDNM/main.py --ni --config celeba_hq.yml --path_y /path/to/portraits --image_folder results
+    python DDNM/main.py --ni --config faces.yml --path_y faces --operator sr4 --image_folder larger
 
 Results go to DDNM/exp/image_samples/<image_folder>, or to --out: the inputs, the reconstructions, sheet.png with both
 and their attributes, results.csv, results.json, logits.csv and log.txt; progress.jsonl says which images are finished,
@@ -92,7 +93,8 @@ class Settings(NamedTuple):
         """What decides how the pictures look, but for the weights: a resumed run must have the same."""
         run, walk = self.run, {key: value for key, value in asdict(self.walk).items() if key != "batch_size"}
         more = {"steps": run.steps, "base_rate": run.base_rate, "lpips": run.lpips, "set": self.targets.set,
-                "align": self.targets.align, "precision": self.networks.precision}  # fmt: skip
+                "align": self.targets.align, "operator": self.networks.operator,
+                "precision": self.networks.precision}  # fmt: skip
         return asdict(self.rule) | walk | more | self.architecture
 
 
@@ -104,6 +106,12 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         guidance = "none" if s.rule.guidance == "none" else "nlbp"
         rule = replace(s.rule, guidance=guidance, max_move=0.0, last_bp_step=0)
         s = s._replace(rule=rule, walk=replace(s.walk, clip_x0=False, eta=None))
+    if s.networks.operator is not None:
+        words = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+        if not {"--guidance", "--published_rule"} & set(words):
+            s = s._replace(rule=replace(s.rule, guidance="linear"))  # presets' own are for attributes
+    if s.rule.noise and (s.networks.operator is None or s.walk.eta == 0):
+        raise InputError("--noise: needs --operator, and steps that add noise: --eta above 0, or none")
     s.rule.build(s.run.steps)  # refuses what it does not know
     check_architecture(s.architecture)
     if s.run.resume and s.run.overwrite:
@@ -156,6 +164,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
     guidance = s.rule.build(s.run.steps)
     networks = load_networks(s.networks, s.architecture, device)
     targets = read_targets(s.targets, networks, s.walk.batch_size, world)
+    targets.add_noise(s.rule.noise, s.walk.seed)
     guidance.towards(networks.operator, targets.logits[:1].to(device))  # refuses what does not fit
     try:
         count = evaluations(networks.prior, guidance, s.run.steps, **s.walk.travel)
@@ -173,7 +182,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
                  "; --compile cannot help there" if s.networks.compile else "")  # fmt: skip
     if kept := sum(entry is not None for entry in done):
         log.info("resumed: %d are finished", kept)
-    lpips = load_lpips(device, log, networks.spnn.img_size) if s.run.lpips and targets.files is not None else None
+    lpips = load_lpips(device, log, networks.image_size) if s.run.lpips and targets.files is not None else None
     d = Drawing(s, networks, targets, lpips, log, shown=world.leads)
     rules = {"reconstruction": guidance}
     if s.run.base_rate and s.rule.guidance != "none":
@@ -185,11 +194,11 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
         for index, part in world.share([(i, part) for i, part in enumerate(parts) if not all(done[part])]):
             if stopped() is not None:
                 break
-            inputs, counter = targets.inputs(part, networks.spnn.img_size), f"batch {index + 1}/{len(parts)}"
+            inputs, counter = targets.inputs(part, networks.image_size), f"batch {index + 1}/{len(parts)}"
             drawn = {kind: draw(d, rule, part, inputs, f"{counter}, {kind}") for kind, rule in rules.items()}
-            if targets.files is None:  # in the place of the input, which nobody has
-                natural, _ = as_saved(networks.operator.pinv(targets.logits[part].to(device)))
-                drawn["natural"] = natural.cpu(), [], None
+            if targets.files is None or networks.measures is not None:  # in the place of the input, or beside it
+                seen, _ = as_saved(networks.shown(targets.logits[part].to(device)))
+                drawn["natural" if networks.measures is None else "measured"] = seen.cpu(), [], None
             new = {i: save(folder, i - part.start, drawn, inputs) for i in range(len(done))[part] if done[i] is None}
             for i, entry in new.items():
                 done[i] = entry
@@ -202,7 +211,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
         return 128 + signum
     if world.leads:
         settings = to_json_values(s.flat() | {"device": str(device), "guidance_rule": asdict(guidance)})
-        entries, size = [done[i] for i in ready], networks.spnn.img_size
+        entries, size = [done[i] for i in ready], networks.image_size
         write_results(folder, settings, entries, targets.logits[ready], networks.attributes, size, log)
     if signum is not None and len(ready) < len(done):
         log.info("stopped: %d of %d images are finished; draw the others with --resume", len(ready), len(done))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import landscape
 from PIL import Image
 
 import checkpoints
@@ -25,19 +26,18 @@ from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from checkpoints import save_spnn, write_weights
 from data_loader import ATTRIBUTES
 from DDNM import main as reconstruct
-from DDNM.guided_diffusion import ddpm_layout
+from DDNM.guided_diffusion import ddpm_layout, results
 from DDNM.guided_diffusion import inputs as inputs_module
 from DDNM.guided_diffusion.guidance import NLBP
 from DDNM.guided_diffusion.inputs import image_names
 from DDNM.guided_diffusion.prior import Prior, save_prior, small_unet
-from DDNM.guided_diffusion.results import write_sheet
 from DDNM.guided_diffusion.schedule import Schedule
 from judge import Judge
 from models import SPNN
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = ("agreement", "judge_agreement", "prob_error", "psnr", "lpips", "seconds", "steps", "seed")
+FIGURES = ("agreement", "judge_agreement", "prob_error", "psnr", "consistency", "lpips", "seconds", "steps", "seed")
 
 
 def randomised(module, seed: int = 0):
@@ -255,11 +255,8 @@ def test_the_sheet_has_a_row_for_every_input(finished):
 
 
 def test_a_long_sheet_goes_on_on_further_pages(tmp_path):
-    count = 23
-    images, logits = torch.zeros(count, 3, 8, 8), torch.randn(count, 40, generator=torch.Generator().manual_seed(0))
-    names = [f"image {i}" for i in range(count)]
-    inputs = [None, *images[1:]]
-    pages = write_sheet(tmp_path, ATTRIBUTES, names, "input", inputs, logits, images, -logits, ["caption"] * count)
+    rows = [[results.picture(None, 160), results.picture(torch.zeros(3, 8, 8), 160)]] * 23
+    pages = results.write_sheet(tmp_path, ["input", "drawn"], rows, ["caption"] * len(rows), ATTRIBUTES)
     assert [page.name for page in pages] == ["sheet.png", "sheet_2.png", "sheet_3.png"]
     heights = [Image.open(page).height for page in pages]
     assert heights[0] == heights[1] > heights[2]
@@ -270,6 +267,41 @@ def test_a_network_of_few_attributes_works_too(run, preset, tmp_path):
     folder = run("few", None, "--set", "c=+4", config=preset(spnn=str(tmp_path / "few.pth"), judge=None))
     rows = list(csv.DictReader(open(folder / "logits.csv")))
     assert list(rows[0]) == ["name", *"abcdefg"] and all(float(row["c"]) == 4 for row in rows)
+
+
+@pytest.mark.parametrize("spec", ["sr4", "inpaint:MASK*grey"])
+def test_another_operator_takes_the_place_of_the_attributes(run, preset, tmp_path, spec):
+    mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) > 0.5
+    Image.fromarray(mask.byte().mul(255).numpy()).save(tmp_path / "mask.png")
+    spec, config = spec.replace("MASK", str(tmp_path / "mask.png")), preset(spnn=None)  # needs none
+    folder = run("out", None, "--operator", spec, "--base_rate", config=config)
+    record = record_of(folder)
+    assert record["settings"]["guidance"] == "linear"
+    assert all(image["consistency"] < 1e-6 and image["agreement"] is None for image in record["images"])
+    assert all(image["consistency"] > 1e-2 for image in record["unguided"]["images"])
+    assert not (folder / "logits.csv").exists()
+    for kind in ("input", "measured", "reconstruction", "unguided"):
+        assert len(list((folder / kind).glob("*.png"))) == 3
+    before = pictures(folder)
+    run("out", None, "--operator", spec, "--base_rate", "--resume", config=config)
+    assert "resumed: 3 are finished" in (folder / "log.txt").read_text()
+    assert all((pixels == before[name]).all() for name, pixels in pictures(folder).items())
+    noisy = run("noisy", None, "--operator", spec, "--noise", "0.2", config=config)
+    assert all(image["consistency"] > 1e-3 for image in record_of(noisy)["images"])
+
+
+def test_what_an_operator_cannot_do_is_refused(run, preset, tmp_path):
+    (tmp_path / "table.csv").write_text("name")
+    for said, flags in {
+        "sr3: .* must divide the size": ("--operator", "sr3"),
+        "--noise: needs --operator": ("--noise", "0.1"),
+        "--eta above 0": ("--operator", "sr4", "--noise", "0.1", "--eta", "0"),
+        "no attribute 'Smiling'": ("--operator", "sr4", "--set", "Smiling=1"),
+    }.items():
+        refused(said, run, "out", None, *flags)
+    refused("a table holds logits", run, "out", tmp_path / "table.csv", "--operator", "sr4")
+    save_spnn(tmp_path / "map.pth", landscape(), {})
+    refused(r"attributes are logits \(4,\), its are \(4, 3, 2\)", run, config=preset(spnn=str(tmp_path / "map.pth")))
 
 
 def test_lpips_is_measured_where_it_can_be_had(run, preset, monkeypatch):

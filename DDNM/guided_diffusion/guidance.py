@@ -192,8 +192,8 @@ class Linear(Once):
     Source: Wang et al. 2023, "Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model" (DDNM): equation
     13, and for a target with noise DDNM+, equations 17 to 19. x0' is not clamped: A x0' is y to rounding.
 
-    Of a target's noise, ``a lambda noise / gain`` comes into ``x_next = a x0' + c eps + sigma z``, in the directions that
-    A measures. There the step adds so much less of its own, and ``lambda = min(1, sigma gain / (a noise))``.
+    Of a target's noise, ``a lambda noise / gain`` comes into ``x_next = a x0' + c eps + sigma z``, in the directions
+    that A measures. There the step adds so much less of its own, and ``lambda = min(1, sigma gain / (a noise))``.
 
     Attributes:
         noise: standard deviation of what the target has, in its unit. 0: lambda is 1.

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints import locate
 from data_loader import ATTRIBUTES
 from DDNM.guided_diffusion.compiled import compile_for_cpu
+from DDNM.guided_diffusion.diffusion import image_generator
 from DDNM.guided_diffusion.prior import Prior, load_prior
 from DDNM.guided_diffusion.results import read_logits
 from images import find_images, load_detector, load_image
@@ -20,7 +22,7 @@ from judge import load_judge
 from loop import World
 from models import SPNN
 from networks import compile_networks, inner_networks, prepare_networks
-from operators import SPNNOperator
+from operators import Operator, SPNNOperator, make_operator
 from utils import LARGEST_BATCH, LARGEST_SEED, InputError, file_name, nearest, option
 
 DDNM = Path(__file__).resolve().parents[1]
@@ -35,6 +37,8 @@ class NetworkSettings:
 
     spnn: str | None = option(None, "SPNN weights: a file, a folder or a hub id")
     prior: str | None = option(None, "diffusion prior: a diffusers folder, a DDPM weight file or a hub id")
+    operator: str | None = option(None, "measure images by this, in the place of the SPNN's attributes: sr4, grey, "
+                                  "inpaint:FILE (black pixels are missing), or a product, grey*sr4")  # fmt: skip
     judge: str | None = option(None, "weights of the independent judge (judge.py); none: no judge's figures")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: str = option("float32", "of the prior's network", choices=("float32", "bf16"))
@@ -84,17 +88,33 @@ def check_architecture(said: dict) -> None:
 
 @dataclass
 class Networks:
-    """The networks of a run, in eval mode on ``device``, of one image size and one list of attributes."""
+    """The networks of a run, in eval mode on ``device``, of one image size and one list of attributes.
 
-    spnn: SPNN
+    Attributes:
+        spnn, attributes: None and none where ``measures`` takes their place.
+    """
+
+    spnn: SPNN | None
     prior: Prior
     judge: nn.Module | None
     attributes: list[str]
     device: torch.device
+    measures: Operator | None = None
 
     @property
-    def operator(self) -> SPNNOperator:
-        return SPNNOperator(self.spnn)
+    def operator(self) -> Operator:
+        return SPNNOperator(self.spnn) if self.measures is None else self.measures
+
+    @property
+    def image_size(self) -> int:
+        return self.operator.in_shape[-1]
+
+    def shown(self, y: Tensor) -> Tensor:
+        """Measurements (B, *out_shape) as pictures (B, 3, S, S): as they are if they are pictures, else A+ of them."""
+        channels, *sides = self.operator.out_shape
+        if channels in (1, 3) and min(sides, default=1) > 1:
+            return F.interpolate(y.expand(-1, 3, -1, -1), self.image_size)
+        return self.operator.pinv(y)
 
     def fingerprints(self) -> dict[str, str | None]:
         """What tells these weights from others, whatever their files are called."""
@@ -127,33 +147,43 @@ def load_networks(settings: NetworkSettings, architecture: dict, device: torch.d
     Raises:
         InputError: weights that are missing (all of them in one message) or do not fit one another.
     """
-    for flag in ("spnn", "prior"):
+    flags = ("spnn", "prior") if settings.operator is None else ("prior",)
+    for flag in flags:
         if getattr(settings, flag) is None:
             raise InputError(f"--{flag}: give the weights, here or in the config")
-    spnn_source, prior_source = locate(from_ddnm(settings.spnn), from_ddnm(settings.prior))
-    spnn = SPNN.from_pretrained(spnn_source)
-    attributes = spnn.notes.get("attributes") or (ATTRIBUTES if spnn.num_classes == len(ATTRIBUTES) else None)
-    if attributes is None or len(attributes) != spnn.num_classes:
-        raise InputError(f"{settings.spnn}: config.json does not name its {spnn.num_classes} attributes")
+    *spnn_source, prior_source = locate(*(from_ddnm(getattr(settings, flag)) for flag in flags))
+    spnn, attributes, measures = None, [], None
+    if settings.operator is None:
+        spnn = SPNN.from_pretrained(*spnn_source)
+        if len(spnn.out_shape) > 1:
+            raise InputError(f"{settings.spnn}: attributes are logits ({spnn.num_classes},), its are {spnn.out_shape}")
+        attributes = spnn.notes.get("attributes") or (ATTRIBUTES if spnn.num_classes == len(ATTRIBUTES) else [])
+        if len(attributes) != spnn.num_classes:
+            raise InputError(f"{settings.spnn}: config.json does not name its {spnn.num_classes} attributes")
     autocast = torch.bfloat16 if settings.precision == "bf16" else None
-    image_size = architecture.get("prior_image_size", spnn.img_size)
+    image_size = architecture.get("prior_image_size", spnn and spnn.img_size)
     prior = load_prior(
         prior_source, architecture.get("prior_model"), image_size, autocast, True, settings.checkpoint_activations
     )
+    if settings.operator is not None:
+        measures = make_operator(settings.operator, (3, prior.image_size, prior.image_size))
     judge = None if settings.judge is None else load_judge(from_ddnm(settings.judge))
-    for what, size in {"prior draws": prior.image_size, "judge takes": judge and judge.img_size}.items():
-        if size is not None and size != spnn.img_size:
-            raise InputError(f"the {what} {size}x{size} images, not {spnn.img_size}x{spnn.img_size} as the SPNN takes")
-    if judge is not None and list(judge.attributes) != list(attributes):
+    size = prior.image_size if spnn is None else spnn.img_size
+    for what, other in {"prior draws": prior.image_size, "judge takes": judge and judge.img_size}.items():
+        if other is not None and other != size:
+            taken = "the SPNN takes" if spnn is not None else "the prior draws"
+            raise InputError(f"the {what} {other}x{other} images, not {size}x{size} as {taken}")
+    if judge is not None and spnn is not None and list(judge.attributes) != list(attributes):
         raise InputError(f"the judge's {judge.num_classes} attributes are not the SPNN's {spnn.num_classes}")
-    prepare_networks(spnn, device)
+    if spnn is not None:
+        prepare_networks(spnn, device)
     for network in filter(None, (spnn, prior, judge)):
         network.to(device).eval().requires_grad_(False)
     if settings.compile and device.type == "cpu":
         compile_for_cpu(prior)  # torch.compile makes it slower there
     elif settings.compile:
-        compile_networks([prior.unet, *inner_networks(spnn)], device)
-    return Networks(spnn, prior, judge, list(attributes), device)
+        compile_networks([prior.unet, *(inner_networks(spnn) if spnn is not None else [])], device)
+    return Networks(spnn, prior, judge, list(attributes), device, measures)
 
 
 def load_lpips(device: torch.device, log, image_size: int = 64) -> nn.Module | None:
@@ -179,7 +209,8 @@ class Targets:
 
     Attributes:
         files: of the images; None for a table of logits.
-        logits: (N, d), what the sampler is given. judged: (N, d), what the judge should see; only its sign counts.
+        logits: (N, *out_shape), what the sampler is given; with an operator A of the images, whatever its shape.
+        judged: (N, d), what the judge should see; only its sign counts.
         skipped: a line for each image that cannot be read.
     """
 
@@ -189,6 +220,11 @@ class Targets:
     judged: Tensor | None
     skipped: list[str]
     align: bool = False
+
+    def add_noise(self, deviation: float, seed: int) -> None:
+        """Gaussian noise into each target, which depends on the seed and the target's name alone."""
+        for name, y in zip(self.names, self.logits, strict=True):
+            y += deviation * torch.randn(y.shape, generator=image_generator(seed, f"noise in {name}"))
 
     def inputs(self, part: slice, size: int) -> list[Tensor | None]:
         """The images of a part of the targets, (3, S, S) each; None each for a table of logits."""
@@ -237,9 +273,12 @@ def read_targets(
     Raises:
         InputError: nothing to read, or an edit that makes no sense.
     """
-    edits = parse_set(settings.set, networks.attributes, networks.spnn.notes.get("typical_logits"))
+    typical = None if networks.spnn is None else networks.spnn.notes.get("typical_logits")
+    edits = parse_set(settings.set, networks.attributes, typical)
     source = input_path(settings.path_y)
     if source.suffix.lower() == ".csv":
+        if networks.spnn is None:
+            raise InputError(f"--path_y {source}: a table holds logits of attributes; --operator measures images")
         names, logits = read_logits(source, networks.attributes)
         targets = Targets(names[:most], None, logits[:most], logits[:most].clone(), [])
     else:
@@ -265,7 +304,7 @@ def _read_images(
         images = []
         for index, (name, path) in enumerate(named[start : start + batch_size], start):
             try:
-                images.append((index, name, path, load_image(path, networks.spnn.img_size, settings.align or None)))
+                images.append((index, name, path, load_image(path, networks.image_size, settings.align or None)))
             except InputError as error:
                 if settings.strict:
                     raise

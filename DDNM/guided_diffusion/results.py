@@ -20,8 +20,9 @@ from metrics import agreement, prob_error, psnr
 from operators import Operator
 from utils import InputError, atomic_write, file_name, json_values, nearest, shown, unlinked, write_json
 
-PICTURES = ("input", "natural", "reconstruction", "unguided")  # folders of a result folder
+PICTURES = ("input", "natural", "measured", "reconstruction", "unguided")  # folders of a result folder
 SHEET_ROWS = 10  # rows a page of the sheet: a stranger reads one page
+SIDE = 160  # of its pictures
 SHEET_LIMIT = 100  # rows of all pages: nobody reads a thousand, and their pictures are held at once
 
 
@@ -33,6 +34,7 @@ class Figures:
         agreement: share of the attributes whose sign, by g, is the target's, in [0, 1].
         judge_agreement: the same by the independent judge.
         prob_error: mean |sigmoid(g(x)) - sigmoid(y)|, in [0, 1].
+        consistency: ``operator.distance`` of A x and y, for other measurements than logits, before x has 8 bits.
         psnr: against the input, dB. lpips: against the input (AlexNet).
         seconds: of its share of the batch. steps: evaluations of the prior.
     """
@@ -41,6 +43,7 @@ class Figures:
     agreement: float | None = None
     judge_agreement: float | None = None
     prob_error: float | None = None
+    consistency: float | None = None
     psnr: float | None = None
     lpips: float | None = None
     seconds: float | None = None
@@ -54,6 +57,7 @@ class Figures:
             "agreement by g": (self.agreement, ".2f"),
             "by the judge": (self.judge_agreement, ".2f"),
             "probability error": (self.prob_error, ".3f"),
+            "|A x - y|": (self.consistency, ".1e"),
             "PSNR": (self.psnr, ".1f"),
             "LPIPS": (self.lpips, ".3f"),
             "seconds": (self.seconds, ".1f"),
@@ -67,7 +71,7 @@ class Finished:
 
     Attributes:
         unguided: figures of the unguided sample, where one was asked for.
-        logits: of the reconstruction, (d,).
+        logits: of the reconstruction, (d,); none where something else was measured.
         pictures: kinds of its pictures, which are the folders they lie in.
     """
 
@@ -112,7 +116,7 @@ class Progress:
                         break  # cut short when the run was killed
                     row = json.loads(line)
                     target = wanted.get(row["name"])
-                    if target is None or not torch.allclose(torch.tensor(row["target"]), target, 1e-4, 1e-4):
+                    if target is None or not self._is_target(row["target"], target):
                         continue  # not asked for any more, or its input is another
                     if any(self._digest(kind, row["name"]) != digest for kind, digest in row["pictures"].items()):
                         continue
@@ -152,13 +156,24 @@ class Progress:
         except OSError:
             return None
 
+    @staticmethod
+    def _target(target: Tensor) -> list[float] | str:
+        """Logits as they are, another measurement's SHA-256."""
+        return target.tolist() if target.ndim == 1 else hashlib.sha256(target.numpy().tobytes()).hexdigest()
+
+    @classmethod
+    def _is_target(cls, said: list[float] | str, target: Tensor) -> bool:
+        if target.ndim > 1:
+            return said == cls._target(target)
+        return torch.allclose(torch.tensor(said), target, 1e-4, 1e-4)
+
     def _line(self, entry: Finished, target: Tensor) -> str:
         row = {
             "name": entry.name,
             "pictures": {kind: self._digest(kind, entry.name) for kind in entry.pictures},
             "figures": asdict(entry.figures),
             "unguided": None if entry.unguided is None else asdict(entry.unguided),
-            "target": target.tolist(),
+            "target": self._target(target),
             "logits": entry.logits.tolist(),
         }
         return json.dumps(row) + "\n"
@@ -212,19 +227,23 @@ def measure(
     lpips: nn.Module | None,
     **common,
 ) -> tuple[list[Figures], Tensor]:
-    """The figures of the pictures that are left of images (B, 3, H, W), and their logits, (B, d).
+    """The figures of the pictures that are left of images (B, 3, H, W), and their logits, (B, d), if that is measured.
 
     An image that is not finite has none: its agreement is 0.
     """
     pictures, finite = as_saved(images)
-    logits = torch.where(finite[:, None], operator.A(pictures), math.nan)
-    by_g, error = agreement(logits, targets), prob_error(logits, targets)
+    if targets.ndim == 2:
+        logits = torch.where(finite[:, None], operator.A(pictures), math.nan)
+        measured = {"agreement": agreement(logits, targets), "prob_error": prob_error(logits, targets)}
+    else:
+        logits = images.new_zeros(len(images), 0)
+        measured = {"consistency": operator.distance(operator.A(images), targets)}
     by_judge = None
     if judge is not None and judge_targets is not None:
         by_judge = agreement(torch.where(finite[:, None], judge(pictures), math.nan), judge_targets)
     figures = []
     for i, name in enumerate(names):
-        f = Figures(name, by_g[i].item(), prob_error=error[i].item(), **common)
+        f = Figures(name, **{key: values[i].item() for key, values in measured.items()}, **common)
         if by_judge is not None:
             f = replace(f, judge_agreement=by_judge[i].item())
         if inputs[i] is not None and finite[i]:
@@ -385,40 +404,22 @@ def contact_sheet(
 
 def write_sheet(
     folder: Path,
-    attributes: Sequence[str],
-    names: Sequence[str],
-    heading: str,
-    beside: Sequence[Tensor | None],
-    targets: Tensor,
-    images: Tensor,
-    logits: Tensor,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[Image.Image]],
     captions: Sequence[str],
+    attributes: Sequence[str] = (),
 ) -> list[Path]:
-    """The sheet: a row per target with a picture beside it, its shades, the reconstruction, and that one's shades.
-
-    Args:
-        heading, beside: N pictures (3, H, W) in [-1, 1], and what they are: the inputs, or g'(y).
-        targets, logits: (N, d), of the input and of the reconstruction.
-        images: (N, 3, H, W).
-        captions: a line for each row.
+    """The sheet, with a key to the shades of the attributes if there are any.
 
     Returns:
         The pages, sheet.png, sheet_2.png ..., of `SHEET_ROWS` rows each.
     """
-    side = 160
-    headings = [heading, f"{len(attributes)} logits, all that is used", "reconstruction", "its attributes"]
-    rows = [
-        (picture(beside[i], side), _shades(targets[i], side), picture(images[i], side),
-         _shades(logits[i], side, targets[i]))
-        for i in range(len(names))
-    ]  # fmt: skip
-    key = _key(attributes, sum(each.width + 16 for each in rows[0]) + 16)
+    key = _key(attributes, sum(each.width + 16 for each in rows[0]) + 16) if attributes else None
     pages = []
-    for start in range(0, len(names), SHEET_ROWS):
+    for start in range(0, len(rows), SHEET_ROWS):
         part = slice(start, start + SHEET_ROWS)
         pages.append(folder / (f"sheet_{start // SHEET_ROWS + 1}.png" if start else "sheet.png"))
-        lines = [f"{name}   {caption}" for name, caption in zip(names[part], captions[part], strict=True)]
-        contact_sheet(pages[-1], headings, rows[part], lines, key)
+        contact_sheet(pages[-1], headings, rows[part], captions[part], key)
     return pages
 
 
@@ -429,23 +430,26 @@ def write_results(
     figures = [entry.figures for entry in done]
     unguided = [entry.unguided for entry in done if entry.unguided is not None] or None
     record = write_tables(folder, settings, figures, unguided)
-    write_logits(folder / "logits.csv", [entry.name for entry in done], attributes, targets)
 
     def saved(kind: str, entry: Finished) -> Tensor | None:
         return load_image(folder / kind / f"{entry.name}.png", size) if kind in entry.pictures else None
 
     shown = done[:SHEET_LIMIT]
-    pages = write_sheet(
-        folder,
-        attributes,
-        [entry.name for entry in shown],
-        "input" if "input" in shown[0].pictures else "g'(y), in one pass",
-        [saved("input" if "input" in entry.pictures else "natural", entry) for entry in shown],
-        targets[: len(shown)],
-        torch.stack([saved("reconstruction", entry) for entry in shown]),
-        torch.stack([entry.logits for entry in shown]),
-        [entry.figures.caption for entry in shown],
-    )
+    if attributes:
+        write_logits(folder / "logits.csv", [entry.name for entry in done], attributes, targets)
+        beside = "input" if "input" in shown[0].pictures else "natural"
+        headings = ["input" if beside == "input" else "g'(y), in one pass",
+                    f"{len(attributes)} logits, all that is used", "reconstruction", "its attributes"]  # fmt: skip
+        rows = [
+            [picture(saved("input" if "input" in entry.pictures else "natural", entry), SIDE), _shades(target, SIDE),
+             picture(saved("reconstruction", entry), SIDE), _shades(entry.logits, SIDE, target)]
+            for entry, target in zip(shown, targets, strict=False)
+        ]  # fmt: skip
+    else:
+        headings = [kind for kind in PICTURES if kind in shown[0].pictures]
+        rows = [[picture(saved(kind, entry), SIDE) for kind in headings] for entry in shown]
+    captions = [f"{entry.name}   {entry.figures.caption}" for entry in shown]
+    pages = write_sheet(folder, headings, rows, captions, attributes)
     log.info("mean: %s", Figures("", **mean_figures(figures)).caption)
     if unguided is not None:
         log.info("unguided, same noise: %s", Figures("", **record["unguided"]["mean"]).caption)
