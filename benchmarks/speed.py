@@ -227,7 +227,7 @@ def sampling_step(args: argparse.Namespace, device: torch.device) -> Iterable[di
     steer = NLBP(nlbp_stop_cond=0.0, max_move=None).towards(SPNNOperator(prepared), target)
 
     def ours(prior: Prior) -> Tensor:
-        x0, eps, _ = steer(Denoiser(prior), x, t)
+        x0, eps, *_ = steer(Denoiser(prior), x, t)
         return renoise(x0, eps, noise, abar, abar_next, None)
 
     ways: dict[str, Callable[[], Tensor]] = {

@@ -69,7 +69,7 @@ def one_by_one(model, x, y, of):
 def test_gradient_is_the_unit_gradient_through_the_prior(t):
     model, prior, y, x = tiny_spnn(), unet_prior(), logits(3), images(3)
     abar = SCHEDULE.abar(t)
-    x0, eps, correction = Gradient(0.05).towards(SPNNOperator(model), y)(Denoiser(prior), x, t)
+    x0, eps, correction, _ = Gradient(0.05).towards(SPNNOperator(model), y)(Denoiser(prior), x, t)
     expected = predict_x0(x, prior(x, t), abar).clamp(-1, 1)
     torch.testing.assert_close(x0, expected)
     torch.testing.assert_close(eps, prior(x, t))
@@ -88,7 +88,7 @@ def test_clean_gradient_moves_x0_and_asks_the_prior_for_no_gradient():
         return gaussian_prior(x, t)
 
     with torch.no_grad():
-        x0, _, correction = Gradient(0.0, 0.05).towards(SPNNOperator(model), y)(Denoiser(prior), x, t)
+        x0, _, correction, _ = Gradient(0.0, 0.05).towards(SPNNOperator(model), y)(Denoiser(prior), x, t)
     start = predict_x0(x, gaussian_prior(x, t), SCHEDULE.abar(t)).clamp(-1, 1)
     expected = start - 0.05 * (1 - SCHEDULE.abar(t)).sqrt() * one_by_one(model, start, y, lambda x: x)
     torch.testing.assert_close(x0, expected.clamp(-1, 1), rtol=1e-4, atol=1e-5)
