@@ -4,29 +4,38 @@
     python evaluate.py --methods nlbp+gradient --edits Eyeglasses=1 Smiling=0 --path_y faces --out check_points/edits
 
 Targets are g's logits of the inputs. The folder gets table.csv, .json and .md, sheet.png (a row per method) and the
-pictures. A method that is finished is not drawn again: the same command goes on where it was stopped. Every setting of
-DDNM/main.py can be given; those of --config (default: faces.yml) hold for all methods.
+pictures. What is drawn is not drawn again: the same command goes on where it was stopped, and torchrun's processes
+share the images. Every setting of DDNM/main.py can be given; those of --config (default: faces.yml) hold for all
+methods.
 
 Columns, each but the costs with its 95 % interval: g, the share of attributes whose sign, by g, is the target's; judge,
 the share on which the independent judge says of a picture what it says of the input (for a table of logits: the
 target's sign); balanced, the same as a mean over attributes of the shares of present and of absent ones; error, the
-mean difference of probabilities by g; KID (times 100) and, with Inception, FID against the reference; PSNR and LPIPS
-against the input. The row "inputs" is what the inputs themselves get, by the judge against g's logits: a ceiling, for
-the two disagree about the inputs already.
+mean difference of probabilities by g; KID (times 100) and, with Inception, FID against the reference; PSNR, LPIPS and
+identity (the cosine of face embeddings) against the input. The row "inputs" is what the inputs themselves get, by the
+judge against g's logits: a ceiling, for the two disagree about the inputs already.
+
+With --edits each method also runs without an edit. By the judge: the share of pictures in which the edited attribute is
+seen, and of inputs in which it was before; the share of the other attributes that differ from the input, and of the
+same ones in the picture without the edit, which is the floor.
 """
 
+import hashlib
+import json
+import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints import read_json
 from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sample
-from DDNM.guided_diffusion.guidance import RuleSettings
+from DDNM.guided_diffusion.guidance import Guidance, RuleSettings
 from DDNM.guided_diffusion.inputs import (
     CONFIGS,
     PRESET_ONLY,
@@ -44,15 +53,17 @@ from DDNM.guided_diffusion.inputs import (
 from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture, write_csv
 from images import find_images, load_image, save_image
 from logger import get_logger
-from loop import check_settings, locked, to_json_values
+from loop import World, check_settings, join_world, locked, to_json_values
 from metrics import agreement, balanced_accuracy_by_attribute, prob_error, psnr
-from utils import InputError, atomic_write, json_values, option, parse, resolve_device, run_command, write_json
+from utils import InputError, atomic_write, json_values, option, parse, run_command, unlinked, write_json
 
 DRAWS = 1000  # of the bootstrap
+Figure = tuple[float, float, float]  # a value and its 95 % interval
 COLUMNS = {  # figure -> its heading and digits
     "judge": ("judge", 3), "judge_balanced": ("judge, balanced", 3), "g": ("g", 3), "g_balanced": ("g, balanced", 3),
-    "error": ("error", 3), "edited": ("edited attribute seen", 3), "changed": ("others changed", 3),
-    "kid": ("KID x100", 2), "fid": ("FID", 2), "psnr": ("PSNR", 2), "lpips": ("LPIPS", 3),
+    "error": ("error", 3), "before": ("attribute seen before", 3), "edited": ("after", 3),
+    "floor": ("others changed without the edit", 3), "changed": ("with it", 3), "kid": ("KID x100", 2),
+    "fid": ("FID", 2), "psnr": ("PSNR", 2), "lpips": ("LPIPS", 3), "identity": ("identity", 3),
     "evaluations": ("evaluations", 0), "gradients": ("of them with gradients", 0), "seconds": ("s/image", 2),
     "memory": ("peak GiB", 2),
 }  # fmt: skip
@@ -68,13 +79,15 @@ class Evaluation:
         "rules of guidance; RULE@STEPS has steps of its own",
     )
     steps: tuple[int, ...] = option((50,), "numbers of sampling steps; each method runs with each", 1, 1000)
-    edits: tuple[str, ...] = option((), "NAME=VALUE: each method runs with each of these edits of its own")
+    edits: tuple[str, ...] = option((), "NAME=VALUE, or several with commas between: each method runs with each edit")
     count: int = option(100, "of the first so many images", 1)
     out: Path = option(Path("check_points/evaluation"), "folder for the table and the pictures")
     reference: Path | None = option(None, "folder of real pictures for KID and FID (not given: the inputs)")
-    features: str = option("auto", "of KID and FID; auto: Inception if its weights can be had, else the judge's",
+    features: str = option("auto", "of KID and FID; auto: Inception (requirements-inception.txt), else the judge's",
                            choices=("auto", "inception", "judge"))  # fmt: skip
     lpips: bool = option(False, "measure LPIPS (fetches AlexNet's weights)")
+    identity: Path | None = option(None, "a face embedding, (B, 3, S, S) in [-1, 1] -> (B, F), as torch.export.save "
+                                   "leaves it (.pt2): a program, so give one that you trust")  # fmt: skip
     sheet: int = option(8, "pictures in a row of the contact sheet", 1, 100)
 
 
@@ -120,74 +133,99 @@ class Counted(nn.Module):
 # --- Drawing ---------------------------------------------------------------------------------------------------------
 
 
-def reset_peak(device: torch.device) -> None:
+def peak_gib(device: torch.device, reset: bool = False) -> float:
+    """Peak memory since it was last reset: the GPU's, or (on Linux) all that the process holds."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif (refs := Path("/proc/self/clear_refs")).exists():
-        refs.write_text("5")  # Linux: the peak of the resident memory begins anew
-
-
-def peak_gib(device: torch.device) -> float:
-    """Peak memory since `reset_peak`: the GPU's, or all that the process holds; off Linux, since it started."""
-    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows, which does not say
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    status, marks = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.exists():
+        return float("nan")
+    if reset and marks.exists():
+        marks.write_text("5")
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
+
+
+def contents(targets: Targets) -> list[str]:
+    """What tells each target from another of its name: of its file, or of its row of logits."""
+    said = targets.logits.numpy() if targets.files is None else [file.read_bytes() for file in targets.files]
+    return [hashlib.sha256(bytes(one)).hexdigest()[:16] for one in said]
+
+
+class Drawn:
+    """FOLDER.jsonl beside a method's pictures: the settings, then a line per batch with its images and its costs.
+
+    Every process adds its own batches.
+    """
+
+    def __init__(self, folder: Path, settings: dict) -> None:
+        self.path, self.settings = folder.parent / f"{folder.name}.jsonl", settings
+
+    def batches(self) -> list[dict]:
+        """Raises InputError: drawn with other settings."""
+        if not self.path.is_file():
+            return []
+        first, *lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # behind the last: cut by a kill
+        check_settings(json.loads(first), self.settings, self.path.parent, otherwise="take another --out")
+        return [json.loads(line) for line in lines]
+
+    def begin(self) -> dict[str, str]:
+        """Write the file anew without a cut line; the names that are drawn, with what was in them."""
+        kept = self.batches()
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in (self.settings, *kept)), encoding="utf-8")
+        return {name: content for batch in kept for name, content in batch["images"].items()}
+
+    def append(self, batch: dict) -> None:
+        with open(self.path, "ab", buffering=0, opener=unlinked) as file:  # in one write: lines do not mix
+            file.write((json.dumps(batch) + "\n").encode())
+
+    def costs(self) -> dict[str, float]:
+        """Evaluations and gradients of a batch; seconds of an image; the largest memory."""
+        batches = self.batches()
+        seconds = sum(batch["seconds"] for batch in batches) / sum(len(batch["images"]) for batch in batches)
+        counts = {key: fmean(batch[key] for batch in batches) for key in ("evaluations", "gradients")}
+        return counts | {"seconds": seconds, "memory": max(batch["memory"] for batch in batches)}
 
 
 def draw(
-    case: Case, rule: RuleSettings, walk: WalkSettings, networks: Networks, targets: Targets, folder: Path, same: dict
-) -> dict:
-    """Draw and save the images of a case that are not there yet; its costs.
-
-    The record beside the folder says which are there; it is written after every batch.
-    """
-    guidance, prior = replace(rule, guidance=case.method).build(case.steps), Counted(networks.prior)
-    file = folder.parent / f"{folder.name}.json"
-    record = {"settings": same, "names": [], "batches": 0, "evaluations": 0, "gradients": 0, "seconds": 0, "memory": 0}
-    if file.is_file():
-        record = read_json(file)
-        check_settings(record["settings"], same, folder, otherwise="take another --out")
+    case: Case, guidance: Guidance, walk: WalkSettings, networks: Networks, targets: Targets, folder: Path,
+    settings: dict, world: World, log: logging.Logger,
+) -> dict[str, float]:  # fmt: skip
+    """Draw and save the images of a case that are not there yet; its costs."""
+    record, prior, content = Drawn(folder, settings), Counted(networks.prior), contents(targets)
+    there = world.gather(record.begin() if world.leads else {})[0]
     parts = [slice(i, i + walk.batch_size) for i in range(0, len(targets.names), walk.batch_size)]
-    parts = [part for part in parts if not set(targets.names[part]) <= set(record["names"])]
-    total = evaluations(prior, guidance, case.steps, **walk.travel) * len(parts)
-    with tqdm(total=total, desc=case.name, unit="step", leave=False, dynamic_ncols=True) as bar:
-        for part in parts:
+    todo = [p for p in parts if any(there.get(n) != c for n, c in zip(targets.names[p], content[p], strict=True))]
+    own = world.share(todo)
+    total = evaluations(prior, guidance, case.steps, **walk.travel) * len(own)
+    with tqdm(
+        total=total, desc=case.name, unit="step", leave=False, dynamic_ncols=True, disable=not world.leads
+    ) as bar:
+        for part in own:
             names, target = targets.names[part], targets.logits[part].to(networks.device)
-            reset_peak(networks.device)
+            peak_gib(networks.device, reset=True)
             prior.evaluations = prior.gradients = 0
             started = time.perf_counter()
             images = sample(
-                prior,
-                [image_generator(walk.seed, name) for name in names],
-                networks.device,
-                networks.operator,
-                target,
-                guidance,
-                steps=case.steps,
-                eta=walk.eta,
-                clip_x0=walk.clip_x0,
-                on_step=lambda *_: bar.update(),
+                prior, [image_generator(walk.seed, name) for name in names], networks.device, networks.operator, target,
+                guidance, steps=case.steps, eta=walk.eta, clip_x0=walk.clip_x0, on_step=lambda *_: bar.update(),
                 **walk.travel,
-            )
-            pictures = as_saved(images)[0].cpu()
-            record["seconds"] += time.perf_counter() - started
-            record["memory"] = max(record["memory"], peak_gib(networks.device))
-            for key, count in (("batches", 1), ("evaluations", prior.evaluations), ("gradients", prior.gradients)):
-                record[key] += count
+            )  # fmt: skip
+            pictures, finite = as_saved(images)
+            pictures, seconds = pictures.cpu(), time.perf_counter() - started
+            if broken := [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]:
+                log.warning("%s: not finite: %s", case.name, ", ".join(broken))
             for name, image in zip(names, pictures, strict=True):
                 save_image(image, folder / f"{name}.png")
-            record["names"] += [name for name in names if name not in record["names"]]
-            write_json(file, record)
-    costs = {key: record[key] / record["batches"] for key in ("evaluations", "gradients")}
-    return costs | {"seconds": record["seconds"] / len(record["names"]), "memory": record["memory"]}
+            record.append({
+                "images": dict(zip(names, content[part], strict=True)), "evaluations": prior.evaluations,
+                "gradients": prior.gradients, "seconds": seconds, "memory": peak_gib(networks.device),
+            })  # fmt: skip
+    world.wait()
+    return record.costs()
 
 
 # --- Features --------------------------------------------------------------------------------------------------------
@@ -210,9 +248,9 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from torchmetrics.image.fid import NoTrainInceptionV3
+        from torchmetrics.image.fid import FrechetInceptionDistance
 
-        self.network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+        self.network = FrechetInceptionDistance(feature=2048).inception
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(((x + 1) * 127.5).round().to(torch.uint8))
@@ -255,16 +293,28 @@ def kid(fake: Tensor, real: Tensor) -> float:
 
 def fid(fake: Tensor, real: Tensor) -> float:
     """Fréchet Inception distance (Heusel et al. 2017)."""
-    from torchmetrics.image.fid import _compute_fid
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
-    (m1, c1), (m2, c2) = ((f.double().mean(0), torch.cov(f.double().T)) for f in (real, fake))
-    return _compute_fid(m1, c1, m2, c2).item()
+    seen_already = nn.Identity()
+    seen_already.num_features = fake.shape[1]
+    distance = FrechetInceptionDistance(feature=seen_already)
+    distance.update(real, real=True)
+    distance.update(fake, real=False)
+    return distance.compute().item()
+
+
+def load_identity(path: Path, device: torch.device) -> nn.Module:
+    """A face embedding, as `torch.export.save` leaves it. Raises InputError: none."""
+    try:
+        return torch.export.load(path).module().to(device)
+    except Exception as error:  # each part of the archive has its own way to be refused
+        raise InputError(f"--identity {path}: no exported network ({' '.join(str(error).split())[:120]})") from None
 
 
 # --- Figures with their intervals ------------------------------------------------------------------------------------
 
 
-def bootstrap(of: Callable[[Tensor], float], count: int, draws: int = DRAWS) -> tuple[float, float, float]:
+def bootstrap(of: Callable[[Tensor], float], count: int, draws: int = DRAWS) -> Figure:
     """A figure of ``count`` images, given their indices, with its 95 % interval: images drawn with replacement."""
     generator = torch.Generator().manual_seed(0)
     values = torch.tensor([of(torch.randint(count, (count,), generator=generator)) for _ in range(draws)])
@@ -272,7 +322,7 @@ def bootstrap(of: Callable[[Tensor], float], count: int, draws: int = DRAWS) -> 
     return of(torch.arange(count)), low, high
 
 
-def halves(of: Callable[[Tensor], float], count: int, draws: int = 50) -> tuple[float, float, float]:
+def halves(of: Callable[[Tensor], float], count: int, draws: int = 50) -> Figure:
     """The same from halves of the images, which vary as the whole does (Shao and Wu 1989, the delete-d jackknife).
 
     For KID and FID, to which an image that is there twice looks like a perfect match.
@@ -286,7 +336,14 @@ def halves(of: Callable[[Tensor], float], count: int, draws: int = 50) -> tuple[
 
 @dataclass
 class Measured:
-    """What is known of the inputs, and measures pictures against it."""
+    """What is known of the inputs, and measures pictures against it.
+
+    Attributes:
+        inputs, reference: (N, 3, S, S), and (M, F) as ``features`` sees others.
+        embedding: measures identity.
+        edits: attributes that the targets have otherwise than the inputs, `parse_set`.
+        unedited: what the judge says of the same method's pictures without the edit, (N, d).
+    """
 
     networks: Networks
     targets: Targets
@@ -294,10 +351,16 @@ class Measured:
     features: nn.Module | None
     reference: Tensor | None
     lpips: nn.Module | None
+    embedding: nn.Module | None
     edits: dict[int, tuple[float, bool]]
+    unedited: Tensor | None
 
-    def of(self, pictures: Tensor, judged: Tensor | None) -> dict[str, tuple[float, float, float]]:
-        """The figures of pictures (N, 3, S, S) against targets; ``judged`` (N, d) are the judge's."""
+    def of(self, pictures: Tensor, judged: Tensor | None, before: Tensor | None = None) -> dict[str, Figure]:
+        """The figures of pictures (N, 3, S, S) against targets.
+
+        Args:
+            judged: what the judge should say, (N, d). before: what it says of the inputs.
+        """
         device, count, found = self.networks.device, len(pictures), {}
 
         def mean(name: str, values: Tensor) -> None:
@@ -316,10 +379,14 @@ class Measured:
             said = seen(self.networks.judge, pictures, device)
             mean("judge", agreement(said, judged))
             balanced("judge_balanced", said, (judged > 0).float())
-            if self.edits:
-                others = [i for i in range(judged.shape[1]) if i not in self.edits]
+            if not self.edits:
+                self.unedited = said
+            else:
                 edited = list(self.edits)
+                others = [i for i in range(judged.shape[1]) if i not in self.edits]
+                mean("before", agreement(before[:, edited], judged[:, edited]))
                 mean("edited", agreement(said[:, edited], judged[:, edited]))
+                mean("floor", 1 - agreement(self.unedited[:, others], judged[:, others]))
                 mean("changed", 1 - agreement(said[:, others], judged[:, others]))
         if self.features is not None and self.reference is not None:
             fake = seen(self.features, pictures, device)
@@ -328,10 +395,12 @@ class Measured:
                 found["fid"] = halves(lambda i: fid(fake[i], self.reference), count, 10)
         if self.inputs is not None and not torch.equal(pictures, self.inputs):
             mean("psnr", psnr(pictures, self.inputs))
+            pairs = torch.stack([pictures, self.inputs], 1)  # (N, 2, 3, S, S)
             if self.lpips is not None:
-                pairs = zip(pictures.split(50), self.inputs.split(50), strict=True)
-                with torch.no_grad():
-                    mean("lpips", torch.cat([self.lpips(a.to(device), b.to(device)).cpu() for a, b in pairs]).flatten())
+                mean("lpips", seen(lambda pair: self.lpips(pair[:, 0], pair[:, 1]).flatten(), pairs, device))
+            if self.embedding is not None:
+                embeddings = (seen(self.embedding, of, device).flatten(1) for of in (pictures, self.inputs))
+                mean("identity", nn.functional.cosine_similarity(*embeddings))
         return found
 
 
@@ -368,8 +437,10 @@ def flat(name: str, figures: dict, costs: dict) -> dict:
     return json_values(row)
 
 
-def pictures_of(folder: Path, names: Sequence[str], size: int) -> Tensor:
-    return torch.stack([load_image(folder / f"{name}.png", size) for name in names])
+def averaged(rows: Sequence[dict], name: str) -> dict:
+    """A row of the means of rows, without intervals."""
+    known = {column: [row[column] for row in rows if row[column] is not None] for column in COLUMNS}
+    return flat(name, {}, {column: fmean(values) for column, values in known.items() if values})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -378,67 +449,77 @@ def main(argv: Sequence[str] | None = None) -> int:
     e, weights, what, rule, walk, others = parse(
         __doc__, *kinds, argv=argv, extra=(*PRESET_ONLY, *ignored), presets=CONFIGS
     )
-    cases = [Case.of(m, n, edit) for edit in e.edits or (None,) for n in e.steps for m in e.methods]
-    cases = list(dict.fromkeys(cases))
-    for case in cases:
-        replace(rule, guidance=case.method).build(case.steps)  # refuses what it does not know
+    edits = (None, *e.edits)  # without one first: the others are compared with it
+    cases = dict.fromkeys(Case.of(m, n, edit) for n in e.steps for m in e.methods for edit in edits)
+    rules = {case: replace(rule, guidance=case.method).build(case.steps) for case in cases}  # refuses unknown ones
     architecture = {key: value for key, value in others.items() if key in PRESET_ONLY}
     check_architecture(architecture)
-    with locked(e.out):
-        return evaluate(e, weights, what, rule, walk, architecture, cases)
+    with join_world(weights.device) as (world, device), locked(e.out) if world.leads else nullcontext():
+        networks = load_networks(weights, architecture, device)
+        targets = read_targets(what, networks, walk.batch_size, world, most=e.count)
+        for case, guidance in rules.items():
+            guidance.towards(networks.operator, targets.logits[:1].to(device))  # refuses what does not fit
+            try:
+                evaluations(networks.prior, guidance, case.steps, **walk.travel)
+            except ValueError as error:
+                raise InputError(f"--steps {case.steps}: {error}") from None
+        same = asdict(rule) | asdict(walk) | {"set": what.set, "align": what.align} | networks.fingerprints()
+        same |= {"precision": weights.precision, "compile": weights.compile, "device": device.type}
+        return evaluate(e, rules, walk, networks, targets, to_json_values(same), world)
 
 
 def evaluate(
-    e: Evaluation, weights: NetworkSettings, what: TargetSettings, rule: RuleSettings, walk: WalkSettings,
-    architecture: dict, cases: Sequence[Case],
+    e: Evaluation, rules: dict[Case, Guidance], walk: WalkSettings, networks: Networks, targets: Targets,
+    settings: dict, world: World,
 ) -> int:  # fmt: skip
     """Draw what is not drawn yet, measure everything, write the table; the exit status."""
-    device = resolve_device(weights.device)
-    networks = load_networks(weights, architecture, device)
-    size = networks.spnn.img_size
+    size, device = networks.spnn.img_size, networks.device
     typical = networks.spnn.notes.get("typical_logits")
-    edits = {case.edit: parse_set([case.edit], networks.attributes, typical) for case in cases if case.edit}
-    plain_targets = read_targets(what, networks, walk.batch_size, most=e.count)
-    for case in cases:
-        guidance = replace(rule, guidance=case.method).build(case.steps)
-        guidance.towards(networks.operator, plain_targets.logits[:1].to(device))  # refuses what does not fit
-        try:
-            evaluations(networks.prior, guidance, case.steps, **walk.travel)
-        except ValueError as error:
-            raise InputError(f"--steps {case.steps}: {error}") from None
+    edits = {case.edit: parse_set([case.edit] if case.edit else [], networks.attributes, typical) for case in rules}
+    if not world.leads:
+        logging.disable(logging.INFO)
     log = get_logger("evaluate", e.out)
-    for line in plain_targets.skipped:
+    for line in targets.skipped:
         log.warning("skipped: %s", line)
-    features, seen_by = load_features(e.features, networks, log)
-    inputs = None
-    if plain_targets.files is not None:
-        inputs = torch.stack(plain_targets.inputs(slice(None), size))
-    reference = None
-    if features is not None and (e.reference is not None or inputs is not None):
-        of = inputs if e.reference is None else torch.stack([load_image(p, size) for p in find_images(e.reference)])
-        reference = seen(features, of, device)
-    lpips = load_lpips(device, log, size) if e.lpips and inputs is not None else None
-    measured = Measured(networks, plain_targets, inputs, features, reference, lpips, {})
-
-    settings = to_json_values(asdict(rule) | asdict(walk) | asdict(what) | networks.fingerprints())
-    rows, shelf = [], []
-    if inputs is not None:
-        rows.append(flat("inputs", measured.of(inputs, plain_targets.logits if networks.judge else None), {}))
-        shelf.append(("inputs", inputs))
-    for case in cases:
-        targets, folder = edited(plain_targets, edits.get(case.edit, {})), e.out / "pictures" / case.folder
-        costs = draw(case, rule, walk, networks, targets, folder, settings)
-        pictures = pictures_of(folder, targets.names, size)
-        measured.targets, measured.edits = targets, edits.get(case.edit, {})
-        rows.append(flat(case.name, measured.of(pictures, targets.judged), costs))
+    measured, seen_by = measures(e, networks, targets, log) if world.leads else (None, "")
+    rows: list[dict] = []
+    of_edits: dict[str, list[dict]] = {}
+    shelf: list[tuple[str, Tensor]] = []
+    if measured is not None and measured.inputs is not None:
+        rows.append(flat("inputs", measured.of(measured.inputs, targets.logits if networks.judge else None), {}))
+        shelf.append(("inputs", measured.inputs))
+    for case, guidance in rules.items():
+        own, folder = edited(targets, edits[case.edit]), e.out / "pictures" / case.folder
+        costs = draw(case, guidance, walk, networks, own, folder, settings, world, log)
+        if measured is None:
+            continue
+        pictures = torch.stack([load_image(folder / f"{name}.png", size) for name in own.names])
+        measured.targets, measured.edits = own, edits[case.edit]
+        rows.append(flat(case.name, measured.of(pictures, own.judged, targets.judged), costs))
         shelf.append((case.name, pictures))
         log.info("%s", ", ".join(f"{COLUMNS[c][0]} {shown(c, rows[-1])}" for c in COLUMNS if shown(c, rows[-1])))
-        reference_is = f"{len(reference) if reference is not None else 0} pictures"
-        note = (f"{len(targets.names)} images, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-                f"KID and FID on {seen_by} features against {reference_is}.")  # fmt: skip
-        write_table(e.out, rows, shelf, note, settings, e.sheet)  # so that a stop costs nothing
-    print((e.out / "table.md").read_text(encoding="utf-8"))
+        note = (f"{len(own.names)} images, {device}, {world.size} x {torch.get_num_threads()} threads, prior in "
+                f"{settings['precision']}, torch {torch.__version__}; KID and FID on {seen_by}.")  # fmt: skip
+        if case.edit:
+            of_edits.setdefault(f"{case.method}, {case.steps} steps", []).append(rows[-1])
+        means = [averaged(of, f"{name}, mean of {len(of)} edits") for name, of in of_edits.items() if len(of) > 1]
+        write_table(e.out, [*rows, *means], shelf, note, settings, e.sheet)  # so that a stop costs nothing
+    if world.leads:
+        print((e.out / "table.md").read_text(encoding="utf-8"))
     return 0
+
+
+def measures(e: Evaluation, networks: Networks, targets: Targets, log: logging.Logger) -> tuple[Measured, str]:
+    """What measures the pictures, and what KID and FID are taken on."""
+    size, device = networks.spnn.img_size, networks.device
+    embedding = None if e.identity is None else load_identity(e.identity, device)
+    features, seen_by = load_features(e.features, networks, log)
+    inputs = None if targets.files is None else torch.stack(targets.inputs(slice(None), size))
+    real = inputs if e.reference is None else torch.stack([load_image(p, size) for p in find_images(e.reference)])
+    reference = None if features is None or real is None else seen(features, real, device)
+    lpips = load_lpips(device, log, size) if e.lpips and inputs is not None else None
+    measured = Measured(networks, targets, inputs, features, reference, lpips, embedding, {}, None)
+    return measured, f"{seen_by} features against {0 if reference is None else len(reference)} pictures"
 
 
 def edited(targets: Targets, edits: dict[int, tuple[float, bool]]) -> Targets:

@@ -2,15 +2,21 @@
 
 import csv
 import json
+import math
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_distributed import ROOT, start_two
 from test_main import assets, tiny_spnn  # noqa: F401  (a fixture)
 
 import evaluate
-from evaluate import bootstrap, halves, kid
+from DDNM.guided_diffusion.inputs import Targets
+from evaluate import Measured, bootstrap, edited, fid, halves, kid
+from operators import SPNNOperator
 from utils import InputError
 
 
@@ -62,24 +68,138 @@ def test_the_table_has_a_row_per_method_and_says_what_its_pictures_are(run, tmp_
     assert Image.open(folder / "sheet.png").height > 3 * 96
 
 
-def test_what_is_drawn_is_not_drawn_again_and_more_images_are_added(run, drawn):
+def test_what_is_drawn_is_not_drawn_again_and_more_images_are_added(run, drawn, tmp_path):
     run("--methods", "none", "--steps", "2", count=2)
     assert drawn == [2]
     first = run("--methods", "none", "--steps", "2")
     assert drawn == [2, 1]
+    record = tmp_path / "out" / "pictures" / "none_2.jsonl"
+    with open(record, "a") as file:
+        file.write('{"images": {"re')  # cut by a kill
     again = run("--methods", "none", "--steps", "2")
     assert drawn == [2, 1] and first["rows"] == again["rows"]
+    assert all(json.loads(line) for line in record.read_text().splitlines())
     run("--methods", "none", "nlbp", "--steps", "2")
     assert drawn == [2, 1, 2, 1]
-    with pytest.raises(InputError, match="has seed 1234, not 5"):
-        run("--methods", "none", "--steps", "2", "--seed", "5")
+    for flags, said in {("--seed", "5"): "has seed 1234, not 5", ("--precision", "bf16"): "has precision float32",
+                        ("--set", "Bald=1"): "has set "}.items():  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            run("--methods", "none", "--steps", "2", *flags)
 
 
-def test_edits_are_seen_or_not_and_the_others_counted(run):
+def test_an_input_that_changed_is_drawn_again(run, drawn, assets, tmp_path):  # noqa: F811
+    shutil.copytree(assets / "inputs", tmp_path / "inputs")
+    flags = ["--methods", "none", "--steps", "2", "--batch_size", "1", "--path_y", str(tmp_path / "inputs")]
+    run(*flags)
+    Image.new("RGB", (16, 16), "yellow").save(tmp_path / "inputs" / "green.png")
+    drawn.clear()
+    run(*flags)
+    run(*flags)
+    assert drawn == [1]
+
+
+def test_two_processes_draw_what_one_draws(run, assets, tmp_path):  # noqa: F811
+    flags = ["--methods", "none", "nlbp", "--steps", "2", "--batch_size", "1"]
+    one = run(*flags)
+    arguments = ["--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--count", "3"]
+    start_two(str(ROOT / "evaluate.py"), *arguments, "--out", str(tmp_path / "two"), "--features", "judge", *flags)
+    two = json.loads((tmp_path / "two" / "table.json").read_text())
+    costs = ("seconds", "memory")
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert {k: v for k, v in a.items() if k not in costs} == {k: v for k, v in b.items() if k not in costs}
+    assert "2 x" in two["note"] and len(list((tmp_path / "two" / "pictures").glob("*/*.png"))) == 6
+    lines = [json.loads(line) for line in (tmp_path / "two" / "pictures" / "nlbp_2.jsonl").read_text().splitlines()]
+    assert sorted(name for line in lines[1:] for name in line["images"]) == ["blue", "green", "red"]
+
+
+def test_edits_run_beside_the_method_without_one(run):
     record = run("--methods", "nlbp", "--steps", "2", "--edits", "Smiling=1", "Bald=-3")
-    _, smiling, bald = record["rows"]
+    _, plain, smiling, bald, mean = record["rows"]
+    assert plain["method"] == "nlbp, 2 steps" and plain["edited"] is None
     assert smiling["method"] == "nlbp, 2 steps, Smiling=1" and bald["method"] == "nlbp, 2 steps, Bald=-3"
-    assert smiling["edited"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1) and 0 <= bald["changed"] <= 1
+    assert mean["method"] == "nlbp, 2 steps, mean of 2 edits"
+    assert mean["edited"] == pytest.approx((smiling["edited"] + bald["edited"]) / 2)
+
+
+def colours(*rows) -> torch.Tensor:
+    """Plain pictures, (N, 3, 8, 8)."""
+    return torch.tensor(rows, dtype=torch.float32)[:, :, None, None].expand(-1, 3, 8, 8)
+
+
+def test_what_an_edit_changed_is_told_from_what_the_method_changes_anyway():
+    """To this judge, and this g, an attribute is a colour that is there."""
+
+    def judge(x):
+        return x.mean((2, 3))
+
+    operator = SimpleNamespace(A=judge)
+    networks = SimpleNamespace(judge=judge, operator=operator, device=torch.device("cpu"))
+    inputs = colours((-1, 1, 1), (1, -1, 1), (-1, -1, -1), (-1, 1, -1))
+    said = judge(inputs)
+    targets = Targets(list("abcd"), [], said, said, [])
+    measured = Measured(networks, targets, inputs, None, None, None, judge, {}, None)
+    plain = measured.of(colours((-1, 1, -1), (1, -1, 1), (-1, -1, -1), (-1, 1, -1)), said, said)
+    assert "edited" not in plain and plain["judge"][0] == pytest.approx(11 / 12)
+    measured.edits = {0: (3.0, True)}
+    wanted = edited(targets, measured.edits)
+    drawn = measured.of(colours((1, 1, -1), (1, 1, 1), (1, -1, -1), (-1, 1, -1)), wanted.judged, said)
+    values = {key: value for key, (value, _, _) in drawn.items()}
+    assert (values["before"], values["edited"]) == (0.25, 0.75)
+    assert (values["floor"], values["changed"]) == pytest.approx((1 / 8, 2 / 8))
+    assert values["identity"] == pytest.approx((-1 / 3 + 1 / 3 + 1 / 3 + 1) / 4, abs=1e-6)
+
+
+def test_identity_is_measured_by_a_given_network(run, tmp_path):
+    class Embedding(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)
+
+    file = tmp_path / "faces.pt2"
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(Embedding(), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=shapes), file)
+    ceiling, none = run("--methods", "none", "--steps", "2", "--identity", str(file))["rows"]
+    assert ceiling["identity"] is None and -1 <= none["identity_low"] <= none["identity"] <= none["identity_high"] <= 1
+
+
+def test_inception_is_taken_where_it_can_be_had(run, monkeypatch, tmp_path):
+    class Few(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, ::97]
+
+    monkeypatch.setattr(evaluate, "InceptionFeatures", Few)
+    ceiling, none = run("--methods", "none", "--steps", "2", "--features", "auto")["rows"]
+    assert none["fid"] > 0 and ceiling["fid"] == pytest.approx(0, abs=1e-3) and none["kid"] is not None
+    assert "Inception features against 3 pictures" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_fid_is_that_of_two_normal_distributions():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(500, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    b = 2 * b + 1
+    (m, c), (n, d) = ((x.mean(0), np.cov(x.numpy().T)) for x in (a, b))
+    roots = np.linalg.eigvals(c @ d).real ** 0.5  # of a product of positive matrices: the trace of its root
+    assert fid(a, b) == pytest.approx(((m - n).square().sum() + np.trace(c + d) - 2 * roots.sum()).item(), rel=1e-5)
+
+
+def test_an_image_that_is_not_finite_is_named_and_the_others_go_on(run, monkeypatch, caplog, tmp_path):
+    honest = SPNNOperator.loss
+
+    def loss(self, said, y):
+        return torch.where((y[:, 0] - green).abs() < 1e-4, math.nan, 1.0) * honest(self, said, y)
+
+    colour = torch.tensor((20.0, 200, 20)).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
+    with torch.no_grad():
+        green = tiny_spnn()(colour)[0, 0]
+    flags = ["--methods", "gradient", "--steps", "3", "--batch_size", "3"]
+    run(*flags)
+    before = {name: np.asarray(Image.open(tmp_path / "out" / "pictures" / "gradient_3" / f"{name}.png"))
+              for name in ("blue", "green", "red")}  # fmt: skip
+    monkeypatch.setattr(SPNNOperator, "loss", loss)
+    run(*flags, "--out", str(tmp_path / "broken"))
+    assert "gradient, 3 steps: not finite: green" in caplog.text
+    for name, picture in before.items():
+        again = np.asarray(Image.open(tmp_path / "broken" / "pictures" / "gradient_3" / f"{name}.png"))
+        assert (again == picture).all() == (name != "green")
 
 
 @pytest.mark.parametrize(
@@ -91,6 +211,7 @@ def test_edits_are_seen_or_not_and_the_others_counted(run):
         (["--steps", "0"], "steps"),
         (["--edits", "Smilng=1"], "did you mean 'Smiling'"),
         (["--features", "inception"], "inception"),
+        (["--identity", "none.pt2"], "--identity none.pt2: no exported network"),
     ],
 )
 def test_a_mistake_is_one_line_and_draws_nothing(run, drawn, monkeypatch, flags, said):
