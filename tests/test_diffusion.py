@@ -377,6 +377,8 @@ def test_the_loop_never_asks_for_a_number_that_a_gpu_would_have_to_be_waited_for
 class Broken:
     """An operator whose inverse, or whose logits, are not finite wherever an image's first pixel is positive."""
 
+    in_shape, out_shape = SHAPE, (5,)
+
     def __init__(self, where: str, value: float):
         self.where, self.value = where, value
 
