@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from networks import ConvMLP, Layer, any_size, pointwise, unet
+from networks import ConvMLP, Layer, any_size, located, pointwise, unet
 
 Shape = tuple[int, int, int]  # (C, H, W)
 
@@ -389,6 +389,7 @@ class ConvPINNBlock(Surjection):
         mix_type: "cayley" or "householder".
         st, r: layers of s and T, and of R (see `ConvMLP`), in place of those that feat_size stands for.
         scale: a factor on their widths.
+        see_place: the first layers of s, T and R also see where on the map they are: what is measured may depend on it.
 
     Raises:
         ValueError: out_ch not below in_ch, an odd feat_size above 1, an unknown mix_type.
@@ -405,6 +406,7 @@ class ConvPINNBlock(Surjection):
         st: Sequence[Layer] | None = None,
         r: Sequence[Layer] | None = None,
         scale: float = 1.0,
+        see_place: bool = False,
     ):
         super().__init__()
         self.name = f"ConvPINNBlock({in_ch}->{out_ch})"
@@ -427,6 +429,8 @@ class ConvPINNBlock(Surjection):
         dropped = in_ch - out_ch
         st = layers(dropped, out_ch, min(max(hidden, dropped), 1024)) if st is None else st
         r = layers(out_ch, dropped, min(max(hidden, out_ch), 1024)) if r is None else r
+        if see_place:
+            st, r = ([(located, *layers[0][1:]), *layers[1:]] for layers in (st, r))
         self.t, self.s, self.r = ConvMLP(st, scale), ConvMLP(st, scale), ConvMLP(r, scale)
         self.mix = MIXINGS[mix_type](in_ch)
 

@@ -1,6 +1,8 @@
 """Diagnostics of an SPNN: the Penrose identities, how natural its pseudo-inverse is, its accuracy, its first NaN.
 
-python diagnostics.py --checkpoint check_points/best_model.pth --dataset_path CelebAMask-HQ
+Its output may be logits, a map of classes (intersection over union of each) or a picture (error of what it measures).
+
+    python diagnostics.py --checkpoint check_points/best_model.pth --dataset_path CelebAMask-HQ
 
 A library and a command. The identities hold for every weight, by algebra: what is measured here is rounding, which
 grows with depth, and float64 beside float32 tells rounding from a mistake.
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from blocks import PixelUnshuffleBlock, solved_once
 from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
+from degradations import DEGRADATIONS
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
 from networks import PRECISIONS, networks_in
@@ -94,8 +97,8 @@ def penrose(
 
     Args:
         images: (N, C, H, W) in [-1, 1].
-        targets: logits y, (M, d), for the right inverse and g' g g' = g'. None draws N from a normal distribution of
-            three times the spread of g(images): far from the data, where a mere fit to the data would fail.
+        targets: logits y, (M, *out_shape), for the right inverse and g' g g' = g'. None draws N from a normal
+            distribution of three times the spread of g(images): far from the data, where a mere fit to it would fail.
         precision: what to compute in, one of `ARITHMETICS`; the model itself stays as it is. "tf32" and "bf16" are of
             the networks inside blocks alone.
         seed: of the drawn targets.
@@ -143,7 +146,7 @@ def penrose(
 
 
 def _measure_image(model: SPNN, x: Tensor, errors: dict[str, _Error]) -> Tensor:
-    """Add what can be measured on images x, (B, C, H, W); returns g(x), (B, d)."""
+    """Add what can be measured on images x, (B, C, H, W); returns g(x), (B, *out_shape)."""
     _, z_zero = model(torch.zeros_like(x[:1]), return_latents=True)
     y, z = model(x, return_latents=True)
     natural = model.pinv(y)  # g'(g(x))
@@ -156,13 +159,13 @@ def _measure_image(model: SPNN, x: Tensor, errors: dict[str, _Error]) -> Tensor:
 
 
 def _measure_target(model: SPNN, y: Tensor, errors: dict[str, _Error]) -> None:
-    """Add what can be measured at logits y, (B, d)."""
+    """Add what can be measured at logits y, (B, *out_shape)."""
     x = model.pinv(y)
     y_again, z = model(x, return_latents=True)
     errors["right_inverse"].add(y_again, y)
     errors["reflexive_pinv"].add(model.pinv(y_again), x)
-    natural = torch.cat([y, concatenated(model.natural(y).z)], dim=1)  # (B, D)
-    errors["natural_latents"].add(torch.cat([y_again, concatenated(z)], dim=1), natural)
+    natural = concatenated([y, *model.natural(y).z])  # (B, D)
+    errors["natural_latents"].add(concatenated([y_again, *z]), natural)
 
 
 @contextmanager
@@ -210,6 +213,62 @@ def accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: torch
     }
 
 
+class IoU:
+    """Intersection over union of each class, summed over maps.
+
+    Args:
+        classes: how many there are.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.table = torch.zeros(classes, classes, dtype=torch.int64)  # truth x guess
+
+    def add(self, guess: Tensor, truth: Tensor) -> None:
+        """Maps (B, H, W) of classes."""
+        pairs = (truth * len(self.table) + guess).flatten().cpu()
+        self.table += torch.bincount(pairs, minlength=self.table.numel()).view_as(self.table)
+
+    def by_class(self) -> Tensor:
+        """(classes,): the intersection of truth and guess over their union; NaN for a class that is in neither."""
+        both = self.table.diag().double()
+        return both / (self.table.sum(0) + self.table.sum(1) - both)
+
+
+@torch.no_grad()
+def map_accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> dict:
+    """How right maps are over a loader of (images (B, C, H, W), targets).
+
+    Returns:
+        For targets that are maps of classes, (B, H', W'): ``mean_iou`` over the classes that occur, ``by_class``, the
+        share of ``places`` that are right. For pictures, (B, K, H', W'): ``relative_rms`` and ``absolute_rms`` of the
+        difference. Both with the number of ``images``.
+
+    Raises:
+        ValueError: no images, or targets that are neither; both shapes are named.
+    """
+    iou, error, images = IoU(model.num_classes), _Error(), 0
+    with evaluating(model):
+        for x, truth in loader:
+            y, truth = model(x.to(device)).float().cpu(), truth.cpu()  # (B, K, H', W')
+            if truth.shape == y.shape:
+                error.add(y, truth)
+            elif truth.shape == y[:, 0].shape and not truth.is_floating_point():
+                iou.add(y.argmax(1), truth)
+            else:
+                shapes = f"{tuple(y.shape[1:])}, the targets {tuple(truth.shape[1:])}"
+                raise ValueError(f"map_accuracy: the model's maps are {shapes}: neither classes nor pictures of theirs")
+            images += len(x)
+    if not images:
+        raise ValueError("map_accuracy: no images to measure")
+    if error.count:
+        figures = {key: value for key, value in error.figures().items() if key.endswith("rms")}
+    else:
+        table, by_class = iou.table, iou.by_class()
+        figures = {"mean_iou": by_class.nanmean().item(), "by_class": by_class.tolist(),
+                   "places": (table.diag().sum() / table.sum()).item()}  # fmt: skip
+    return {**figures, "images": images}
+
+
 # --- The first number that is not finite -----------------------------------------------------------------------------
 
 
@@ -225,7 +284,7 @@ def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str
 
     Args:
         x: images, (B, C, H, W).
-        target: logits for g', (B, d); None takes g(x).
+        target: logits for g', (B, *out_shape); None takes g(x).
 
     Returns:
         A phrase that names it, such as "weight pinn.blocks.3.s.net.0.weight" or
@@ -250,7 +309,7 @@ def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str
                 return f"{_block_name(index, block)}, its output"
         if bad(target):
             return "the target logits"
-        y = x if target is None else target[..., None, None]
+        y = x if target is None else target.reshape(x.shape)
         for index, block in reversed(blocks):
             z = block.natural_latent(y)
             if bad(z):
@@ -277,7 +336,8 @@ def diagnose(
     """All diagnostics of a model: accuracy over the whole loader, identities over its first images.
 
     Args:
-        loader: of (images (B, C, H, W) in [-1, 1], labels (B, d) in {0, 1}).
+        loader: of (images (B, C, H, W) in [-1, 1], labels (B, d) in {0, 1}), or, if the output is a map, what
+            `map_accuracy` takes.
         device: where the model is.
         samples: images for the identities.
         seed: of the random targets.
@@ -286,7 +346,7 @@ def diagnose(
         precisions: to measure the identities in. float64 takes a copy of the model, of twice its memory.
 
     Returns:
-        ``{"accuracy": see accuracy, "penrose": {precision: see penrose}, "nonfinite": str | None,
+        ``{"accuracy": see accuracy and map_accuracy, "penrose": {precision: see penrose}, "nonfinite": str | None,
         "attributes": names | None}``: JSON values only. A figure that is NaN or infinite is None there.
 
     Raises:
@@ -307,7 +367,7 @@ def diagnose(
                 missing -= len(kept[-1])
             yield images, labels
 
-    measured = accuracy(model, keeping(), device)
+    measured = (accuracy if len(model.out_shape) == 1 else map_accuracy)(model, keeping(), device)
     images = torch.cat(kept)
     return json_values(
         {
@@ -344,15 +404,24 @@ def format_table(report: dict) -> str:
         f"first number that is not finite: {report['nonfinite'] or 'none'}",
     ]
     measured = report["accuracy"]
-    lines.append(
-        f"accuracy {figure(measured['accuracy'], '.4f')}, balanced {figure(measured['balanced_accuracy'], '.4f')} "
-        f"({measured['images']} images)"
-    )
-    names = report["attributes"] or [f"logit {index}" for index in range(len(measured["by_attribute"]))]
+    counted = f"({measured['images']} images)"
+    if "absolute_rms" in measured:
+        figures = [figure(measured[key], ".4f") for key in ("absolute_rms", "relative_rms")]
+        return "\n".join([*lines, f"measured picture: rms error {figures[0]}, relative {figures[1]} {counted}"])
+    if "mean_iou" in measured:
+        figures = [figure(measured[key], ".4f") for key in ("mean_iou", "places")]
+        lines.append(f"intersection over union {figures[0]}, places {figures[1]} {counted}")
+        columns = [[f"{value:.4f}" if value is not None else "in no map" for value in measured["by_class"]]]
+    else:
+        figures = [figure(measured[key], ".4f") for key in ("accuracy", "balanced_accuracy")]
+        lines.append(f"accuracy {figures[0]}, balanced {figures[1]} {counted}")
+        columns = [
+            [figure(plain, ".4f") for plain in measured["by_attribute"]],
+            ["only one class" if b is None else f"{b:.4f}" for b in measured["balanced_by_attribute"]],
+        ]
+    names = report["attributes"] or [f"logit {index}" for index in range(len(columns[0]))]
     width = max(len(name) for name in names)
-    for name, plain, balanced in zip(names, measured["by_attribute"], measured["balanced_by_attribute"], strict=True):
-        shown = "only one class" if balanced is None else f"{balanced:.4f}"
-        lines.append(f"  {name:<{width}}  {figure(plain, '.4f')}  {shown}")
+    lines += [f"  {name:<{width}}  {'  '.join(cells)}" for name, *cells in zip(names, *columns, strict=True)]
     return "\n".join(lines)
 
 
@@ -361,7 +430,7 @@ def format_table(report: dict) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """Penrose identities, naturalness and accuracy of an SPNN on labelled images."""
+    """Penrose identities, naturalness and accuracy of an SPNN on images with labels or masks."""
 
     checkpoint: Path = option(..., "SPNN weights, .pth or .safetensors")
     dataset_path: Path = option(..., "a folder in CelebAMask-HQ's layout")
@@ -377,24 +446,42 @@ class Options:
     seed: int = option(0, "of the random targets", 0, LARGEST_SEED)
 
 
+def targets_for(model: SPNN, options: Options) -> tuple[list[str] | None, Iterable[tuple[Tensor, Tensor]]]:
+    """Names of the logits, and images with what the network should give for them, by its notes.
+
+    Raises:
+        InputError: notes that do not say what the output stands for.
+    """
+    where, shape = f"weights {options.checkpoint}", model.out_shape
+    split = options.dataset_path, options.split, model.img_size
+    names = model.notes.get("attributes" if len(shape) == 1 else "classes")
+    if len(shape) == 1:
+        names = names or (list(ATTRIBUTES) if model.num_classes == len(ATTRIBUTES) else None)
+        if names is None or len(names) != model.num_classes:
+            count = "no" if names is None else len(names)
+            raise InputError(f"{where}: {model.num_classes} logits, but {count} attribute names beside it: "
+                             "their labels are unknown")  # fmt: skip
+        columns, data = attribute_indices(names), make_loader(CelebAMaskHQ(*split), options.batch_size)
+        return names, ((images, labels[:, columns]) for images, labels in data)
+    if names is not None:
+        return names, make_loader(CelebAMaskHQ(*split, mask_size=shape[1:]), options.batch_size)
+    if model.notes.get("operator") not in DEGRADATIONS:
+        raise InputError(f"{where}: gives maps {shape}, and config.json names neither their classes nor a measurement "
+                         f"of degradations.py: what they should be is unknown")  # fmt: skip
+    function = DEGRADATIONS[model.notes["operator"]]
+    return None, ((images, function(images)) for images, _ in make_loader(CelebAMaskHQ(*split), options.batch_size))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see ``--help``."""
     options, _ = parse(__doc__, Options, argv=argv)
     device = resolve_device(options.device)
     model = SPNN.from_pretrained(options.checkpoint)
-    attributes = model.notes.get("attributes") or (list(ATTRIBUTES) if model.num_classes == len(ATTRIBUTES) else None)
-    if attributes is None or len(attributes) != model.num_classes:
-        raise InputError(
-            f"weights {options.checkpoint}: {model.num_classes} logits, but "
-            f"{'no' if attributes is None else len(attributes)} attribute names beside it: their labels are unknown"
-        )
-    columns = attribute_indices(attributes)
     if model.config["img_ch"] != 3:
         raise InputError(f"weights {options.checkpoint}: takes {model.config['img_ch']} channels, photographs have 3")
-    data = CelebAMaskHQ(options.dataset_path, options.split, model.img_size)
-    loader = ((images, labels[:, columns]) for images, labels in make_loader(data, options.batch_size))
+    names, loader = targets_for(model, options)
     report = diagnose(
-        model.to(device), loader, device, options.samples, options.seed, attributes, options.batch_size,
+        model.to(device), loader, device, options.samples, options.seed, names, options.batch_size,
         options.precision,
     )  # fmt: skip
     print(format_table(report))

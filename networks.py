@@ -56,12 +56,29 @@ class UpConv2d(nn.ConvTranspose2d):
         return y + self.bias.to(y.dtype)[:, None, None]
 
 
+class LocatedConv2d(nn.Conv2d):
+    """A convolution that also sees where it is: two more channels, the height and the width, each from -1 to 1.
+
+    Source: Liu et al. 2018, "An Intriguing Failing of Convolutional Neural Networks and the CoordConv Solution".
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = [torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[-2:]]
+        where = torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(x.shape[0], -1, -1, -1)  # (B, 2, H, W)
+        return super().forward(torch.cat([x, where], dim=1))
+
+
 Layer = tuple[Callable[[int, int], nn.Module], int, int]  # how it is made, channels in, channels out
 
 
 def conv(before: int, after: int) -> nn.Module:
     """3x3, the size stays."""
     return nn.Conv2d(before, after, 3, padding=1)
+
+
+def located(before: int, after: int) -> nn.Module:
+    """3x3, and it knows its place."""
+    return LocatedConv2d(before + 2, after, 3, padding=1)
 
 
 def point(before: int, after: int) -> nn.Module:

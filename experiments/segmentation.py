@@ -1,69 +1,78 @@
 """A network whose output is a map: the classes of a face's parts, and faces from such maps alone.
 
-    python procedural_faces.py --out data/faces_masks --count 4000 --size 64 --masks
-    python experiments/segmentation.py --data data/faces_masks --out segmentation
+    python procedural_faces.py --out data/faces_masks --count 3000 --size 64 --masks
+    python experiments/segmentation.py --dataset_path data/faces_masks --out segmentation \\
+        --prior DDNM/exp/logs/faces/prior
 
-The chain ends at (19, S/4, S/4) logits instead of a vector, and everything else stays: g(g'(y)) = y for every map.
-Trained by cross entropy and, as in stage 1, on its own pseudo-inverse: on g'(g(x)), and on g' of the mask alone, since
-a map has room for the picture too. Prints and writes the intersection over union (IoU) of each class on the test
-split, beside that of a constant guess, the commonest class of each place, and a sheet: faces, their masks, what g
-sees, g' of that, and g' of the mask alone.
+The chain ends at (19, S/4, S/4) logits instead of a vector, and everything else stays: g(g'(y)) = y for every map. A
+map of classes stands for the logits y that are `SURE` higher at each place's class; training and rules are those of
+train_operator.py, with cross entropy against softmax(y) as the loss. Then faces are drawn from the test split's maps
+alone, by the frozen prior steered by g, and judged by the map that an ordinary network sees in them, trained beside
+(``judge``), which steers nothing. Writes diagnostics.json, table.json, table.md and sheet.png.
 """
 
 import sys
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from blocks import ConvPINNBlock, PixelUnshuffleBlock, solved_once
-from data_loader import MASK_CLASSES, FaceLoader, batches_from, make_loaders
-from images import grid, save_image
-from models import PINN
+from data_loader import MASK_CLASSES, augmented, make_loaders
+from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
+from DDNM.guided_diffusion.results import contact_sheet, picture
+from diagnostics import IoU, diagnose, format_table
+from loop import Run, open_run
+from models import SPNN
+from networks import conv, down, located, up
+from operators import SPNNOperator
 from procedural_faces import MASK_COLOURS
-from utils import option, parse, resolve_device, run_command, seed_everything, write_json
+from train_operator import (
+    Fit,
+    Restoring,
+    chain,
+    drawn,
+    find_run,
+    fit,
+    markdown,
+    run_stage,
+    start_as_averages,
+    with_interval,
+)
+from utils import atomic_write, option, parse, run_command, seed_everything, write_json
 
 CLASSES = len(MASK_CLASSES)
-SURE = 8.0  # by how much the logit of a mask's class is above the others
+SURE = 5.0  # by how much the logit of a map's class is above the others
+JUDGE = "map_judge.safetensors"
 
 
-@dataclass
-class Settings:
-    """Settings."""
+@dataclass(frozen=True)
+class Options:
+    """Faces and maps."""
 
-    data: Path = option(..., "folder of faces with masks, see data_loader.py")
-    out: Path = option(..., "folder for table, sheet and weights")
+    dataset_path: Path = option(..., "folder of faces with masks, see data_loader.py")
+    out: Path = option(..., "folder for weights, tables and pictures")
     size: int = option(64, "side of the images; that of the maps is a quarter", 16, 1024)
-    minutes: float = option(10.0, "of training", 0.0)
-    steps: int | None = option(None, "stop after this many steps", 1)
-    batch_size: int = option(32, "images at once", 1)
-    hidden: int = option(48, "width of the coupling networks", 1)
-    lr: float = option(1e-3, "of Adam", 0.0)
-    lambda_img_rec: float = option(10.0, "weight of |g'(y) - x|^2 beside the cross entropy", 0.0)
-    lambda_mask_rec: float = option(10.0, "weight of the same with the logits of x's mask in place of y", 0.0)
-    seed: int = option(0, "of weights and batches", 0)
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    count: int = option(24, "maps of the test split to draw faces from", 1)
+    judge_steps: int = option(1000, "of the judge's training", 1)
 
 
-def build(size: int, hidden: int) -> PINN:
-    """(3, S, S) -> (19, S/4, S/4)."""
-    settings = {"hidden": hidden, "scale_bound": 1.0}
-    return PINN(
-        [
-            PixelUnshuffleBlock(2),  # (12, S/2, S/2)
-            ConvPINNBlock(12, 9, feat_size=size // 2, **settings),  # (9, S/2, S/2)
-            PixelUnshuffleBlock(2),  # (36, S/4, S/4)
-            ConvPINNBlock(36, 28, feat_size=size // 4, **settings),
-            ConvPINNBlock(28, 22, feat_size=size // 4, **settings),
-            ConvPINNBlock(22, CLASSES, feat_size=size // 4, **settings),  # (19, S/4, S/4)
-        ],
-        (3, size, size),
-    )
+class ClassOperator(SPNNOperator):
+    """An SPNN whose output is a map of classes: probabilities are softmax(y) at each place.
+
+    ``distance`` is the mean total variation between them, in [0, 1]; ``loss`` the cross entropy, a mean over places.
+    """
+
+    def distance(self, y1: Tensor, y2: Tensor) -> Tensor:
+        return (y1.softmax(1) - y2.softmax(1)).abs().sum(1).flatten(1).mean(1) / 2
+
+    def loss(self, y1: Tensor, y2: Tensor) -> Tensor:
+        return F.cross_entropy(y1, y2.softmax(1), reduction="none").flatten(1).mean(1)
 
 
 def logits_of(masks: Tensor) -> Tensor:
@@ -71,95 +80,121 @@ def logits_of(masks: Tensor) -> Tensor:
     return SURE * (F.one_hot(masks, CLASSES).movedim(-1, 1) - 1 / CLASSES)
 
 
-def train(g: PINN, loader: FaceLoader, s: Settings) -> int:
-    """Cross entropy and image losses until the time or the steps are over; returns the steps."""
-    optimizer = torch.optim.Adam(g.parameters(), s.lr)
-    end, done = time.monotonic() + 60 * s.minutes, 0
-    with tqdm(total=s.steps, unit="step", disable=None) as bar:
-        for _, (x, masks) in batches_from(loader, 0):
-            if time.monotonic() > end or done == s.steps:
-                return done
-            with solved_once():
-                y = g(x)  # (B, 19, H, W)
-                entropy, image = F.cross_entropy(y, masks), F.mse_loss(g.pinv(y), x)
-                alone = F.mse_loss(g.pinv(logits_of(masks)), x)  # or g hides the picture in its logits
-                (entropy + s.lambda_img_rec * image + s.lambda_mask_rec * alone).backward()
-            torch.nn.utils.clip_grad_norm_(g.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            done += 1
-            bar.update()
-            if done % 20 == 0:  # not after each step: a GPU would be waited for
-                bar.set_postfix(cross_entropy=entropy.item(), image=image.item(), alone=alone.item())
-    return done
+def smaller(masks: Tensor) -> Tensor:
+    """Masks (B, S, S) at (B, S/4, S/4), by nearest neighbours."""
+    return masks[:, 2::4, 2::4]
 
 
-class IoU:
-    """Intersection and union of each class, summed over maps."""
-
-    def __init__(self) -> None:
-        self.table = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)  # truth x guess
-
-    def add(self, guess: Tensor, truth: Tensor) -> None:
-        """Maps (B, H, W) of classes."""
-        pairs = (truth * CLASSES + guess).flatten().cpu()
-        self.table += torch.bincount(pairs, minlength=CLASSES**2).view(CLASSES, CLASSES)
-
-    def by_class(self) -> Tensor:
-        """(19,): the intersection of truth and guess over their union; NaN for a class that is in neither."""
-        both = self.table.diag().double()
-        return both / (self.table.sum(0) + self.table.sum(1) - both)
+def pair(x: Tensor, masks: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Faces and the logits of their maps, from faces and masks (B, S, S), both moved alike by ``augmented``."""
+    if strength:
+        both = augmented(torch.cat([x, 2.0 * F.one_hot(masks, CLASSES).movedim(-1, 1) - 1], dim=1), strength)
+        x, masks = both[:, :3], both[:, 3:].argmax(1)
+    return x, logits_of(smaller(masks))
 
 
-@torch.no_grad()
-def commonest(loader: FaceLoader) -> Tensor:
-    """(H, W): the class that each place has most often."""
-    counts = sum(F.one_hot(masks, CLASSES).sum(0) for _, masks in loader)
-    return counts.argmax(-1)
+def judge_network() -> nn.Module:
+    """An ordinary network from images to logits of maps: (B, 3, S, S) -> (B, 19, S/4, S/4)."""
+    layers = [located(3, 32), down(32, 64), down(64, 96), conv(96, 96), down(96, 128), conv(128, 128), up(128, 96),
+              conv(96, 96), conv(96, CLASSES)]  # fmt: skip
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))[:-1]
 
 
-def coloured(masks: Tensor, size: int) -> Tensor:
-    """Maps (B, H, W) as pictures (B, 3, size, size)."""
+def trained_judge(run: Run, loaders, pairs, s: Fit, steps: int) -> nn.Module:
+    """The judge, of the run's folder or trained now."""
+    network, file = judge_network().to(run.device), run.folder / JUDGE
+
+    def losses(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"total": F.cross_entropy(network(x).float(), y.softmax(1))}
+
+    def save() -> None:
+        with atomic_write(file) as temporary:
+            save_file(network.state_dict(), temporary)
+
+    if run.state is None or run.state["stage"] == "judge":
+        run_stage(run, s, "judge", network, loaders, pairs, losses, save, steps=steps, lr=2 * s.lr, checkpoint=file)
+    network.load_state_dict(load_file(file))
+    return network.eval().requires_grad_(False)
+
+
+# --- Faces from maps -------------------------------------------------------------------------------------------------
+
+
+def coloured(masks: Tensor) -> Tensor:
+    """Maps (B, H, W) as pictures (B, 3, H, W)."""
     colours = torch.tensor(MASK_COLOURS, device=masks.device).view(-1, 3) / 127.5 - 1
-    return F.interpolate(colours[masks].movedim(-1, 1), size=size)
+    return colours[masks].movedim(-1, 1)
+
+
+def legend(width: int) -> Image.Image:
+    """The colours of the classes with their names."""
+    page, columns = Image.new("RGB", (width, 56), "white"), -(-CLASSES // 2)
+    draw = ImageDraw.Draw(page)
+    for index, name in enumerate(MASK_CLASSES):
+        x, y = 16 + index % columns * (width - 24) // columns, 4 + index // columns * 24
+        draw.rectangle((x, y, x + 14, y + 14), fill=tuple(MASK_COLOURS[3 * index : 3 * index + 3]), outline="grey")
+        draw.text((x + 18, y + 1), name, "black")
+    return page
 
 
 @torch.no_grad()
-def sheet(g: PINN, loader: FaceLoader, size: int) -> Tensor:
-    """Rows of eight: faces, masks, what g sees, g' of it, g' of the mask."""
-    x, masks = (part[:8] for part in next(iter(loader)))
-    y = g(x)
-    rows = [x, coloured(masks, size), coloured(y.argmax(1), size), g.pinv(y), g.pinv(logits_of(masks))]
-    return grid(torch.cat(rows), len(x))
+def reconstruct_faces(operator: ClassOperator, judge: nn.Module, loader, o: Options, r: Restoring, run: Run) -> None:
+    """Draw faces from the maps of test images; write the table and the sheet."""
+    x, masks = (torch.cat(part)[: o.count].to(run.device) for part in zip(*loader, strict=True))
+    maps = smaller(masks)
+    y = logits_of(maps)
+    nlbp = NLBP(nlbp_stop_cond=r.stop, max_move=r.max_move or None)
+    gradient = Gradient(0.03)
+    rules = {"prior, unguided": Unguided(), "NLBP": nlbp, "gradient": gradient,
+             "NLBP, then gradient": Switched(nlbp, gradient, switch=400)}  # fmt: skip
+    pictures, seconds = drawn({name: (operator, rule) for name, rule in rules.items()}, y, r, run.device)
+    pictures, seconds = {"real": x, "g'(map)": operator.pinv(y).clamp(-1, 1), **pictures}, seconds
+    rows, seen = {}, {}
+    for name, images in pictures.items():
+        row, seen[name] = {}, {}
+        for who, network in {"judge": judge, "g": operator.A}.items():
+            seen[name][who] = network(images).argmax(1)
+            iou = IoU(CLASSES)
+            iou.add(seen[name][who], maps)
+            row[f"mIoU, {who}"] = iou.by_class().nanmean().item()
+            row[f"pixels, {who}"] = with_interval((seen[name][who] == maps).flatten(1).float().mean(1))
+        rows[name] = row | ({"s/image": seconds[name]} if name in seconds else {})
+    write_json(run.folder / "table.json", {"images": len(x), "rows": rows})
+    (run.folder / "table.md").write_text(markdown(rows) + "\n")
+    print(markdown(rows))
+    best = "NLBP, then gradient"
+    columns = {"map: all that is used": coloured(maps), "face": pictures[best], "g sees": coloured(seen[best]["g"]),
+               "judge sees": coloured(seen[best]["judge"]), "NLBP alone": pictures["NLBP"],
+               "g'(map)": pictures["g'(map)"], "unguided": pictures["prior, unguided"]}  # fmt: skip
+    side = [[picture(images[i], 128) for images in columns.values()] for i in range(min(len(x), 6))]
+    footer = legend(len(columns) * 144 + 16)
+    contact_sheet(run.folder / "sheet.png", list(columns), side, [""] * len(side), footer)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command; see ``--help``."""
-    (s, _) = parse(__doc__, Settings, argv=argv)
-    device = resolve_device(s.device)
-    seed_everything(s.seed)
-    loaders = make_loaders(s.data, s.size, s.batch_size, seed=s.seed, device=device, mask_size=s.size // 4)
-    g = build(s.size, s.hidden).to(device)
-    steps = train(g, loaders.train, s)
-    g.eval()
-    with torch.no_grad(), solved_once():
-        constant, seen, guessed, returned = commonest(loaders.val), IoU(), IoU(), 0.0
-        for x, masks in loaders.test:
-            y = g(x)
-            seen.add(y.argmax(1), masks)
-            guessed.add(constant.expand_as(masks), masks)
-            returned = max(returned, (g(g.pinv(y)) - y).abs().max().item())
-        picture = sheet(g, loaders.test, s.size)
-    rows = {"mean": (seen.by_class().nanmean(), guessed.by_class().nanmean())}
-    rows |= dict(zip(MASK_CLASSES, zip(seen.by_class(), guessed.by_class(), strict=True), strict=True))
-    print(f"{steps} steps; |g(g'(y)) - y| at most {returned:.1e}\n{'IoU':12}      g  constant")
-    for name, (ours, base) in rows.items():
-        print(f"{name:12} {ours:6.3f}  {base:8.3f}")
-    s.out.mkdir(parents=True, exist_ok=True)
-    save_image(picture, s.out / "sheet.png")
-    torch.save(g.state_dict(), s.out / "g.pth")
-    figures = {name: {"g": float(ours), "constant": float(base)} for name, (ours, base) in rows.items()}
-    write_json(s.out / "iou.json", {"steps": steps, "right_inverse": returned, "iou": figures})
+    o, s, r, _ = parse(__doc__, Options, Fit, Restoring, argv=argv)
+    with open_run(o.out, s.device, save_every=500, seed=s.seed) as run:
+        find_run(run, s, {"size": o.size, "judge_steps": o.judge_steps})
+        seed_everything(s.seed)
+        loaders = make_loaders(o.dataset_path, o.size, s.batch_size, seed=s.seed, device=run.device, mask_size=o.size)
+        layers = chain((3, o.size, o.size), (CLASSES, o.size // 4, o.size // 4), s)
+        model = SPNN(3, CLASSES, img_size=o.size, layer_channels=layers)
+        model = start_as_averages(model).to(run.device)
+        operator = ClassOperator(model)
+
+        def pairs(x: Tensor, masks: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+            return pair(x, masks, s.augment if training else 0.0)
+
+        judge = trained_judge(run, loaders, pairs, s, o.judge_steps)
+        model = fit(operator, loaders, pairs, s, run, {"classes": list(MASK_CLASSES)})
+        report = diagnose(
+            model, ((x, smaller(masks)) for x, masks in loaders.test), run.device, attributes=MASK_CLASSES
+        )
+        print(format_table(report))
+        write_json(run.folder / "diagnostics.json", report)
+        if r.prior is not None:
+            reconstruct_faces(operator, judge, loaders.test, o, r, run)
     return 0
 
 

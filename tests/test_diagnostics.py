@@ -12,7 +12,7 @@ import diagnostics
 from blocks import ConvPINNBlock
 from checkpoints import save_spnn
 from data_loader import attribute_indices
-from diagnostics import IDENTITIES, accuracy, diagnose, first_nonfinite, format_table, penrose
+from diagnostics import IDENTITIES, IoU, accuracy, diagnose, first_nonfinite, format_table, map_accuracy, penrose
 from models import SPNN
 from utils import InputError
 
@@ -102,6 +102,67 @@ def test_accuracy(model, images):
     assert all(math.isnan(value) for value in accuracy(model, always, "cpu")["balanced_by_attribute"])
     with pytest.raises(ValueError, match="no images"):
         accuracy(model, [], "cpu")
+
+
+# --- Maps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mapper() -> SPNN:
+    """Oblong images of odd height to maps of 4 channels, 3x4."""
+    blocks = [
+        ("PixelUnshuffleBlock", {"r": (3, 2)}),
+        ("ConvPINNBlock", {"in_ch": 18, "out_ch": 4, "hidden": 6, "see_place": True}),
+    ]
+    return randomise(SPNN(3, 4, img_size=(9, 8), layer_channels=blocks), seeded(0))
+
+
+def test_iou_of_known_maps():
+    truth = torch.tensor([[[0, 0, 1, 1], [2, 2, 1, 1]]])
+    guess = torch.tensor([[[0, 1, 1, 1], [2, 0, 1, 3]]])
+    iou = IoU(5)
+    for row in range(2):  # summed over calls
+        iou.add(guess[:, row : row + 1], truth[:, row : row + 1])
+    torch.testing.assert_close(
+        iou.by_class(), torch.tensor([1 / 3, 3 / 5, 1 / 2, 0, math.nan]).double(), equal_nan=True
+    )
+
+
+def test_maps_of_classes_and_pictures_are_measured(mapper):
+    x = random((5, 3, 9, 8), seed=1, dtype=torch.float32)
+    with torch.no_grad():
+        y = mapper(x)
+    seen = y.argmax(1)
+    wrong = (seen + 1) % 4
+    report = diagnose(mapper, [(x[:3], seen[:3]), (x[3:], wrong[3:])], attributes=["a", "b", "c", "d"], samples=4)
+    assert report["accuracy"]["places"] == pytest.approx(3 / 5) and report["accuracy"]["images"] == 5
+    table = torch.bincount(4 * torch.cat([seen[:3], wrong[3:]]).flatten() + seen.flatten(), minlength=16).view(4, 4)
+    union = table.sum(0) + table.sum(1) - table.diag()
+    assert report["accuracy"]["by_class"] == pytest.approx((table.diag() / union).tolist())
+    for precision, most in {"float64": 1e-10, "float32": 1e-3}.items():
+        figures = report["penrose"][precision]
+        assert all(figures[name]["relative_max"] < most for name in IDENTITIES)
+    assert figures["lost"] > 0.01 and report["nonfinite"] is None
+    shown = format_table(report)
+    assert "intersection over union" in shown and "\n  d  " in shown
+    picture = diagnose(mapper, [(x, 1.1 * y)], precisions=["float32"])
+    assert picture["accuracy"]["relative_rms"] == pytest.approx(0.1 / 1.1, rel=1e-4)
+    assert "measured picture: rms error" in format_table(picture)
+    assert first_nonfinite(mapper, x, y) is None
+    assert first_nonfinite(mapper, x, y * math.nan) == "the target logits"
+
+
+def test_targets_that_do_not_fit_a_map_name_both_shapes(mapper):
+    x = random((2, 3, 9, 8), seed=1, dtype=torch.float32)
+    for target in (torch.zeros(2, 9, 8, dtype=torch.long), torch.zeros(2, 4), torch.zeros(2, 3, 4)):
+        shape = ", ".join(map(str, target.shape[1:]))
+        with pytest.raises(ValueError, match=rf"maps are \(4, 3, 4\), the targets \({shape}"):
+            map_accuracy(mapper, [(x, target)], "cpu")
+    with pytest.raises(ValueError, match="no images"):
+        map_accuracy(mapper, [], "cpu")
+
+
+# --- The first number that is not finite -----------------------------------------------------------------------------
 
 
 def test_first_nonfinite_is_none_for_a_sound_model(model, images):

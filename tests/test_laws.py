@@ -99,6 +99,7 @@ def block_rows(mix: str) -> list[Row]:
         Row(f"block {mix} one class", block(20, 1, hidden=8, feat_size=1), (20, 1, 1)),
         Row(f"block {mix} one channel dropped", block(6, 5, hidden=8), (6, 3, 4)),
         Row(f"block {mix} two channels", block(2, 1, hidden=1), (2, 3, 3)),
+        Row(f"block {mix} that sees its place", block(7, 4, hidden=8, see_place=True), (7, 5, 3)),
         Row(f"block {mix} scale_bound 0.5", block(7, 4, hidden=8, scale_bound=0.5), (7, 4, 4)),
     ]
 

@@ -1,53 +1,103 @@
-"""A chain that ends at a map: the law holds there, IoU counts what it says, and the experiment runs."""
+"""Maps of classes: what stands for them, the moves of maps and faces together, and the experiment from end to end."""
 
 import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from helpers import randomise, seeded
+from diffusers import UNet2DModel
+from helpers import random, seeded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import segmentation
 
+import diagnostics
+import loop
 from data_loader import MASK_CLASSES
+from DDNM.guided_diffusion.inputs import NetworkSettings, load_networks
+from DDNM.guided_diffusion.prior import Prior, save_prior
+from models import SPNN
 from procedural_faces import write_dataset
+from utils import InputError
 
 
-def test_a_map_comes_back_from_its_image():
-    g = randomise(segmentation.build(16, 8).double(), seeded(0))
-    y = torch.randn(3, 19, 4, 4, generator=seeded(1), dtype=torch.float64)
-    x = g.pinv(y)
-    assert x.shape == (3, 3, 16, 16)
-    torch.testing.assert_close(g(x), y, rtol=1e-9, atol=1e-9)
-    other = torch.randn(3, 3, 16, 16, generator=seeded(2), dtype=torch.float64)
-    assert (g.pinv(g(other)) - other).abs().max() > 0.01
-
-
-def test_iou_of_known_maps():
-    truth = torch.tensor([[[0, 0, 1, 1], [2, 2, 1, 1]]])
-    guess = torch.tensor([[[0, 1, 1, 1], [2, 0, 1, 3]]])
-    iou = segmentation.IoU()
-    for row in range(2):  # summed over calls
-        iou.add(guess[:, row : row + 1], truth[:, row : row + 1])
-    found = iou.by_class()
-    torch.testing.assert_close(found[:4], torch.tensor([1 / 3, 3 / 5, 1 / 2, 0]).double())
-    assert found[4:].isnan().all()
+def maps(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 19, shape, generator=seeded(0))
 
 
 def test_the_logits_of_a_mask_say_the_mask():
-    masks = torch.randint(0, 19, (2, 4, 4), generator=seeded(0))
+    masks = maps(2, 4, 4)
     y = segmentation.logits_of(masks)
     assert y.shape == (2, 19, 4, 4) and (y.argmax(1) == masks).all()
     torch.testing.assert_close(y.sum(1), torch.zeros(2, 4, 4))
-    assert torch.nn.functional.cross_entropy(y, masks) < 0.01
 
 
-def test_the_experiment_runs(tmp_path, capsys):
-    write_dataset(tmp_path / "faces", 20, 32, seed=0, workers=1, masks=True)
-    argv = ["--data", str(tmp_path / "faces"), "--out", str(tmp_path / "out"), "--size", "32", "--hidden", "8"]
-    assert segmentation.main([*argv, "--steps", "2", "--batch_size", "4", "--device", "cpu"]) == 0
-    said = json.loads((tmp_path / "out" / "iou.json").read_text())
-    assert said["steps"] == 2 and said["right_inverse"] < 1e-4
-    assert set(said["iou"]) == {"mean", *MASK_CLASSES} and "cloth" in capsys.readouterr().out
-    assert (tmp_path / "out" / "sheet.png").stat().st_size > 1000
+def test_distance_and_loss_of_maps():
+    operator = segmentation.ClassOperator(None)
+    y = segmentation.logits_of(maps(2, 4, 4))
+    other = y.clone()
+    other[0] = y[0].roll(1, 0)  # another class everywhere
+    sure = y.softmax(1).amax()
+    torch.testing.assert_close(operator.distance(y, y), torch.zeros(2))
+    torch.testing.assert_close(operator.distance(other, y)[0], sure - y.softmax(1).amin())
+    guess = y.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(operator.loss(guess, y).sum(), guess)
+    assert slope.abs().max() < 1e-6  # the target itself is best
+    assert (operator.loss(other, y) - operator.loss(y, y))[0] > 1
+
+
+def test_faces_and_masks_move_together():
+    masks = torch.zeros(4, 32, 32, dtype=torch.long)
+    masks[:, 8:24, 12:20] = 13
+    x = (masks == 13).float()[:, None].expand(-1, 3, -1, -1) - 0.5
+    torch.manual_seed(0)
+    moved, y = segmentation.pair(x, masks, 1.0)
+    bright = moved.mean(1)[:, 2::4, 2::4] > 0
+    assert ((y.argmax(1) == 13) == bright).float().mean() > 0.97
+    assert (y.argmax(1) != segmentation.smaller(masks)).any()
+    still, y = segmentation.pair(x, masks, 0.0)
+    assert still is x and (y.argmax(1) == segmentation.smaller(masks)).all()
+
+
+def test_the_experiment_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "plot_curves", lambda table, picture: None)
+    faces, out, prior = tmp_path / "faces", tmp_path / "out", tmp_path / "prior"
+    write_dataset(faces, 20, 32, seed=0, workers=1, masks=True)
+    unet = UNet2DModel(32, 3, 3, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    save_prior(Prior(unet), prior)
+    argv = ["--dataset_path", faces, "--out", out, "--size", 32, "--hidden", 8, "--augment", 1, "--batch_size", 4,
+            "--device", "cpu", "--steps", 2, "--r_steps", 1, "--judge_steps", 2, "--seed", 1]  # fmt: skip
+    assert segmentation.main([str(word) for word in argv]) == 0
+    said = json.loads((out / "diagnostics.json").read_text())
+    assert said["attributes"] == list(MASK_CLASSES) and len(said["accuracy"]["by_class"]) == 19
+    assert said["penrose"]["float64"]["right_inverse"]["relative_max"] < 1e-9
+    assert "cloth" in capsys.readouterr().out
+    again = [*argv, "--resume", "--prior", prior, "--sampling_steps", 1, "--count", 2]
+    assert segmentation.main([str(word) for word in again]) == 0
+    rows = json.loads((out / "table.json").read_text())["rows"]
+    assert list(rows) == ["real", "g'(map)", "prior, unguided", "NLBP", "gradient", "NLBP, then gradient"]
+    assert rows["g'(map)"]["mIoU, g"] == 1 > rows["real"]["mIoU, g"]  # g g' = 1
+    assert (out / "sheet.png").stat().st_size > 1000
+
+    weights = out / "best_model.pth"
+    measure = ["--checkpoint", str(weights), "--dataset_path", str(faces), "--device", "cpu"]
+    assert diagnostics.main([*measure, "--samples", "2"]) == 0
+    assert "intersection over union" in capsys.readouterr().out
+    model = SPNN.from_pretrained(weights)
+    with pytest.raises(ValueError, match=r"\(B, 19, 8, 8\), got \(1, 19\)"):
+        model.pinv(torch.zeros(1, 19))  # logits of an image
+    with pytest.raises(InputError, match=r"attributes are logits \(19,\), its are \(19, 8, 8\)"):
+        load_networks(NetworkSettings(spnn=str(weights), prior=str(prior)), {}, torch.device("cpu"))
+
+
+def test_a_step_of_back_projection_reaches_the_map():
+    from train_operator import Fit, chain
+
+    s = Fit(hidden=8)
+    model = SPNN(3, 19, img_size=(16, 24), layer_channels=chain((3, 16, 24), (19, 4, 6), s)).double()
+    operator = segmentation.ClassOperator(model)
+    x, y = random((2, 3, 16, 24), seed=0), segmentation.logits_of(maps(2, 4, 6)).double()
+    moved = operator.back_project(x, y)
+    assert (operator.A(moved).argmax(1) == y.argmax(1)).all() and operator.distance(operator.A(moved), y).max() < 1e-9

@@ -1,0 +1,225 @@
+"""Measurements of pictures, the network that is fitted to them, and what is restored with it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from helpers import random, randomise, seeded
+
+import degradations
+import diagnostics
+import loop
+import train_operator
+from DDNM.guided_diffusion.prior import Prior, save_prior
+from degradations import DEGRADATIONS, find_function, measured_shape
+from models import SPNN
+from operators import LinearOperator
+from procedural_faces import write_dataset
+from train_operator import Fit, PictureOperator, averages, chain, start_as_averages
+from utils import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def build(in_shape, out_shape, **fit) -> SPNN:
+    return SPNN(3, out_shape[0], img_size=in_shape[1:], layer_channels=chain(in_shape, out_shape, Fit(hidden=8, **fit)))
+
+
+# --- Measurements ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DEGRADATIONS)
+def test_a_measurement_makes_smaller_pictures_in_range(name):
+    x = random((2, 3, 16, 24), seed=0, dtype=torch.float32).clamp(-1, 1)
+    y = DEGRADATIONS[name](x)
+    assert y.abs().max() <= 1 and y.shape[1:] == measured_shape(DEGRADATIONS[name], (3, 16, 24))
+    assert y[0].numel() < x[0].numel()
+    torch.testing.assert_close(DEGRADATIONS[name](x[1:]), y[1:])  # image by image
+
+
+def test_a_lens_that_does_nothing_and_a_gain_that_does_nothing_are_averages():
+    x = random((2, 3, 16, 24), seed=0, scale=0.3).clamp(-0.9, 0.9)
+    torch.testing.assert_close(degradations.lens(x, 0, 0, 1), F.avg_pool2d(x, 2), atol=2e-3, rtol=0)
+    even = torch.full((1, 3, 16, 16), 0.3)
+    torch.testing.assert_close(degradations.saturation(even, 1, 0), torch.full((1, 3, 4, 4), 0.3))
+    torch.testing.assert_close(degradations.saturation(even), torch.full((1, 3, 4, 4), 0.9))
+    torch.testing.assert_close(degradations.saturation(even + 0.3), torch.ones(1, 3, 4, 4))  # not 1.44
+
+
+def test_a_lens_bends_shades_and_keeps_the_middle():
+    rows = torch.linspace(-1, 1, 32).view(1, 1, 32, 1).expand(1, 3, 32, 32)
+    bent = degradations.lens(rows, shade=0.0, gamma=1.0)[0, 0]
+    assert (bent[:8, 8] > F.avg_pool2d(rows, 2)[0, 0, :8, 8]).all()  # the upper edge comes from farther inside
+    white = degradations.lens(torch.ones(1, 3, 32, 32))[0, 0]
+    assert white[8, 8] > 0.99 and white[0, 0] < white[0, 8] < white[8, 8]
+
+
+def test_jpeg_is_what_pillow_writes_and_reads():
+    x = random((1, 3, 16, 16), seed=0, dtype=torch.float32).clamp(-1, 1)
+    fine, coarse = (degradations.jpeg(x, quality) for quality in (95, 5))
+    assert (coarse - F.avg_pool2d(x, 2)).square().mean() > 2 * (fine - F.avg_pool2d(x, 2)).square().mean()
+
+
+def halves(x):
+    return x[..., ::2, ::2].clamp(-0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("lense", "no such measurement.*did you mean 'lens'"),
+        ("no_such_module:f", "No module named"),
+        ("degradations:nothing", "has no attribute"),
+    ],
+)
+def test_an_unknown_measurement_is_one_line(name, message):
+    with pytest.raises(InputError, match=message):
+        find_function(name)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda x: x, r"\(3, 8, 8\) holds no fewer numbers than \(3, 8, 8\)"),
+        (lambda x: x.mean(), r"of images \(2, 3, 8, 8\).*it makes \(\)"),
+        (lambda x: x[..., :3, :3], r"sides divide theirs, it makes \(2, 3, 3, 3\)"),
+        (lambda x: F.avg_pool2d(x, 2).log(), "finite"),
+        (lambda x: None, "it makes NoneType"),
+    ],
+)
+def test_a_measurement_that_no_network_can_fit_is_refused(function, message):
+    with pytest.raises(InputError, match=message):
+        measured_shape(function, (3, 8, 8))
+
+
+# --- The network -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "in_shape, out_shape, depth",
+    [
+        ((3, 16, 16), (3, 8, 8), 2),
+        ((3, 16, 24), (3, 4, 6), 2),
+        ((3, 64, 64), (19, 16, 16), 2),
+        ((3, 15, 10), (3, 5, 5), 3),  # odd, and another factor on each side
+        ((3, 12, 12), (1, 2, 2), 1),
+        ((3, 8, 8), (1, 8, 8), 1),  # no smaller at all: grey, say
+    ],
+)
+def test_a_chain_leads_to_any_map_and_keeps_the_law(in_shape, out_shape, depth):
+    g = randomise(build(in_shape, out_shape, depth=depth).double(), seeded(0))
+    assert g.out_shape == out_shape
+    y = random((2, *out_shape), seed=1)
+    torch.testing.assert_close(g(g.pinv(y)), y, rtol=1e-9, atol=1e-9)
+    x = random((2, *in_shape), seed=2)
+    assert (g.pinv(g(x)) - x).abs().max() > 0.01
+
+
+def test_a_chain_that_is_too_deep_is_refused():
+    with pytest.raises(InputError, match=r"no 12 blocks from \(3, 8, 8\) to \(3, 4, 4\)"):
+        chain((3, 8, 8), (3, 4, 4), Fit(depth=12))
+
+
+@pytest.mark.parametrize("channels, places", [(3, 4), (8, 4), (3, 2), (2, 9)])
+def test_averages_come_first_in_an_orthogonal_matrix(channels, places):
+    w = averages(channels, places)
+    torch.testing.assert_close(w @ w.T, torch.eye(len(w), dtype=w.dtype))
+    x = random((channels, places), seed=0)
+    torch.testing.assert_close((w @ x.flatten())[:channels], x.mean(1) * places**0.5)
+    assert (
+        torch.linalg.svdvals(torch.eye(len(w), dtype=w.dtype) + w).min() > 0.1
+    )  # within reach of the Cayley transform
+
+
+@pytest.mark.parametrize("by", [2, 4])
+def test_a_network_starts_as_averages_and_their_pseudo_inverse(by):
+    g = start_as_averages(build((3, 16, 24), (3, 16 // by, 24 // by)).double())
+    x = random((2, 3, 16, 24), seed=0)
+    torch.testing.assert_close(g(x), F.avg_pool2d(x, by))
+    torch.testing.assert_close(g.pinv(g(x)), F.interpolate(F.avg_pool2d(x, by), scale_factor=by))
+
+
+def test_distances_of_pictures():
+    operator = PictureOperator(build((3, 8, 8), (3, 4, 4)))
+    linear = LinearOperator(halves, halves, (3, 8, 8), (3, 4, 4))
+    a, b = (random((2, 3, 4, 4), seed=seed) for seed in (0, 1))
+    torch.testing.assert_close(operator.distance(a, b), linear.distance(a, b))
+    torch.testing.assert_close(operator.loss(a, b), linear.loss(a, b))
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """The picture of the curves takes longer than the training."""
+    monkeypatch.setattr(loop, "plot_curves", lambda table, picture: None)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("faces")
+    write_dataset(folder, 20, 16, seed=0, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prior")
+    torch.manual_seed(0)
+    unet = UNet2DModel(16, 3, 3, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    save_prior(Prior(unet), folder)
+    return folder
+
+
+def run(faces: Path, out: Path, *more, operator: str = "lens") -> int:
+    fixed = ["--operator", operator, "--dataset_path", faces, "--out", out, "--img_size", 16, "--device", "cpu"]
+    short = ["--steps", 10, "--r_steps", 2, "--batch_size", 4, "--hidden", 8, "--lr", 3e-3, "--count", 3]
+    return train_operator.main([str(word) for word in (*fixed, *short, *more)])
+
+
+def test_the_command_fits_measures_and_restores(faces, prior, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_operator, "load_lpips", lambda *_: lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    assert run(faces, tmp_path) == 0
+    assert (
+        len((tmp_path / "metrics_forward.csv").read_text().splitlines()) == 2
+        and (tmp_path / "metrics_r_opt.csv").is_file()
+    )
+    with pytest.raises(InputError, match="exists; give --overwrite, --resume"):
+        run(faces, tmp_path)
+    assert run(faces, tmp_path, "--resume", "--prior", prior, "--sampling_steps", 2) == 0
+    table = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert list(table) == ["g'(y)", "prior, unguided", "NLBP", "DPS, true measurement"]
+    assert set(table["NLBP"]) == {"PSNR, dB", "LPIPS", "|A(x') - y|", "s/image"}
+    low, high = table["NLBP"]["PSNR, dB"][1:]
+    assert low <= table["NLBP"]["PSNR, dB"][0] <= high
+    assert "| NLBP |" in capsys.readouterr().out and (tmp_path / "sheet.png").stat().st_size > 1000
+    # the diagnostics know what its output stands for
+    weights = ["--checkpoint", str(tmp_path / "best_model.pth"), "--dataset_path", str(faces), "--device", "cpu"]
+    assert diagnostics.main([*weights, "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert 0 < report["accuracy"]["relative_rms"] < 0.9
+    assert report["penrose"]["float64"]["right_inverse"]["relative_max"] < 1e-9
+    assert "measured picture" in capsys.readouterr().out
+
+
+def test_a_function_of_ones_own_without_a_gradient(faces, prior, tmp_path):
+    assert run(faces, tmp_path, "--prior", prior, "--sampling_steps", 1, operator="degradations:jpeg") == 0
+    assert "DPS, true measurement" not in json.loads((tmp_path / "table.json").read_text())["rows"]
+    model = SPNN.from_pretrained(tmp_path / "best_model_r_opt_real.pth")
+    assert model.notes["operator"] == "degradations:jpeg" and model.out_shape == (3, 8, 8)
+    weights = ["--checkpoint", str(tmp_path / "best_model.pth"), "--dataset_path", str(faces), "--device", "cpu"]
+    with pytest.raises(InputError, match=r"gives maps \(3, 8, 8\).*unknown"):  # code that a file names is not run
+        diagnostics.main(weights)
+
+
+def test_a_fit_learns(faces, tmp_path):
+    run(faces, tmp_path, "--steps", "30", "--r_steps", "0", "--lambda_img_rec", "0", operator="saturation")
+    x = torch.rand(8, 3, 16, 16, generator=seeded(0)) * 2 - 1
+    model, y = SPNN.from_pretrained(tmp_path / "best_model.pth"), degradations.saturation(x)
+    averaged = F.mse_loss(F.avg_pool2d(x, 4), y)  # where it began
+    assert F.mse_loss(model(x), y) < 0.9 * averaged
