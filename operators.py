@@ -121,11 +121,40 @@ class SPNNOperator:
         return F.binary_cross_entropy_with_logits(y1, y2.sigmoid(), reduction="none").flatten(1).mean(dim=1)
 
 
-class LinearOperator:
+class SquaredError:
+    """What operators whose measurements have a scale have in common.
+
+    ``distance`` is the root mean square of the difference, ``loss`` half its mean square.
+    """
+
+    towards: Callable[[Tensor], Callable[[Tensor], Move]]
+
+    def back_project(self, x: Tensor, y: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+        return self.towards(y)(x)(strength)
+
+    def distance(self, y1: Tensor, y2: Tensor) -> Tensor:
+        return (y1 - y2).flatten(1).square().mean(dim=1).sqrt()
+
+    def loss(self, y1: Tensor, y2: Tensor) -> Tensor:
+        return (y1 - y2).flatten(1).square().mean(dim=1) / 2
+
+
+class Shifted:
+    """A `Move` along a straight line: ``x + strength * direction``."""
+
+    def __init__(self, x: Tensor, y: Tensor, direction: Tensor) -> None:
+        self.x, self.y, self.direction = x, y, direction
+
+    def __call__(self, strength: float | Tensor, images=slice(None)) -> Tensor:
+        if isinstance(strength, Tensor) and strength.ndim:
+            strength = strength.view(-1, *[1] * (self.x.ndim - 1))
+        return self.x[images] + strength * self.direction[images]
+
+
+class LinearOperator(SquaredError):
     """A linear operator with its pseudo-inverse A+, whose back-projection is ``x + strength (A+ y - A+ A x)``.
 
-    That is NLBP's equation with A+ for g', and as offsets cancel in it, A and A+ may be affine. ``distance`` is the
-    root mean square of the difference, ``loss`` half its mean square.
+    That is NLBP's equation with A+ for g', and as offsets cancel in it, A and A+ may be affine.
 
     Args:
         a, a_plus: functions of batches, (B, *in_shape) -> (B, *out_shape) and back. Of targets outside the range of A
@@ -144,29 +173,14 @@ class LinearOperator:
         self.A, self.pinv, self.in_shape, self.out_shape = a, a_plus, tuple(in_shape), tuple(out_shape)
         self.gain = gain
 
-    def back_project(self, x: Tensor, y: Tensor, strength: float | Tensor = 1.0) -> Tensor:
-        return self.towards(y)(x)(strength)
-
     def towards(self, y: Tensor) -> Callable[[Tensor], Move]:
         goal = self.pinv(y)
-        return lambda x: _LinearMove(self, x, goal)
 
-    def distance(self, y1: Tensor, y2: Tensor) -> Tensor:
-        return (y1 - y2).flatten(1).square().mean(dim=1).sqrt()
+        def move(x: Tensor) -> Move:
+            measured = self.A(x)
+            return Shifted(x, measured, goal - self.pinv(measured))
 
-    def loss(self, y1: Tensor, y2: Tensor) -> Tensor:
-        return (y1 - y2).flatten(1).square().mean(dim=1) / 2
-
-
-class _LinearMove:
-    def __init__(self, operator: LinearOperator, x: Tensor, goal: Tensor) -> None:
-        self.x, self.y = x, operator.A(x)
-        self.direction = goal - operator.pinv(self.y)
-
-    def __call__(self, strength: float | Tensor, images=slice(None)) -> Tensor:
-        if isinstance(strength, Tensor) and strength.ndim:
-            strength = strength.view(-1, *[1] * (self.x.ndim - 1))
-        return self.x[images] + strength * self.direction[images]
+        return move
 
 
 def as_operator(network) -> Operator:

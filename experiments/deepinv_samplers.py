@@ -1,0 +1,158 @@
+"""Operators and a prior of this project in deepinv's samplers, beside its own, on the same images: one table.
+
+    pip install -r requirements-deepinv.txt
+    python experiments/deepinv_samplers.py --images DDNM/exp/datasets/faces --out check_points/restored
+
+Each operator (see ``operators.make_operator``) measures the images; each method restores them from that. ``linear`` is
+DDNM in the sampler of this project; DDRM (Kawar et al. 2022), DiffPIR (Zhu et al. 2023), DPS (Chung et al. 2023) and
+DPIR (Zhang et al. 2021), a plug-and-play optimiser, are deepinv's. All have the same prior. ``A+`` is what was
+measured, and nothing else.
+
+The folder gets table.md, and a sheet for each operator. |A x - y| is the root mean square over what was measured, of
+images in [-1, 1] before they have 8 bits; PSNR and LPIPS are of the pictures; judge is the share of attributes on which
+an independent judge says of them what it says of the originals. 95 % intervals of the means come of the bootstrap.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from deepinv.optim import DPIR, L2
+from deepinv.physics import GaussianNoise, Physics
+from deepinv.sampling import DDRM, DPS, DiffPIR
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from DDNM.guided_diffusion.diffusion import image_generator, sample
+from DDNM.guided_diffusion.guidance import Linear
+from DDNM.guided_diffusion.inputs import from_ddnm, image_names, load_lpips
+from DDNM.guided_diffusion.prior import Prior, load_prior
+from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture
+from deepinv_bridge import as_denoiser, as_physics
+from evaluate import bootstrap
+from images import find_images, load_image
+from judge import load_judge
+from logger import get_logger
+from metrics import agreement, psnr
+from operators import LinearChain, make_operator
+from utils import InputError, nearest, option, parse, resolve_device, run_command
+
+
+@dataclass
+class Settings:
+    """Settings."""
+
+    images: Path = option(..., "folder of originals")
+    prior: str = option("exp/logs/faces/prior", "diffusion prior, as of DDNM/main.py")
+    judge: str | None = option("exp/logs/faces/judge.safetensors", "weights of the judge; none: no such column")
+    operators: tuple[str, ...] = option(("sr4", "grey"), "what is measured")
+    methods: tuple[str, ...] = option(("A+", "linear", "DDRM", "DiffPIR"), "how it is restored; DPS and DPIR too")
+    start: int = option(0, "leave out the first so many images", 0)
+    count: int = option(9, "images", 1)
+    steps: int = option(50, "of each sampler; DPIR has 8", 2, 1000)
+    eta: float | None = option(0.85, "linear: DDIM's variance; none: the published one", 0, 1)
+    batch_size: int = option(16, "images at once", 1)
+    seed: int = option(0, "of the noise", 0)
+    out: Path = option(..., "folder for the table and the sheets")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+
+
+@dataclass
+class Problem:
+    """What a method is given: measurements y of images in [0, 1], (B, *out_shape)."""
+
+    s: Settings
+    operator: LinearChain
+    physics: Physics
+    prior: Prior
+    names: list[str]
+    y: Tensor
+
+
+def ddnm(p: Problem) -> Tensor:
+    # y is linear in images of [0, 1]; the sampler's have twice the range, and the middle at 0
+    target = 2 * p.y - p.operator.A(torch.ones(1, *p.operator.in_shape).to(p.y))
+    generators = [image_generator(p.s.seed, name) for name in p.names]
+    x = sample(p.prior, generators, p.y.device, p.operator, target, Linear(), steps=p.s.steps, eta=p.s.eta)
+    return (x + 1) / 2
+
+
+def ddrm(p: Problem) -> Tensor:
+    return DDRM(as_denoiser(p.prior), sigmas=np.linspace(1, 0, p.s.steps))(p.y, p.physics)
+
+
+def diffpir(p: Problem) -> Tensor:
+    physics = as_physics(p.operator, noise_model=GaussianNoise(0.01))  # it divides by the noise
+    return DiffPIR(as_denoiser(p.prior), L2(), max_iter=p.s.steps, device=p.y.device)(p.y, physics.to(p.y.device))
+
+
+def dps(p: Problem) -> Tensor:
+    return DPS(as_denoiser(p.prior), num_steps=p.s.steps, dtype=torch.float32, device=p.y.device)(p.y, p.physics)
+
+
+METHODS: dict[str, Callable[[Problem], Tensor]] = {
+    "A+": lambda p: p.physics.A_dagger(p.y),
+    "linear": ddnm,
+    "DDRM": ddrm,
+    "DiffPIR": diffpir,
+    "DPS": dps,
+    "DPIR": lambda p: DPIR(sigma=0.03, denoiser=as_denoiser(p.prior), device=p.y.device)(p.y, p.physics),
+}
+
+
+def interval(values: Tensor, digits: int) -> str:
+    """The mean of one figure per image, (N,), with its 95 % interval."""
+    mean, low, high = bootstrap(lambda i: values[i].mean().item(), len(values))
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    """The command; see ``--help``."""
+    (s, _) = parse(__doc__, Settings, argv=argv)
+    for method in s.methods:
+        if method not in METHODS:
+            raise InputError(f"--methods {method}: known are {', '.join(METHODS)}{nearest(method, METHODS)}")
+    device = resolve_device(s.device)
+    prior = load_prior(from_ddnm(s.prior)).to(device)
+    size = prior.image_size
+    operators = {spec: make_operator(spec, (3, size, size)) for spec in s.operators}
+    files = find_images(s.images)[s.start : s.start + s.count]
+    names, x = image_names(files, s.images), torch.stack([load_image(file, size) for file in files]).to(device)
+    judge = None if s.judge is None else load_judge(from_ddnm(s.judge)).to(device)
+    s.out.mkdir(parents=True, exist_ok=True)
+    lpips = load_lpips(device, get_logger("restore", s.out), size)
+
+    lines = ["| operator | method | \\|A x - y\\| | PSNR | LPIPS | judge | s/image |", "|---|---|---|---|---|---|---|"]
+    for spec, operator in operators.items():
+        physics = as_physics(operator, noise_model=GaussianNoise(0.0)).to(device)
+        columns = {"original": x}
+        for method in s.methods:
+            torch.manual_seed(s.seed)  # deepinv's samplers draw from the global generator
+            started, restored = time.perf_counter(), []
+            for i in range(0, len(x), s.batch_size):
+                part = slice(i, i + s.batch_size)
+                y = physics.A((x[part] + 1) / 2)
+                restored.append(2 * METHODS[method](Problem(s, operator, physics, prior, names[part], y)) - 1)
+            seconds, drawn = (time.perf_counter() - started) / len(x), torch.cat(restored)
+            columns[method] = seen = as_saved(drawn)[0]
+            distance = operator.distance(operator.A(drawn), operator.A(x)).mean().item()
+            figures = [f"{distance:.1e}", interval(psnr(seen, x), 1)]
+            figures.append("" if lpips is None else interval(lpips(seen, x).flatten(), 3))
+            figures.append("" if judge is None else interval(agreement(judge(seen), judge(x)), 3))
+            lines.append(f"| {spec} | {method} | {' | '.join(figures)} | {seconds:.2f} |")
+            print(lines[-1], flush=True)
+        rows = [[picture(images[i].cpu(), 128) for images in columns.values()] for i in range(min(8, len(x)))]
+        contact_sheet(s.out / f"{spec.split(':')[0]}.png".replace("*", "_"), list(columns), rows, names[: len(rows)])
+    note = f"{len(x)} images, {s.steps} steps, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    (s.out / "table.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
+    print("\n".join([*lines, "", note]))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
