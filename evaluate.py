@@ -55,7 +55,7 @@ from images import find_images, load_image, save_image
 from logger import get_logger
 from loop import World, check_settings, join_world, locked, to_json_values
 from metrics import agreement, balanced_accuracy_by_attribute, prob_error, psnr
-from utils import InputError, atomic_write, json_values, option, parse, run_command, unlinked, write_json
+from utils import InputError, atomic_write, json_values, option, parse, peak_gib, run_command, unlinked, write_json
 
 DRAWS = 1000  # of the bootstrap
 Figure = tuple[float, float, float]  # a value and its 95 % interval
@@ -131,21 +131,6 @@ class Counted(nn.Module):
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------
-
-
-def peak_gib(device: torch.device, reset: bool = False) -> float:
-    """Peak memory since it was last reset: the GPU's, or (on Linux) all that the process holds."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status, marks = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists():
-        return float("nan")
-    if reset and marks.exists():
-        marks.write_text("5")
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
 
 
 def contents(targets: Targets) -> list[str]:

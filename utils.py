@@ -114,6 +114,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def peak_gib(device: torch.device, reset: bool = False) -> float:
+    """Peak memory since it was last reset: the GPU's, or (on Linux) all that the process holds."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status, marks = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.exists():
+        return float("nan")
+    if reset and marks.exists():
+        marks.write_text("5")
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and PyTorch."""
     random.seed(seed)
