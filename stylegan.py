@@ -55,16 +55,16 @@ class Equalised(nn.Module):
 
 
 class Blur(nn.Module):
-    """[1 2 1] / 4 both ways, zeros beyond the border."""
+    """[1 2 1] / 4 both ways, zeros beyond the border; then the bias, if there is one."""
 
     def __init__(self):
         super().__init__()
         row = torch.tensor([1.0, 2.0, 1.0])
         self.register_buffer("kernel", (row[:, None] * row / 16)[None, None])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         channels = x.shape[1]
-        return F.conv2d(x, self.kernel.to(x.dtype).expand(channels, 1, 3, 3), padding=1, groups=channels)
+        return F.conv2d(x, self.kernel.to(x.dtype).expand(channels, 1, 3, 3), bias, padding=1, groups=channels)
 
 
 class UpConvolution(Equalised):
@@ -83,7 +83,7 @@ class UpConvolution(Equalised):
         k = F.pad(k, (1, 1, 1, 1))
         k = k[..., 1:, 1:] + k[..., 1:, :-1] + k[..., :-1, 1:] + k[..., :-1, :-1]  # (C_out, C_in, 4, 4)
         x = F.conv_transpose2d(x, k.transpose(0, 1), stride=2, padding=1)
-        return self.intermediate(x) + self.bias.to(x.dtype)[:, None, None]
+        return self.intermediate(x, self.bias)
 
 
 class Noise(nn.Module):
@@ -107,10 +107,10 @@ class Epilogue(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor) -> Tensor:
         x = F.leaky_relu(self.top_epi["noise"](x, noise), SLOPE)
-        scale, shift = self.style_mod["lin"](w)[..., None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
-        var, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
-        scale = (scale + 1) * (var + 1e-5).rsqrt()  # norm and style are one multiplication and one addition
-        return torch.addcmul((shift - mean * scale).to(x.dtype), x, scale.to(x.dtype))
+        scale, shift = self.style_mod["lin"](w).to(self.top_epi["noise"].weight.dtype).chunk(2, dim=1)  # (B, C) each
+        planes = x.flatten(0, 1)[None]  # (1, B C, r, r): one fused pass, there and back, for the norm and the style
+        styled = F.batch_norm(planes, None, None, (scale + 1).flatten(), shift.flatten(), training=True, eps=1e-5)
+        return styled.view_as(x)
 
 
 class FirstBlock(nn.Module):
