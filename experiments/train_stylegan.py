@@ -1,37 +1,49 @@
-"""Train a small StyleGAN v1 on a folder of images, or on procedural faces, for a number of minutes.
+"""Train a small StyleGAN v1: on a painter's faces and the numbers they are drawn from, or against a discriminator.
 
-    python experiments/train_stylegan.py --data data/faces_20k --minutes 10 --out check_points/stylegan
+    python experiments/train_stylegan.py --minutes 60 --out check_points/stylegan
+    python experiments/train_stylegan.py --objective adversarial --data FOLDER --out check_points/stylegan
 
-The generator is stylegan.py's; the discriminator is a small residual network. Non-saturating loss, R1 in every 16th
-step, style mixing, minibatch standard deviation, and an exponential moving average of the generator (Karras et al.
-2019, 2020); no progressive growing. All images lie on the device, as bytes. Every minute, and at the end or at Ctrl-C,
-it writes stylegan.safetensors (the average, float16), stylegan.json and a sheet of samples.
+The generator is stylegan.py's. Objectives:
+
+    painter      A procedural face is a function of independent uniform numbers. They are the normal distribution's
+                 function of z, scaled as the mapping scales it, so that every z has its face, and G learns to paint it:
+                 the mean absolute difference of pixels and of their slopes, at 16x16 first, then at twice that, up to
+                 the full size. No face can go missing from G(z), as it may in a game against a discriminator.
+    adversarial  Any images: non-saturating loss, R1 in every 16th step, style mixing, minibatch standard deviation
+                 (Karras et al. 2019, 2020) against a small residual network; no progressive growing.
+
+Writes stylegan.safetensors (the weights' moving average, float16), stylegan.json and a sheet of samples, and a state:
+a run that was stopped goes on with --resume.
 """
 
-import copy
 import dataclasses
 import math
 import os
 import sys
-import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from data_loader import ATTRIBUTES
 from images import find_images, grid, load_image, save_image, to_uint8
-from procedural_faces import draw_face
+from loop import Ema, Loop, Run, open_run
+from procedural_faces import Variation, render, sample_attributes, sample_variation
 from stylegan import Equalised, StyleGAN
-from utils import InputError, atomic_write, option, parse, resolve_device, run_command, seed_everything, write_json
+from utils import InputError, atomic_write, option, parse, run_command, seed_everything, write_json
 
 BF16 = torch.bfloat16
+NUMBERS = len(ATTRIBUTES) + len(dataclasses.fields(Variation))  # that a face is drawn from
+UNSEEN = 256  # faces, the last ones, to measure on
 
 
 @dataclasses.dataclass
@@ -39,29 +51,170 @@ class Settings:
     """Settings."""
 
     out: Path = option(..., "result folder")
-    data: Path | None = option(None, "folder of images; none: procedural faces, drawn first")
-    count: int = option(20_000, "procedural faces to draw, or the most images to read", 2)
+    objective: Literal["painter", "adversarial"] = option("painter", "see above")
+    data: Path | None = option(None, "folder of images (adversarial); none: procedural faces, drawn first")
+    count: int = option(40_000, "procedural faces to draw, or the most images to read", 2)
     size: int = option(64, "side of the images, a power of two", 16, 1024)
-    minutes: float = option(10.0, "of training, images apart", 0.0)
-    steps: int | None = option(None, "stop after this many steps", 1)
-    channels: tuple[int, ...] = option((192, 192, 192, 128, 96), "of the generator's blocks, from 4x4 on", 1)
-    dim: int = option(256, "of z and w", 1)
+    minutes: float = option(60.0, "of training, images apart", 0.0)
+    steps: int = option(1_000_000, "stop after this many steps", 1)
+    channels: tuple[int, ...] = option((256, 256, 192, 96, 48), "of the generator's blocks, from 4x4 on", 1)
+    dim: int = option(128, "of z and w", 1)
     depth: int = option(4, "layers of the mapping", 1)
-    width: int = option(128, "of the discriminator, half of it at the full resolution", 2)
     batch_size: int = option(64, "", 2)
-    lr: float = option(2.5e-3, "of both networks; the mapping learns at a hundredth", 1e-9)
+    lr: float = option(4e-3, "peak learning rate of the generator, and of the discriminator", 1e-9)
+    mapping_lr: float = option(30.0, "of the mapping, whose weights are a hundred times as large: times --lr", 1e-9)
+    decay: float = option(0.999, "of the moving average of the weights", 0.0, 1.0)
+    width: int = option(128, "channels of the discriminator, half of it at the full resolution", 2)
     gamma: float = option(1.0, "weight of R1", 0.0)
-    r1_every: int = option(16, "steps", 1)
-    mixing: float = option(0.9, "share of images with two styles", 0.0, 1.0)
-    ema_images: int = option(20_000, "images in which the average forgets half", 1)
-    bf16: bool = option(True, "networks in bfloat16 (CUDA)")
-    mirror: bool = option(True, "mirror half of the images")
-    save_seconds: float = option(60.0, "between two saves", 1.0)
+    mixing: float = option(0.9, "share of fakes with two styles", 0.0, 1.0)
+    bf16: bool = option(True, "networks in bfloat16")
+    save_every: int = option(500, "steps between two states", 1)
+    resume: bool = option(False, "go on with the run in --out")
+    overwrite: bool = option(False, "start anew in a folder with a run that is not finished")
     seed: int = option(0, "", 0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
 
-# --- Networks --------------------------------------------------------------------------------------------------------
+# --- Images ----------------------------------------------------------------------------------------------------------
+
+
+class Given:
+    """Hands out given numbers where the painter asks a generator for uniform ones."""
+
+    def __init__(self, numbers: np.ndarray):
+        self.numbers, self.used = numbers, 0
+
+    def random(self, count: int) -> np.ndarray:
+        self.used += count
+        return self.numbers[self.used - count : self.used]
+
+
+def painted(numbers: np.ndarray, size: int) -> np.ndarray:
+    """The face of `NUMBERS` uniform numbers, (size, size, 3) bytes."""
+    chance = Given(numbers)
+    attributes, variation = sample_attributes(chance), sample_variation(chance)
+    return np.asarray(render(attributes, variation, size).convert("RGB"))
+
+
+def uniform(z: Tensor) -> Tensor:
+    """The painter's numbers (N, `NUMBERS`) in [0, 1] of z (N, d): only z's direction counts, as for the mapping."""
+    return torch.special.ndtr(z.double() * (z.double().square().mean(1, keepdim=True) + 1e-8).rsqrt())[:, :NUMBERS]
+
+
+def faces(s: Settings) -> tuple[Tensor, Tensor]:
+    """z (N, d) and its faces as bytes, (N, 3, S, S); drawn once, and kept in --out."""
+    z = torch.randn(s.count, s.dim, generator=torch.Generator().manual_seed(s.seed))
+    path = s.out / "faces.safetensors"
+    if path.is_file():
+        images = load_file(path)["images"]
+        if images.shape == (s.count, 3, s.size, s.size):
+            return z, images
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        drawn = pool.map(partial(painted, size=s.size), uniform(z).numpy(), chunksize=32)
+        drawn = np.stack(list(tqdm(drawn, "faces", s.count, disable=None)))
+    images = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
+    with atomic_write(path) as temporary:
+        save_file({"images": images}, temporary)
+    return z, images
+
+
+def read(folder: Path, s: Settings) -> Tensor:
+    """The images of a folder as bytes, (N, 3, S, S)."""
+    paths = find_images(folder)[: s.count]
+    if len(paths) < 2:
+        raise InputError(f"--data {folder}: {len(paths)} image, too few to train on")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = pool.map(lambda path: to_uint8(load_image(path, s.size)), paths)
+        return torch.stack(list(tqdm(images, "images", len(paths), disable=None)))
+
+
+# --- Objectives ------------------------------------------------------------------------------------------------------
+
+
+class Objective:
+    """A generator, and a step of its training.
+
+    Attributes:
+        parts: all that changes, for `loop.Loop`; its "model" is what the weights' average is of.
+    """
+
+    def __init__(self, s: Settings, images: Tensor, run: Run):
+        self.s, self.run, self.images = s, run, images.to(run.device)
+        self.g = StyleGAN(s.size, s.channels, s.dim, s.depth).to(run.device)
+        self.ema = Ema(self.g, s.decay)
+        mapping = list(self.g.g_mapping.parameters())
+        self.groups = [{"params": list(self.g.g_synthesis.parameters()), "times": 1.0},
+                       {"params": mapping, "times": s.mapping_lr}]  # fmt: skip
+        self.precision = partial(torch.autocast, run.device.type, BF16, enabled=s.bf16)
+        self.parts = {"model": self.g, "ema": self.ema}
+
+    def pixels(self, chosen: Tensor) -> Tensor:
+        """Images in [-1, 1]."""
+        return self.images[chosen].float() / 127.5 - 1
+
+    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in optimizer.param_groups:  # the loop sets one rate for all
+            group["lr"] *= group.get("times", 1.0)
+        optimizer.step()
+
+    def figures(self) -> dict[str, float]:
+        """Of the weights' average."""
+        return {}
+
+
+class Painter(Objective):
+    """G(z) is the face that the painter draws of z's numbers."""
+
+    def __init__(self, s: Settings, z: Tensor, images: Tensor, run: Run):
+        super().__init__(s, images, run)
+        self.z, self.count = z.to(run.device), len(z) - min(UNSEEN, len(z) // 2)
+        smaller = [f"{r}x{r}" for r in (4 << i for i in range(2, 20)) if r < s.size]
+        self.heads = nn.ModuleDict({name: Equalised((3, c, 1, 1)) for name, c in
+                                    zip(smaller, s.channels[2:], strict=False)}).to(run.device)  # fmt: skip
+        self.groups[0]["params"] += list(self.heads.parameters())
+        optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
+        self.parts |= {"heads": self.heads, "optimizer": optimizer}
+        self.silence = [torch.zeros(1, *shape, device=run.device) for shape in self.g.noise_shapes]
+
+    def paint(self, z: Tensor, size: int) -> Tensor:
+        """(B, 3, size, size), by the head of that size."""
+        x, rows = None, self.g.spread(self.g.mapping(z)).unbind(1)
+        for i, (name, block) in enumerate(self.g.g_synthesis["blocks"].items()):
+            x = block(x, rows[2 * i : 2 * i + 2], self.silence[2 * i : 2 * i + 2])
+            if name == f"{size}x{size}":
+                return (self.heads[name] if name in self.heads else self.g.g_synthesis["torgb"])(x)
+        raise AssertionError(size)
+
+    def step(self, done: int, progress: float) -> dict[str, Tensor]:
+        """Each size but the last is trained for a share of the time that grows with it."""
+        chosen = torch.randint(self.count, (self.s.batch_size,), device=self.run.device)
+        real, size = self.pixels(chosen), self.s.size
+        begins = 0.55
+        while size > 16 and progress < begins:
+            size, begins = size // 2, begins * 0.4
+        real = F.avg_pool2d(real, self.s.size // size)
+        with self.precision():
+            fake = self.paint(self.z[chosen], size)
+        loss = distance(fake.float(), real)
+        self.update(self.parts["optimizer"], loss)
+        self.ema.update(self.g, done)
+        return {"loss": loss, "size": torch.tensor(float(size))}
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, float]:
+        unseen = torch.arange(self.count, len(self.z), device=self.run.device)
+        g, total = self.ema.model, 0.0
+        for part in unseen.split(64):
+            total += (g(self.z[part], noise=self.silence) - self.pixels(part)).abs().mean((1, 2, 3)).sum().item()
+        return {"unseen_error": total / len(unseen)}
+
+
+def distance(fake: Tensor, real: Tensor) -> Tensor:
+    """Mean absolute difference of pixels, and of the slopes between neighbours (Mathieu et al. 2016)."""
+    off = fake - real
+    return off.abs().mean() + off.diff(dim=2).abs().mean() + off.diff(dim=3).abs().mean()
 
 
 class ResidualDown(nn.Module):
@@ -85,8 +238,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, resolution: int, width: int):
         super().__init__()
-        halvings = int(math.log2(resolution)) - 2
-        sizes = [width // 2] + [width] * halvings
+        sizes = [width // 2] + [width] * (int(math.log2(resolution)) - 2)
         self.from_rgb = Equalised((sizes[0], 3, 1, 1), math.sqrt(2))
         self.blocks = nn.Sequential(*(ResidualDown(a, b) for a, b in zip(sizes, sizes[1:], strict=False)))
         self.conv = Equalised((width, sizes[-1] + 1, 3, 3), math.sqrt(2))
@@ -112,155 +264,114 @@ def spread_in_groups(x: Tensor, most: int = 4) -> Tensor:
 
 def mixed_styles(g: StyleGAN, batch: int, share: float, device: torch.device) -> Tensor:
     """w+ (B, L, d) of random z; for a share of them a second w from a random layer on."""
-    w = g.mapping(torch.randn(2 * batch, g.dim, device=device))
-    first, second = w.chunk(2)
+    first, second = g.mapping(torch.randn(2 * batch, g.dim, device=device)).chunk(2)
     cut = torch.randint(1, g.layers, (batch,), device=device)
     cut = torch.where(torch.rand(batch, device=device) < share, cut, g.layers)
     own = torch.arange(g.layers, device=device) < cut[:, None]
     return torch.where(own[..., None], first[:, None], second[:, None])
 
 
-# --- Images ----------------------------------------------------------------------------------------------------------
+class Adversarial(Objective):
+    """G(z) passes for one of the images."""
 
+    R1_EVERY = 16  # steps
 
-def _drawn(index: int, size: int, seed: int) -> np.ndarray:
-    return np.asarray(draw_face(seed, index, size)[0].convert("RGB"))
+    def __init__(self, s: Settings, images: Tensor, run: Run):
+        super().__init__(s, images, run)
+        self.d = Discriminator(s.size, s.width).to(run.device)
+        lazy = self.R1_EVERY / (self.R1_EVERY + 1)  # as many updates an R1 step less, each that much smaller
+        self.d_optimizer = torch.optim.Adam(self.d.parameters(), lr=s.lr * lazy, betas=(0.0, 0.99**lazy))
+        optimizer = torch.optim.Adam(self.groups, betas=(0.0, 0.99))
+        self.parts |= {"d": self.d, "d_optimizer": self.d_optimizer, "optimizer": optimizer}
 
-
-def read_images(s: Settings) -> Tensor:
-    """All images as bytes, (N, 3, S, S)."""
-    workers = os.cpu_count() or 1
-    if s.data is None:
-        with ProcessPoolExecutor(workers) as pool:
-            faces = pool.map(partial(_drawn, size=s.size, seed=s.seed), range(s.count), chunksize=32)
-            faces = list(tqdm(faces, "faces", s.count, disable=None))
-        return torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2).contiguous()
-    paths = find_images(s.data)[: s.count]
-    if len(paths) < 2:
-        raise InputError(f"--data {s.data}: {len(paths)} image, too few to train on")
-    with ThreadPoolExecutor(workers) as pool:
-        images = pool.map(lambda path: to_uint8(load_image(path, s.size)), paths)
-        return torch.stack(list(tqdm(images, "images", len(paths), disable=None)))
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
-
-
-class Trainer:
-    """Both networks, their optimisers, the average and the images."""
-
-    def __init__(self, s: Settings, images: Tensor, device: torch.device):
-        self.s, self.device, self.seen = s, device, 0
-        self.images = images.to(device)
-        self.g = StyleGAN(s.size, s.channels, s.dim, s.depth).to(device, memory_format=torch.channels_last)
-        self.d = Discriminator(s.size, s.width).to(device, memory_format=torch.channels_last)
-        self.ema = copy.deepcopy(self.g).eval().requires_grad_(False)
-        self.g_opt = torch.optim.Adam(self.g.parameters(), lr=s.lr, betas=(0.0, 0.99))
-        lazy = s.r1_every / (s.r1_every + 1)  # as many updates an R1 step less, each that much smaller
-        self.d_opt = torch.optim.Adam(self.d.parameters(), lr=s.lr * lazy, betas=(0.0, 0.99**lazy))
-        self.precision = partial(torch.autocast, device.type, BF16, enabled=s.bf16 and device.type == "cuda")
-        self.z = torch.randn(64, s.dim, device=device)
-        self.noise = self.ema.draw_noise(64)
-
-    def real(self) -> Tensor:
-        """A batch of images in [-1, 1], half of them mirrored."""
-        chosen = torch.randint(len(self.images), (self.s.batch_size,), device=self.device)
-        x = self.images[chosen].to(memory_format=torch.channels_last).float() / 127.5 - 1
-        if self.s.mirror:
-            x = torch.where(torch.rand(len(x), 1, 1, 1, device=self.device) < 0.5, x, x.flip(3))
-        return x
-
-    def step(self, number: int) -> Tensor:
-        """One update of both networks on the same fakes. Returns (loss of d, of g, share of real ones known), on the
-        device."""
-        s, real = self.s, self.real()
+    def step(self, done: int, progress: float) -> dict[str, Tensor]:
+        """One update of both networks on the same fakes."""
+        s, device = self.s, self.run.device
+        real = self.pixels(torch.randint(len(self.images), (s.batch_size,), device=device))
+        real = torch.where(torch.rand(len(real), 1, 1, 1, device=device) < 0.5, real, real.flip(3))
         with self.precision():
-            fake = self.g.synthesis(mixed_styles(self.g, s.batch_size, s.mixing, self.device))
+            fake = self.g.synthesis(mixed_styles(self.g, s.batch_size, s.mixing, device))
             d_real, d_fake = self.d(real), self.d(fake.detach())
         d_loss = F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
-        self.d_opt.zero_grad(set_to_none=True)
-        d_loss.backward()
-        self.d_opt.step()
-        if number % s.r1_every == 0 and s.gamma > 0:
+        self.update(self.d_optimizer, d_loss)
+        if done % self.R1_EVERY == 0 and s.gamma > 0:
             real.requires_grad_()
             (slope,) = torch.autograd.grad(self.d(real).sum(), real, create_graph=True)
-            penalty = slope.square().sum((1, 2, 3)).mean() * (s.gamma / 2 * s.r1_every)
-            self.d_opt.zero_grad(set_to_none=True)
-            penalty.backward()
-            self.d_opt.step()
-
+            self.update(self.d_optimizer, slope.square().sum((1, 2, 3)).mean() * (s.gamma / 2 * self.R1_EVERY))
         self.d.requires_grad_(False)
         with self.precision():
             g_loss = F.softplus(-self.d(fake)).mean()
-        self.g_opt.zero_grad(set_to_none=True)
-        g_loss.backward()
-        self.g_opt.step()
+        self.update(self.parts["optimizer"], g_loss)
         self.d.requires_grad_(True)
-
-        self.seen += s.batch_size
-        keep = 0.5 ** (s.batch_size / max(1, min(s.ema_images, 0.05 * self.seen)))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.g.parameters()), 1 - keep)
-        return torch.stack([d_loss.detach(), g_loss.detach(), (d_real > 0).float().mean()])
-
-    @torch.no_grad()
-    def save(self, notes: dict, psi: float = 1.0, sheet: str = "samples.png") -> None:
-        """The average's weights in float16, what made them, and 64 samples from always the same z."""
-        tensors = {n: t.half().contiguous(memory_format=torch.contiguous_format).cpu()
-                   for n, t in self.ema.state_dict().items()}  # fmt: skip
-        with atomic_write(self.s.out / "stylegan.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.s).items()}
-        write_json(self.s.out / "stylegan.json", {**notes, "images_seen": self.seen, "settings": settings})
-        save_image(grid(self.ema(self.z, psi, noise=self.noise).float().cpu().clamp(-1, 1)), self.s.out / sheet)
+        self.ema.update(self.g, done)
+        return {"loss": g_loss, "d_loss": d_loss, "real_known": (d_real > 0).float().mean()}
 
 
-def train(s: Settings, trainer: Trainer) -> dict:
-    """Train until the minutes are over, or the steps. Returns what the last save noted."""
-    started = saved = time.monotonic()
-    losses, step, notes = [], 0, {}
-    with tqdm(unit="step", dynamic_ncols=True, disable=None) as bar:
-        try:
-            while time.monotonic() - started < 60 * s.minutes and (s.steps is None or step < s.steps):
-                losses.append(trainer.step(step))
-                step += 1
-                bar.update()
-                if len(losses) == 50:  # the only place where the host waits for the device
-                    d, g, known = torch.stack(losses).mean(0).tolist()
-                    losses.clear()
-                    notes = {"step": step, "seconds": round(time.monotonic() - started, 1), "d_loss": d, "g_loss": g,
-                             "real_known": known}  # fmt: skip
-                    bar.set_description(f"d {d:.3f}, g {g:.3f}, real known {known:.2f}")
-                    if not math.isfinite(d + g):
-                        raise InputError(f"step {step}: the losses are not finite; lower --lr")
-                    if time.monotonic() - saved > s.save_seconds:
-                        trainer.save(notes, sheet=f"samples_{step:06d}.png")
-                        saved = time.monotonic()
-                        print(notes, flush=True)
-        except KeyboardInterrupt:
-            print("stopped", flush=True)
-    notes |= {"step": step, "seconds": round(time.monotonic() - started, 1)}
-    trainer.save(notes, 0.7, "samples_psi_0.7.png")
-    trainer.save(notes)
-    return notes
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def save(s: Settings, objective: Objective, loop: Loop, goes_on: bool) -> None:
+    """The average's weights in float16, what made them, and samples from always the same z."""
+    g = objective.ema.model
+    with atomic_write(s.out / "stylegan.safetensors") as temporary:
+        save_file({n: t.half().contiguous().cpu() for n, t in g.state_dict().items()}, temporary, {"format": "pt"})
+    notes = {"steps": loop.done, "seconds": round(loop.seconds, 1), **objective.figures()}
+    write_json(s.out / "stylegan.json", {**notes, "settings": dataclasses.asdict(s)})
+    draws = torch.Generator().manual_seed(s.seed + 1)
+    z, noise = torch.randn(64, s.dim, generator=draws), g.draw_noise(64, draws)
+    with torch.no_grad():
+        images = g(z.to(objective.run.device), noise=noise).float().cpu().clamp(-1, 1)
+    save_image(grid(images), s.out / "samples.png")
+
+
+def rate(s: Settings, done: int, progress: float) -> float:
+    """The learning rate: up over 100 steps; fitting the painter, down to zero along a cosine."""
+    falling = 0.5 * (1 + math.cos(math.pi * progress)) if s.objective == "painter" else 1.0
+    return s.lr * min(1.0, (done + 1) / 100) * falling
+
+
+def train(s: Settings, run: Run) -> None:
+    """Train to the end of the minutes, or of the steps."""
+    own = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("out", "resume", "overwrite", "device")}
+    run.find_state(own, s.resume, s.overwrite)
+    seed_everything(s.seed)
+    if s.objective == "painter" and (s.data is not None or s.dim < NUMBERS):
+        raise InputError(f"--objective painter: draws its own images (no --data), from --dim {NUMBERS} or more")
+    z, images = faces(s) if s.data is None else (None, read(s.data, s))
+    try:
+        objective = Painter(s, z, images, run) if s.objective == "painter" else Adversarial(s, images, run)
+    except ValueError as error:
+        raise InputError(f"--size, --channels: {error}") from None
+    print(f"{len(images):,} images, generator {sum(p.numel() for p in objective.g.parameters()):,} parameters, on "
+          f"{run.device}", flush=True)  # fmt: skip
+
+    def batches(done: int) -> Iterator[tuple[tuple, tuple]]:
+        while True:
+            yield (), (loop.done, loop.progress())
+
+    loop = Loop(
+        run,
+        "",
+        step=objective.step,
+        batches=batches,
+        steps=s.steps,
+        row_every=50,
+        parts=objective.parts,
+        rate=partial(rate, s),
+        axis="step",
+        saved=lambda goes_on: save(s, objective, loop, goes_on),
+        minutes=s.minutes,
+    )
+    loop.train()
+    run.finish()
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; see ``--help``."""
     s, _ = parse(__doc__, Settings, argv=argv)
-    device = resolve_device(s.device)
-    seed_everything(s.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    images = read_images(s)
-    try:
-        trainer = Trainer(s, images, device)
-    except ValueError as error:
-        raise InputError(f"--size, --channels: {error}") from None
-    s.out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(images):,} images, generator {sum(p.numel() for p in trainer.g.parameters()):,} parameters, "
-          f"discriminator {sum(p.numel() for p in trainer.d.parameters()):,}, on {device}", flush=True)  # fmt: skip
-    print(train(s, trainer))
+    with open_run(s.out, s.device, s.save_every, s.seed) as run:
+        train(s, run)
     return 0
 
 

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import signal
 import zlib
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from checkpoints import write_weights
+from experiments import train_stylegan
 from experiments.train_stylegan import Discriminator, main, mixed_styles, spread_in_groups
+from procedural_faces import draw_face
 from stylegan import (
     SPACES,
     Blur,
@@ -21,7 +25,7 @@ from stylegan import (
     load_generator,
     truncate,
 )
-from utils import InputError
+from utils import InputError, Stopped
 
 PUBLISHED = json.loads((Path(__file__).parent / "golden" / "stylegan.json").read_text())
 
@@ -244,27 +248,58 @@ def test_latents_of_another_shape(small):
         StyleGAN(16, (4, 4))
 
 
-def training(tmp_path, *more):
-    small = ["--size", "16", "--channels", "6,5,4", "--dim", "7", "--depth", "2", "--width", "6", "--batch_size", "4"]
-    return ["--out", str(tmp_path / "out"), "--count", "6", "--device", "cpu", *small, *more]
+def training(tmp_path, objective, *more):
+    small = ["--size", "16", "--channels", "6,5,4", "--dim", "64", "--depth", "2", "--width", "6", "--batch_size", "4"]
+    return ["--out", str(tmp_path), "--objective", objective, "--count", "6", "--device", "cpu", *small, *more]
 
 
-def test_training_writes_what_load_generator_reads(tmp_path, capsys):
-    assert main(training(tmp_path, "--steps", "3", "--r1_every", "2")) == 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "stylegan.safetensors",
-        "stylegan.json",
-        "samples.png",
-        "samples_psi_0.7.png",
-    }
-    notes = json.loads((tmp_path / "out" / "stylegan.json").read_text())
-    assert notes["step"] == 3 and notes["images_seen"] == 12 and notes["settings"]["channels"] == [6, 5, 4]
-    generator = load_generator(tmp_path / "out" / "stylegan.safetensors", 16)
-    start = generator_from_state_dict(StyleGAN(16, (6, 5, 4), 7, 2).state_dict())
+@pytest.mark.parametrize("objective", ["painter", "adversarial"])
+def test_training_writes_what_load_generator_reads_and_goes_on_where_it_was_stopped(objective, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(training(whole, objective, "--steps", "4")) == 0
+    kind = {"painter": train_stylegan.Painter, "adversarial": train_stylegan.Adversarial}[objective]
+    step = kind.step
+
+    def asked_to_stop(self, done, progress):
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, done, progress)
+
+    monkeypatch.setattr(kind, "step", asked_to_stop)
+    with pytest.raises(Stopped):
+        main(training(parts, objective, "--steps", "4"))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="give --resume"):
+        main(training(parts, objective, "--steps", "4"))
+    assert main(training(parts, objective, "--steps", "4", "--resume")) == 0
+    assert (parts / "stylegan.safetensors").read_bytes() == (whole / "stylegan.safetensors").read_bytes()
+    notes = json.loads((whole / "stylegan.json").read_text())
+    assert notes["steps"] == 4 and notes["settings"]["channels"] == [6, 5, 4]
+    assert ("unseen_error" in notes) == (objective == "painter")
+    generator = load_generator(whole / "stylegan.safetensors", 16)
+    start = generator_from_state_dict(StyleGAN(16, (6, 5, 4), 64, 2).state_dict())
     assert not torch.equal(generator.g_synthesis["torgb"].bias, start.g_synthesis["torgb"].bias)
-    assert generator(torch.randn(2, 7)).isfinite().all()
-    with pytest.raises(InputError, match="4 blocks"):
-        main(training(tmp_path, "--size", "32"))
+    assert generator(torch.randn(2, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [(["--size", "32"], "4 blocks"), (["--dim", "61"], "--dim 62 or more"), (["--data", "x"], "no --data")],
+)
+def test_mistakes_in_training_are_one_line(more, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        main(training(tmp_path, "painter", *more))
+
+
+def test_a_face_is_the_numbers_it_is_drawn_from():
+    """The painter's own face from its generator's numbers, and z whose length says nothing."""
+    numbers = np.random.default_rng([3, 5]).random(train_stylegan.NUMBERS)
+    assert np.array_equal(train_stylegan.painted(numbers, 32), np.asarray(draw_face(3, 5, 32)[0].convert("RGB")))
+    z = torch.randn(4000, 128, generator=torch.Generator().manual_seed(0))
+    u = train_stylegan.uniform(z)
+    torch.testing.assert_close(u, train_stylegan.uniform(3 * z), rtol=1e-5, atol=1e-7)
+    levels = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    assert (u.flatten().quantile(levels) - levels).abs().max() < 5e-3
 
 
 def test_the_discriminator_and_styles():
