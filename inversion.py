@@ -11,6 +11,7 @@ arXiv 2206.09027.
 Letters: B batch, T steps of a trajectory, N samples of a buffer, X the input space of f, Z that of theta.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loop import Loop, Run
 from networks import ConvMLP, any_size, pointwise, unet
 from utils import InputError
 
@@ -385,6 +387,7 @@ def train_mapping(
     draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
     loss: Loss = squared_error,
     *,
+    run: Run | None = None,
     buffers: int = 500,
     samples: int = 64,
     steps: int = 20,
@@ -394,10 +397,8 @@ def train_mapping(
     weight_decay: float = 0.1,
     batch_size: int = 64,
     updates: int | None = None,
-    seed: int = 0,
-    on_step: Callable[[], None] | None = None,
-    state: dict | None = None,
-) -> Iterator[dict]:
+    saved: Callable[[Loop], None] = lambda loop: None,
+) -> list[dict]:
     """Train theta by turns: collect the trajectories of a buffer with theta fixed, then fit theta on them.
 
     ::
@@ -407,34 +408,29 @@ def train_mapping(
 
     Args:
         draw: N samples as (y, x0), from the number and a generator.
+        run: where it runs; its seed is that of all draws, and its state one to go on from. None: on the CPU, seed 0.
         buffers: how many buffers; 500 in the paper.
         samples: N.
         steps, z_lr, clip: of the inversions, as in `invert`.
         lr, weight_decay: of AdamW on theta.
         batch_size, updates: points (z_t, x0, y) per update, and updates per buffer; None: one pass over the buffer.
-        seed: of all draws.
-        on_step: called after each step of an inversion and each update.
-        state: filled with what a later call needs to go on after the last buffer, beside theta; where it is filled
-            already, training goes on from there.
+        saved: called after each buffer.
 
-    Yields:
-        After each buffer: its number from 1, the mean loss where its trajectories start and the best on them, with
-        theta before the updates, and the mean loss of the updates.
+    Returns:
+        A row for each buffer: its number from 1, the mean loss of the updates, and the mean loss where its trajectories
+        start and the best on them, with theta before the updates.
 
     Raises:
         InputError: no loss is finite any more.
+        Stopped: a signal came to ``run``; the state is saved.
     """
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(theta.parameters(), lr=lr, weight_decay=weight_decay)
-    state = {} if state is None else state
-    if state:
-        optimiser.load_state_dict(state["optimiser"])
-        generator.set_state(state["generator"])
-    for number in range(state.get("buffer", 0) + 1, buffers + 1):
+    optimizer = torch.optim.AdamW(theta.parameters(), lr=lr, weight_decay=weight_decay)
+
+    def turn() -> dict[str, Tensor]:
+        generator = torch.default_generator  # seeded by the loop before each buffer
         y, x0 = draw(samples, generator)
-        step = None if on_step is None else lambda _: on_step()
         theta.eval().requires_grad_(False)
-        buffer = collect(theta, f, y, x0, loss, steps=steps, lr=z_lr, clip=clip, on_step=step)
+        buffer = collect(theta, f, y, x0, loss, steps=steps, lr=z_lr, clip=clip)
         theta.train().requires_grad_(True)
         count = updates if updates is not None else max(1, math.ceil((steps + 1) * len(buffer.y) / batch_size))
         total, seen = 0.0, 0
@@ -442,16 +438,29 @@ def train_mapping(
             losses = _losses(loss, f(theta(z, x0)), y)
             finite = losses.isfinite()
             if finite.any():
-                optimiser.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
                 losses[finite].mean().backward()
                 norm = nn.utils.clip_grad_norm_(theta.parameters(), math.inf)
                 if norm.isfinite():  # one point's gradient may overflow where its loss does not
-                    optimiser.step()
+                    optimizer.step()
                     total, seen = total + losses[finite].sum().item(), seen + int(finite.sum())
-            if on_step is not None:
-                on_step()
         if not seen:
-            raise InputError(f"landscape: no loss of buffer {number} is finite; lower the learning rate")
-        state |= {"buffer": number, "optimiser": optimiser.state_dict(), "generator": generator.get_state()}
-        yield {"buffer": number, "start_loss": buffer.start, "end_loss": buffer.end, "fit_loss": total / seen}
+            raise InputError("landscape: no loss of a buffer is finite; lower the learning rate")
+        row = {"loss": total / seen, "start_loss": buffer.start, "end_loss": buffer.end}
+        return {name: torch.tensor(value) for name, value in row.items()}
+
+    loop = Loop(
+        Run(None, next(theta.parameters()).device) if run is None else run,
+        "",
+        step=turn,
+        batches=lambda done: itertools.repeat(((), ())),
+        steps=buffers,
+        row_every=1,
+        parts={"model": theta, "optimizer": optimizer},
+        rate=lambda done, progress: lr,
+        axis="step",
+        saved=lambda goes_on: saved(loop),
+    )
+    loop.train()
     theta.eval().requires_grad_(False)
+    return [{name: float(value) for name, value in row.items()} for row in loop.rows]

@@ -41,7 +41,7 @@ from images import grid, load_image, save_image, to_uint8
 from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
 from logger import MetricsTable, get_logger, plot_curves
-from loop import check_settings, is_empty, load_state, locked, save_state, to_json_values
+from loop import STATE_NAME, Loop, Run, check_settings, is_empty, locked, open_run, to_json_values
 from metrics import agreement, psnr
 from stylegan import SPACES, Latents
 from targets import (
@@ -66,9 +66,11 @@ from utils import (
     LARGEST_WIDTH,
     InputError,
     atomic_write,
+    json_values,
     nearest,
     option,
     parse,
+    peak_gib,
     resolve_device,
     run_command,
     seed_everything,
@@ -76,7 +78,7 @@ from utils import (
 )
 
 SHEET_ROWS = 6
-TRAIN_FILES = ("theta.safetensors", "theta.json", "state.pth", "metrics.csv", "curves.png", "log.txt")
+TRAIN_FILES = ("theta.safetensors", "theta.json", STATE_NAME, "metrics.csv", "curves.png", "log.txt")
 EVAL_FILES = ("results.json", "results.csv", "curves.csv", "curves.png", "sheet.png", "log.txt")
 FIND_FILES = ("settings.json", "results.csv", "state.safetensors", "curves.csv", "curves.png", "sheet.png", "log.txt")
 
@@ -114,7 +116,7 @@ class Eval:
     """Of eval."""
 
     network: str = option("g", f"{', '.join(READY)}, or package.module:factory (is imported)")
-    theta: Path | None = option(None, "weights of a trained mapping net; none: no landscape's row")
+    theta: tuple[Path, ...] | None = option(None, "weights of mapping nets, of several seeds perhaps: a row each")
     steps: tuple[int, ...] = option((20, 200), "of plain optimisation, a row each", 1)
     theta_steps: int = option(20, "through the landscape", 1)
     judge: Path | None = option(None, "weights of the independent judge; default: the demo's if it fits")
@@ -123,11 +125,17 @@ class Eval:
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def check_folder(out: Path, overwrite: bool) -> None:
-    """Raise InputError if the content of a result folder would be lost, or it is a file."""
+def check_folder(out: Path, overwrite: bool, resumes: str | None) -> None:
+    """Raise InputError if the content of a result folder would be lost, or it is a file.
+
+    Args:
+        resumes: the file that a run to go on with has written; None: to begin anew.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: not a folder")
-    if not is_empty(out) and not overwrite:
+    if resumes is not None and not is_empty(out) and not (out / resumes).is_file():
+        raise InputError(f"--resume: {out} holds no run of this command; give another folder")
+    if resumes is None and not is_empty(out) and not overwrite:
         raise InputError(f"--out {out}: not empty; give --overwrite or another folder")
 
 
@@ -163,65 +171,40 @@ def load_theta(path: Path, target: Target) -> tuple[MappingNet, dict]:
 # --- train -----------------------------------------------------------------------------------------------------------
 
 
-def train(s: Settings, own: Train) -> int:
+def train(s: Settings, own: Train, run: Run) -> int:
     """Train theta, and write it with its table and curves."""
-    device = resolve_device(s.device)
-    target = load_targets(own.network, s, device)[-1]
+    target = load_targets(own.network, s, run.device)[-1]
     _, images = read_images(s.data, target.img_size, s.images)
     seed_everything(s.seed)
     x_lr = s.x_lr if s.x_lr is not None else target.x_lr
-    file, state, seconds, rows = s.out / "theta.safetensors", {}, 0.0, []
-    notes = {"network": target.name, "settings": settings_of(s, own)}
-    if own.resume:
-        theta, found = load_theta(file, target)
-        given = settings_of(s, own, without=("out", "resume", "overwrite", "buffers", "device"))
-        check_settings(found["settings"], given, s.out)
-        state, seconds = load_state(s.out / "state.pth"), found["seconds"]
-        theta.load_state_dict(state["theta"])
-        rows = MetricsTable(s.out / "metrics.csv").rows[: state["buffer"]]
-    else:
-        try:
-            theta = MappingNet(target.in_shape, own.width, x_lr / own.z_lr, target.bounds)
-        except ValueError as error:
-            raise InputError(f"--network {target.name}: {error}") from None
+    try:
+        theta = MappingNet(target.in_shape, own.width, x_lr / own.z_lr, target.bounds).to(run.device)
+    except ValueError as error:
+        raise InputError(f"--network {target.name}: {error}") from None
+    given = settings_of(s, own, without=("out", "resume", "overwrite", "buffers", "device"))
+    run.find_state(given, own.resume, s.overwrite)
+    if run.state is None:
         clear(s.out, TRAIN_FILES)
-    theta.to(device)
     log = get_logger("invert", s.out)
-    loss = make_loss(target, s, device)
-    draw = problem_source(target, images, s, loss, device)
+    loss = make_loss(target, s, run.device)
+    draw = problem_source(target, images, s, loss, run.device)
     count = sum(p.numel() for p in theta.parameters())
-    log.info("inverting %s, theta has %s parameters, on %s", target.name, f"{count:,}", device)
+    log.info("inverting %s, theta has %s parameters, on %s", target.name, f"{count:,}", run.device)
+    peak_gib(run.device, reset=True)
 
-    updates = own.updates or math.ceil((own.steps + 1) * own.samples / s.batch_size)
-    table = MetricsTable(s.out / "metrics.csv", rows=rows)
-    first, started = state.get("buffer", 0), time.perf_counter() - seconds
-    steps = (own.buffers - first) * (own.steps + updates)
-    with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None) as bar:
-        fixed = {key: getattr(own, key) for key in ("buffers", "samples", "steps", "z_lr", "lr", "weight_decay")}
-        history = train_mapping(theta, target.f, draw, loss, **fixed, clip=s.clip, batch_size=s.batch_size,
-                                updates=updates, seed=s.seed, on_step=bar.update, state=state)  # fmt: skip
-        for row in history:
-            bar.set_description(f"buffer {row['buffer']}, best loss {row['end_loss']:.3g}")
-            table.append({"step": row["buffer"], **{k: v for k, v in row.items() if k != "buffer"}})
-            notes |= {"theta": theta.config(), "buffers": row["buffer"], "seconds": time.perf_counter() - started}
-            notes["peak_memory_mb"] = peak_memory(device)
-            write_json(file.with_suffix(".json"), notes)
-            write_weights(file, theta.state_dict())
-            save_state(s.out / "state.pth", {**state, "theta": theta.state_dict()})
-    plot_curves(table.path, s.out / "curves.png")
-    log.info("best loss of a trajectory: %s in the first buffer, %s in the last; %.1f minutes, at most %.0f MB; %s",
-             table.rows[0]["end_loss"], table.rows[-1]["end_loss"], (time.perf_counter() - started) / 60,
-             peak_memory(device), s.out)  # fmt: skip
+    def saved(loop: Loop) -> None:
+        notes = {"network": target.name, "settings": settings_of(s, own), "theta": theta.config(), "buffers": loop.done}
+        notes |= {"seconds": loop.seconds, "peak_gib": peak_gib(run.device)}
+        write_weights(s.out / "theta.safetensors", theta.state_dict())
+        write_json(s.out / "theta.json", notes)
+
+    names = ("buffers", "samples", "steps", "z_lr", "lr", "weight_decay", "updates")
+    rows = train_mapping(theta, target.f, draw, loss, run=run, **{name: getattr(own, name) for name in names},
+                         clip=s.clip, batch_size=s.batch_size, saved=saved)  # fmt: skip
+    first, last = rows[0], rows[-1]
+    log.info("best loss of a trajectory: %.4g in the first buffer, %.4g in the last; %.1f min, at most %.2f GiB; %s",
+             first["end_loss"], last["end_loss"], last["seconds"] / 60, peak_gib(run.device), s.out)  # fmt: skip
     return 0
-
-
-def peak_memory(device: torch.device) -> float:
-    """MB: of the device's tensors on CUDA, of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 # --- eval ------------------------------------------------------------------------------------------------------------
@@ -290,40 +273,44 @@ def run_method(method: Method, problems: Problems, batch_size: int, device: torc
 
 
 def methods_of(
-    targets: Sequence[Target], problems: Problems, theta: MappingNet | None, z_lr: float, clip: float, s: Settings,
-    own: Eval, loss: Loss, device: torch.device,
+    targets: Sequence[Target], problems: Problems, thetas: dict[str, tuple[MappingNet, dict]], s: Settings, own: Eval,
+    loss: Loss, device: torch.device,
 ) -> list[Method]:  # fmt: skip
-    """Every way of inverting the targets, in the order of the table."""
+    """Every way of inverting the targets, in the order of the table; through ``thetas`` the last one alone."""
     methods = []
     for target in targets:
-        label = f"{target.name.partition(' ')[2]}, " if target.to_image and isinstance(target.f, Latents) else ""
+        f, last = target.f, target is targets[-1]
+        label = f"{target.name.partition(' ')[2]}, " if target.to_image and isinstance(f, Latents) else ""
         x0 = problems.x0 if problems.x0 is not None else starts(target, problems.y, s, loss, device)
-        x_lr = s.x_lr if s.x_lr is not None else theta.scale * z_lr if theta is not None else target.x_lr
 
-        def once(name: str, closed: Callable, f: nn.Module = target.f, x0: Tensor = x0) -> Method:
+        def once(name: str, closed: Callable, f: nn.Module = f, x0: Tensor = x0) -> Method:
             def run(y: Tensor, x: Tensor) -> Iterator[tuple[str, Tensor]]:
                 yield name, torch.no_grad()(closed)(y, x)
 
             return Method(f, x0, run)
 
-        def plain(y: Tensor, x: Tensor, target: Target = target, x_lr: float = x_lr, label: str = label):
-            found = None
+        def plain(y: Tensor, x: Tensor, target: Target = target, label: str = label):
+            found, x_lr = None, target.x_lr if s.x_lr is None else s.x_lr
             for steps in sorted(own.steps):
                 state = None if found is None else found.state
                 found = invert(target.f, y, x, loss, steps, x_lr, s.clip, target.bounds, state=state)
                 yield f"{label}optimisation, {steps} steps", found
 
-        def through(y: Tensor, x: Tensor, f: nn.Module = target.f, label: str = label):
-            found = invert_through(theta, f, y, x, loss, steps=own.theta_steps, lr=z_lr, clip=clip)
-            yield f"{label}landscape, {own.theta_steps} steps", found
+        def through(name: str, theta: MappingNet, trained: dict, f: nn.Module = f, x0: Tensor = x0) -> Method:
+            def run(y: Tensor, x: Tensor) -> Iterator[tuple[str, Inversion]]:
+                lr, clip = float(trained["z_lr"]), float(trained["clip"])
+                yield name, invert_through(theta, f, y, x, loss, steps=own.theta_steps, lr=lr, clip=clip)
+
+            return Method(f, x0, run)
 
         methods.append(once(f"{label}start", lambda y, x: x))
         methods += [once(name, closed) for name, closed in target.closed_form.items()]
-        if target is targets[-1]:
+        if last:
             methods += [once(n, c, nn.Identity()) for n, c in spnn_beside(target, s, device).items()]
-        methods.append(Method(target.f, x0, plain))
-        if theta is not None and target is targets[-1]:
-            methods.append(Method(target.f, x0, through))
+        methods.append(Method(f, x0, plain))
+        if last:
+            named = ((f"{label}{name}, {own.theta_steps} steps", *theta) for name, theta in thetas.items())
+            methods += [through(name, theta, notes["settings"]) for name, theta, notes in named]
     return methods
 
 
@@ -360,7 +347,7 @@ def measure(
 def picture_figures(picture: Tensor, wanted: Tensor, s: Settings, device: torch.device) -> dict[str, Tensor]:
     """PSNR in dB of images (N, 3, S, S) to others, and LPIPS unless only the squared error is asked for."""
     found = {"psnr": psnr(picture, wanted)}
-    lpips = lpips_or_none(device) if s.loss != "mse" else None
+    lpips = lpips_or_none(device, picture.shape[-1]) if s.loss != "mse" else None
     if lpips is not None:
         pairs = zip(picture.split(s.batch_size), wanted.split(s.batch_size), strict=True)
         found["lpips"] = torch.cat([lpips(a.to(device), b.to(device)).flatten().cpu() for a, b in pairs])
@@ -440,24 +427,37 @@ def find_judge(path: Path | None, target: Target, device: torch.device, log) -> 
     return None
 
 
-def evaluate(s: Settings, own: Eval) -> int:
+def compared(name: str, through: Sequence[float], plain: Sequence[float]) -> dict:
+    """Of mean losses after each number of steps: what a landscape reaches and the plain steps to it, and vice versa."""
+
+    def steps(curve: Sequence[float], goal: float) -> int | None:
+        return next((step for step, value in enumerate(curve) if value <= goal), None)
+
+    last = len(through) - 1
+    goal, met = min(through), min(plain[: last + 1])
+    return {"theta": name, "steps": last, "loss": goal, "plain_steps": steps(plain, goal), "plain_loss": met,
+            "steps_to_plain_loss": steps(through, met)}  # fmt: skip
+
+
+def evaluate(s: Settings, own: Eval, device: torch.device) -> int:
     """Measure every way of inverting the network, and write tables, curves and pictures."""
-    device = resolve_device(s.device)
     targets = load_targets(own.network, s, device)
     target = targets[-1]
-    theta, notes = load_theta(own.theta, target) if own.theta is not None else (None, {})
-    if theta is not None:
-        theta.to(device)
+    thetas = {}
+    for path in own.theta or ():
+        theta, notes = load_theta(path, target)
+        one = "landscape" if len(own.theta) == 1 else f"landscape of seed {notes['settings']['seed']}"
+        if one in thetas:
+            raise InputError(f"--theta {path}: {one} is there twice")
+        thetas[one] = theta.to(device), notes
     judge = find_judge(own.judge, target, device, get_logger("invert"))
     names, images = read_images(s.data, target.img_size, s.images)
     problems = fixed_problems(target, names, images, s.images if s.images is not None else 100, s, device)
     loss = make_loss(target, s, device)
     clear(s.out, EVAL_FILES)
     log = get_logger("invert", s.out)
-    trained = notes.get("settings", {})
-    z_lr, clip = float(trained.get("z_lr", 0.1)), float(trained.get("clip", s.clip))
-    methods = methods_of(targets, problems, theta, z_lr, clip, s, own, loss, device)
     results: dict[str, Result] = {}
+    methods = methods_of(targets, problems, thetas, s, own, loss, device)
     for method in tqdm(methods, unit="method", leave=False, dynamic_ncols=True, disable=None):
         results |= run_method(method, problems, s.batch_size, device)
 
@@ -469,17 +469,17 @@ def evaluate(s: Settings, own: Eval) -> int:
         seconds = None if name.split(", ")[-1] == "start" else result.seconds
         rows.append({"method": name, **{key: mean(values) for key, values in figures.items()}, "seconds": seconds})
         for i, image in enumerate(problems.names):
-            values = {key: v[i] if math.isfinite(v[i]) else None for key, v in figures.items()}
-            by_image.append({"method": name, "image": image, **values})
-    record = {"settings": {**settings_of(s, own), "device": str(device)}, "theta": notes, "methods": rows}
+            by_image.append({"method": name, "image": image, **{key: v[i] for key, v in figures.items()}})
     # a shorter plain run is the beginning of the next one, which takes its place
     curves = {name.rpartition(",")[0]: r.curve for name, r in results.items() if r.curve is not None}
-    if through := next((name for name in curves if name.endswith("landscape")), None):
-        goal, plain = min(curves[through]), curves[through.replace("landscape", "optimisation")]
-        steps = next((step for step, value in enumerate(plain) if value <= goal), None)
-        record["landscape"] = {"loss": goal, "steps": own.theta_steps, "plain_steps": steps}
-        log.info("a mean loss of %.4g: %d steps through the landscape, plain %s", goal, own.theta_steps, steps)
-    write_json(s.out / "results.json", {**record, "images": by_image})
+    told = [compared(n, curve, curves[n.partition("landscape")[0] + "optimisation"])
+            for n, curve in curves.items() if "landscape" in n]  # fmt: skip
+    for one in told:
+        log.info("%(theta)s: a loss of %(loss).4g after %(steps)d steps, plain after %(plain_steps)s; plain ones then "
+                 "have %(plain_loss).4g, which it has after %(steps_to_plain_loss)s", one)  # fmt: skip
+    record = {"settings": {**settings_of(s, own), "device": str(device)}, "landscapes": told}
+    record |= {"thetas": [notes for _, notes in thetas.values()], "methods": rows, "images": by_image}
+    write_json(s.out / "results.json", json_values(record))
     table = MetricsTable(s.out / "results.csv", rows=[])
     for row in rows:
         table.append({key: value for key, value in row.items() if value is not None})
@@ -538,11 +538,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def search(
-    targets: Sequence[Target], names: Sequence[str], y: Tensor, loss: Loss, s: Settings, own: Find, bar: tqdm
+    targets: Sequence[Target], names: Sequence[str], y: Tensor, loss: Loss, s: Settings, own: Find, run: Run, bar: tqdm
 ) -> tuple[Inversion, Tensor, float]:
     """Find inputs for a batch, space by space, each from the best of the one before.
 
-    Every ``own.save_steps`` the state goes to state.safetensors, from which a resumed run goes on.
+    Every ``own.save_steps`` the state goes to state.safetensors, from which a resumed run goes on; there it stops if it
+    is asked to.
 
     Returns:
         The inversion in the last space, the losses of all spaces one after another, and the seconds.
@@ -571,6 +572,7 @@ def search(
             bar.set_postfix_str(f"{target.name}, loss {found.loss.mean().item():.4g}")
             tensors = {**state, **({"before": torch.cat(before)} if before else {})}
             save_tensors(file, tensors, {"names": list(names), "stage": number, "seconds": seconds})
+            run.stop_if_asked()
             if len(state["curve"]) > own.steps:
                 break
         before.append(found.curve.cpu())
@@ -579,11 +581,11 @@ def search(
     return found, torch.cat(before), seconds
 
 
-def find(s: Settings, own: Find) -> int:
+def find(s: Settings, own: Find, run: Run) -> int:
     """Find the inputs of images, one batch after another, and write each with its picture."""
+    device = run.device
     if own.morph is not None:
-        return morph(s, own)
-    device = resolve_device(s.device)
+        return morph(s, own, device)
     if list(s.spaces) != sorted(set(s.spaces), key=SPACES.index):
         raise InputError(f"--spaces {' '.join(s.spaces)}: a search can only go on from z to w to w+")
     targets = load_targets(own.network, s, device)
@@ -608,7 +610,7 @@ def find(s: Settings, own: Find) -> int:
         for start in range(0, len(left), s.batch_size):
             chosen = left[start : start + s.batch_size]
             y = torch.stack([load_image(paths[name], size) for name in chosen])
-            found, curves, seconds = search(targets, chosen, y.to(device), loss, s, own, bar)
+            found, curves, seconds = search(targets, chosen, y.to(device), loss, s, own, run, bar)
             for line in found.problems():
                 log.warning("%s, batch of %s: %s", target.name, chosen[0], line)
             for row in keep(target, chosen, y, found, curves, s, device):
@@ -646,11 +648,10 @@ def keep(
 
 
 @torch.no_grad()
-def morph(s: Settings, own: Find) -> int:
+def morph(s: Settings, own: Find, device: torch.device) -> int:
     """Write the frames between two latents that `find` found, the mix of their w+ going from 0 to 1, and all as one."""
     if len(own.morph) != 2:
         raise InputError(f"--morph: takes two latents, got {len(own.morph)}")
-    device = resolve_device(s.device)
     target = load_targets("stylegan", dataclasses.replace(s, spaces=("w+",)), device)[0]
     ends = []
     for path in own.morph:
@@ -671,6 +672,7 @@ def morph(s: Settings, own: Find) -> int:
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 COMMANDS = {"find": (find, Find), "train": (train, Train), "eval": (evaluate, Eval)}
+BEGUN = {"find": "settings.json", "train": STATE_NAME}  # what a run writes first
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -684,9 +686,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"{command or 'no command'}: expected {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
     run, kind = COMMANDS[command]
     s, own, _ = parse(f"invert.py {command}\n\n{__doc__}", Settings, kind, argv=argv[1:])
-    check_folder(s.out, s.overwrite or getattr(own, "resume", False))
-    with locked(s.out):
-        return run(s, own)
+    check_folder(s.out, s.overwrite, BEGUN[command] if getattr(own, "resume", False) else None)
+    if kind is Eval:  # nothing of it is saved half way: a signal ends it at once
+        with locked(s.out):
+            return evaluate(s, own, resolve_device(s.device))
+    with open_run(s.out, s.device, save_every=1, seed=s.seed) as opened:
+        return run(s, own, opened)
 
 
 if __name__ == "__main__":

@@ -355,11 +355,11 @@ def fixed_problems(
 
 
 @functools.cache
-def lpips_or_none(device: torch.device) -> nn.Module | None:
-    """LPIPS (Zhang et al. 2018), or None, said in one line, if its weights cannot be had."""
+def lpips_or_none(device: torch.device, size: int) -> nn.Module | None:
+    """LPIPS (Zhang et al. 2018), or None, said in one line, if its weights cannot be had or images are too small."""
     from DDNM.guided_diffusion.inputs import load_lpips  # imports much, and only this needs it
 
-    lpips = load_lpips(device, get_logger("invert"))
+    lpips = load_lpips(device, get_logger("invert"), size)
     return None if lpips is None else lpips.requires_grad_(False)
 
 
@@ -391,7 +391,7 @@ def make_loss(target: Target, s: Settings, device: torch.device) -> Loss:
             return FeatureDistance(load_vgg(device), s.vgg_layers, weights)
         except ValueError as error:
             raise InputError(f"--vgg_layers, --perceptual_weight: {error}") from None
-    lpips = lpips_or_none(device)
+    lpips = lpips_or_none(device, target.img_size)
     if lpips is None and s.loss == "lpips":
-        raise InputError("--loss lpips: its weights cannot be had; use --loss mse, or auto, which goes on without")
+        raise InputError("--loss lpips: cannot be had, see above; use --loss mse, or auto, which goes on without")
     return squared_error if lpips is None else perceptual_loss(lpips, s.perceptual_weight[0])

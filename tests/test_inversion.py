@@ -18,6 +18,7 @@ from inversion import (
     squared_error,
     train_mapping,
 )
+from loop import Run
 from models import SPNN
 from utils import InputError
 
@@ -359,11 +360,11 @@ def test_training_makes_a_few_steps_go_further():
     torch.manual_seed(0)
     theta = MappingNet((6,), width=32, scale=0.1).double()
     untrained = MappingNet((6,), width=32, scale=0.1).double()
-    history = list(train_mapping(theta, f, drawn(f), buffers=20, samples=32, steps=3, lr=3e-3, batch_size=32, seed=1))
+    history = train_mapping(theta, f, drawn(f), buffers=20, samples=32, steps=3, lr=3e-3, batch_size=32)
     y, x0 = drawn(f)(200, generator(99))  # problems that training has not seen
     before, after = (invert_through(t, f, y, x0, steps=3) for t in (untrained, theta))
     assert after.loss.mean() < 0.5 * before.loss.mean()
-    assert [row["buffer"] for row in history] == list(range(1, 21))
+    assert [row["step"] for row in history] == list(range(1, 21))
     assert history[-1]["end_loss"] < 0.5 * history[0]["end_loss"]
     assert not any(p.requires_grad for p in theta.parameters())
 
@@ -374,7 +375,8 @@ def test_training_repeats_with_its_seed():
     def weights(seed):
         torch.manual_seed(0)
         theta = MappingNet((6,), width=4).double()
-        list(train_mapping(theta, f, drawn(f), buffers=2, samples=4, steps=2, batch_size=4, seed=seed))
+        run = Run(None, torch.device("cpu"), seed=seed)
+        train_mapping(theta, f, drawn(f), run=run, buffers=2, samples=4, steps=2, batch_size=4)
         return torch.cat([p.flatten() for p in theta.parameters()])
 
     assert torch.equal(weights(0), weights(0))
@@ -388,7 +390,7 @@ def test_a_network_that_is_never_finite_ends_the_training():
         return torch.zeros(count, 4, dtype=torch.float64), torch.zeros(count, 6, dtype=torch.float64)
 
     with pytest.raises(InputError, match="no trajectory is finite"):
-        next(train_mapping(theta, lambda x: x[:, :4] * math.nan, draw, buffers=1, samples=2, steps=1))
+        train_mapping(theta, lambda x: x[:, :4] * math.nan, draw, buffers=1, samples=2, steps=1)
 
 
 def test_the_result_is_a_plain_record():
