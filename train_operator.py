@@ -10,21 +10,22 @@ jpeg of degradations.py, or a function of yours. Stage 1 minimises, over all wei
     lambda_data * |g(x) - y|^2 / 2 + lambda_img_rec * |g'(y) - x|^2
 
 and stage 2, over the r-networks, what train.py says. With a prior, test images are restored from y alone by g' and by
-back-projection (NLBP), beside what needs no network: the prior unguided, and the gradient of the true measurement (DPS)
-if it has one. Writes table.json, table.md and sheet.png.
+back-projection (NLBP), beside the prior unguided, and the gradient (DPS) of g and of the true measurement, if it has
+one. Writes table.json, table.md and sheet.png.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import ConvPINNBlock, PixelUnshuffleBlock, solved_once
+from blocks import PixelUnshuffleBlock, solved_once
 from checkpoints import locate, save_spnn
 from data_loader import Loaders, augmented, batches_from, make_loaders
 from DDNM.guided_diffusion.diffusion import reconstruct
@@ -32,11 +33,12 @@ from DDNM.guided_diffusion.guidance import NLBP, Gradient, Guidance, Unguided
 from DDNM.guided_diffusion.inputs import load_lpips
 from DDNM.guided_diffusion.prior import load_prior
 from DDNM.guided_diffusion.results import contact_sheet, picture
-from degradations import find_function, measured_shape
+from degradations import Function, find_function, measured_shape
 from evaluate import bootstrap
+from judge import load_judge
 from logger import get_logger
 from loop import DONE, Loop, Run, adam, open_run
-from metrics import psnr
+from metrics import agreement, psnr
 from models import SPNN
 from networks import PRECISIONS, networks_in
 from operators import LinearOperator, Operator, SPNNOperator
@@ -59,14 +61,12 @@ from utils import (
 class Fit:
     """Training."""
 
-    steps: int = option(2000, "of stage 1", 1)
-    r_steps: int = option(500, "of stage 2", 0)
-    batch_size: int = option(32, "images per step", 1, LARGEST_BATCH)
-    hidden: int = option(48, "width of the coupling networks", 1)
-    depth: int = option(2, "blocks after each pixel unshuffle", 1)
-    scale_bound: float = option(1.0, "bound of their log-scales", 1e-6)
-    lr: float = option(1e-3, "of Adam in stage 1; a third of it in stage 2", 0)
-    lambda_data: float = option(1.0, "weight of the loss between g(x) and what is measured", 0)
+    steps: int = option(1000, "of stage 1", 1)
+    r_steps: int = option(100, "of stage 2", 0)
+    batch_size: int = option(16, "images per step", 1, LARGEST_BATCH)
+    hidden: int = option(24, "width of the coupling networks", 1)
+    lr: float = option(2e-3, "of Adam in stage 1; a third of it in stage 2", 0)
+    lambda_data: float = option(10.0, "weight of the loss between g(x) and what is measured", 0)
     lambda_img_rec: float = option(1.0, "weight of |g'(y) - x|^2", 0)
     augment: float = option(0.0, "how far training pictures are shifted, scaled, turned and lit: 0 to 1", 0, 1)
     precision: str = option("float32", "of the networks inside blocks in training", choices=PRECISIONS)
@@ -84,7 +84,7 @@ class Options:
     dataset_path: Path = option(..., "faces, in a layout of data_loader.py")
     out: Path = option(..., "folder for weights, tables and pictures")
     img_size: int = option(64, "side of the images", 2, LARGEST_SIDE)
-    count: int = option(24, "test images to restore", 1)
+    judge: Path | None = option(None, "weights of judge.py: which attributes it still tells in what is restored")
     dps_step: float = option(0.1, "step of the gradient of the true measurement", 0)
 
 
@@ -93,11 +93,10 @@ class Restoring:
     """Restoration."""
 
     prior: str | None = option(None, "diffusion prior: a diffusers folder or a hub id; none: no restoration")
+    count: int = option(24, "test images", 1)
     sampling_steps: int = option(50, "of the sampler", 1, 1000)
-    eta: float = option(0.5, "DDIM's variance", 0, 1)
     max_move: float = option(0.15, "nlbp: largest root mean square move of a step; 0: no limit", 0)
-    stop: float = option(0.0, "nlbp: none below this distance from what is measured", 0)
-    sampling_seed: int = option(1234, "of the noise", 0, LARGEST_SEED)
+    stop: float | None = option(None, "nlbp: none this near to y; none: what g is wrong by on other images", 0)
 
 
 class PictureOperator(SPNNOperator):
@@ -109,68 +108,70 @@ class PictureOperator(SPNNOperator):
 # --- The network and its training ------------------------------------------------------------------------------------
 
 
-def chain(in_shape: Sequence[int], out_shape: Sequence[int], s: Fit) -> list:
+DEPTH = 2  # blocks after each pixel unshuffle
+VALIDATED = 256  # images, each time
+
+
+def chain(in_shape: Sequence[int], out_shape: Sequence[int], hidden: int) -> list:
     """``layer_channels`` from images (C, H, W) to maps (K, H', W'): pixels into channels by 2 (a factor that is left by
-    itself at last), and after each ``depth`` blocks that drop about the same share of the channels.
+    itself at last), and after each `DEPTH` blocks that keep about the same share of the channels.
     """
     (c, h, w), (k, *small) = in_shape, out_shape
-    rest = [h // small[0], w // small[1]]
-    levels: list[tuple[int, int]] = []
+    rest, levels = (h // small[0], w // small[1]), []
     while rest[0] % 2 == 0 and rest[1] % 2 == 0:
-        levels, rest = [*levels, (2, 2)], [r // 2 for r in rest]
-    if rest != [1, 1] or not levels:
-        levels.append((rest[0], rest[1]))
-    share = (k * small[0] * small[1] / (c * h * w)) ** (1 / len(levels) / s.depth)  # that a block keeps
+        levels, rest = [*levels, (2, 2)], (rest[0] // 2, rest[1] // 2)
+    if rest != (1, 1) or not levels:
+        levels.append(rest)
+    share = (k * small[0] * small[1] / (c * h * w)) ** (1 / len(levels) / DEPTH)  # that a block keeps
     layers: list = []
-    for level, (rh, rw) in enumerate(levels):
+    for level, (rh, rw) in enumerate(levels, 1):
         h, w, c = h // rh, w // rw, c * rh * rw
         layers.append(("PixelUnshuffleBlock", {"r": (rh, rw)}))
-        size = None if h % 2 or w % 2 else (h, w)
-        left = (len(levels) - level) * s.depth  # blocks to come
-        for index in range(s.depth):
-            to_come = left - index - 1
-            after = max(k + to_come, round(c * share)) if to_come < s.depth else round(c * share)
-            after = k if to_come == 0 else min(c - 1, after)
-            if not 0 < after < c:
-                raise InputError(
-                    f"architecture: no {left} blocks from {tuple(in_shape)} to {tuple(out_shape)}; lower --depth"
-                )
-            layers.append(("ConvPINNBlock", {"in_ch": c, "out_ch": after, "hidden": s.hidden, "feat_size": size,
-                                             "scale_bound": s.scale_bound, "see_place": True}))  # fmt: skip
+        for to_come in reversed(range(DEPTH)):
+            least = k + to_come if level == len(levels) else 1
+            after = max(least, min(c - 1, round(c * share))) if to_come or level < len(levels) else k
+            layers.append(("ConvPINNBlock", {"in_ch": c, "out_ch": after, "hidden": hidden, "scale_bound": 1.0,
+                           "feat_size": None if h % 2 or w % 2 else (h, w), "see_place": True}))  # fmt: skip
             c = after
     return layers
 
 
 def averages(channels: int, places: int) -> Tensor:
-    """An orthogonal matrix (C n, C n) that the Cayley transform reaches: of C groups of n, the averages come first."""
+    """An orthogonal matrix (C n, C n), n places, whose first C rows average each channel's places."""
     generator, eye = torch.Generator().manual_seed(0), torch.eye(channels, dtype=torch.float64)
-
-    def one() -> tuple[float, Tensor]:
+    found, least = eye, -1.0
+    for _ in range(100):
         drawn = torch.randn(places, places, generator=generator, dtype=torch.float64)
         drawn[:, 0] = 1
         basis = torch.linalg.qr(drawn).Q.T  # its first row constant up to its sign
         basis[0].abs_()
         w = torch.einsum("ij,pq->pijq", eye, basis).reshape(channels * places, -1)
-        w[-1] *= torch.linalg.det(w).sign()  # or -1 is an eigenvalue
-        return torch.linalg.svdvals(torch.eye(len(w), dtype=w.dtype) + w).min().item(), w
-
-    return max((one() for _ in range(100)), key=lambda pair: pair[0])[1]  # the farthest from an eigenvalue of -1
+        w[-1] *= torch.linalg.det(w).sign()  # or -1 is an eigenvalue, which the Cayley transform does not reach
+        nearest = torch.linalg.svdvals(torch.eye(len(w), dtype=w.dtype) + w).min().item()
+        if nearest > least:
+            found, least = w, nearest
+    return found
 
 
 @torch.no_grad()
-def start_as_averages(model: SPNN) -> SPNN:
-    """Let g begin as averages over pixels, and so g' as their Moore-Penrose inverse: there is less to learn from there.
+def build(in_shape: Sequence[int], out_shape: Sequence[int], hidden: int) -> SPNN:
+    """The network of `chain`, which begins as averages over pixels, and so g' as their Moore-Penrose inverse.
 
-    The mixing after each pixel unshuffle of r^2 pixels is set to W above, ``A = (I - W) (I + W)^-1``, and S to 1 / r.
+    For that the mixing after each unshuffle of n pixels is W, `averages`, by ``A = (I - W) (I + W)^-1``, S 1 / sqrt(n).
+
+    Raises:
+        InputError: no such chain.
     """
+    try:
+        model = SPNN(3, out_shape[0], img_size=in_shape[1:], layer_channels=chain(in_shape, out_shape, hidden))
+    except ValueError as error:
+        raise InputError(f"architecture: {error}") from None
     for before, block in zip(model.pinn.blocks, model.pinn.blocks[1:], strict=False):
-        if isinstance(before, PixelUnshuffleBlock) and isinstance(block, ConvPINNBlock):
-            places = before.rh * before.rw
-            w = averages(block.in_ch // places, places)
-            one = torch.eye(len(w), dtype=w.dtype)
+        if isinstance(before, PixelUnshuffleBlock):
+            n = before.rh * before.rw
+            w, one = averages(block.in_ch // n, n), torch.eye(block.in_ch, dtype=torch.float64)
             block.mix.A_unconstrained.copy_(torch.linalg.solve((one + w).T, (one - w).T).T / 2)
-            share = -math.log(places) / 2 / block.scale_bound
-            block.s.net[-1].bias[: block.in_ch // places] = math.atanh(max(share, -0.95))
+            block.s.net[-1].bias[: block.in_ch // n] = math.atanh(max(-math.log(n) / 2 / block.scale_bound, -0.95))
     return model
 
 
@@ -196,13 +197,12 @@ def run_stage(
 
     @torch.no_grad()
     def measure() -> dict[str, float]:
-        sums: dict[str, float] = {}
+        found = []
         with solved_once(), networks_in("float32", run.device):
-            for batch in loaders.val:
+            for batch in islice(loaders.val, max(1, VALIDATED // s.batch_size)):
                 run.stop_if_asked()
-                for key, value in losses(*pair(batch[0], batch[1], False)).items():
-                    sums[key] = sums.get(key, 0.0) + value.item() * len(batch[0])
-        means = {key: value / len(loaders.val.dataset) for key, value in sums.items()}
+                found.append(losses(*pair(batch[0], batch[1], False)))
+        means = {key: torch.stack([each[key] for each in found]).mean().item() for key in found[0]}
         return {"loss": means.pop("total"), **means}
 
     Loop(run, name, steps=steps, row_every=min(200, steps), axis="step", step=one_step, measure=measure, keep=save,
@@ -211,8 +211,8 @@ def run_stage(
          rate=lambda done, _: what["lr"] * lr_factor(done, steps, 50, 0.3)).train()  # fmt: skip
 
 
-def fit(operator: SPNNOperator, loaders: Loaders, pair: Pair, s: Fit, run: Run, notes: dict) -> SPNN:
-    """Train ``operator.model`` to measure y in x, and its g' to give x back; returns the best, which is in the folder.
+def fit(operator: SPNNOperator, loaders: Loaders, pair: Pair, s: Fit, run: Run, notes: dict) -> None:
+    """Train ``operator.model`` to measure y in x, and its g' to give x back; it becomes the best one, of the folder.
 
     Raises:
         TrainingFailed, Stopped: as `loop.Loop`.
@@ -235,14 +235,14 @@ def fit(operator: SPNNOperator, loaders: Loaders, pair: Pair, s: Fit, run: Run, 
         run_stage(run, s, "r_opt", model, loaders, pair, lambda x, y: natural_losses(model, x, y, origin, settings),
                   lambda: save_spnn(second, model, notes), steps=s.r_steps, lr=s.lr / 3, checkpoint=second)  # fmt: skip
     run.finish()
-    best = SPNN.from_pretrained(second if s.r_steps else first).to(run.device).eval()
-    operator.model = best.requires_grad_(False)
-    return best
+    best = SPNN.from_pretrained(second if s.r_steps else first)
+    operator.model = best.to(run.device).eval().requires_grad_(False)
 
 
 def find_run(run: Run, s: Fit, identity: dict) -> None:
     """Take up the run in the folder, or begin one. Raises InputError where it would replace a trained network."""
     free = ("device", "overwrite", "resume")
+    seed_everything(s.seed)
     run.find_state({**identity, **{k: v for k, v in asdict(s).items() if k not in free}}, s.resume, s.overwrite)
     if run.state is None and (run.folder / FORWARD_CHECKPOINT).exists() and not s.overwrite:
         raise InputError(f"{run.folder / FORWARD_CHECKPOINT} exists; give --overwrite, --resume or another --out")
@@ -251,32 +251,20 @@ def find_run(run: Run, s: Fit, identity: dict) -> None:
 # --- Restoration -----------------------------------------------------------------------------------------------------
 
 
-def drawn(rules: dict[str, tuple[Operator | None, Guidance]], y: Tensor, r: Restoring, device: torch.device):
+def drawn(rules: dict[str, tuple[Operator, Guidance]], y: Tensor, r: Restoring, device: torch.device):
     """For each rule its images (N, 3, H, W) of what is measured, y, by the frozen prior, and seconds per image."""
     (source,) = locate(r.prior)
     prior = load_prior(source).to(device).eval().requires_grad_(False)
     pictures, seconds = {}, {}
     for name, (operator, rule) in rules.items():
         began = time.perf_counter()
-        parts = [reconstruct(operator, prior, part, guidance=rule, steps=r.sampling_steps, eta=r.eta,
-                             seed=r.sampling_seed, names=[f"{i * 8 + j}" for j in range(len(part))])
-                 for i, part in enumerate(y.split(8))]  # fmt: skip
+        names = [str(i) for i in range(len(y))]  # an image's noise follows from its number
+        parts = [
+            reconstruct(operator, prior, y[i:end], guidance=rule, steps=r.sampling_steps, names=names[i:end])
+            for i, end in ((i, i + 8) for i in range(0, len(y), 8))
+        ]
         pictures[name], seconds[name] = torch.cat(parts), (time.perf_counter() - began) / len(y)
     return pictures, seconds
-
-
-def markdown(rows: dict[str, dict[str, tuple[float, float, float] | float]]) -> str:
-    """Figures with their 95 % intervals as a table."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-
-    def cell(value) -> str:
-        if value is None:
-            return ""
-        return f"{value:.3g}" if isinstance(value, float) else "{:.3g} [{:.3g}, {:.3g}]".format(*value)
-
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(cell(row.get(column)) for column in columns)] for name, row in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def with_interval(values: Tensor) -> tuple[float, float, float]:
@@ -284,37 +272,54 @@ def with_interval(values: Tensor) -> tuple[float, float, float]:
     return bootstrap(lambda some: values[some].double().mean().item(), len(values))
 
 
-def restore(operator: PictureOperator, function, loader, o: Options, r: Restoring, run: Run) -> None:
+def write_report(folder: Path, rows: dict[str, dict], columns: dict[str, Tensor], settings: dict, footer=None) -> None:
+    """Figures by method, with intervals or not, as tables; pictures (N, 3, H, W) by heading as a sheet."""
+
+    def cell(value) -> str:
+        text = "" if value is None else "{:.3g} ({:.3g} to {:.3g})" if isinstance(value, tuple) else "{:.3g}"
+        return text.format(*(value if isinstance(value, tuple) else [value]))
+
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [["", *names], ["---"] * (len(names) + 1)]
+    lines += [[method, *(cell(row.get(name)) for name in names)] for method, row in rows.items()]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    (folder / "table.md").write_text(table)
+    write_json(folder / "table.json", {"settings": {k: str(v) for k, v in settings.items()}, "rows": rows})
+    side = [[picture(image, 128) for image in row] for row in list(zip(*columns.values(), strict=True))[:6]]
+    contact_sheet(folder / "sheet.png", list(columns), side, [""] * len(side), footer)
+    print(table)
+
+
+@torch.no_grad()
+def restore(
+    operator: PictureOperator, function: Function, loaders: Loaders, o: Options, r: Restoring, run: Run
+) -> None:
     """Restore test images from what is measured of them; write the table and the sheet."""
-    log = get_logger("train_operator")
-    x = torch.cat([batch[0] for batch in loader])[: o.count].to(run.device)  # (N, 3, H, W)
-    y = function(x)
-    true = LinearOperator(
-        function, operator.pinv, operator.in_shape, operator.out_shape
-    )  # of it a gradient asks A alone
-    nlbp = NLBP(1.0, 1.0, nlbp_stop_cond=r.stop, max_move=r.max_move or None)
-    rules: dict[str, tuple] = {"prior, unguided": (operator, Unguided()), "NLBP": (operator, nlbp)}
-    if function(x[:1].clone().requires_grad_()).requires_grad:
-        rules["DPS, true measurement"] = (true, Gradient(o.dps_step))
-    began = time.perf_counter()
-    pictures, seconds = {"g'(y)": operator.pinv(y).clamp(-1, 1)}, {"g'(y)": (time.perf_counter() - began) / len(x)}
-    for found, more in zip((pictures, seconds), drawn(rules, y, r, run.device), strict=True):
-        found |= more
-    lpips = load_lpips(run.device, log, o.img_size)
-    rows = {}
+    x = torch.cat([batch[0] for batch in loaders.test])[: r.count].to(run.device)  # (N, 3, H, W)
+    y, other = function(x), next(iter(loaders.val))[0].to(run.device)
+    # linear or not: of the true measurement a gradient asks A and its distances alone
+    true = LinearOperator(function, operator.pinv, operator.in_shape, operator.out_shape)
+    wrong = operator.distance(operator.A(other), function(other)).mean().item()
+    nlbp = NLBP(1.0, 1.0, nlbp_stop_cond=wrong if r.stop is None else r.stop, max_move=r.max_move or None)
+    rules: dict[str, tuple] = {"unguided": (operator, Unguided()), "NLBP, g": (operator, nlbp),
+                               "DPS, g": (operator, Gradient(o.dps_step))}  # fmt: skip
+    with torch.enable_grad():
+        if function(x[:1].clone().requires_grad_()).requires_grad:
+            rules["DPS, true A"] = (true, Gradient(o.dps_step))
+    pictures, seconds = drawn(rules, y, r, run.device)
+    pictures = {"g'(y)": operator.pinv(y).clamp(-1, 1), **pictures}
+    lpips = load_lpips(run.device, get_logger("train_operator"), o.img_size)
+    judge = None if o.judge is None else load_judge(o.judge).to(run.device).eval()
+    rows: dict[str, dict] = {}
     for name, images in pictures.items():
-        rows[name] = {"PSNR, dB": with_interval(psnr(images, x))}
+        rows[name] = {"PSNR, dB": with_interval(psnr(images, x)), "s/image": seconds.get(name),
+                      "|A(x') - y|, true A": with_interval(true.distance(function(images), y))}  # fmt: skip
         if lpips is not None:
             rows[name]["LPIPS"] = with_interval(lpips(images, x).flatten())
-        rows[name] |= {"|A(x') - y|": with_interval(true.distance(function(images), y)), "s/image": seconds[name]}
-    write_json(
-        run.folder / "table.json", {"operator": o.operator, "images": len(x), "settings": asdict(r), "rows": rows}
-    )
-    (run.folder / "table.md").write_text(markdown(rows) + "\n")
-    print(markdown(rows))
+        if judge is not None:
+            rows[name]["judge agrees"] = with_interval(agreement(judge(images), judge(x)))
     columns = {"input": x, "measured": y, **pictures}
-    side = [[picture(images[i], 128) for images in columns.values()] for i in range(min(len(x), 6))]
-    contact_sheet(run.folder / "sheet.png", [name.split(",")[0] for name in columns], side, [""] * len(side))
+    write_report(run.folder, rows, columns, {**asdict(o), **asdict(r), "what g is wrong by": wrong})
 
 
 # --- Command ---------------------------------------------------------------------------------------------------------
@@ -325,13 +330,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     o, s, r, _ = parse(__doc__, Options, Fit, Restoring, argv=argv)
     function, in_shape = find_function(o.operator), (3, o.img_size, o.img_size)
     out_shape = measured_shape(function, in_shape, f"--operator {o.operator}")
-    layers = chain(in_shape, out_shape, s)
     with open_run(o.out, s.device, save_every=500, seed=s.seed) as run:
         find_run(run, s, {"operator": o.operator, "img_size": o.img_size})
-        seed_everything(s.seed)
+        operator = PictureOperator(build(in_shape, out_shape, s.hidden).to(run.device))
         loaders = make_loaders(o.dataset_path, o.img_size, s.batch_size, seed=s.seed, device=run.device)
-        model = start_as_averages(SPNN(3, out_shape[0], img_size=o.img_size, layer_channels=layers)).to(run.device)
-        operator = PictureOperator(model)
 
         def pair(x: Tensor, _: Tensor, training: bool) -> tuple[Tensor, Tensor]:
             x = augmented(x, s.augment if training else 0.0)
@@ -339,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         fit(operator, loaders, pair, s, run, {"operator": o.operator})
         if r.prior is not None:
-            restore(operator, function, loaders.test, o, r, run)
+            restore(operator, function, loaders, o, r, run)
     return 0
 
 

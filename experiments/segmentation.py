@@ -13,7 +13,7 @@ alone, by the frozen prior steered by g, and judged by the map that an ordinary 
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,26 +25,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data_loader import MASK_CLASSES, augmented, make_loaders
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
-from DDNM.guided_diffusion.results import contact_sheet, picture
 from diagnostics import IoU, diagnose, format_table
 from loop import Run, open_run
-from models import SPNN
 from networks import conv, down, located, up
 from operators import SPNNOperator
 from procedural_faces import MASK_COLOURS
-from train_operator import (
-    Fit,
-    Restoring,
-    chain,
-    drawn,
-    find_run,
-    fit,
-    markdown,
-    run_stage,
-    start_as_averages,
-    with_interval,
-)
-from utils import atomic_write, option, parse, run_command, seed_everything, write_json
+from train_operator import Fit, Restoring, build, drawn, find_run, fit, run_stage, with_interval, write_report
+from utils import atomic_write, option, parse, run_command, write_json
 
 CLASSES = len(MASK_CLASSES)
 SURE = 5.0  # by how much the logit of a map's class is above the others
@@ -58,7 +45,6 @@ class Options:
     dataset_path: Path = option(..., "folder of faces with masks, see data_loader.py")
     out: Path = option(..., "folder for weights, tables and pictures")
     size: int = option(64, "side of the images; that of the maps is a quarter", 16, 1024)
-    count: int = option(24, "maps of the test split to draw faces from", 1)
     judge_steps: int = option(1000, "of the judge's training", 1)
 
 
@@ -140,35 +126,30 @@ def legend(width: int) -> Image.Image:
 @torch.no_grad()
 def reconstruct_faces(operator: ClassOperator, judge: nn.Module, loader, o: Options, r: Restoring, run: Run) -> None:
     """Draw faces from the maps of test images; write the table and the sheet."""
-    x, masks = (torch.cat(part)[: o.count].to(run.device) for part in zip(*loader, strict=True))
+    x, masks = (torch.cat(part)[: r.count].to(run.device) for part in zip(*loader, strict=True))
     maps = smaller(masks)
     y = logits_of(maps)
-    nlbp = NLBP(nlbp_stop_cond=r.stop, max_move=r.max_move or None)
+    nlbp = NLBP(nlbp_stop_cond=r.stop or 0.0, max_move=r.max_move or None)
     gradient = Gradient(0.03)
-    rules = {"prior, unguided": Unguided(), "NLBP": nlbp, "gradient": gradient,
+    rules = {"unguided": Unguided(), "NLBP": nlbp, "gradient": gradient,
              "NLBP, then gradient": Switched(nlbp, gradient, switch=400)}  # fmt: skip
     pictures, seconds = drawn({name: (operator, rule) for name, rule in rules.items()}, y, r, run.device)
     pictures, seconds = {"real": x, "g'(map)": operator.pinv(y).clamp(-1, 1), **pictures}, seconds
-    rows, seen = {}, {}
+    rows: dict[str, dict] = {}
+    seen: dict[str, Tensor] = {}
     for name, images in pictures.items():
-        row, seen[name] = {}, {}
+        rows[name] = {"s/image": seconds.get(name)}
         for who, network in {"judge": judge, "g": operator.A}.items():
-            seen[name][who] = network(images).argmax(1)
+            seen[f"{who} sees, {name}"] = guess = network(images).argmax(1)  # (N, S/4, S/4)
             iou = IoU(CLASSES)
-            iou.add(seen[name][who], maps)
-            row[f"mIoU, {who}"] = iou.by_class().nanmean().item()
-            row[f"pixels, {who}"] = with_interval((seen[name][who] == maps).flatten(1).float().mean(1))
-        rows[name] = row | ({"s/image": seconds[name]} if name in seconds else {})
-    write_json(run.folder / "table.json", {"images": len(x), "rows": rows})
-    (run.folder / "table.md").write_text(markdown(rows) + "\n")
-    print(markdown(rows))
+            iou.add(guess, maps)
+            right = (guess == maps).flatten(1).float().mean(1)
+            rows[name] |= {f"mIoU, {who}": iou.by_class().nanmean().item(), f"places, {who}": with_interval(right)}
     best = "NLBP, then gradient"
-    columns = {"map: all that is used": coloured(maps), "face": pictures[best], "g sees": coloured(seen[best]["g"]),
-               "judge sees": coloured(seen[best]["judge"]), "NLBP alone": pictures["NLBP"],
-               "g'(map)": pictures["g'(map)"], "unguided": pictures["prior, unguided"]}  # fmt: skip
-    side = [[picture(images[i], 128) for images in columns.values()] for i in range(min(len(x), 6))]
-    footer = legend(len(columns) * 144 + 16)
-    contact_sheet(run.folder / "sheet.png", list(columns), side, [""] * len(side), footer)
+    columns = {"map: all that is used": coloured(maps), "face": pictures[best]}
+    columns |= {f"{who} sees": coloured(seen[f"{who} sees, {best}"]) for who in ("g", "judge")}
+    columns |= {"NLBP alone": pictures["NLBP"], "g'(map)": pictures["g'(map)"], "unguided": pictures["unguided"]}
+    write_report(run.folder, rows, columns, {**asdict(o), **asdict(r)}, legend(len(columns) * 144 + 16))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,21 +157,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     o, s, r, _ = parse(__doc__, Options, Fit, Restoring, argv=argv)
     with open_run(o.out, s.device, save_every=500, seed=s.seed) as run:
         find_run(run, s, {"size": o.size, "judge_steps": o.judge_steps})
-        seed_everything(s.seed)
         loaders = make_loaders(o.dataset_path, o.size, s.batch_size, seed=s.seed, device=run.device, mask_size=o.size)
-        layers = chain((3, o.size, o.size), (CLASSES, o.size // 4, o.size // 4), s)
-        model = SPNN(3, CLASSES, img_size=o.size, layer_channels=layers)
-        model = start_as_averages(model).to(run.device)
-        operator = ClassOperator(model)
+        shapes = (3, o.size, o.size), (CLASSES, o.size // 4, o.size // 4)
+        operator = ClassOperator(build(*shapes, s.hidden).to(run.device))
 
         def pairs(x: Tensor, masks: Tensor, training: bool) -> tuple[Tensor, Tensor]:
             return pair(x, masks, s.augment if training else 0.0)
 
         judge = trained_judge(run, loaders, pairs, s, o.judge_steps)
-        model = fit(operator, loaders, pairs, s, run, {"classes": list(MASK_CLASSES)})
-        report = diagnose(
-            model, ((x, smaller(masks)) for x, masks in loaders.test), run.device, attributes=MASK_CLASSES
-        )
+        fit(operator, loaders, pairs, s, run, {"classes": list(MASK_CLASSES)})
+        tests = ((x, smaller(masks)) for x, masks in loaders.test)
+        report = diagnose(operator.model, tests, run.device, attributes=MASK_CLASSES)
         print(format_table(report))
         write_json(run.folder / "diagnostics.json", report)
         if r.prior is not None:
