@@ -2,18 +2,20 @@
 
     python evaluate.py --methods none nlbp gradient nlbp+gradient --steps 20 50 --path_y faces --out check_points/table
     python evaluate.py --methods nlbp+gradient --edits Eyeglasses=1 Smiling=0 --path_y faces --out check_points/edits
+    python evaluate.py --operator sr4 --methods linear gradient none --path_y faces --out check_points/larger
 
-Targets are g's logits of the inputs. The folder gets table.csv, .json and .md, sheet.png (a row per method) and the
-pictures. What is drawn is not drawn again: the same command goes on where it was stopped, and torchrun's processes
-share the images. Every setting of DDNM/main.py can be given; those of --config (default: faces.yml) hold for all
-methods.
+Targets are g's logits of the inputs, or what --operator measures of them. The folder gets table.csv, .json and .md,
+sheet.png (a row per method) and the pictures. What is drawn is not drawn again: the same command goes on where it was
+stopped, and torchrun's processes share the images. Every setting of DDNM/main.py can be given; those of --config
+(default: faces.yml) hold for all methods.
 
 Columns, each but the costs with its 95 % interval: g, the share of attributes whose sign, by g, is the target's; judge,
 the share on which the independent judge says of a picture what it says of the input (for a table of logits: the
 target's sign); balanced, the same as a mean over attributes of the shares of present and of absent ones; error, the
 mean difference of probabilities by g; KID (times 100) and, with Inception, FID against the reference; PSNR, LPIPS and
 identity (the cosine of face embeddings) against the input. The row "inputs" is what the inputs themselves get, by the
-judge against g's logits: a ceiling, for the two disagree about the inputs already.
+judge against g's logits: a ceiling, for the two disagree about the inputs already. With --operator there is no g, but
+|A x - y|, the root mean square over what is measured, before pictures have 8 bits.
 
 With --edits each method also runs without an edit. By the judge: the share of pictures in which the edited attribute is
 seen, and of inputs in which it was before; the share of the other attributes that differ from the input, and of the
@@ -59,13 +61,13 @@ from utils import InputError, atomic_write, json_values, option, parse, peak_gib
 
 DRAWS = 1000  # of the bootstrap
 Figure = tuple[float, float, float]  # a value and its 95 % interval
-COLUMNS = {  # figure -> its heading and digits
+COLUMNS = {  # figure -> its heading and digits, or format
     "judge": ("judge", 3), "judge_balanced": ("judge, balanced", 3), "g": ("g", 3), "g_balanced": ("g, balanced", 3),
     "error": ("error", 3), "before": ("attribute seen before", 3), "edited": ("after", 3),
     "floor": ("others changed without the edit", 3), "changed": ("with it", 3), "kid": ("KID x100", 2),
-    "fid": ("FID", 2), "psnr": ("PSNR", 2), "lpips": ("LPIPS", 3), "identity": ("identity", 3),
-    "evaluations": ("evaluations", 0), "gradients": ("of them with gradients", 0), "seconds": ("s/image", 2),
-    "memory": ("peak GiB", 2),
+    "fid": ("FID", 2), "consistency": ("|A x - y|", ".1e"), "psnr": ("PSNR", 2), "lpips": ("LPIPS", 3),
+    "identity": ("identity", 3), "evaluations": ("evaluations", 0), "gradients": ("of them with gradients", 0),
+    "seconds": ("s/image", 2), "memory": ("peak GiB", 2),
 }  # fmt: skip
 
 
@@ -168,10 +170,11 @@ class Drawn:
             file.write((json.dumps(batch) + "\n").encode())
 
     def costs(self) -> dict[str, float]:
-        """Evaluations and gradients of a batch; seconds of an image; the largest memory."""
+        """Evaluations and gradients of a batch, and |A x - y| in it; seconds of an image; the largest memory."""
         batches = self.batches()
         seconds = sum(batch["seconds"] for batch in batches) / sum(len(batch["images"]) for batch in batches)
-        counts = {key: fmean(batch[key] for batch in batches) for key in ("evaluations", "gradients")}
+        keys = ("evaluations", "gradients", "consistency")
+        counts = {key: fmean(batch[key] for batch in batches) for key in keys if key in batches[0]}
         return counts | {"seconds": seconds, "memory": max(batch["memory"] for batch in batches)}
 
 
@@ -201,13 +204,16 @@ def draw(
             )  # fmt: skip
             pictures, finite = as_saved(images)
             pictures, seconds = pictures.cpu(), time.perf_counter() - started
+            cost = {}
+            if target.ndim > 2:  # before the pictures have 8 bits
+                cost = {"consistency": networks.operator.distance(networks.operator.A(images), target).mean().item()}
             if broken := [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]:
                 log.warning("%s: not finite: %s", case.name, ", ".join(broken))
             for name, image in zip(names, pictures, strict=True):
                 save_image(image, folder / f"{name}.png")
             record.append({
                 "images": dict(zip(names, content[part], strict=True)), "evaluations": prior.evaluations,
-                "gradients": prior.gradients, "seconds": seconds, "memory": peak_gib(networks.device),
+                "gradients": prior.gradients, "seconds": seconds, "memory": peak_gib(networks.device), **cost,
             })  # fmt: skip
     world.wait()
     return record.costs()
@@ -356,10 +362,11 @@ class Measured:
                 lambda i: balanced_accuracy_by_attribute(logits[i], labels[i]).nanmean().item(), count, 200
             )
 
-        g = seen(self.networks.operator.A, pictures, device)
-        mean("g", agreement(g, self.targets.logits))
-        balanced("g_balanced", g, (self.targets.logits > 0).float())
-        mean("error", prob_error(g, self.targets.logits))
+        if self.targets.logits.ndim == 2:
+            g = seen(self.networks.operator.A, pictures, device)
+            mean("g", agreement(g, self.targets.logits))
+            balanced("g_balanced", g, (self.targets.logits > 0).float())
+            mean("error", prob_error(g, self.targets.logits))
         if judged is not None:
             said = seen(self.networks.judge, pictures, device)
             mean("judge", agreement(said, judged))
@@ -398,7 +405,7 @@ def shown(column: str, row: dict) -> str:
     if value is None:
         return ""
     if row.get(f"{column}_low") is None:
-        return f"{value:.{digits}f}"
+        return f"{value:{digits}}" if isinstance(digits, str) else f"{value:.{digits}f}"
     return f"{value:.{digits}f} ({row[f'{column}_low']:.{digits}f} to {row[f'{column}_high']:.{digits}f})"
 
 
@@ -417,7 +424,7 @@ def flat(name: str, figures: dict, costs: dict) -> dict:
     for column in COLUMNS:
         value, *interval = figures.get(column, (costs.get(column),))
         row[column] = value
-        if column not in ("evaluations", "gradients", "seconds", "memory"):
+        if column not in ("consistency", "evaluations", "gradients", "seconds", "memory"):
             row[f"{column}_low"], row[f"{column}_high"] = interval if interval else (None, None)
     return json_values(row)
 
@@ -442,6 +449,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with join_world(weights.device) as (world, device), locked(e.out) if world.leads else nullcontext():
         networks = load_networks(weights, architecture, device)
         targets = read_targets(what, networks, walk.batch_size, world, most=e.count)
+        targets.add_noise(rule.noise, walk.seed)
         for case, guidance in rules.items():
             guidance.towards(networks.operator, targets.logits[:1].to(device))  # refuses what does not fit
             try:
@@ -450,6 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise InputError(f"--steps {case.steps}: {error}") from None
         same = asdict(rule) | asdict(walk) | {"set": what.set, "align": what.align} | networks.fingerprints()
         same |= {"precision": weights.precision, "compile": weights.compile, "device": device.type}
+        same |= {"operator": weights.operator}
         return evaluate(e, rules, walk, networks, targets, to_json_values(same), world)
 
 
@@ -458,8 +467,8 @@ def evaluate(
     settings: dict, world: World,
 ) -> int:  # fmt: skip
     """Draw what is not drawn yet, measure everything, write the table; the exit status."""
-    size, device = networks.spnn.img_size, networks.device
-    typical = networks.spnn.notes.get("typical_logits")
+    size, device = networks.image_size, networks.device
+    typical = None if networks.spnn is None else networks.spnn.notes.get("typical_logits")
     edits = {case.edit: parse_set([case.edit] if case.edit else [], networks.attributes, typical) for case in rules}
     if not world.leads:
         logging.disable(logging.INFO)
@@ -471,7 +480,8 @@ def evaluate(
     of_edits: dict[str, list[dict]] = {}
     shelf: list[tuple[str, Tensor]] = []
     if measured is not None and measured.inputs is not None:
-        rows.append(flat("inputs", measured.of(measured.inputs, targets.logits if networks.judge else None), {}))
+        said = targets.logits if networks.spnn is not None and networks.judge is not None else targets.judged
+        rows.append(flat("inputs", measured.of(measured.inputs, said), {}))
         shelf.append(("inputs", measured.inputs))
     for case, guidance in rules.items():
         own, folder = edited(targets, edits[case.edit]), e.out / "pictures" / case.folder
@@ -496,7 +506,7 @@ def evaluate(
 
 def measures(e: Evaluation, networks: Networks, targets: Targets, log: logging.Logger) -> tuple[Measured, str]:
     """What measures the pictures, and what KID and FID are taken on."""
-    size, device = networks.spnn.img_size, networks.device
+    size, device = networks.image_size, networks.device
     embedding = None if e.identity is None else load_identity(e.identity, device)
     features, seen_by = load_features(e.features, networks, log)
     inputs = None if targets.files is None else torch.stack(targets.inputs(slice(None), size))

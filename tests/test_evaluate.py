@@ -44,6 +44,15 @@ def drawn(monkeypatch):
     return counts
 
 
+def test_operators_are_measured_by_what_they_measure(run, drawn):
+    record = run("--operator", "sr4", "--methods", "linear", "none", "--steps", "2")
+    inputs, linear, none = record["rows"]
+    assert inputs["judge"] == 1 and inputs["psnr"] is inputs["consistency"] is linear["g"] is linear["error"] is None
+    assert linear["consistency"] < 1e-6 < 1e-2 < none["consistency"] and linear["psnr"] > none["psnr"]
+    again = run("--operator", "sr4", "--methods", "linear", "none", "--steps", "2")
+    assert again["rows"] == record["rows"] and len(drawn) == 4
+
+
 def test_the_table_has_a_row_per_method_and_says_what_its_pictures_are(run, tmp_path):
     record = run("--methods", "none", "nlbp+gradient@3", "--steps", "2")
     ceiling, none, both = record["rows"]
