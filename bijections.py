@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace, Normal, Uniform, constraints
 
-from blocks import BLOCKS, MIXINGS, Surjection, at_least_float32
+from blocks import BLOCKS, MIXINGS, Surjection, at_least_float32, check_whole, exact
 from fixed_point import Banach, FixedPoint, norm
 from networks import full_precision
 
@@ -70,9 +70,10 @@ def total(values: Tensor) -> Tensor:
 def moments(x: Tensor, owner: str) -> tuple[Tensor, Tensor, int]:
     """Mean and variance of each channel of x, (B, C, *), and the number n of its values, over all processes.
 
-    Raises ValueError, by the name of ``owner``, if a channel has fewer than 2 values.
+    In float64, where squares neither over- nor underflow. Raises ValueError, by the name of ``owner``, if a channel has
+    fewer than 2 values.
     """
-    values = at_least_float32(x).movedim(1, 0).flatten(1)  # (C, B*...)
+    values = exact(x).movedim(1, 0).flatten(1)  # (C, B*...)
     n = int(total(torch.tensor(values.shape[1], device=x.device)))
     if n < 2:
         raise ValueError(f"{owner}: a batch in training mode must hold 2 values per channel or more, got {n}")
@@ -172,7 +173,9 @@ class PerFeature(Bijection):
 
     def __init__(self, features: int | Sequence[int]):
         super().__init__()
-        self.features = (features,) if isinstance(features, int) else tuple(features)
+        self.features = tuple(features) if isinstance(features, (tuple, list, torch.Size)) else (features,)
+        for n in self.features:
+            check_whole(type(self).__name__, features=n)
         if not self.features or min(self.features) < 1:
             raise ValueError(f"{type(self).__name__}: features must be positive, got {features!r}")
 
@@ -245,6 +248,8 @@ class ActNorm(Affine):
         """Set the parameters from x, (B, C, *)."""
         self.output_shape(x.shape[1:])
         mean, var, _ = moments(x, self.name)
+        if not (mean + var).isfinite().all():
+            raise ValueError(f"{self.name}: the first batch in training mode, which sets it, holds NaN or infinity")
         std = var.sqrt()
         log_std = torch.where(std > 1e-6 * mean.abs(), std, 1.0).log()  # what rounding leaves of a constant is no scale
         self.log_scale.copy_(-log_std)
@@ -287,16 +292,16 @@ class BatchNorm(Affine):
         if self.training and x is not None and not _held.get():
             self.output_shape(x.shape[1:])
             mean, var, n = moments(x, self.name)
-            with torch.inference_mode(False):  # so that any later pass may use them
-                self.last = mean.detach().clone(), var.detach().clone()
             with torch.no_grad():
                 for running, new in ((self.running_mean, mean), (self.running_var, var * n / (n - 1))):
                     running.lerp_(new.to(running), self.momentum)
+            with torch.inference_mode(False):  # so that any later pass may use them
+                self.last = mean.detach().clone(), var.detach().clone()
         elif self.training and self.last is not None:
             mean, var = self.last
-        mean, var, log_scale, bias = (at_least_float32(t) for t in (mean, var, self.log_scale, self.bias))
-        log_scale = log_scale - torch.log(var + self.eps) / 2
-        return log_scale, bias - mean * log_scale.exp()
+        log_scale = exact(self.log_scale) - torch.log(exact(var) + self.eps) / 2
+        bias = exact(self.bias) - exact(mean) * log_scale.exp()
+        return tuple(t.to(at_least_float32(self.bias).dtype) for t in (log_scale, bias))
 
 
 # --- Activations -----------------------------------------------------------------------------------------------------
@@ -332,8 +337,12 @@ class Activation(Bijection):
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         y = at_least_float32(y)
-        looks = self.codomain is not constraints.real and not torch.compiler.is_compiling()  # no graph can refuse
-        if looks and not (inside := self.codomain.check(y)).all():
+        if self.codomain is constraints.real:
+            return self.inverse(y)
+        inside = self.codomain.check(y)
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return self.inverse(torch.where(inside, y, math.nan))  # a graph or a transform cannot refuse
+        if not inside.all():
             raise ValueError(f"{self.name}: its inverse takes values of {self.codomain}, got {y[~inside][0].item():g}")
         return self.inverse(y)
 
@@ -493,6 +502,7 @@ class OverChannels(Bijection):
 
     def __init__(self, channels: int):
         super().__init__()
+        check_whole(type(self).__name__, channels=channels)
         if channels < 1:
             raise ValueError(f"{type(self).__name__}: channels must be positive, got {channels}")
         self.channels = channels
@@ -623,6 +633,8 @@ class Whitening(OverChannels):
         mean, _, n = moments(x.double(), self.name)
         samples = (x.double().movedim(1, 0).flatten(1) - mean[:, None]) / math.sqrt(n - 1)  # (C, B*...)
         covariance = total(samples @ samples.T)
+        if not covariance.isfinite().all():
+            raise ValueError(f"{self.name}: the samples hold NaN or infinity")
         if momentum < 1:
             before, shift = torch.linalg.inv(self.whiten.double()), mean[:, None] - self.mean
             covariance = torch.lerp(before @ before.T, covariance, momentum)
@@ -663,7 +675,7 @@ class Shuffle(VolumePreserving, OverChannels):
         order = list(order)
         if sorted(order) != list(range(channels)):
             raise ValueError(f"{self.name}: order must hold each of 0...{channels - 1} once, got {order}")
-        self.register_buffer("order", torch.tensor(order))
+        self.register_buffer("order", torch.tensor(order, dtype=torch.long))
 
     def g(self, x: Tensor) -> Tensor:
         self.output_shape(x.shape[1:])
@@ -712,6 +724,7 @@ class PixelUnshuffle(VolumePreserving):
 
     def __init__(self, r: int, dims: int = 2):
         super().__init__()
+        check_whole("PixelUnshuffle", r=r)
         if r < 1 or dims not in (1, 2, 3):
             raise ValueError(f"PixelUnshuffle: r must be at least 1 and dims 1, 2 or 3, got r {r}, dims {dims}")
         self.r, self.dims = r, dims
@@ -795,9 +808,12 @@ class Split(OverChannels):
         return torch.cat([moved, stays] if self.flip else [stays, moved], dim=1)
 
     def _ask(self, net: nn.Module, stays: Tensor, shape: Sequence[int]) -> Tensor:
-        """What ``net`` says of ``stays``, of ``shape``, in the type of ``stays`` whatever the network computes in."""
+        """What ``net`` says of ``stays``, of ``shape``, in the type of ``stays`` whatever the network computes in.
+
+        It gets a copy: a network whose first layer works in place would change x.
+        """
         weight = next(net.parameters(), stays) if isinstance(net, nn.Module) else stays
-        said = net(stays.to(weight.dtype)).to(stays.dtype)
+        said = net(stays.to(weight.dtype, copy=True)).to(stays.dtype)
         if said.shape != shape:
             raise ValueError(f"{self.name}: a network must give {tuple(shape)} here, it gives {tuple(said.shape)}")
         return said
@@ -838,7 +854,7 @@ class Coupling(Split):
         t: nn.Module | None = None,
     ):
         super().__init__(channels, kept, flip, hidden, dims, masked=mask is not None)
-        if kind not in ("affine", "additive") or not scale_bound > 0:
+        if kind not in ("affine", "additive") or not 0 < scale_bound < math.inf:
             raise ValueError(
                 f"{self.name}: kind must be 'affine' or 'additive', scale_bound positive, got {kind!r}, {scale_bound}"
             )
@@ -902,6 +918,9 @@ class Coupling(Split):
         return self._whole(stays, moves * log_scale.exp() + shift, mask), None, per_image(log_scale)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        for module in self.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+                raise ValueError(f"{self.name}: {module} draws anew in each pass, so there is no inverse: call eval()")
         stays, moved, mask = self._parts(y)
         log_scale, shift = self._log_scale_and_shift(stays, moved, mask)
         return self._whole(stays, (moved - shift) * torch.exp(-log_scale), mask)
@@ -1125,6 +1144,7 @@ class Residual(OverChannels):
         """One step of the power iteration."""
         for i, layer in enumerate(self.layers):
             left, weight = getattr(self, f"left{i}"), at_least_float32(layer.weight).flatten(1)  # (out, in k^dims)
+            weight = weight / weight.abs().amax().clamp_min(1)  # of any size
             left.copy_(F.normalize(weight @ F.normalize(weight.T @ at_least_float32(left), dim=0), dim=0))
 
     def _norm(self, i: int, weight: Tensor) -> Tensor:
@@ -1143,10 +1163,12 @@ class Residual(OverChannels):
         found = []
         for i, layer in enumerate(self.layers):
             weight = at_least_float32(layer.weight)
+            size = weight.detach().abs().amax().clamp_min(1)  # a constant; in its units no norm overflows
+            weight = weight / size
             with full_precision(weight.device):
                 # ELU has Lipschitz constant 1, so the layers' bounds multiply
-                factor = (self._norm(i, weight) / self.lipschitz ** (1 / 3)).clamp_min(1)
-            found += [weight / factor, at_least_float32(layer.bias)]
+                norm = self._norm(i, weight.nan_to_num()) / self.lipschitz ** (1 / 3)  # of NaN it would raise
+            found += [weight / norm.maximum(1 / size), at_least_float32(layer.bias)]
         return found
 
     def _layers(self, x: Tensor, weights: Sequence[Tensor]) -> Iterator[Tensor]:

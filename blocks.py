@@ -25,7 +25,9 @@ Shape = tuple[int, int, int]  # (C, H, W)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` in the type that mixing and coupling compute in: float32, or float64 where it has it already."""
+    """``x`` in the type that mixing and coupling compute in: float32, or float64 if it has it already."""
+    if x.is_complex():
+        raise ValueError("a block takes real numbers, got complex ones: give view_as_real of them, say")
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -460,9 +462,16 @@ class ConvPINNBlock(Surjection):
         """y, z and log S."""
         u = self.mix(x)  # (B, in_ch, H, W)
         u0, u1 = u[:, : self.out_ch], u[:, self.out_ch :]  # (B, out_ch, H, W), (B, in_ch - out_ch, H, W)
-        log_scale = self.log_scale(u1)
-        y = u0 * torch.exp(log_scale) + self.shift(u1)  # (B, out_ch, H, W)
-        return y, u1, log_scale
+        log_scale, shift = self._coefficients(u1, u0)
+        return u0 * torch.exp(log_scale) + shift, u1, log_scale  # y: (B, out_ch, H, W)
+
+    def _coefficients(self, u1: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
+        """log S and t, of the shape of what they move: no sum of what broadcasts."""
+        log_scale, shift = self.log_scale(u1), self.shift(u1)
+        for name, value in (("s", log_scale), ("T", shift)):
+            if value.shape != moves.shape:
+                raise ValueError(f"{self.name}: {name} must give {tuple(moves.shape)} here, got {tuple(value.shape)}")
+        return log_scale, shift
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, u1, log_scale = self._couple(x)
@@ -475,7 +484,8 @@ class ConvPINNBlock(Surjection):
     def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
         y = at_least_float32(y)
         u1 = self.natural_latent(y) if latent is None else latent  # (B, in_ch - out_ch, H, W)
-        u0 = (y - self.shift(u1)) * torch.exp(-self.log_scale(u1))  # (B, out_ch, H, W)
+        log_scale, shift = self._coefficients(u1, y)
+        u0 = (y - shift) * torch.exp(-log_scale)  # (B, out_ch, H, W)
         return self.mix.inverse(torch.cat([u0, u1], dim=1))  # (B, in_ch, H, W)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from bijections import NOISES, Concat, ConcatNoise, Extract, Shape, no_volume, per_image, statistics_held
-from blocks import Surjection
+from blocks import Surjection, at_least_float32
 from models import PINN, SPNN
 
 
@@ -47,9 +47,12 @@ class Density(nn.Module):
     def pinn(self) -> PINN:
         return self.chain.pinn if isinstance(self.chain, SPNN) else self.chain
 
-    def _centre(self, block: Surjection, y: Tensor) -> Tensor:
+    def _centre(self, block: Surjection, y: Tensor, z: Tensor | None = None) -> Tensor:
+        """The mean of a block's latent, which has the shape of z: 0 if the block names no natural one."""
         centre = block.natural_latent(y)
-        return centre if self.natural else torch.zeros_like(centre)
+        if centre is None and z is None:
+            raise ValueError(f"Density: {type(block).__name__}.natural_latent is None, so no latent can be drawn")
+        return centre if self.natural and centre is not None else torch.zeros_like(z if centre is None else centre)
 
     @staticmethod
     def _noise(block: Surjection) -> Concat | None:
@@ -66,7 +69,8 @@ class Density(nn.Module):
             log_dets.append(log_det)
             if z is not None:
                 noise = self._noise(block)
-                apart = z if noise else z - self._centre(block, x)
+                z = at_least_float32(z)
+                apart = z if noise else z - self._centre(block, x, z)
                 if apart.shape != z.shape:
                     raise ValueError(f"Density: {type(block).__name__}.natural_latent does not fit {tuple(z.shape)}")
                 latents.append(noise.log_density(z) if noise else per_image(NOISES["normal"].log_prob(apart)))
@@ -75,7 +79,8 @@ class Density(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x), (B,), of x of (B, *in_shape); in nats."""
         y, latents, log_det = self.terms(x)
-        return latents + log_det + per_image(self.base.log_prob(y.reshape(len(y), *self._base_shape)))
+        y = at_least_float32(y).reshape(len(y), *self._base_shape)
+        return latents + log_det + per_image(self.base.log_prob(y))
 
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:

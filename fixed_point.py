@@ -42,22 +42,33 @@ class Banach(NamedTuple):
     tolerance: float | None
     report: Callable[[float], None] | None = None
 
+    def refuse_batched(self, *gradients: Tensor) -> None:
+        """Refuse those of the vmap that torch had before torch.func: it knows no iteration."""
+        if any(map(torch._C._functorch.is_legacy_batchedtensor, gradients)):
+            raise RuntimeError(
+                f"{self.owner}: derivatives of its inverse go through torch.func (vmap, jacrev, jacfwd, hessian), not "
+                f"through is_grads_batched=True or vectorize=True"
+            )
+
     def __call__(self, step: Callable[[Tensor], Tensor], scale: Tensor, x: Tensor) -> Tensor:
         tail = self.lipschitz / (1 - self.lipschitz)  # the error is at most that times the last step
         rounding = 8 * torch.finfo(x.dtype).eps
         goal = rounding if self.tolerance is None else self.tolerance / tail
         # the first step is at most ``scale`` long, and each of the others shrinks by ``lipschitz``
         iterations = max(math.ceil(math.log(goal) / math.log(self.lipschitz)), 1) + 20
-        length = torch.full_like(scale, math.inf)
-        for _ in range(iterations):
+        length = started = torch.full_like(scale, math.inf)
+        for k in range(iterations):
             x, before = step(x), x
             last, length = length, norm(x - before, self.dims)
+            started = length if k == 0 else started
             resting = (length >= last) & (length <= 256 * rounding * scale)  # it moves by rounding only
             if not ((length > goal * scale) & ~resting).any():  # one that is no number comes to no end
                 break
         failed = (length > max(goal, 256 * rounding) * scale) | scale.isfinite() & ~length.isfinite()
         if failed.any():
             worst = (length / last)[failed].max().item()
+            if not started[failed].isfinite().all():
+                raise ValueError(f"{self.owner}: its inverse is no number, as its weights are infinite or NaN")
             raise ValueError(
                 f"{self.owner}: the inverse does not converge: after {iterations} iterations each step is still "
                 f"{worst:.4f} times the one before, where a Lipschitz constant of {self.lipschitz} was asked for"
@@ -103,6 +114,7 @@ class FixedPoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx, v):
         make, solve, (x, *args) = ctx.make, ctx.solve, ctx.saved_tensors
+        solve.refuse_batched(v)
 
         def transposed(v, x, *args):
             pull = torch.func.vjp(make(*args), x)[1]
@@ -115,6 +127,7 @@ class FixedPoint(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, _make, _solve, _scale, _start, *tangents):
         make, solve, (x, *args) = ctx.make, ctx.solve, ctx.saved_tensors
+        solve.refuse_batched(*[t for t in tangents if t is not None])
 
         def along(r, x, *args):
             push = pushforward(make(*args), x)

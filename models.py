@@ -100,7 +100,7 @@ class PINN(nn.Module):
     """A chain of surjections, itself one: (B, C, H, W) -> (B, C', H', W'), its latents the list of its blocks'.
 
     Args:
-        blocks: `Surjection`s, applied in order.
+        blocks: `Surjection`s, applied in order; of a `PINN` among them, its blocks.
         in_shape: (C, H, W) of the input.
 
     Attributes:
@@ -117,7 +117,10 @@ class PINN(nn.Module):
     def __init__(self, blocks: Sequence[Surjection], in_shape: Shape):
         super().__init__()
         shape = in_shape
+        blocks = [part for block in blocks for part in (block.blocks if isinstance(block, PINN) else [block])]
         for index, block in enumerate(blocks):
+            if block.stateful and any(block is other for other in blocks[:index]):
+                raise ValueError(f"block {index}: {type(block).__name__} is there twice, with statistics of one place")
             try:
                 shape = block.output_shape(shape)
             except ValueError as error:

@@ -212,10 +212,12 @@ def test_actnorm_takes_a_constant_channel_and_refuses_a_single_value():
     for constant in (0.0, 3.0, 1e-20):
         layer = bi.ActNorm(2).train()
         assert layer(torch.full((5, 2), constant)).abs().max() < 1e-5 and (layer.log_scale == 0).all()
-    for scale in (1e-12, 1e12):  # of any unit
+    for scale in (1e-36, 1e-12, 1e12, 1e36):  # of any unit
         torch.testing.assert_close(
             bi.ActNorm(2).train()(scale * randn(50, 2).float()).std(0, correction=0), torch.ones(2)
         )
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        bi.ActNorm(2).train()(torch.tensor([[1.0, math.nan], [2.0, 3.0]]))
     with pytest.raises(ValueError, match=r"ActNorm\(2\).*2 values"):
         bi.ActNorm(2).train()(torch.ones(1, 2))
 
@@ -443,6 +445,8 @@ def test_an_inverse_has_derivatives_of_every_order_in_both_modes(name):
     n = y[0].numel()
     there = vmap(jacrev(lambda x: block(x[None])[0]))(block.pinv(y)).view(2, n, n)
     torch.testing.assert_close(by_reverse.view(2, n, n), torch.linalg.inv(there))
+    with pytest.raises(RuntimeError, match="go through torch.func"):  # and not torch's older vmap
+        torch.autograd.functional.jacobian(block.pinv, y, vectorize=True)
     loss = lambda y: one(y).pow(3).sum()  # noqa: E731
     torch.testing.assert_close(jacfwd(jacrev(loss))(y[0]), jacrev(jacrev(loss))(y[0]))
 
@@ -558,6 +562,8 @@ def test_whitening_refuses_data_of_fewer_dimensions():
     flat[:, 2] = flat[:, 0] + flat[:, 1]
     with pytest.raises(ValueError, match=r"Whitening\(3\): 100 samples span fewer than 3"):
         bi.Whitening(3).fit(flat)
+    with pytest.raises(ValueError, match=r"Whitening\(3\): the samples hold NaN"):
+        bi.Whitening(3).fit(torch.full_like(flat, math.nan))
 
 
 # --- Densities -------------------------------------------------------------------------------------------------------
@@ -684,10 +690,21 @@ def test_a_log_determinant_that_would_broadcast_is_no_density():
         PINN([Scaled(3)], (3,)).log_abs_det(torch.zeros(4, 3))
 
 
-def test_a_natural_latent_that_would_broadcast_is_no_density():
+def test_a_natural_latent_that_would_broadcast_is_no_density_and_none_is_zero():
     class Elsewhere(bi.ResidualFC):
         def natural_latent(self, y):
             return torch.zeros(len(y), 1, 1)
+
+    class Unnamed(bi.ResidualFC):
+        def natural_latent(self, y):
+            return None
+
+    density = Density(PINN([Unnamed(3, 2)], (3,)), natural=True)
+    expected = Density(PINN([bi.ResidualFC(3, 2)], (3,)))
+    expected.load_state_dict(density.state_dict())
+    torch.testing.assert_close(density.log_prob(torch.ones(4, 3)), expected.log_prob(torch.ones(4, 3)))
+    with pytest.raises(ValueError, match="Unnamed.natural_latent is None"):
+        density.sample(2)
 
     with pytest.raises(ValueError, match=r"Elsewhere.natural_latent does not fit \(4, 1\)"):
         Density(PINN([Elsewhere(3, 2)], (3,)), natural=True).log_prob(torch.zeros(4, 3))
@@ -757,7 +774,8 @@ def test_a_transform_is_torchs():
     torch.testing.assert_close(ours.inv(torchs(x)), x)
     torch.testing.assert_close(ours.log_abs_det_jacobian(x, ours(x)), torchs.log_abs_det_jacobian(x, torchs(x)).sum(-1))
     base = Independent(Normal(torch.zeros(3).double(), 1.0), 1)
-    mine, other = TransformedDistribution(base, [ours]), TransformedDistribution(base, [torchs])
+    # asked for: torch.compile switches the default off for the whole process
+    mine, other = (TransformedDistribution(base, [part], validate_args=True) for part in (ours, torchs))
     y = torch.rand(7, 3, generator=seeded(0), dtype=torch.float64)
     torch.testing.assert_close(mine.log_prob(y), other.log_prob(y))
     with pytest.raises(ValueError, match="support"):
@@ -875,6 +893,10 @@ REFUSED = {
     "nothing to move": (lambda: bi.Coupling(4, kept=4), "kept must be above 0 and below 4, got 4"),
     "a kind": (lambda: bi.Coupling(4, kind="cubic"), "'cubic'"),
     "bins": (lambda: bi.SplineCoupling(4, bins=1), r"SplineCoupling\(4\): bins must be 2 to 256.*got 1"),
+    "an infinite scale": (lambda: bi.Coupling(4, scale_bound=math.inf), "scale_bound positive, got 'affine', inf"),
+    "parts of channels": (lambda: bi.Conv1x1(3.0), "Conv1x1: channels must be a whole number, got 3.0"),
+    "parts of features": (lambda: bi.Bias((3, 2.0)), "Bias: features must be a whole number, got 2.0"),
+    "a factor of an unshuffle": (lambda: bi.PixelUnshuffle(2.0), "r must be a whole number, got 2.0"),
     "no bound": (lambda: bi.SplineCoupling(4, bound=0.0), "bound positive"),
     "a mask by name": (lambda: bi.Coupling(4, mask="chess"), "'chess'"),
     "a slope": (lambda: bi.LeakyReLU(0.0), "LeakyReLU: slope must be positive.*0.0"),

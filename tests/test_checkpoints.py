@@ -13,6 +13,7 @@ import torch
 from helpers import diy12, random, randomise, seeded, tiny
 from torch import nn
 
+import bijections as bi
 import checkpoints
 from checkpoints import hub_file, load_strictly, locate, read_config, read_weights, save_spnn, write_weights
 from models import SPNN
@@ -47,6 +48,26 @@ def test_what_is_written_is_read(tmp_path, state, name):
     loaded = read_weights(tmp_path / name)
     assert same(loaded, {**state, "shared": state["a.bias"]}) and all(t.is_contiguous() for t in loaded.values())
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("norm", ["exact", "power"])
+def test_residual_blocks_of_older_versions_are_read(tmp_path, norm):
+    """Their h was a Sequential with parametrized weights; that of a power iteration always went to its bound."""
+    block = randomise(bi.ResidualConv1d(3, hidden=4, norm=norm, size=5), seeded(0))
+    state, weights, old = block.state_dict(), block.weights()[::2], {"pinn.first": torch.zeros(1)}
+    for i in range(3):
+        name = f"pinn.block.h.{2 * i}."
+        weight = state[f"layers.{i}.weight"]
+        old |= {f"{name}parametrizations.weight.original": weight, f"{name}bias": state[f"layers.{i}.bias"]}
+        if norm == "power":
+            left = state[f"left{i}"] / state[f"left{i}"].norm()
+            old |= {f"{name}parametrizations.weight.0.{n}": v for n, v in (("_u", left), ("_v", torch.zeros(9)))}
+            weights[i] = weight / (weight.flatten(1).T @ left).norm() * 0.9 ** (1 / 3) / (3**0.5)
+    write_weights(tmp_path / "w.pth", old)
+    state = {k.removeprefix("pinn.block."): v for k, v in read_weights(tmp_path / "w.pth").items() if k != "pinn.first"}
+    block.load_state_dict(state)
+    for a, b in zip(block.weights()[::2], weights, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_half_the_size_or_a_named_overflow(tmp_path, state):
