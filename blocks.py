@@ -46,15 +46,17 @@ def check_whole(owner: str, **values: object) -> None:
 # --- Orthogonal mixing -----------------------------------------------------------------------------------------------
 
 _solved: ContextVar[dict["Mixing", "Kept"] | None] = ContextVar("solved", default=None)  # of this thread alone
-_steps = 0  # that optimisers of torch have made: the fused ones leave no trace in a parameter's version
 
 
-def _count_step(*_) -> None:
-    global _steps
-    _steps += 1
+def _mark_as_changed(optimizer: torch.optim.Optimizer, *_) -> None:
+    """Count a step in the versions of the parameters that it moved: the fused optimisers leave no trace there."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and not parameter.is_inference():
+                torch.autograd.graph.increment_version(parameter)
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(_mark_as_changed)
 
 
 def solved_here() -> dict["Mixing", "Kept"] | None:
@@ -100,7 +102,7 @@ class Kept(NamedTuple):
     @staticmethod
     def state_of(weight: Tensor) -> tuple:
         """What changes when the weights do, known without reading them."""
-        return weight.data_ptr(), weight.stride(), weight.dtype, weight.device, weight._version, _steps
+        return weight.data_ptr(), weight.stride(), weight.dtype, weight.device, weight._version
 
     def holds(self, weight: Tensor) -> bool:
         return self.weight is weight and self.state == self.state_of(weight)
@@ -223,6 +225,32 @@ class _Cayley(torch.autograd.Function):
         return 2 * scale * (by_skew.T - by_skew)
 
 
+class _ApplyCayley(torch.autograd.Function):
+    """``u = W x`` for x of shape (..., C), with the gradient of B by vectors alone, in the precision of B.
+
+    From ``du = -2 M dA M x`` and ``M = (W + I) / 2``: with ``d = W^T du``, ``dA = -(du + d) (u + x)^T / 2``. A product of
+    two C x C matrices less per use than by way of dW, which nobody but a second derivative asks for.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, b: Tensor, w: Tensor, transpose: bool) -> Tensor:
+        u = F.linear(x, w.T if transpose else w)
+        ctx.save_for_backward(x, b, w, u)
+        ctx.transpose = transpose
+        return u
+
+    @staticmethod
+    def backward(ctx, du: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, b, w, u = ctx.saved_tensors
+        dx = F.linear(du, w if ctx.transpose else w.T)
+        left, right = ((part / 2).flatten(0, -2).to(b.dtype) for part in (du + dx, u + x))
+        if ctx.transpose:  # W^T is the transform of -A
+            left, right = right, left
+        scale = -2 * LARGEST / b.detach().abs().amax().clamp(min=LARGEST)
+        db = torch.cat([left, -right]).T @ (scale * torch.cat([right, left]))  # dA - dA^T, in one product
+        return dx, db, None, None
+
+
 class CayleyMixing(Mixing):
     """``W = (I + A)^-1 (I - A)`` with ``A = B - B^T``, B unconstrained, (C, C) and zero at first (W = I).
 
@@ -242,8 +270,10 @@ class CayleyMixing(Mixing):
         return (cayley(weight) if _is_traced(weight) else _Cayley.apply(weight),)
 
     def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
-        (matrix,) = factors
-        return F.linear(x, matrix.T if transpose else matrix)
+        (w,) = factors
+        if w.requires_grad and not _is_traced(self.A_unconstrained):
+            return _ApplyCayley.apply(x, self.A_unconstrained, w, transpose)
+        return F.linear(x, w.T if transpose else w)
 
 
 class HouseholderMixing(Mixing):
