@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -383,7 +384,7 @@ def from_tensorflow(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def load_generator(source: str | Path, resolution: int | None = None) -> StyleGAN:
+def load_generator(source: str | Path, resolution: int | None = None, **hub: Any) -> StyleGAN:
     """The generator in a weight file (.safetensors, or what ``torch.save`` wrote), on the CPU in eval mode.
 
     The list of three dicts with TensorFlow names, which the conversion of NVIDIA's pickle leaves under the same file
@@ -391,6 +392,8 @@ def load_generator(source: str | Path, resolution: int | None = None) -> StyleGA
 
     Args:
         source: a file; or a folder or hub id ``owner/repo`` that has one of `FILES`.
+        resolution: what it must be; None: what the file says.
+        hub: as for `checkpoints.hub_file`.
 
     Raises:
         InputError: no such file, a damaged one, or as `generator_from_state_dict`.
@@ -399,7 +402,7 @@ def load_generator(source: str | Path, resolution: int | None = None) -> StyleGA
     if not path.is_file():
         found = None
         if path.is_dir() or HUB_ID.fullmatch(str(source)):
-            found = first(opener(source), FILES)
+            found = first(opener(source, **hub), FILES)
         if found is None:
             raise InputError(
                 f"weights {source}: no such file, and no folder or hub id with {' or '.join(FILES)}; the published "

@@ -17,6 +17,7 @@ import bijections as bi
 import checkpoints
 from checkpoints import hub_file, load_strictly, locate, read_config, read_weights, save_spnn, write_weights
 from models import SPNN
+from stylegan import StyleGAN, load_generator
 from utils import InputError
 
 
@@ -352,6 +353,16 @@ def test_a_published_file_is_fetched_by_its_hub_id(hub, recognised, monkeypatch,
     write_weights(hub.files / "yamitehr" / "SPNN" / "spnn_celebahq_256.pth", recognised.state_dict())
     loaded = SPNN.from_pretrained("yamitehr/SPNN", **hub.options)
     assert same(loaded.state_dict(), recognised.state_dict())
+
+
+def test_a_generator_comes_from_the_hub(hub):
+    g = StyleGAN(8, (6, 5), dim=4, depth=1)
+    write_weights(hub.files / "me" / "faces" / "stylegan.safetensors", g.state_dict())
+    loaded = load_generator("me/faces", **hub.options)
+    assert same(loaded.state_dict(), g.state_dict())
+    (hub.files / "me" / "nothing").mkdir()
+    with pytest.raises(InputError, match="no folder or hub id with karras2019.*the published weights are"):
+        load_generator("me/nothing", **hub.options)
 
 
 def test_what_the_hub_cannot_give_is_one_clear_line(hub, tmp_path):
