@@ -114,14 +114,6 @@ class Inversion:
         return [f"sample {i}: loss or gradient not finite at step {step}" for i, step in pairs if step >= 0]
 
 
-def _check_independent(f: Network) -> None:
-    """Refuse a network that is seen to mix the samples of a batch before it is run, which might change it."""
-    for name, module in f.named_modules() if isinstance(f, nn.Module) else ():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            reason = "is in training mode: call f.eval()" if module.training else "has no running statistics"
-            raise ValueError(f"invert: batch norm {name or 'of f'} mixes the samples of a batch, as it {reason}")
-
-
 def _versions(f: Network) -> dict[str, int]:
     """How often each tensor of a network was changed in place."""
     tensors = [*f.named_parameters(), *f.named_buffers()] if isinstance(f, nn.Module) else []
@@ -196,7 +188,6 @@ def invert(
         raise ValueError(f"invert: {len(y)} outputs for {len(x0)} starts")
     if not x0.is_floating_point():
         raise ValueError(f"invert: x0 must be floating point, got {x0.dtype}")
-    _check_independent(f)
     with torch.inference_mode(False), torch.enable_grad():
         # clones: tensors made in inference mode could not take part in a graph
         y, x = y.detach().clone(), x0.detach().clone()

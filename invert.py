@@ -30,13 +30,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import load_strictly, read_json, read_weights, write_weights
+from DDNM.guided_diffusion.results import contact_sheet, picture
 from images import grid, load_image, save_image, to_uint8
 from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
@@ -77,7 +77,7 @@ from utils import (
     write_json,
 )
 
-SHEET_ROWS = 6
+SHEET_ROWS, SIDE = 6, 256  # of a sheet, and of its pictures
 TRAIN_FILES = ("theta.safetensors", "theta.json", STATE_NAME, "metrics.csv", "curves.png", "log.txt")
 EVAL_FILES = ("results.json", "results.csv", "curves.csv", "curves.png", "sheet.png", "log.txt")
 FIND_FILES = ("settings.json", "results.csv", "state.safetensors", "curves.csv", "curves.png", "sheet.png", "log.txt")
@@ -330,16 +330,16 @@ def measure(
     of the one that y belongs to. Of pictures f(x) there is their ``psnr`` in dB, and ``lpips`` if it can be had.
     """
     found = {"error": (result.output - problems.y).abs().flatten(1).mean(1)}
-    picture = as_picture(result.x if target.from_image else result.output)
+    shown = as_picture(result.x if target.from_image else result.output)
     if target.from_image:
-        rounded = outputs(target.f, picture, s.batch_size, device)
+        rounded = outputs(target.f, shown, s.batch_size, device)
         found["picture_error"] = (rounded - problems.y).abs().flatten(1).mean(1)
     if target.to_image:
-        found |= picture_figures(picture, problems.y, s, device)
+        found |= picture_figures(shown, problems.y, s, device)
     elif result.x.shape == result.x0.shape:
         found["distance"] = (result.x - result.x0).square().flatten(1).mean(1).sqrt()
     if judge is not None:
-        said, wanted = (outputs(judge, images, s.batch_size, device) for images in (picture, problems.wanted))
+        said, wanted = (outputs(judge, images, s.batch_size, device) for images in (shown, problems.wanted))
         found["judge"] = agreement(said, wanted)
     return {name: values.tolist() for name, values in found.items()}
 
@@ -380,27 +380,6 @@ def format_table(rows: Sequence[dict], first: str = "method") -> str:
         cells = ["-" if row.get(key) is None else format(float(row[key]), COLUMNS[key][1]) for key in used]
         lines.append(f"| {row[first]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def write_sheet(path: Path, rows: Sequence[Sequence[Tensor]], headings: Sequence[str], captions=None) -> None:
-    """A row per problem, a picture (3, S, S) per column, its caption below; what lies outside [-1, 1] is clipped."""
-    side, gap, top, below = 128, 8, 40, 26 if captions is not None else 8
-    font = ImageFont.load_default(12)
-    sheet = Image.new("RGB", (gap + (side + gap) * len(headings), top + (side + below) * len(rows) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, heading in enumerate(headings):
-        draw.multiline_text((gap + column * (side + gap), 6), heading, "black", font, spacing=2)
-    for line, pictures in enumerate(rows):
-        for column, picture in enumerate(pictures):
-            left, upper = gap + column * (side + gap), top + line * (side + below)
-            pixels = Image.fromarray(to_uint8(picture).permute(1, 2, 0).contiguous().numpy())
-            even = side % pixels.width == 0  # whole pixels stay sharp, and compress well
-            resample = Image.Resampling.NEAREST if even else Image.Resampling.BICUBIC
-            sheet.paste(pixels.resize((side, side), resample), (left, upper))
-            if captions is not None:
-                draw.text((left, upper + side + 1), captions[line][column], "black", font)
-    with atomic_write(path) as temporary:
-        sheet.save(temporary, format="PNG", optimize=True)
 
 
 def find_judge(path: Path | None, target: Target, device: torch.device, log) -> nn.Module | None:
@@ -502,19 +481,18 @@ def write_curves(out: Path, curves: dict[str, Sequence[float]]) -> None:
 
 def draw_results(path: Path, target: Target, problems: Problems, results: dict[str, Result], by_image) -> None:
     """The sheet: the start if it is an image, every method, and the image that the wanted output belongs to."""
-    count = min(SHEET_ROWS, len(problems.y))
     shown = {name: r for name, r in results.items() if target.from_image or name.split(", ")[-1] != "start"}
-    headings = [",\n".join(name.rsplit(", ", 1)) for name in shown]
-    headings = [heading.replace("form g'", "form\ng'").replace("NLBP in ", "NLBP in\n") for heading in headings]
-    headings.append("face whose\noutput is wanted" if target.from_image else "wanted")
-    columns = [result.x if target.from_image else result.output for result in shown.values()]
-    columns.append(problems.wanted)
+    last = "whose output is wanted" if target.from_image else "wanted"
+    columns = [*(r.x if target.from_image else r.output for r in shown.values()), problems.wanted]
+    names = problems.names[:SHEET_ROWS]
     told = {(row["method"], row["image"]): row.get("judge") for row in by_image}
-    captions = []
-    for name in problems.names[:count]:
-        values = [told[method, name] for method in shown]
-        captions.append([*("" if v is None else f"judge {v:.2f}" for v in values), ""])
-    write_sheet(path, [[column[i] for column in columns] for i in range(count)], headings, captions)
+    said = [[told[method, name] for method in shown] for name in names]
+    captions = [
+        f"{name}: judge {', '.join(f'{v:.2f}' for v in row)}" if None not in row else name
+        for name, row in zip(names, said, strict=True)
+    ]
+    rows = [[picture(column[i], SIDE) for column in columns] for i in range(len(names))]
+    contact_sheet(path, [*shown, last], rows, captions)
 
 
 # --- find ------------------------------------------------------------------------------------------------------------
@@ -621,8 +599,8 @@ def find(s: Settings, own: Find, run: Run) -> int:
         curves = {"mean": torch.tensor(list(curves.values())).mean(0).tolist()}
     write_curves(s.out, curves)
     pairs = [(load_image(path, size), load_image(s.out / f"{n}.png")) for n, path in list(paths.items())[:SHEET_ROWS]]
-    rows = [(wanted, got, (got - wanted).abs() - 1) for wanted, got in pairs]
-    write_sheet(s.out / "sheet.png", rows, ("input", "found", "difference"))
+    rows = [[picture(one, SIDE) for one in (wanted, got, (got - wanted).abs() - 1)] for wanted, got in pairs]
+    contact_sheet(s.out / "sheet.png", ("input", "found", "difference"), rows, list(paths)[:SHEET_ROWS])
     print(format_table([row for row in table.rows if row["image"] in paths], "image"))
     return 0
 
@@ -663,8 +641,8 @@ def morph(s: Settings, own: Find, device: torch.device) -> int:
         ends.append(w_plus.float().flatten())
     mixes = torch.stack([ends[0].lerp(ends[1], i / own.frames) for i in range(own.frames + 1)])
     pictures = outputs(target.f, mixes, s.batch_size, device).clamp(-1, 1)
-    for i, picture in enumerate(pictures):
-        save_image(picture, s.out / f"frame_{i:04d}.png")
+    for i, frame in enumerate(pictures):
+        save_image(frame, s.out / f"frame_{i:04d}.png")
     save_image(grid(pictures, 7), s.out / "frames.png")
     return 0
 
