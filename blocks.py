@@ -228,8 +228,8 @@ class _Cayley(torch.autograd.Function):
 class _ApplyCayley(torch.autograd.Function):
     """``u = W x`` for x of shape (..., C), with the gradient of B by vectors alone, in the precision of B.
 
-    From ``du = -2 M dA M x`` and ``M = (W + I) / 2``: with ``d = W^T du``, ``dA = -(du + d) (u + x)^T / 2``. A product of
-    two C x C matrices less per use than by way of dW, which nobody but a second derivative asks for.
+    From ``du = -2 M dA M x`` and ``M = (W + I) / 2``: with ``d = W^T du``, ``dA = -(du + d) (u + x)^T / 2``. A product
+    of two C x C matrices less per use than by way of dW, which nobody but a second derivative asks for.
     """
 
     @staticmethod
