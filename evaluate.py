@@ -23,7 +23,6 @@ same ones in the picture without the edit, which is the floor.
 """
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -52,12 +51,12 @@ from DDNM.guided_diffusion.inputs import (
     parse_set,
     read_targets,
 )
-from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture, write_csv
+from DDNM.guided_diffusion.results import Record, as_saved, contact_sheet, picture, write_csv
 from images import find_images, load_image, save_image
 from logger import get_logger
-from loop import World, check_settings, join_world, locked, to_json_values
+from loop import World, join_world, locked, to_json_values
 from metrics import agreement, balanced_accuracy_by_attribute, prob_error, psnr
-from utils import InputError, atomic_write, json_values, option, parse, peak_gib, run_command, unlinked, write_json
+from utils import InputError, atomic_write, json_values, option, parse, peak_gib, run_command, write_json
 
 DRAWS = 1000  # of the bootstrap
 Figure = tuple[float, float, float]  # a value and its 95 % interval
@@ -141,50 +140,31 @@ def contents(targets: Targets) -> list[str]:
     return [hashlib.sha256(bytes(one)).hexdigest()[:16] for one in said]
 
 
-class Drawn:
-    """FOLDER.jsonl beside a method's pictures: the settings, then a line per batch with its images and its costs.
-
-    Every process adds its own batches.
-    """
-
-    def __init__(self, folder: Path, settings: dict) -> None:
-        self.path, self.settings = folder.parent / f"{folder.name}.jsonl", settings
-
-    def batches(self) -> list[dict]:
-        """Raises InputError: drawn with other settings."""
-        if not self.path.is_file():
-            return []
-        first, *lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # behind the last: cut by a kill
-        check_settings(json.loads(first), self.settings, self.path.parent, otherwise="take another --out")
-        return [json.loads(line) for line in lines]
-
-    def begin(self) -> dict[str, str]:
-        """Write the file anew without a cut line; the names that are drawn, with what was in them."""
-        kept = self.batches()
-        with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in (self.settings, *kept)), encoding="utf-8")
-        return {name: content for batch in kept for name, content in batch["images"].items()}
-
-    def append(self, batch: dict) -> None:
-        with open(self.path, "ab", buffering=0, opener=unlinked) as file:  # in one write: lines do not mix
-            file.write((json.dumps(batch) + "\n").encode())
-
-    def costs(self) -> dict[str, float]:
-        """Evaluations and gradients of a batch, and |A x - y| in it; seconds of an image; the largest memory."""
-        batches = self.batches()
-        seconds = sum(batch["seconds"] for batch in batches) / sum(len(batch["images"]) for batch in batches)
-        keys = ("evaluations", "gradients", "consistency")
-        counts = {key: fmean(batch[key] for batch in batches) for key in keys if key in batches[0]}
-        return counts | {"seconds": seconds, "memory": max(batch["memory"] for batch in batches)}
+def costs_of(record: Record) -> dict[str, float]:
+    """Evaluations and gradients of a batch, and |A x - y| in it; seconds of an image; the largest memory."""
+    batches = record.read(dict)
+    seconds = sum(batch["seconds"] for batch in batches) / sum(len(batch["images"]) for batch in batches)
+    keys = ("evaluations", "gradients", "consistency")
+    counts = {key: fmean(batch[key] for batch in batches) for key in keys if key in batches[0]}
+    return counts | {"seconds": seconds, "memory": max(batch["memory"] for batch in batches)}
 
 
 def draw(
     case: Case, guidance: Guidance, walk: WalkSettings, networks: Networks, targets: Targets, folder: Path,
     settings: dict, world: World, log: logging.Logger,
 ) -> dict[str, float]:  # fmt: skip
-    """Draw and save the images of a case that are not there yet; its costs."""
-    record, prior, content = Drawn(folder, settings), Counted(networks.prior), contents(targets)
-    there = world.gather(record.begin() if world.leads else {})[0]
+    """Draw and save the images of a case that are not there yet; its costs.
+
+    FOLDER.jsonl beside the pictures has a line per batch, with what was in its images, and its costs.
+    """
+    record = Record(folder.parent / f"{folder.name}.jsonl", settings, otherwise="take another --out")
+    prior, content = Counted(networks.prior), contents(targets)
+    kept = record.read(dict) if record.path.is_file() else []
+    world.wait()
+    if world.leads:
+        record.begin(kept)  # without a line that was cut
+    world.wait()
+    there = {name: said for batch in kept for name, said in batch["images"].items()}
     parts = [slice(i, i + walk.batch_size) for i in range(0, len(targets.names), walk.batch_size)]
     todo = [p for p in parts if any(there.get(n) != c for n, c in zip(targets.names[p], content[p], strict=True))]
     own = world.share(todo)
@@ -211,12 +191,12 @@ def draw(
                 log.warning("%s: not finite: %s", case.name, ", ".join(broken))
             for name, image in zip(names, pictures, strict=True):
                 save_image(image, folder / f"{name}.png")
-            record.append({
+            record.append([{
                 "images": dict(zip(names, content[part], strict=True)), "evaluations": prior.evaluations,
                 "gradients": prior.gradients, "seconds": seconds, "memory": peak_gib(networks.device), **cost,
-            })  # fmt: skip
+            }])  # fmt: skip
     world.wait()
-    return record.costs()
+    return costs_of(record)
 
 
 # --- Features --------------------------------------------------------------------------------------------------------

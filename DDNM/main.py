@@ -202,7 +202,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
             new = {i: save(folder, i - part.start, drawn, inputs) for i in range(len(done))[part] if done[i] is None}
             for i, entry in new.items():
                 done[i] = entry
-            progress.append([(entry, targets.logits[i]) for i, entry in new.items()])
+            progress.add([(entry, targets.logits[i]) for i, entry in new.items()])
         signum = world.agreed(stopped)()
     done = [next(filter(None, entries), None) for entries in zip(*world.gather(done), strict=True)]
     ready = [i for i, entry in enumerate(done) if entry is not None]
@@ -224,12 +224,12 @@ def finished_before(s: Settings, progress: Progress, targets: Targets, world: Wo
     done: list[Finished | None] = [None] * len(targets.names)
     if world.leads:
         if s.run.resume and progress.path.is_file():
-            done = progress.read(targets.names, targets.logits)
+            done = progress.finished(targets.names, targets.logits)
         else:
             clear_results(progress.folder)  # nothing can be refused any more
+            progress.begin([])
         for kind in (".", *PICTURES):
             remove_temporaries(progress.folder / kind)
-        progress.begin(done)
     else:
         logging.disable(logging.INFO)
     return world.gather(done)[0]  # and not before: the others write into the folder from here on

@@ -6,9 +6,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -20,6 +21,7 @@ from metrics import agreement, prob_error, psnr
 from operators import Operator
 from utils import InputError, atomic_write, file_name, json_values, nearest, shown, unlinked, write_json
 
+T = TypeVar("T")
 PICTURES = ("input", "natural", "measured", "reconstruction", "unguided")  # folders of a result folder
 SHEET_ROWS = 10  # rows a page of the sheet: a stranger reads one page
 SIDE = 160  # of its pictures
@@ -82,73 +84,85 @@ class Finished:
     pictures: tuple[str, ...]
 
 
-class Progress:
-    """progress.jsonl: the settings of a run, then a line for each image that is finished, written after its pictures.
+class Record:
+    """A file of JSON lines: the settings of a run, then a line for whatever is finished. Processes may add to one file.
 
     Args:
         settings: all that decides what the pictures look like, as JSON gives it back.
+        otherwise: what to do where they are others.
     """
 
-    def __init__(self, folder: Path, settings: dict) -> None:
-        self.folder, self.path, self.settings = folder, self.file(folder), settings
-        self._targets: dict[str, Tensor] = {}
+    def __init__(self, path: Path, settings: dict, otherwise: str = "start anew with --overwrite") -> None:
+        self.path, self.settings, self.otherwise = path, settings, otherwise
 
-    @staticmethod
-    def file(folder: Path) -> Path:
-        return folder / "progress.jsonl"
-
-    def read(self, names: Sequence[str], targets: Tensor) -> list[Finished | None]:
-        """For each name the image that an earlier run finished, None where it did not.
-
-        Finished is what has its line, the same target, (N, d), and pictures that are what was written: by their
-        SHA-256.
+    def read(self, of: Callable[[dict], T]) -> list[T]:
+        """What ``of`` makes of each line; a last one that a kill cut short is left out.
 
         Raises:
             InputError: another run's settings, or a file that is no record.
         """
-        wanted = dict(zip(names, targets, strict=True))
-        found: dict[str, Finished] = {}
         try:
             with open(self.path, encoding="utf-8") as file:
-                check_settings(json.loads(file.readline())["settings"], self.settings, self.folder)
-                for line in file:
-                    if not line.endswith("\n"):
-                        break  # cut short when the run was killed
-                    row = json.loads(line)
-                    target = wanted.get(row["name"])
-                    if target is None or not self._is_target(row["target"], target):
-                        continue  # not asked for any more, or its input is another
-                    if any(self._digest(kind, row["name"]) != digest for kind, digest in row["pictures"].items()):
-                        continue
-                    unguided = row["unguided"] and Figures(**row["unguided"])
-                    found[row["name"]] = Finished(
-                        row["name"], Figures(**row["figures"]), unguided, torch.tensor(row["logits"]),
-                        tuple(row["pictures"]),
-                    )  # fmt: skip
+                check_settings(json.loads(file.readline())["settings"], self.settings, self.path.parent, self.otherwise)
+                return [of(json.loads(line)) for line in file if line.endswith("\n")]
         except InputError:
             raise
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            raise InputError(f"{self.path}: damaged ({type(error).__name__}); start anew with --overwrite") from None
-        self._targets = wanted
-        return [found.get(name) for name in names]
+            raise InputError(f"{self.path}: damaged ({type(error).__name__}); {self.otherwise}") from None
 
-    def begin(self, done: Sequence[Finished | None]) -> None:
-        """Write the file anew, with the images that are kept."""
-        with atomic_write(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps({"settings": self.settings}) + "\n")
-            file.writelines(self._line(entry, self._targets[entry.name]) for entry in done if entry is not None)
+    def begin(self, rows: Sequence[dict]) -> None:
+        """Write the file anew."""
+        lines = (json.dumps(row) + "\n" for row in ({"settings": self.settings}, *rows))
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
-    def append(self, entries: Sequence[tuple[Finished, Tensor]]) -> None:
-        """Add images with their targets, (d,), whose pictures are written."""
+    def append(self, rows: Sequence[dict]) -> None:
         try:
             with open(self.path, "ab", buffering=0, opener=unlinked) as file:
                 # in one write, so that processes' lines do not mix
-                file.write("".join(self._line(entry, target) for entry, target in entries).encode())
+                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
                 os.fsync(file.fileno())
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+class Progress(Record):
+    """progress.jsonl, with a line for each image, written after its pictures."""
+
+    def __init__(self, folder: Path, settings: dict) -> None:
+        super().__init__(self.file(folder), settings)
+        self.folder = folder
+
+    @staticmethod
+    def file(folder: Path) -> Path:
+        return folder / "progress.jsonl"
+
+    def finished(self, names: Sequence[str], targets: Tensor) -> list[Finished | None]:
+        """For each name the image that an earlier run finished, None where it did not; the others are forgotten.
+
+        Finished is what has its line, the same target, (N, *out_shape), and pictures that are what was written: by
+        their SHA-256. Raises InputError as `read`.
+        """
+        wanted = dict(zip(names, targets, strict=True))
+
+        def of(row: dict) -> tuple[dict, Finished] | None:
+            target = wanted.get(row["name"])
+            if target is None or not self._is_target(row["target"], target):
+                return None  # not asked for any more, or its input is another
+            if any(self._digest(kind, row["name"]) != digest for kind, digest in row["pictures"].items()):
+                return None
+            unguided, logits = row["unguided"] and Figures(**row["unguided"]), torch.tensor(row["logits"])
+            return row, Finished(row["name"], Figures(**row["figures"]), unguided, logits, tuple(row["pictures"]))
+
+        found = {one.name: (row, one) for row, one in filter(None, self.read(of))}
+        self.begin([row for row, _ in found.values()])
+        return [found[name][1] if name in found else None for name in names]
+
+    def add(self, entries: Sequence[tuple[Finished, Tensor]]) -> None:
+        """Add images with their targets, whose pictures are written."""
+        self.append([self._row(entry, target) for entry, target in entries])
 
     def _digest(self, kind: str, name: str) -> str | None:
         try:
@@ -167,8 +181,8 @@ class Progress:
             return said == cls._target(target)
         return torch.allclose(torch.tensor(said), target, 1e-4, 1e-4)
 
-    def _line(self, entry: Finished, target: Tensor) -> str:
-        row = {
+    def _row(self, entry: Finished, target: Tensor) -> dict:
+        return {
             "name": entry.name,
             "pictures": {kind: self._digest(kind, entry.name) for kind in entry.pictures},
             "figures": asdict(entry.figures),
@@ -176,7 +190,6 @@ class Progress:
             "target": self._target(target),
             "logits": entry.logits.tolist(),
         }
-        return json.dumps(row) + "\n"
 
 
 # --- The folder -------------------------------------------------------------------------------------------------------
@@ -273,18 +286,6 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
         writer.writerows(rows)
 
 
-def write_tables(folder: Path, settings: dict, figures: Sequence[Figures], base: Sequence[Figures] | None) -> dict:
-    """Write results.json and results.csv; ``base`` are the figures of unguided samples, in the same order."""
-    record = {"settings": settings}
-    for key, of in (("guided", figures), ("unguided", base)):
-        if of is not None:
-            record[key] = {"images": [asdict(f) for f in of], "mean": mean_figures(of)}
-    record = json_values(record | record.pop("guided"))
-    write_json(folder / "results.json", record)
-    write_csv(folder / "results.csv", record["images"])
-    return record
-
-
 def write_logits(path: Path, names: Sequence[str], attributes: Sequence[str], logits: Tensor) -> None:
     """Write logits, (N, d), as a table that `read_logits` reads."""
     values = [[f"{value:.9g}" for value in row] for row in logits.tolist()]
@@ -299,31 +300,32 @@ def read_logits(path: Path, attributes: Sequence[str]) -> tuple[list[str], Tenso
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            header, *rows = list(csv.reader(file)) or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not readable as a table: {error}") from None
+    wanted = ["name", *attributes]
     if not rows:
         raise InputError(f"{path}: no rows; expected the columns name and {len(attributes)} attributes")
-    for column in rows[0].keys() - {None}:  # None: values without a column, refused below
-        if column not in ("name", *attributes):
-            raise InputError(f"{path}: unknown column {shown(column)}{nearest(str(column)[:80], attributes)}")
-    if missing := [a for a in ("name", *attributes) if a not in rows[0]]:
-        raise InputError(f"{path}: column {missing[0]!r} is missing")
-    names, values = [], []
-    for line, row in enumerate(rows, start=2):
-        if None in row or row["name"] is None:
-            raise InputError(f"{path}, line {line}: expected a name and {len(attributes)} numbers")
+    for column in header:
+        if column not in wanted:
+            raise InputError(f"{path}: unknown column {shown(column)}{nearest(column[:80], attributes)}")
+    if sorted(header) != sorted(wanted):
+        absent = [column for column in wanted if column not in header]
+        raise InputError(f"{path}: column {absent[0]!r} is missing" if absent else f"{path}: a column is there twice")
+    values: dict[str, list[float]] = {}
+    for line, row in enumerate(filter(None, rows), start=2):
         try:
-            values.append([float(row[a]) for a in attributes])
-        except (TypeError, ValueError):
-            raise InputError(f"{path}, line {line}: expected {len(attributes)} numbers") from None
-        if not torch.tensor(values[-1]).isfinite().all():  # in float32: 1e99 is none
+            said = dict(zip(header, row, strict=True))
+            name = said["name"]
+            numbers = [float(said[a]) for a in attributes]
+        except ValueError:
+            raise InputError(f"{path}, line {line}: expected a name and {len(attributes)} numbers") from None
+        if not torch.tensor(numbers).isfinite().all():  # in float32: 1e99 is none
             raise InputError(f"{path}, line {line}: a value is not finite")
-        name = row["name"]
-        if name in ("", ".", "..") or file_name(name) != name or name in names:  # it names the result's file
+        if name in ("", ".", "..") or file_name(name) != name or name in values:  # it names the result's file
             raise InputError(f"{path}, line {line}: name {shown(name)} must be a file name, and each one's own")
-        names.append(name)
-    return names, torch.tensor(values)
+        values[name] = numbers
+    return list(values), torch.tensor(list(values.values()))
 
 
 # --- The sheet -------------------------------------------------------------------------------------------------------
@@ -332,8 +334,7 @@ _INK, _PALE, _WRONG = (30, 32, 38), (236, 238, 242), (214, 60, 50)
 _ROWS, _COLUMNS = 4, 10
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+_font = ImageFont.load_default
 
 
 def picture(image: Tensor | None, side: int) -> Image.Image:
@@ -428,8 +429,13 @@ def write_results(
 ) -> None:
     """The tables of the finished images, whose targets are (N, d), and the sheet of the first `SHEET_LIMIT`."""
     figures = [entry.figures for entry in done]
-    unguided = [entry.unguided for entry in done if entry.unguided is not None] or None
-    record = write_tables(folder, settings, figures, unguided)
+    unguided = [entry.unguided for entry in done if entry.unguided is not None]
+    record = {"settings": settings, "images": [asdict(f) for f in figures], "mean": mean_figures(figures)}
+    if unguided:
+        record["unguided"] = {"images": [asdict(f) for f in unguided], "mean": mean_figures(unguided)}
+    record = json_values(record)
+    write_json(folder / "results.json", record)
+    write_csv(folder / "results.csv", record["images"])
 
     def saved(kind: str, entry: Finished) -> Tensor | None:
         return load_image(folder / kind / f"{entry.name}.png", size) if kind in entry.pictures else None
@@ -451,8 +457,8 @@ def write_results(
     captions = [f"{entry.name}   {entry.figures.caption}" for entry in shown]
     pages = write_sheet(folder, headings, rows, captions, attributes)
     log.info("mean: %s", Figures("", **mean_figures(figures)).caption)
-    if unguided is not None:
-        log.info("unguided, same noise: %s", Figures("", **record["unguided"]["mean"]).caption)
+    if unguided:
+        log.info("unguided, same noise: %s", Figures("", **mean_figures(unguided)).caption)
     if len(done) > len(shown):
         log.info("the sheet shows the first %d of %d images", len(shown), len(done))
     log.info("%s", ", ".join(str(page) for page in pages))
