@@ -102,7 +102,8 @@ class Kept(NamedTuple):
     @staticmethod
     def state_of(weight: Tensor) -> tuple:
         """What changes when the weights do, known without reading them."""
-        return weight.data_ptr(), weight.stride(), weight.dtype, weight.device, weight._version
+        memory = weight.untyped_storage()._cdata, weight.storage_offset()  # fake tensors have no data_ptr
+        return memory, weight.stride(), weight.dtype, weight.device, weight._version
 
     def holds(self, weight: Tensor) -> bool:
         return self.weight is weight and self.state == self.state_of(weight)
@@ -110,9 +111,9 @@ class Kept(NamedTuple):
 
 def _is_traced(weight: Tensor) -> bool:
     """Whether this is a compiler's, an exporter's or a transform's pass, or the weights are theirs: nothing to keep."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(weight) is not nn.Parameter:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(weight, nn.Parameter):
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None or weight.is_meta or weight.is_inference()
+    return torch._C._functorch.peek_interpreter_stack() is not None or weight.is_inference()
 
 
 class Mixing(nn.Module):

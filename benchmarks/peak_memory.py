@@ -12,7 +12,6 @@ import argparse
 import sys
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from blocks import solved_once  # noqa: E402
 from models import SPNN  # noqa: E402
 from networks import networks_in  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
@@ -90,9 +88,7 @@ def two_steps(stage: int, model: SPNN, batch: int, precision: str) -> None:
 
 def measure(stage: int, size: int, batch: int, precision: str, recompute: bool, hidden: int = 128) -> dict:
     """One row of the table."""
-    # W of weights that stand still is kept after a look at their values, of which there are none here
-    standing = solved_once() if stage == 2 else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory, standing:
+    with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
         model = SPNN(img_size=size, hidden=hidden).train()
         if recompute:
             model.pinn.checkpoint_activations = True
