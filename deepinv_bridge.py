@@ -86,7 +86,7 @@ class ChainPhysics(DecomposablePhysics):
     def _scales(self) -> list[float]:
         """How much the latent of each block was scaled by the blocks before."""
         scales = [1.0]
-        for block in self.operator.chain.blocks:
+        for block in self.operator.chain.pinn.blocks:
             scales.append(scales[-1] * getattr(block, "scale", 1.0))
         return scales[:-1]
 
@@ -97,7 +97,7 @@ class ChainPhysics(DecomposablePhysics):
 
     def V(self, x: Tensor, **_) -> Tensor:
         y = self.operator.gain * self.U(x)
-        shapes = self.operator.chain.natural_latents(y[:0])
+        shapes = self.operator.chain.natural(y[:0]).z
         sizes = [0 if z is None else z.shape[1:].numel() for z in shapes]
         parts = x[:, self.measured :].split(sizes, dim=1)
         latents = [

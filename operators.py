@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blocks import PixelUnshuffleBlock, Surjection, at_least_float32, exact, solved_once
 from images import read_rgb
-from models import PINN, BackProjection, Completion
+from models import PINN, SPNN, BackProjection, Completion
 from networks import networks_in
 from utils import InputError, nearest
 
@@ -216,11 +216,11 @@ class Weights(LinearBlock):
         rows: A, (k, C): k < C rows, orthogonal to each other and of one length, which is ``scale``.
     """
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, rows: Sequence[Sequence[float]]):
         super().__init__()
-        rows = rows.double()
-        self.scale = rows[0].norm().item()
-        kept = rows / self.scale
+        a = torch.tensor(rows, dtype=torch.float64)
+        self.scale = a[0].norm().item()
+        kept = a / self.scale
         rest = torch.linalg.qr(kept.T, mode="complete").Q[:, len(rows) :].T  # (C - k, C)
         self.w, self.dropped = torch.cat([kept, rest]), len(rest)  # W is no buffer: `float` would round it
 
@@ -254,12 +254,12 @@ class KnownPixels(LinearBlock):
         mask: (H, W), true for the K pixels that are known. Some must be, and some not.
     """
 
-    def __init__(self, mask: Tensor):
+    def __init__(self, mask: Sequence[Sequence[bool]]):
         super().__init__()
-        known = mask.flatten()
+        known = torch.tensor(mask).flatten()
         if known.all() or not known.any():
             raise ValueError(f"a mask needs known pixels and missing ones, this one has {known.sum()} of {len(known)}")
-        self.size, self.dropped = tuple(mask.shape), int((~known).sum())
+        self.size, self.dropped = (len(mask), len(mask[0])), int((~known).sum())
         self.order = torch.argsort(~known, stable=True)  # known pixels first
 
     def output_shape(self, shape: Shape) -> Shape:
@@ -283,15 +283,20 @@ class KnownPixels(LinearBlock):
 
 
 class LinearChain(LinearOperator):
-    """`LinearBlock`s, and bijections that keep every length, as one operator.
+    """An SPNN of `LinearBlock`s, and of bijections that keep every length, as one operator.
+
+    Args:
+        layers: the chain, (class, its arguments) each, as of `models.SPNN`.
 
     Attributes:
-        chain: the `models.PINN`. Its completion is the operator's singular value decomposition: see `coordinates`.
+        chain: the `models.SPNN`, with no weights to train. Its completion is A's singular value decomposition.
     """
 
-    def __init__(self, blocks: Sequence[Surjection], in_shape: Shape) -> None:
-        self.chain = PINN(blocks, in_shape)
+    def __init__(self, layers: Sequence[tuple[type[Surjection], dict]], in_shape: Shape) -> None:
+        blocks = [kind(**arguments) for kind, arguments in layers]
         scales = [block.scale for block in blocks if isinstance(block, LinearBlock)]
+        channels, *size = in_shape
+        self.chain = SPNN(channels, PINN(blocks, in_shape).out_shape[0], img_size=size, layer_channels=layers)
         super().__init__(self.chain, self.chain.pinv, in_shape, self.chain.out_shape, math.prod(scales))
 
 
@@ -299,17 +304,18 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and most software weigh 
 KNOWN = ("grey", "inpaint:FILE", "sr4")
 
 
-def _blocks_of(part: str, shape: Shape) -> list[Surjection]:
-    """The blocks of one factor of a product, for images of this shape."""
+def _layers_of(part: str, shape: Shape) -> list[tuple[type[Surjection], dict]]:
+    """The layers of one factor of a product, for images of this shape."""
     if factor := re.fullmatch(r"sr([2-9]|[1-9]\d+)", part):
         r = int(factor[1])
         mean = torch.full((1, r * r), 1 / r**2, dtype=torch.float64)
-        return [PixelUnshuffleBlock(r), Weights(torch.kron(torch.eye(shape[0]), mean))]  # rows (C, C r^2)
+        rows = torch.kron(torch.eye(shape[0]), mean)  # (C, C r^2)
+        return [(PixelUnshuffleBlock, {"r": r}), (Weights, {"rows": rows.tolist()})]
     if part == "grey":
-        return [Weights(torch.tensor([GREY], dtype=torch.float64))]
+        return [(Weights, {"rows": [GREY]})]
     kind, _, file = part.partition(":")
     if kind == "inpaint" and file:
-        return [KnownPixels(torch.from_numpy(np.asarray(read_rgb(Path(file)).convert("L")) > 127))]
+        return [(KnownPixels, {"mask": (np.asarray(read_rgb(Path(file)).convert("L")) > 127).tolist()})]
     raise InputError(f"no such operator{nearest(part, KNOWN)}; known are {', '.join(KNOWN)}, and products, grey*sr4")
 
 
@@ -329,13 +335,13 @@ def make_operator(spec: str, in_shape: Shape) -> LinearChain:
     Raises:
         InputError: an unknown word, or one that does not fit the images that reach it, with both shapes.
     """
-    blocks: list[Surjection] = []
+    layers: list[tuple[type[Surjection], dict]] = []
     shape = tuple(in_shape)
     for part in reversed(spec.split("*")):
         try:
-            for block in _blocks_of(part.strip(), shape):
-                shape = block.output_shape(shape)
-                blocks.append(block)
+            for kind, arguments in _layers_of(part.strip(), shape):
+                shape = kind(**arguments).output_shape(shape)
+                layers.append((kind, arguments))
         except ValueError as error:
             raise InputError(f"operator {spec}: {part.strip()}: {error}") from None
-    return LinearChain(blocks, in_shape)
+    return LinearChain(layers, in_shape)

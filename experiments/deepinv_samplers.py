@@ -56,6 +56,7 @@ class Settings:
     steps: int = option(50, "of each sampler; DPIR has 8", 2, 1000)
     eta: float | None = option(0.85, "linear: DDIM's variance; none: the published one", 0, 1)
     batch_size: int = option(16, "images at once", 1)
+    precision: str = option("float32", "of the prior's network", choices=("float32", "bf16"))
     seed: int = option(0, "of the noise", 0)
     out: Path = option(..., "folder for the table and the sheets")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -118,7 +119,8 @@ def main(argv: list[str] | None = None) -> int:
         if method not in METHODS:
             raise InputError(f"--methods {method}: known are {', '.join(METHODS)}{nearest(method, METHODS)}")
     device = resolve_device(s.device)
-    prior = load_prior(from_ddnm(s.prior)).to(device)
+    autocast = torch.bfloat16 if s.precision == "bf16" else None
+    prior = load_prior(from_ddnm(s.prior), autocast=autocast, channels_last=True).to(device)
     size = prior.image_size
     operators = {spec: make_operator(spec, (3, size, size)) for spec in s.operators}
     files = find_images(s.images)[s.start : s.start + s.count]
@@ -148,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
             print(lines[-1], flush=True)
         rows = [[picture(images[i].cpu(), 128) for images in columns.values()] for i in range(min(8, len(x)))]
         contact_sheet(s.out / f"{spec.split(':')[0]}.png".replace("*", "_"), list(columns), rows, names[: len(rows)])
-    note = f"{len(x)} images, {s.steps} steps, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    note = (f"{len(x)} images, {s.steps} steps, {device}, {torch.get_num_threads()} threads, prior in {s.precision}, "
+            f"torch {torch.__version__}")  # fmt: skip
     (s.out / "table.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
     print("\n".join([*lines, "", note]))
     return 0

@@ -26,7 +26,7 @@ MASK = torch.rand(8, 12, generator=torch.Generator().manual_seed(0)) > 0.4
 OURS = {
     "sr2": lambda: make_operator("sr2", SHAPE),
     "grey": lambda: make_operator("grey", SHAPE),
-    "inpaint": lambda: LinearChain([KnownPixels(MASK)], SHAPE),
+    "inpaint": lambda: LinearChain([(KnownPixels, {"mask": MASK.tolist()})], SHAPE),
     "grey*sr4": lambda: make_operator("grey*sr4", SHAPE),
 }
 exactly = partial(torch.testing.assert_close, rtol=0, atol=1e-12)

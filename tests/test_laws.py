@@ -189,13 +189,13 @@ def bijection_rows() -> list[Row]:
 
 
 def operator_rows() -> list[Row]:
-    mask = random((4, 5), seed=3) > 0
+    mask = (random((4, 5), seed=3) > 0).tolist()
     return [
-        Row("weights", lambda: Weights(torch.tensor([[0.6, 0.8, 0.0], [0.8, -0.6, 0.0]])), (3, 2, 5)),
-        Row("operator sr2", lambda: make_operator("sr2", (3, 4, 6)).chain, (3, 4, 6)),
-        Row("operator grey", lambda: make_operator("grey", (3, 3, 5)).chain, (3, 3, 5)),
-        Row("operator inpaint", lambda: LinearChain([KnownPixels(mask)], (3, 4, 5)).chain, (3, 4, 5)),
-        Row("operator grey*sr2", lambda: make_operator("grey*sr2", (3, 4, 4)).chain, (3, 4, 4)),
+        Row("weights", lambda: Weights([[0.6, 0.8, 0.0], [0.8, -0.6, 0.0]]), (3, 2, 5)),
+        Row("SPNN of sr2", lambda: make_operator("sr2", (3, 4, 6)).chain, (3, 4, 6)),
+        Row("SPNN of grey", lambda: make_operator("grey", (3, 3, 5)).chain, (3, 3, 5)),
+        Row("SPNN of a mask", lambda: LinearChain([(KnownPixels, {"mask": mask})], (3, 4, 5)).chain, (3, 4, 5)),
+        Row("SPNN of grey*sr2", lambda: make_operator("grey*sr2", (3, 4, 4)).chain, (3, 4, 4)),
     ]
 
 

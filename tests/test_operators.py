@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diagnostics import IDENTITIES, penrose
 from models import SPNN
 from operators import LinearOperator, SPNNOperator, as_operator, make_operator
 from utils import InputError
@@ -161,12 +162,16 @@ def test_the_four_penrose_identities(linear):
 def test_nlbp_of_a_linear_chain_is_ddnms_update(linear):
     """The closed form of an SPNN, over the chain's own completion, and ``x + A+(y - A x)``: DDNM, equation 13."""
     x, y = points(linear)
-    network = SPNN.__new__(SPNN)
-    torch.nn.Module.__init__(network)
-    network.pinn, network.in_shape, network.out_shape = linear.chain, linear.in_shape, linear.out_shape
     expected = x + linear.pinv(y - linear.A(x))
-    torch.testing.assert_close(network.back_project(x, y), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(linear.chain.back_project(x, y), expected, rtol=0, atol=1e-13)
     torch.testing.assert_close(linear.back_project(x, y), expected, rtol=0, atol=1e-13)
+
+
+def test_diagnostics_take_it_for_the_spnn_that_it_is(linear):
+    found = penrose(linear.chain, points(linear)[0], precision="float64")
+    assert all(found[name]["relative_max"] < 1e-13 for name in IDENTITIES) and found["lost"] > 0.1
+    found = penrose(linear.chain, points(linear)[0].float())
+    assert all(found[name]["relative_max"] < 1e-6 for name in IDENTITIES)
 
 
 @torch.no_grad()
