@@ -19,11 +19,13 @@ judge against g's logits: a ceiling, for the two disagree about the inputs alrea
 
 With --edits each method also runs without an edit. By the judge: the share of pictures in which the edited attribute is
 seen, and of inputs in which it was before; the share of the other attributes that differ from the input, and of the
-same ones in the picture without the edit, which is the floor.
+same ones in the picture without the edit, which is the floor. What contradicts an edit may be set with it:
+Blond_Hair=1+Black_Hair=0.
 """
 
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -80,7 +82,10 @@ class Evaluation:
         "rules of guidance; RULE@STEPS has steps of its own",
     )
     steps: tuple[int, ...] = option((50,), "numbers of sampling steps; each method runs with each", 1, 1000)
-    edits: tuple[str, ...] = option((), "NAME=VALUE, or several with commas between: each method runs with each edit")
+    edits: tuple[str, ...] = option(
+        (),
+        "NAME=VALUE, or NAME=VALUE+NAME=VALUE, the first being the one that is looked for: each method runs with each",
+    )
     count: int = option(100, "of the first so many images", 1)
     out: Path = option(Path("check_points/evaluation"), "folder for the table and the pictures")
     reference: Path | None = option(None, "folder of real pictures for KID and FID (not given: the inputs)")
@@ -354,7 +359,7 @@ class Measured:
             if not self.edits:
                 self.unedited = said
             else:
-                edited = list(self.edits)
+                edited = list(self.edits)[:1]
                 others = [i for i in range(judged.shape[1]) if i not in self.edits]
                 mean("before", agreement(before[:, edited], judged[:, edited]))
                 mean("edited", agreement(said[:, edited], judged[:, edited]))
@@ -449,7 +454,7 @@ def evaluate(
     """Draw what is not drawn yet, measure everything, write the table; the exit status."""
     size, device = networks.image_size, networks.device
     typical = None if networks.spnn is None else networks.spnn.notes.get("typical_logits")
-    edits = {case.edit: parse_set([case.edit] if case.edit else [], networks.attributes, typical) for case in rules}
+    edits = {case.edit: parse_set(assignments(case.edit), networks.attributes, typical) for case in rules}
     if not world.leads:
         logging.disable(logging.INFO)
     log = get_logger("evaluate", e.out)
@@ -495,6 +500,11 @@ def measures(e: Evaluation, networks: Networks, targets: Targets, log: logging.L
     lpips = load_lpips(device, log, size) if e.lpips and inputs is not None else None
     measured = Measured(networks, targets, inputs, features, reference, lpips, embedding, {}, None)
     return measured, f"{seen_by} features against {0 if reference is None else len(reference)} pictures"
+
+
+def assignments(edit: str | None) -> list[str]:
+    """The parts of ``A=1+B=+4``."""
+    return [] if edit is None else re.split(r"\+(?=\w+=)", edit)
 
 
 def edited(targets: Targets, edits: dict[int, tuple[float, bool]]) -> Targets:

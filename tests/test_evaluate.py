@@ -15,7 +15,7 @@ from test_main import assets, tiny_spnn  # noqa: F401  (a fixture)
 
 import evaluate
 from DDNM.guided_diffusion.inputs import Targets
-from evaluate import Measured, bootstrap, edited, fid, halves, kid
+from evaluate import Measured, assignments, bootstrap, edited, fid, halves, kid
 from operators import SPNNOperator
 from utils import InputError
 
@@ -122,10 +122,11 @@ def test_two_processes_draw_what_one_draws(run, assets, tmp_path):  # noqa: F811
 
 
 def test_edits_run_beside_the_method_without_one(run):
-    record = run("--methods", "nlbp", "--steps", "2", "--edits", "Smiling=1", "Bald=-3")
+    record = run("--methods", "nlbp", "--steps", "2", "--edits", "Smiling=1", "Bald=+3+Bangs=0")
     _, plain, smiling, bald, mean = record["rows"]
     assert plain["method"] == "nlbp, 2 steps" and plain["edited"] is None
-    assert smiling["method"] == "nlbp, 2 steps, Smiling=1" and bald["method"] == "nlbp, 2 steps, Bald=-3"
+    assert smiling["method"] == "nlbp, 2 steps, Smiling=1" and bald["method"] == "nlbp, 2 steps, Bald=+3+Bangs=0"
+    assert assignments("Bald=+3+Bangs=0") == ["Bald=+3", "Bangs=0"]
     assert mean["method"] == "nlbp, 2 steps, mean of 2 edits"
     assert mean["edited"] == pytest.approx((smiling["edited"] + bald["edited"]) / 2)
 

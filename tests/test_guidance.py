@@ -265,6 +265,7 @@ def test_guide_leaves_what_is_not_far_alone():
 
 def test_rules_by_name():
     assert rule("none") == Unguided() and rule("nlbp") == NLBP() and rule("nlbp", max_move=0).max_move is None
+    assert rule("nlbp", total_move=3).max_move == 0.06 and rule("nlbp", total_move=3, max_move=0.1).max_move == 0.1
     assert rule("gradient", gradient_scale=0.1) == Gradient(0.1)
     assert rule("freedom") == Gradient(0.03, 0.0, 2, 700, 300)
     assert rule("nlbp+gradient", switch=300) == Switched(NLBP(), Gradient(0.03), 300)

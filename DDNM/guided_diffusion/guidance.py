@@ -337,7 +337,13 @@ class RuleSettings:
     lambda1: float = option(NLBP.lambda1, "nlbp: strength at the cleaner steps", 0)
     lambda2: float = option(NLBP.lambda2, "nlbp: strength at the noisier steps", 0)
     nlbp_stop_cond: float = option(NLBP.nlbp_stop_cond, "nlbp: none below this mean attribute error", 0, 1)
-    max_move: float = option(NLBP.max_move, "nlbp: largest root mean square move; 0: no limit, the published rule", 0)
+    max_move: float | None = option(
+        None,
+        "nlbp: largest root mean square move of a step; none: --total_move / steps, or 0.15; 0: no limit, the "
+        "published rule",
+        0,
+    )
+    total_move: float | None = option(None, "nlbp: largest sum of its steps' moves, so that few steps move more", 0)
     last_bp_step: int = option(NLBP.last_bp_step, "nlbp: none below this step", 0)
     gradient_scale: float | None = option(
         None, "gradient, freedom, tfg: step of the gradient through the prior; none: 0.03 sqrt(50 / steps)", 0, 100
@@ -371,5 +377,7 @@ class RuleSettings:
     def build(self, steps: int) -> Guidance:
         """The rule, for so many sampling steps. Raises InputError as `rules`."""
         scale = self.gradient_scale if self.gradient_scale is not None else 0.03 * (50 / steps) ** 0.5
-        rules = [RULES[name](replace(self, gradient_scale=scale)) for name in self.rules]
+        total = NLBP.max_move if self.total_move is None else self.total_move / steps
+        move = total if self.max_move is None else self.max_move
+        rules = [RULES[name](replace(self, gradient_scale=scale, max_move=move)) for name in self.rules]
         return rules[0] if len(rules) == 1 else Switched(rules[0], rules[1], self.switch)
