@@ -432,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     architecture = {key: value for key, value in others.items() if key in PRESET_ONLY}
     check_architecture(architecture)
     with join_world(weights.device) as (world, device), locked(e.out) if world.leads else nullcontext():
-        networks = load_networks(weights, architecture, device)
+        networks = load_networks(weights, architecture, device, what.operator)
         targets = read_targets(what, networks, walk.batch_size, world, most=e.count)
         targets.add_noise(rule.noise, walk.seed)
         for case, guidance in rules.items():
@@ -443,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise InputError(f"--steps {case.steps}: {error}") from None
         same = asdict(rule) | asdict(walk) | {"set": what.set, "align": what.align} | networks.fingerprints()
         same |= {"precision": weights.precision, "compile": weights.compile, "device": device.type}
-        same |= {"operator": weights.operator}
+        same |= {"operator": what.operator}
         return evaluate(e, rules, walk, networks, targets, to_json_values(same), world)
 
 

@@ -93,7 +93,7 @@ class Settings(NamedTuple):
         """What decides how the pictures look, but for the weights: a resumed run must have the same."""
         run, walk = self.run, {key: value for key, value in asdict(self.walk).items() if key != "batch_size"}
         more = {"steps": run.steps, "base_rate": run.base_rate, "lpips": run.lpips, "set": self.targets.set,
-                "align": self.targets.align, "operator": self.networks.operator,
+                "align": self.targets.align, "operator": self.targets.operator,
                 "precision": self.networks.precision}  # fmt: skip
         return asdict(self.rule) | walk | more | self.architecture
 
@@ -106,11 +106,11 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         guidance = "none" if s.rule.guidance == "none" else "nlbp"
         rule = replace(s.rule, guidance=guidance, max_move=0.0, last_bp_step=0)
         s = s._replace(rule=rule, walk=replace(s.walk, clip_x0=False, eta=None))
-    if s.networks.operator is not None:
+    if s.targets.operator is not None:
         words = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
         if not {"--guidance", "--published_rule"} & set(words):
             s = s._replace(rule=replace(s.rule, guidance="linear"))  # presets' own are for attributes
-    if s.rule.noise and (s.networks.operator is None or s.walk.eta == 0):
+    if s.rule.noise and (s.targets.operator is None or s.walk.eta == 0):
         raise InputError("--noise: needs --operator, and steps that add noise: --eta above 0, or none")
     s.rule.build(s.run.steps)  # refuses what it does not know
     check_architecture(s.architecture)
@@ -162,7 +162,7 @@ class Drawing(NamedTuple):
 def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -> int:
     """Draw what is not finished yet, and write the results of all that is; the exit status."""
     guidance = s.rule.build(s.run.steps)
-    networks = load_networks(s.networks, s.architecture, device)
+    networks = load_networks(s.networks, s.architecture, device, s.targets.operator)
     targets = read_targets(s.targets, networks, s.walk.batch_size, world)
     targets.add_noise(s.rule.noise, s.walk.seed)
     guidance.towards(networks.operator, targets.logits[:1].to(device))  # refuses what does not fit

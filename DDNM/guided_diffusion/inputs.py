@@ -37,8 +37,6 @@ class NetworkSettings:
 
     spnn: str | None = option(None, "SPNN weights: a file, a folder or a hub id")
     prior: str | None = option(None, "diffusion prior: a diffusers folder, a DDPM weight file or a hub id")
-    operator: str | None = option(None, "measure images by this, in the place of the SPNN's attributes: sr4, grey, "
-                                  "inpaint:FILE (black pixels are missing), or a product, grey*sr4")  # fmt: skip
     judge: str | None = option(None, "weights of the independent judge (judge.py); none: no judge's figures")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: str = option("float32", "of the prior's network", choices=("float32", "bf16"))
@@ -54,6 +52,8 @@ class TargetSettings:
 
     path_y: str = option(..., "input images: a name under exp/datasets, a folder or a file; or a table of logits "
                          "(.csv) as written to logits.csv")  # fmt: skip
+    operator: str | None = option(None, "measure images by this, in the place of the SPNN's attributes: sr4, grey, "
+                                  "inpaint:FILE (black pixels are missing), or a product, grey*sr4")  # fmt: skip
     set: list[str] = option([], "NAME=VALUE: set an attribute of every target; 0 or 1 for the typical logit without "
                             "or with it, or a logit such as +4")  # fmt: skip
     align: bool = option(False, "find the face in each image and cut it as CelebA-HQ does (pip install mtcnn)")
@@ -138,22 +138,25 @@ def from_ddnm(source: str) -> str:
     return str(inside) if not Path(source).exists() and inside.exists() else source
 
 
-def load_networks(settings: NetworkSettings, architecture: dict, device: torch.device) -> Networks:
+def load_networks(
+    settings: NetworkSettings, architecture: dict, device: torch.device, operator: str | None = None
+) -> Networks:
     """Load and check what a run needs.
 
     Args:
         architecture: what a preset says of the prior (`PRESET_ONLY`).
+        operator: what is measured in the place of the SPNN's attributes, see `operators.make_operator`.
 
     Raises:
         InputError: weights that are missing (all of them in one message) or do not fit one another.
     """
-    flags = ("spnn", "prior") if settings.operator is None else ("prior",)
+    flags = ("spnn", "prior") if operator is None else ("prior",)
     for flag in flags:
         if getattr(settings, flag) is None:
             raise InputError(f"--{flag}: give the weights, here or in the config")
     *spnn_source, prior_source = locate(*(from_ddnm(getattr(settings, flag)) for flag in flags))
     spnn, attributes, measures = None, [], None
-    if settings.operator is None:
+    if operator is None:
         spnn = SPNN.from_pretrained(*spnn_source)
         if len(spnn.out_shape) > 1:
             raise InputError(f"{settings.spnn}: attributes are logits ({spnn.num_classes},), its are {spnn.out_shape}")
@@ -165,8 +168,8 @@ def load_networks(settings: NetworkSettings, architecture: dict, device: torch.d
     prior = load_prior(
         prior_source, architecture.get("prior_model"), image_size, autocast, True, settings.checkpoint_activations
     )
-    if settings.operator is not None:
-        measures = make_operator(settings.operator, (3, prior.image_size, prior.image_size))
+    if operator is not None:
+        measures = make_operator(operator, (3, prior.image_size, prior.image_size))
     judge = None if settings.judge is None else load_judge(from_ddnm(settings.judge))
     size = prior.image_size if spnn is None else spnn.img_size
     for what, other in {"prior draws": prior.image_size, "judge takes": judge and judge.img_size}.items():
