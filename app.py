@@ -199,7 +199,7 @@ class Studio:
             except Exception as error:  # goes to the visitor who waits, not to the thread's end
                 found.put(error)
 
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=work, name="drawing", daemon=True).start()
         try:
             share = 0.0
             while share < 1:

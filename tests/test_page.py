@@ -68,15 +68,22 @@ def test_the_command_draws_the_same_picture(studio, wish, rule, tmp_path, monkey
         assert np.array_equal(np.asarray(saved), to_uint8(picture).permute(1, 2, 0).numpy())
 
 
+def is_drawing(wanted: bool, seconds: float = 60) -> bool:
+    """Whether somebody's picture is being drawn, waiting for it to be so or not."""
+    until = time.monotonic() + seconds
+    while (now := any(thread.name == "drawing" for thread in threading.enumerate())) != wanted:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.05)
+    return now
+
+
 def test_closing_a_drawing_ends_it(studio, wish):
-    before = threading.active_count()
     drawing = studio.draw(app.replace(wish, steps=500))
     next(drawing)
+    assert is_drawing(True)
     drawing.close()
-    until = time.monotonic() + 20
-    while threading.active_count() > before and time.monotonic() < until:
-        time.sleep(0.05)
-    assert threading.active_count() == before
+    assert not is_drawing(False)
 
 
 def test_what_differs_is_framed_and_said(studio):
@@ -162,6 +169,18 @@ def test_a_drawing_is_stopped(tab):
     caption = tab.locator("figcaption", has_text="x0 after").inner_text()
     time.sleep(2)
     assert tab.locator("figcaption", has_text="x0 after").inner_text() == caption
+
+
+@pytest.mark.page
+def test_a_closed_tab_ends_its_drawing(tab):
+    steps = tab.get_by_label("number input for Steps")
+    steps.fill("200")
+    steps.press("Enter")
+    press(tab, "Draw")
+    tab.wait_for_selector("text=x0 after")
+    assert is_drawing(True)
+    tab.close()
+    assert not is_drawing(False)
 
 
 @pytest.mark.page
