@@ -267,6 +267,11 @@ def drawn(rules: dict[str, tuple[Operator, Guidance]], y: Tensor, r: Restoring, 
     return pictures, seconds
 
 
+def misfit(operator: SPNNOperator, x: Tensor, y: Tensor) -> float:
+    """What g is wrong by: the mean distance of g(x) from what is measured of x."""
+    return operator.distance(operator.A(x), y).mean().item()
+
+
 def with_interval(values: Tensor) -> tuple[float, float, float]:
     """A mean over images, (N,), and its 95 % interval."""
     return bootstrap(lambda some: values[some].double().mean().item(), len(values))
@@ -285,7 +290,7 @@ def write_report(folder: Path, rows: dict[str, dict], columns: dict[str, Tensor]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     (folder / "table.md").write_text(table)
     write_json(folder / "table.json", {"settings": {k: str(v) for k, v in settings.items()}, "rows": rows})
-    side = [[picture(image, 128) for image in row] for row in list(zip(*columns.values(), strict=True))[:6]]
+    side = [[picture(image, 128) for image in row] for row in list(zip(*columns.values(), strict=True))[:4]]
     contact_sheet(folder / "sheet.png", list(columns), side, [""] * len(side), footer)
     print(table)
 
@@ -299,7 +304,7 @@ def restore(
     y, other = function(x), next(iter(loaders.val))[0].to(run.device)
     # linear or not: of the true measurement a gradient asks A and its distances alone
     true = LinearOperator(function, operator.pinv, operator.in_shape, operator.out_shape)
-    wrong = operator.distance(operator.A(other), function(other)).mean().item()
+    wrong = misfit(operator, other, function(other))
     nlbp = NLBP(1.0, 1.0, nlbp_stop_cond=wrong if r.stop is None else r.stop, max_move=r.max_move or None)
     rules: dict[str, tuple] = {"unguided": (operator, Unguided()), "NLBP, g": (operator, nlbp),
                                "DPS, g": (operator, Gradient(o.dps_step))}  # fmt: skip

@@ -30,7 +30,7 @@ from loop import Run, open_run
 from networks import conv, down, located, up
 from operators import SPNNOperator
 from procedural_faces import MASK_COLOURS
-from train_operator import Fit, Restoring, build, drawn, find_run, fit, run_stage, with_interval, write_report
+from train_operator import Fit, Restoring, build, drawn, find_run, fit, misfit, run_stage, with_interval, write_report
 from utils import atomic_write, option, parse, run_command, write_json
 
 CLASSES = len(MASK_CLASSES)
@@ -124,12 +124,12 @@ def legend(width: int) -> Image.Image:
 
 
 @torch.no_grad()
-def reconstruct_faces(operator: ClassOperator, judge: nn.Module, loader, o: Options, r: Restoring, run: Run) -> None:
+def reconstruct_faces(operator: ClassOperator, judge: nn.Module, loaders, o: Options, r: Restoring, run: Run) -> None:
     """Draw faces from the maps of test images; write the table and the sheet."""
-    x, masks = (torch.cat(part)[: r.count].to(run.device) for part in zip(*loader, strict=True))
-    maps = smaller(masks)
-    y = logits_of(maps)
-    nlbp = NLBP(nlbp_stop_cond=r.stop or 0.0, max_move=r.max_move or None)
+    x, masks = (torch.cat(part)[: r.count].to(run.device) for part in zip(*loaders.test, strict=True))
+    maps, (other, truth) = smaller(masks), next(iter(loaders.val))
+    y, wrong = logits_of(maps), misfit(operator, other.to(run.device), logits_of(smaller(truth.to(run.device))))
+    nlbp = NLBP(nlbp_stop_cond=wrong if r.stop is None else r.stop, max_move=r.max_move or None)
     gradient = Gradient(0.03)
     rules = {"unguided": Unguided(), "NLBP": nlbp, "gradient": gradient,
              "NLBP, then gradient": Switched(nlbp, gradient, switch=400)}  # fmt: skip
@@ -149,7 +149,13 @@ def reconstruct_faces(operator: ClassOperator, judge: nn.Module, loader, o: Opti
     columns = {"map: all that is used": coloured(maps), "face": pictures[best]}
     columns |= {f"{who} sees": coloured(seen[f"{who} sees, {best}"]) for who in ("g", "judge")}
     columns |= {"NLBP alone": pictures["NLBP"], "g'(map)": pictures["g'(map)"], "unguided": pictures["unguided"]}
-    write_report(run.folder, rows, columns, {**asdict(o), **asdict(r)}, legend(len(columns) * 144 + 16))
+    write_report(
+        run.folder,
+        rows,
+        columns,
+        {**asdict(o), **asdict(r), "what g is wrong by": wrong},
+        legend(len(columns) * 144 + 16),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(format_table(report))
         write_json(run.folder / "diagnostics.json", report)
         if r.prior is not None:
-            reconstruct_faces(operator, judge, loaders.test, o, r, run)
+            reconstruct_faces(operator, judge, loaders, o, r, run)
     return 0
 
 
