@@ -71,8 +71,9 @@ data/faces_10k/CelebAMask-HQ-attribute-anno.txt: | $(VENV)/ready
 	$(RUN) procedural_faces.py --out data/faces_10k --count 10000 --size 64 --seed 0 --overwrite
 
 judge: data/faces_10k/CelebAMask-HQ-attribute-anno.txt
-	$(RUN) judge.py --dataset_path data/faces_10k --out $(LOGS)/judge.safetensors --overwrite \
+	$(RUN) judge.py --dataset_path data/faces_10k --out check_points/judge_64.safetensors --overwrite \
 		--img_size 64 --epochs 10 --batch_size 128 --lr 2e-3 --seed 0 --dtype float16
+	for suffix in json safetensors; do cp check_points/judge_64.$$suffix $(LOGS)/judge.$$suffix; done
 
 prior: faces
 	$(RUN) DDNM/train_prior.py --images $(FACES)/CelebA-HQ-img --out check_points/prior_64 --img_size 64 --overwrite \
@@ -88,8 +89,9 @@ train-real: | $(VENV)/ready
 	$(RUN) train_celeba.py --config configs/celeba_64.yml --dataset_path $(REAL) --resume
 	$(RUN) checkpoints.py convert check_points/celeba_64/best_model_r_opt_real.pth $(REAL_LOGS)/spnn.safetensors --dtype float16
 	cp check_points/celeba_64/config.json $(REAL_LOGS)/spnn.json
-	$(RUN) judge.py --dataset_path $(REAL) --out $(REAL_LOGS)/judge.safetensors --overwrite --img_size 64 \
+	$(RUN) judge.py --dataset_path $(REAL) --out check_points/judge_celeba64.safetensors --resume --img_size 64 \
 		--epochs 60 --batch_size 128 --lr 3e-3 --weight_decay 0.05 --augment 1 --seed 1 --dtype float16
+	for suffix in json safetensors; do cp check_points/judge_celeba64.$$suffix $(REAL_LOGS)/judge.$$suffix; done
 	$(RUN) DDNM/train_prior.py --images $(REAL_IMAGES) --split train --out check_points/prior_celeba64 --resume --img_size 64 \
 		--channels 64,128,128 --layers 2 --attention_size 16 --dropout 0.1 --augment 0.5 --steps 6400 --batch_size 256 \
 		--lr 1e-3 --warmup 400 --precision bf16 --save_dtype float16

@@ -5,10 +5,12 @@ Reconstructions are steered by the SPNN's own logits, so the SPNN cannot grade t
 
     python judge.py --dataset_path data/faces_10k --out check_points/judge.safetensors
 
-It writes the weights, and beside them one JSON with the architecture, the settings and the figures on the test split.
+It writes the weights, and beside them one JSON with the architecture, the settings and the figures on the test split;
+and judge_training/ with table, curves, log and state, from which ``--resume`` goes on.
 """
 
-import json
+import copy
+import csv
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from checkpoints import DTYPES, load_strictly, read_weights, write_weights
+from checkpoints import DTYPES, load_strictly, read_json, read_weights, write_weights
 from data_loader import ATTRIBUTES, CelebAMaskHQ, augmented, batches_from, download_dataset, make_loader
 from logger import get_logger
-from loop import Loop, Run, adam, decaying
+from loop import DONE, Loop, Run, adam, decaying, open_run
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from utils import (
     LARGEST_BATCH,
@@ -31,6 +33,7 @@ from utils import (
     LARGEST_SIDE,
     LARGEST_WIDTH,
     InputError,
+    json_values,
     option,
     parse,
     resolve_device,
@@ -65,6 +68,8 @@ class Machine:
     dtype: str = option("float32", "of the stored weights", choices=DTYPES)
     strict: bool = option(False, "refuse unreadable images instead of leaving them out")
     overwrite: bool = option(False, "replace an existing weights file")
+    resume: bool = option(False, "continue a training that was stopped; begin it if there is none")
+    save_every: int = option(500, "steps between saved states; epoch ends are saved too", 0)
     evaluate: bool = option(False, "train nothing: measure --out on the test split")
 
 
@@ -83,8 +88,6 @@ class Judge(nn.Module):
 
     def __init__(self, num_classes: int = 40, img_size: int = 64, width: int = 32, dropout: float = 0.2) -> None:
         super().__init__()
-        if img_size < 8 or width < 1 or num_classes < 1:
-            raise InputError(f"judge: img_size {img_size} (at least 8), width {width} and num_classes {num_classes}")
         self.num_classes, self.img_size, self.width, self.dropout = num_classes, img_size, width, dropout
         self.register_buffer("mean", torch.zeros(1, 3, 1, 1))  # of the training pixels
         self.register_buffer("std", torch.full((1, 3, 1, 1), 0.5))
@@ -112,8 +115,7 @@ class Judge(nn.Module):
 
     def config(self) -> dict[str, int | float]:
         """The constructor's arguments."""
-        names = ("num_classes", "img_size", "width", "dropout")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("num_classes", "img_size", "width", "dropout")}
 
 
 def _conv(channels: int, out: int, stride: int = 1, kernel: int = 3) -> tuple[nn.Module, ...]:
@@ -137,16 +139,13 @@ def load_judge(path: str | Path) -> Judge:
     path, file = Path(path), config_path(path)
     if not path.is_file():
         raise InputError(f"judge {path}: no such file; train one with: python judge.py --out {path}")
+    content, state = read_json(file), read_weights(path)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         with torch.device("meta"):  # what it asks for is held against the file before it costs memory
             judge = Judge(**content["architecture"])
         attributes = tuple(content.get("attributes", ATTRIBUTES[: judge.num_classes]))
-    except OSError as error:
-        raise InputError(f"judge {path}: cannot read its architecture {file}: {error.strerror}") from None
     except Exception as error:  # whatever a malformed one gives
         raise InputError(f"judge {path}: {file} holds no architecture of a judge: {repr(error)[:300]}") from None
-    state = read_weights(path)
     load_strictly(judge, state, path)
     judge = Judge(**content["architecture"])
     load_strictly(judge, state, path)
@@ -165,11 +164,6 @@ def predict(judge: nn.Module, loader: DataLoader, device: torch.device) -> tuple
     return torch.cat(logits), torch.cat(labels)
 
 
-def _rounded(value: float | Tensor) -> float | None:
-    value = float(value)
-    return round(value, 5) if math.isfinite(value) else None  # JSON has no NaN
-
-
 def figures(logits: Tensor, labels: Tensor) -> dict:
     """Accuracy, balanced accuracy and prevalence by attribute, with mean and worst; ready for JSON.
 
@@ -177,25 +171,26 @@ def figures(logits: Tensor, labels: Tensor) -> dict:
         logits, labels: (N, 40), labels in {0, 1}. An attribute of one class only has no balanced accuracy (None) and
             stays out of its mean.
     """
-    accuracy = accuracy_by_attribute(logits, labels)  # (C,)
-    balanced = balanced_accuracy_by_attribute(logits, labels)  # (C,), NaN where an attribute has one class
-    rows = zip(ATTRIBUTES, accuracy, balanced, labels.mean(0), strict=True)
-    one_class = [name for name, value in zip(ATTRIBUTES, balanced.tolist(), strict=True) if math.isnan(value)]
-    worst = balanced.nan_to_num(math.inf).argmin() if len(one_class) < len(ATTRIBUTES) else None
-    return {
-        "images": len(labels),
-        "bce": _rounded(F.binary_cross_entropy_with_logits(logits, labels)),
-        "accuracy_mean": _rounded(accuracy.mean()),
-        "accuracy_worst": _rounded(accuracy.min()),
-        "balanced_accuracy_mean": _rounded(balanced.nanmean()),
-        "balanced_accuracy_worst": None if worst is None else _rounded(balanced[worst]),
-        "balanced_accuracy_worst_attribute": None if worst is None else ATTRIBUTES[worst],
-        "attributes_of_one_class": one_class,
-        "by_attribute": {
-            name: {"accuracy": _rounded(a), "balanced_accuracy": _rounded(b), "prevalence": _rounded(p)}
-            for name, a, b, p in rows
-        },
+    rows = {
+        "accuracy": accuracy_by_attribute(logits, labels),  # (C,)
+        "balanced_accuracy": balanced_accuracy_by_attribute(logits, labels),  # (C,), NaN if there is one class
+        "prevalence": labels.mean(0),  # (C,)
     }
+    accuracy, balanced = rows["accuracy"], rows["balanced_accuracy"]
+    known = balanced.isfinite()
+    worst = int(balanced.nan_to_num(math.inf).argmin())
+    numbers = {
+        "images": len(labels),
+        "bce": F.binary_cross_entropy_with_logits(logits, labels).item(),
+        "accuracy_mean": accuracy.mean().item(),
+        "accuracy_worst": accuracy.min().item(),
+        "balanced_accuracy_mean": balanced.nanmean().item(),
+        "balanced_accuracy_worst": balanced[worst].item(),
+        "balanced_accuracy_worst_attribute": ATTRIBUTES[worst] if known.any() else None,
+        "attributes_of_one_class": [name for name, there in zip(ATTRIBUTES, known, strict=True) if not there],
+    }
+    by_attribute = {name: {key: row[i].item() for key, row in rows.items()} for i, name in enumerate(ATTRIBUTES)}
+    return json_values({**numbers, "by_attribute": by_attribute})
 
 
 def format_table(measured: dict) -> str:
@@ -242,25 +237,22 @@ def begin(train: CelebAMaskHQ, width: int) -> Judge:
     return judge
 
 
-def train_judge(
-    train: CelebAMaskHQ, val: CelebAMaskHQ, settings: Training, device: torch.device, workers: int = 0
-) -> tuple[Judge, list[dict]]:
+def train_judge(train: CelebAMaskHQ, val: CelebAMaskHQ, settings: Training, run: Run, workers: int = 0) -> Judge:
     """Train a judge: Adam, one cycle of the learning rate, binary cross-entropy, random mirroring.
 
     Returns:
-        The weights of the epoch with the lowest validation loss (on the CPU, eval mode), and one record per epoch.
+        The one of the epoch with the lowest validation loss (on the CPU, eval mode).
 
     Raises:
-        InputError: the loss is not finite.
+        TrainingFailed: the loss is not finite.
+        Stopped: a signal came; the state is saved.
     """
-    s = settings
-    seed_everything(s.seed)
+    s, device = settings, run.device
     judge = begin(train, s.width).to(device, memory_format=torch.channels_last)  # 1.8 times as fast on a CPU
     drop = len(train) > s.batch_size
     loader = make_loader(train, s.batch_size, workers, s.seed, shuffle=True, flip=True, drop_last=drop, device=device)
     val_loader = make_loader(val, s.batch_size, workers, s.seed, device=device)
-    optimizer = adam(decaying(judge, s.weight_decay), s.lr, device)
-    best: dict[str, Tensor] = {}
+    optimizer, best = adam(decaying(judge, s.weight_decay), s.lr, device), copy.deepcopy(judge)
 
     def step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         loss = F.binary_cross_entropy_with_logits(judge.train()(augmented(images, s.augment)), labels)
@@ -270,52 +262,65 @@ def train_judge(
         return {"loss": loss}
 
     def measure() -> dict[str, float]:
-        logits, labels = predict(judge, val_loader, device)
+        logits, labels = predict(judge, run.until_stopped(val_loader), device)
         return {
             "loss": F.binary_cross_entropy_with_logits(logits, labels).item(),
             "accuracy": accuracy_by_attribute(logits, labels).mean().item(),
             "balanced_accuracy": balanced_accuracy_by_attribute(logits, labels).nanmean().item(),
         }
 
-    loop = Loop(
-        Run(None, device, seed=s.seed),
+    Loop(
+        run,
         "judge",
         step=step,
         batches=lambda done: batches_from(loader, done),
         steps=s.epochs * len(loader),
         row_every=len(loader),
-        parts={"model": judge, "optimizer": optimizer},
+        parts={"model": judge, "optimizer": optimizer, "best": best},
         rate=lambda done, progress: s.lr * one_cycle(progress),
         measure=measure,
-        keep=lambda: best.update({name: value.cpu().clone() for name, value in judge.state_dict().items()}),
-    )
-    loop.train()
-    judge.to("cpu", memory_format=torch.contiguous_format).load_state_dict(best)
-    return judge.eval(), [{name: _rounded(float(value)) for name, value in row.items()} for row in loop.rows]
+        keep=lambda: best.load_state_dict(judge.state_dict()),
+    ).train()
+    return best.to("cpu", memory_format=torch.contiguous_format).eval()
+
+
+def train_command(settings: Training, machine: Machine, root: Path) -> dict:
+    """Train, and write the weights; returns what else goes into the JSON beside them, nothing if that is done."""
+    seed_everything(settings.seed)
+    folder = machine.out.with_name(f"{machine.out.stem}_training")
+    with open_run(folder, machine.device, machine.save_every, settings.seed) as run:
+        train, val = (CelebAMaskHQ(root, split, settings.img_size, machine.strict) for split in ("train", "val"))
+        used = {**asdict(settings), "images": len(train)}
+        run.find_state(used, machine.resume, machine.overwrite)
+        if run.state is not None and run.state["stage"] == DONE:
+            print(f"{folder}: this training is finished")
+            return {}
+        judge = train_judge(train, val, settings, run, machine.workers)
+        write_weights(machine.out, judge.state_dict(), DTYPES[machine.dtype])
+        run.finish()
+        with open(folder / "metrics_judge.csv", newline="") as table:
+            history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(table)]
+    used |= {"dtype": machine.dtype, "device": run.device.type, "torch": torch.__version__}
+    return {
+        "architecture": judge.config(),
+        "attributes": list(ATTRIBUTES),
+        "training": used,
+        "history": history,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see ``--help``."""
     settings, machine, _ = parse(__doc__, Training, Machine, argv=argv)
-    out, device, size = machine.out, resolve_device(machine.device), settings.img_size
-    if not machine.evaluate and out.exists() and not machine.overwrite:
-        raise InputError(f"{out} exists; pass --overwrite to replace it, or --evaluate to measure it")
+    out, device, record = machine.out, resolve_device(machine.device), {}
     if machine.evaluate:
         size = load_judge(out).img_size  # before the data: a wrong path should not cost a download
+    elif out.exists() and not (machine.overwrite or machine.resume):
+        raise InputError(f"{out} exists; pass --overwrite to replace it, or --evaluate to measure it")
     root = machine.dataset_path if machine.dataset_path is not None else download_dataset()
-
-    record = {}
     if not machine.evaluate:
-        train, val = (CelebAMaskHQ(root, split, size, machine.strict) for split in ("train", "val"))
-        judge, history = train_judge(train, val, settings, device, machine.workers)
-        used = {"dtype": machine.dtype, "images": len(train), "device": device.type, "torch": torch.__version__}
-        record = {
-            "architecture": judge.config(),
-            "attributes": list(ATTRIBUTES),
-            "training": {**asdict(settings), **used},
-            "history": history,
-        }
-        write_weights(out, judge.state_dict(), DTYPES[machine.dtype])
+        record, size = train_command(settings, machine, root), settings.img_size
+    if record:
         write_json(config_path(out), record)
     test = CelebAMaskHQ(root, "test", size, machine.strict)
     judge = load_judge(out).to(device)  # what is measured is the file, rounding of its weights included

@@ -13,10 +13,11 @@ import logging
 import math
 import os
 import platform
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -117,20 +118,16 @@ def load_state(path: Path) -> dict:
 START_ANEW = "start anew with --overwrite, or in another folder"
 
 
-def check_settings(
-    saved: Mapping, given: Mapping, folder: Path, otherwise: str = "start anew with --overwrite"
-) -> None:
+def check_settings(saved: Mapping, given: Mapping, folder: Path, otherwise: str = START_ANEW) -> None:
     """A resumed run must be the run it resumes; ``otherwise`` says what to do if it is not meant to be.
 
     Raises:
         InputError: names the first setting in ``given`` that the run in ``folder`` has otherwise.
     """
     for key, value in given.items():
-        if saved.get(key) != to_json_values(value):
-            raise InputError(
-                f"the run in {folder} has {key} {saved.get(key)}, not {to_json_values(value)}; give the same, or "
-                f"{otherwise}"
-            )
+        has, value = saved.get(key), to_json_values(value)
+        if has != value:
+            raise InputError(f"the run in {folder} has {key} {has}, not {value}; give the same, or {otherwise}")
 
 
 # --- The run's folder ------------------------------------------------------------------------------------------------
@@ -154,7 +151,10 @@ def locked(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / LOCK_NAME
     try:
-        while True:
+        file = -1
+        while file < 0 or not (path.exists() and os.path.samestat(os.fstat(file), os.stat(path))):
+            if file >= 0:
+                os.close(file)  # its owner removed it between our opening and our locking
             folder.mkdir(parents=True, exist_ok=True)
             file = unlinked(path, os.O_RDWR | os.O_CREAT)
             try:
@@ -166,12 +166,6 @@ def locked(folder: Path) -> Iterator[None]:
                 raise InputError(f"{folder}: another run is writing there ({owner or 'just started'})") from None
             except OSError as error:
                 log.warning("%s cannot be locked (%s): see to it that no other run writes there", folder, error)
-            try:
-                if os.path.samestat(os.fstat(file), os.stat(path)):
-                    break
-            except FileNotFoundError:
-                pass
-            os.close(file)  # its owner removed it between our opening and our locking
         os.ftruncate(file, 0)
         os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
     except OSError as error:
@@ -184,11 +178,9 @@ def locked(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)  # while still locked
         if fcntl is not None:
             os.close(file)
-        for empty in made:
-            try:
+        with suppress(OSError):  # not empty: there are results
+            for empty in made:
                 empty.rmdir()
-            except OSError:  # not empty: there are results
-                break
 
 
 # --- Processes -------------------------------------------------------------------------------------------------------
@@ -228,8 +220,7 @@ class World:
 
     def wait(self) -> None:
         """Go on when all are here."""
-        if self.size > 1:
-            distributed.barrier()
+        self.largest(0)
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -256,17 +247,17 @@ class World:
         distributed.all_reduce(together)
         return dict(zip(values, together / self.size, strict=True))
 
-    def largest(self, *numbers: float) -> tuple[float, ...]:
-        """Of each number the largest that a process has. It is on the CPU: no GPU is waited for."""
+    def largest(self, number: float) -> float:
+        """The largest of this number that a process has. It is on the CPU: no GPU is waited for."""
         if self.size == 1:
-            return numbers
-        together = torch.tensor(numbers, dtype=torch.float64)
+            return number
+        together = torch.tensor(number, dtype=torch.float64)
         distributed.all_reduce(together, distributed.ReduceOp.MAX)
-        return tuple(together.tolist())
+        return together.item()
 
     def agreed(self, stopped: Callable[[], int | None]) -> Callable[[], int | None]:
         """``stopped``, answered alike everywhere: as soon as one process was asked to stop, all are."""
-        return stopped if self.size == 1 else lambda: int(self.largest(stopped() or 0)[0]) or None
+        return stopped if self.size == 1 else lambda: int(self.largest(stopped() or 0)) or None
 
     def parallel(
         self, model: nn.Module, losses_of: Callable[..., dict[str, Tensor]], all_used: bool = True
@@ -296,33 +287,39 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
 
     Raises:
         InputError: variables that are no torchrun's, more processes on a machine than GPUs, or a device that they
-            would share.
+            would share; inside, if another process of the run has ended: whatever one cannot do ends them all.
     """
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = {name: value for name in names if (value := os.environ.get(name, ""))}
-    if given.get("WORLD_SIZE", "1") == "1":
+    size, *others = (os.environ.get(name, "") for name in names)
+    if size in ("", "1"):
         yield World(), resolve_device(device)
         return
-    if missing := [name for name in names if name not in given]:
-        raise InputError(f"WORLD_SIZE is set, but {missing[0]} is not: start several processes with torchrun, or unset")
-    size, local = given["WORLD_SIZE"], given["LOCAL_RANK"]
-    if not (size.isdecimal() and local.isdecimal() and given["RANK"].isdecimal()):
-        raise InputError(f"WORLD_SIZE {size}, RANK {given['RANK']} and LOCAL_RANK {local} must be whole numbers")
-    own = resolve_device(device)
+    if not all(others):
+        missing = names[1 + others.index("")]
+        raise InputError(f"WORLD_SIZE is set, but {missing} is not: start several processes with torchrun, or unset it")
+    own, local = resolve_device(device), int(others[1])
     if own.type == "cuda":
         if device not in ("auto", "cuda"):
             raise InputError(f"--device {device}: {size} processes cannot share it; give cuda")
-        if int(local) >= torch.cuda.device_count():
+        if local >= torch.cuda.device_count():
             raise InputError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
-        own = torch.device("cuda", int(local))
+        own = torch.device("cuda", local)
         torch.cuda.set_device(own)
     # the others wait while one downloads, fills the cache or measures: NCCL's own 10 minutes are too few
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=timedelta(hours=6))
     try:
         yield World(distributed.get_rank(), distributed.get_world_size()), own
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise InputError("another process of this run has ended; what it said is the reason") from None
     finally:
         distributed.destroy_process_group()
+
+
+# what gloo says of a process that is gone
+_LOST = re.compile("(closed|reset) by peer|Broken pipe", re.IGNORECASE)
 
 
 # --- Averaged weights ------------------------------------------------------------------------------------------------
@@ -341,12 +338,6 @@ class Ema:
     def update(self, model: nn.Module, step: int) -> None:
         average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
         average(list(self.model.parameters()), list(model.parameters()), None)
-
-    def state_dict(self) -> dict:
-        return self.model.state_dict()
-
-    def load_state_dict(self, state: Mapping) -> None:
-        self.model.load_state_dict(state)
 
 
 # --- Gradients -------------------------------------------------------------------------------------------------------
@@ -584,7 +575,7 @@ class Loop:
         self.done, self.counted = self.done + 1, self.counted + 1
         self.seconds += time.perf_counter() - started
         if self.minutes is not None:
-            (self.seconds,) = self.run.world.largest(self.seconds)
+            self.seconds = self.run.world.largest(self.seconds)
 
     def _add_row(self) -> float:
         """Measure, write a row, keep what is best; returns the mean loss."""

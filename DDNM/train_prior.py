@@ -213,7 +213,7 @@ class Trainer:
             steps=machine.steps,
             minutes=machine.minutes,
             row_every=machine.log_every,
-            parts={"model": self.prior.unet, "optimizer": self.optimizer, "ema": self.ema},
+            parts={"model": self.prior.unet, "optimizer": self.optimizer, "ema": self.ema.model},
             rate=lambda done, progress: learning_rate(progress, done, s.lr, s.warmup, s.decay),
             axis="step",
             saved=self.save,

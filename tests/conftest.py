@@ -1,7 +1,13 @@
 """What all tests share."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+
+import loop
+
+DRAWN = loop.plot_curves, loop.tensorboard_events
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,3 +21,17 @@ def one_thread():
 def still_one_thread():
     """A command may have taken more."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_curves():
+    """The picture of the curves takes longer than the trainings here, and so does TensorBoard's import."""
+    loop.plot_curves = lambda table, picture: None
+    loop.tensorboard_events = lambda folder, begin: nullcontext(lambda figures, step: None)
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """All the same, for the test that wants them."""
+    monkeypatch.setattr(loop, "plot_curves", DRAWN[0])
+    monkeypatch.setattr(loop, "tensorboard_events", DRAWN[1])

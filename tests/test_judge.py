@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -6,9 +8,11 @@ import torch
 from layout import write_layout
 
 import judge as judge_module
+import loop
 from data_loader import ATTRIBUTES, CelebAMaskHQ
 from judge import Judge, Training, figures, format_table, load_judge, main, one_cycle, train_judge
-from utils import InputError, run_command
+from loop import Run
+from utils import InputError, Stopped, seed_everything
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +53,6 @@ def test_size_and_shapes():
             assert Judge(7, size, 4).eval()(torch.zeros(1, 3, size, size)).shape == (1, 7)
     with pytest.raises(ValueError, match="64, 64"):
         judge(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(InputError, match="img_size 4"):
-        Judge(img_size=4)
 
 
 def test_it_knows_where_things_are():
@@ -93,8 +95,9 @@ def test_training_repeats_with_its_seed(faces):
     train, val = (CelebAMaskHQ(faces, split, 16) for split in ("train", "val"))
 
     def weights(seed: int) -> dict:
+        seed_everything(seed)
         settings = Training(img_size=16, epochs=1, batch_size=32, width=4, seed=seed)
-        return train_judge(train, val, settings, torch.device("cpu"))[0].state_dict()
+        return train_judge(train, val, settings, Run(None, torch.device("cpu"), seed=seed)).state_dict()
 
     one, other, third = weights(0), weights(0), weights(1)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -106,11 +109,10 @@ def test_load_failures(tmp_path, trained):
         load_judge(tmp_path / "none.safetensors")
     copy = tmp_path / "judge.safetensors"
     copy.write_bytes(trained.read_bytes())
-    with pytest.raises(InputError, match="cannot read its architecture"):
-        load_judge(copy)
-    for text in ("{", "[]", "{}", '{"architecture": {"depth": 3}}'):
-        copy.with_suffix(".json").write_text(text)
-        with pytest.raises(InputError, match="no architecture of a judge"):
+    for text in (None, "{", "[]", "{}", '{"architecture": {"depth": 3}}'):
+        if text is not None:
+            copy.with_suffix(".json").write_text(text)
+        with pytest.raises(InputError, match="judge.json"):
             load_judge(copy)
     copy.with_suffix(".json").write_text('{"architecture": {"num_classes": 40, "img_size": 16, "width": 4}}')
     with pytest.raises(InputError, match="judge.safetensors"):
@@ -121,7 +123,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(faces, monkeypatch):
     train, val = (CelebAMaskHQ(faces, split, 16) for split in ("train", "val"))
     monkeypatch.setattr(judge_module.F, "binary_cross_entropy_with_logits", lambda x, y: (x * float("nan")).mean())
     with pytest.raises(InputError, match="judge epoch 1/1: not a finite number in the losses"):
-        train_judge(train, val, Training(img_size=16, epochs=1, width=4), torch.device("cpu"))
+        train_judge(train, val, Training(img_size=16, epochs=1, width=4), Run(None, torch.device("cpu")))
 
 
 def test_the_learning_rate_goes_up_and_down_once():
@@ -130,11 +132,29 @@ def test_the_learning_rate_goes_up_and_down_once():
     assert rates[:31] == sorted(rates[:31]) and rates[30:] == sorted(rates[30:], reverse=True)
 
 
-def test_a_mistake_of_the_user_is_one_line_and_status_2(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: main(["--dataset_path", str(tmp_path / "none"), "--out", str(tmp_path / "j.safetensors")]))
-    assert stopped.value.code == 2
-    assert "no such folder" in capsys.readouterr().err.strip().splitlines()[-1]
+def test_a_training_that_is_stopped_goes_on_as_if_nothing_had_happened(trained, faces, tmp_path, monkeypatch, capsys):
+    out, honest = tmp_path / "judge.safetensors", loop.Loop._make_step
+
+    def make_step(self, *batch):
+        honest(self, *batch)
+        if self.done == 20:  # in the fourth epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(loop.Loop, "_make_step", make_step)
+        main(arguments(faces, out, "--dtype", "float16"))
+    assert not out.exists()
+    with pytest.raises(InputError, match="not finished; give --resume"):
+        main(arguments(faces, out, "--dtype", "float16"))
+    for _ in range(2):
+        assert main(arguments(faces, out, "--dtype", "float16", "--resume")) == 0
+        assert out.read_bytes() == trained.read_bytes()
+    assert "finished" in capsys.readouterr().out
+    records = [json.loads(path.with_suffix(".json").read_text()) for path in (out, trained)]
+    for record in records:
+        for row in record["history"]:
+            del row["seconds"]
+    assert records[0] == records[1]
 
 
 def test_figures_with_an_attribute_of_one_class():

@@ -77,16 +77,6 @@ def prior_arguments(faces: Path, folder: Path, steps: int = 12, augment: float =
 COMMANDS = {"spnn": (train_celeba.main, spnn_arguments), "prior": (train_prior.main, prior_arguments)}
 
 
-def no_curves():
-    """The picture of the curves takes longer than the training."""
-    loop.plot_curves = lambda table, picture: None
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(loop, "plot_curves", lambda table, picture: None)
-
-
 def outcome(folder: Path) -> dict:
     """What a run leaves: every weight, and the tables but for the time that was spent."""
     found = {}
@@ -128,7 +118,7 @@ def victim(kind: str, arguments: list[str], die_at: tuple[str, int] | None) -> N
     through: ``fsync`` cuts the temporary file in two first, as a machine that crashes may.
     """
     torch.set_num_threads(1)
-    no_curves()
+    loop.plot_curves = lambda table, picture: None
     if die_at is not None:
         name, calls = die_at
         honest, count = getattr(os, name), 0

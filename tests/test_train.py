@@ -37,12 +37,6 @@ CHAIN = [
 NAMES = ("one", "two", "three", "four")
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """The picture of the curves takes longer than the training; tests/test_logger.py draws it."""
-    monkeypatch.setattr(loop, "plot_curves", lambda table, picture: None)
-
-
 def tiny_spnn(seed: int = 0, chain=CHAIN) -> SPNN:
     model = SPNN(num_classes=4, img_size=8, layer_channels=chain)
     generator = torch.Generator().manual_seed(seed)

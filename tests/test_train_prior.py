@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-import loop
 from checkpoints import read_weights
 from DDNM import train_prior
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, load_prior, small_unet
@@ -18,13 +17,6 @@ from images import grid
 from utils import InputError, Stopped
 
 MODEL = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def no_curves(request, monkeypatch):
-    """The picture of the curves takes longer than the training: one test draws it."""
-    if "beside" not in request.node.name:
-        monkeypatch.setattr(loop, "plot_curves", lambda table, picture: None)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +75,7 @@ def test_a_stopped_and_resumed_run_is_the_undisturbed_one(images, tmp_path, monk
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
-def test_the_result_is_a_prior_with_everything_beside_it(images, tmp_path, monkeypatch):
+def test_the_result_is_a_prior_with_everything_beside_it(images, tmp_path, monkeypatch, curves):
     monkeypatch.setattr(train_prior, "SAMPLE_STEPS", 3)
     assert run(images, tmp_path, "--save_every", "2", "--samples", "3", "--save_dtype", "float16") == 0
     names = {
