@@ -309,7 +309,9 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=timedelta(hours=6))
     try:
-        yield World(distributed.get_rank(), distributed.get_world_size()), own
+        world = World(distributed.get_rank(), distributed.get_world_size())
+        world.wait()  # until all have met: who failed before would leave the others looking for it
+        yield world, own
     except RuntimeError as error:
         if not _LOST.search(str(error)):
             raise

@@ -1,13 +1,16 @@
 """Several processes follow one: the same batches, losses, weights and decisions."""
 
 import csv
+import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_loop import faces, prior_arguments, spnn_arguments  # noqa: F401  (a fixture)
+from test_loop import COMMANDS, faces, prior_arguments, spnn_arguments  # noqa: F401  (a fixture)
 from test_main import assets, figures_of, pictures  # noqa: F401  (a fixture)
 
 import train_celeba
@@ -15,15 +18,36 @@ from checkpoints import read_weights
 from data_loader import EpochBatches, make_loaders
 from DDNM import main, train_prior
 from loop import World, join_world
-from utils import InputError
+from utils import InputError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def start_two(script: str, *arguments: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*torchrun, script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def member(rank: int, port: int, command, arguments: list[str], samples: Path, errors: Path) -> None:
+    """A process of a run of two, with the variables that torchrun sets."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    main.SAMPLES, sys.stderr = samples, open(errors / f"{rank}.txt", "w", buffering=1)
+    run_command(lambda: command(arguments))
+
+
+def start_two(command, arguments: list[str], folder: Path) -> tuple[list[int], list[str]]:
+    """Exit status and last line of each of two processes; results of DDNM/main.py go below ``folder``."""
+    context = multiprocessing.get_context("forkserver")  # everything is imported once
+    context.set_forkserver_preload(["train_celeba", "DDNM.main", "DDNM.train_prior"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    started = [context.Process(target=member, args=(i, port, command, arguments, folder, folder)) for i in (0, 1)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(200)
+        process.kill()
+    last = [(folder / f"{rank}.txt").read_text().strip().rpartition("\n")[2] for rank in (0, 1)]
+    return [process.exitcode for process in started], last
 
 
 def rows(folder: Path, stage: str) -> list[dict[str, float]]:
@@ -34,7 +58,7 @@ def rows(folder: Path, stage: str) -> list[dict[str, float]]:
 def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
     folders = {processes: tmp_path / f"of_{processes}" for processes in (1, 2)}
     assert train_celeba.main(spnn_arguments(faces, folders[1], epoch=2, r_epoch=3)) == 0
-    start_two("train_celeba.py", *spnn_arguments(faces, folders[2], epoch=2, r_epoch=3))
+    assert start_two(train_celeba.main, spnn_arguments(faces, folders[2], epoch=2, r_epoch=3), tmp_path)[0] == [0, 0]
     for stage in ("forward", "r_opt"):
         one, two = (rows(folders[processes], stage) for processes in (1, 2))
         assert len(one) == len(two) == {"forward": 2, "r_opt": 3}[stage]
@@ -50,14 +74,26 @@ def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
     assert (folders[2] / "log.txt").read_text().count("stage 1: ") == 1  # one of the two reports
 
 
-def test_two_processes_train_the_prior_of_one(faces, tmp_path):  # noqa: F811
+def test_torchrun_trains_the_prior_of_one_process(faces, tmp_path):  # noqa: F811
     assert train_prior.main(prior_arguments(faces, tmp_path / "of_1")) == 0
-    start_two("DDNM/train_prior.py", *prior_arguments(faces, tmp_path / "of_2"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "DDNM/train_prior.py", *prior_arguments(faces, tmp_path / "of_2")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (list(csv.DictReader(open(tmp_path / name / "metrics.csv"))) for name in ("of_1", "of_2"))
     assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
         for key in ("step", "loss", "lr", "grad_norm"):
             assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), key
+
+
+def test_what_one_process_cannot_do_ends_them_all_with_a_line_each(faces, tmp_path):  # noqa: F811
+    for name, (command, arguments_of) in COMMANDS.items():
+        arguments = arguments_of(faces, tmp_path / name)
+        (tmp_path / name).write_text("a file, where the leading process needs a folder")
+        status, last = start_two(command, arguments, tmp_path)
+        assert status == [2, 2] and last[0].startswith("error: ") and name in last[0]
+        assert last[1].startswith("error: ") and ("another process" in last[1] or name in last[1])
 
 
 def test_the_parts_of_a_batch_are_the_batch():
@@ -81,7 +117,7 @@ def test_one_process_is_a_world_of_one(monkeypatch):
         assert one.leads and one.gather("x") == ["x"] and one.share([1, 2]) == [1, 2]
         value = {"a": torch.tensor(2.0)}
         assert one.mean(value) is value
-        assert one.agreed(len) is len and one.largest(1.5, 2) == (1.5, 2)
+        assert one.agreed(len) is len and one.largest(1.5) == 1.5
 
 
 @pytest.mark.parametrize("given", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "two"}])
@@ -98,25 +134,12 @@ def test_variables_that_torchrun_did_not_set_are_one_line(monkeypatch, given):
         assert one.size == 1
 
 
-COMMAND = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from DDNM import main
-from utils import run_command
-main.SAMPLES = Path(sys.argv[2])
-run_command(lambda: main.main(sys.argv[3:]))
-"""
-
-
 def test_two_processes_draw_the_pictures_of_one(assets, tmp_path, monkeypatch):  # noqa: F811
-    script = tmp_path / "draw.py"
-    script.write_text(COMMAND)
     flags = ["--ni", "--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--base_rate"]
     monkeypatch.setattr(main, "SAMPLES", tmp_path)
     assert main.main([*flags, "--image_folder", "of_1"]) == 0
-    arguments = [str(ROOT), str(tmp_path), *flags, "--image_folder", "of_2"]
-    start_two(str(script), *arguments)
+    arguments = [*flags, "--image_folder", "of_2"]
+    assert start_two(main.main, arguments, tmp_path)[0] == [0, 0]
     one, two = tmp_path / "of_1", tmp_path / "of_2"
     assert figures_of(one) == figures_of(two) and len(figures_of(two)) == 3
     expected, got = pictures(one), pictures(two)
@@ -125,5 +148,5 @@ def test_two_processes_draw_the_pictures_of_one(assets, tmp_path, monkeypatch): 
     assert (two / "sheet.png").is_file()
     # a picture that is lost is drawn again, by whichever process has its batch
     (two / "reconstruction" / "green.png").unlink()
-    start_two(str(script), *arguments, "--resume")
+    assert start_two(main.main, [*arguments, "--resume"], tmp_path)[0] == [0, 0]
     assert (pictures(two)["reconstruction/green.png"] == expected["reconstruction/green.png"]).all()
