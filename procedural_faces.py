@@ -33,10 +33,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import multiprocessing
-import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -70,21 +67,13 @@ EXCLUSIVE = (
 # Colours, 0 to 255.
 SKIN_TONES = ((228, 180, 146), (206, 152, 115), (176, 120, 84), (142, 94, 66))
 PALE_SKIN = (252, 236, 228)
-HAIR = {
-    "Black_Hair": (30, 26, 34),
-    "Blond_Hair": (236, 202, 112),
-    "Brown_Hair": (96, 54, 26),
-    "Gray_Hair": (178, 182, 190),
-    "red": (190, 66, 26),
-    "bald": (70, 50, 40),
-}
-STREAKS = {
-    "Black_Hair": (104, 108, 140),
-    "Blond_Hair": (255, 248, 214),
-    "Brown_Hair": (178, 124, 78),
-    "Gray_Hair": (248, 250, 252),
-    "red": (254, 172, 112),
-    "bald": (70, 50, 40),
+HAIR = {  # and the sheen of straight hair
+    "Black_Hair": ((30, 26, 34), (104, 108, 140)),
+    "Blond_Hair": ((236, 202, 112), (255, 248, 214)),
+    "Brown_Hair": ((96, 54, 26), (178, 124, 78)),
+    "Gray_Hair": ((178, 182, 190), (248, 250, 252)),
+    "red": ((190, 66, 26), (254, 172, 112)),
+    "bald": ((70, 50, 40), (70, 50, 40)),
 }
 BACKGROUNDS = ((120, 168, 190), (132, 178, 150), (170, 150, 196), (196, 178, 140), (150, 170, 214))
 EYE_COLOURS = ((84, 52, 28), (52, 104, 158), (66, 122, 76), (108, 84, 44))
@@ -102,6 +91,26 @@ MASK_COLOURS = [value for k in range(len(MASK_CLASSES)) for value in (k * 67 % 2
 # ---------------------------------------------------------------- what is drawn: attributes and variation
 
 
+CHANCES = (  # of an attribute where another one holds, and where it does not
+    ("Arched_Eyebrows", "Male", 0.14, 0.44),
+    ("Big_Lips", "Male", 0.18, 0.32),
+    ("Bushy_Eyebrows", "Male", 0.30, 0.12),
+    ("Heavy_Makeup", "Male", 0.02, 0.42),
+    ("High_Cheekbones", "Male", 0.20, 0.36),
+    ("Rosy_Cheeks", "Male", 0.08, 0.28),
+    ("Sideburns", "Male", 0.32, 0.0),
+    ("Wearing_Earrings", "Male", 0.05, 0.38),
+    ("Wearing_Necktie", "Male", 0.26, 0.03),
+    ("Bags_Under_Eyes", "Young", 0.14, 0.40),
+    ("Chubby", "Young", 0.10, 0.18),
+    ("Eyeglasses", "Young", 0.14, 0.26),
+    ("Double_Chin", "Chubby", 0.50, 0.08),
+    ("Oval_Face", "Chubby", 0.0, 0.34),
+    *((name, name, p, p) for name, p in {"Blurry": 0.06, "Mouth_Slightly_Open": 0.42, "Narrow_Eyes": 0.20,
+      "Pale_Skin": 0.15, "Pointy_Nose": 0.30, "Smiling": 0.46}.items()),
+)  # fmt: skip
+
+
 def sample_attributes(rng: np.random.Generator) -> dict[str, bool]:
     """Draw the 40 attributes: correlated as in portraits, never contradictory (see the module's rules)."""
     chance = dict(zip(ATTRIBUTES, rng.random(len(ATTRIBUTES)), strict=True))
@@ -112,35 +121,9 @@ def sample_attributes(rng: np.random.Generator) -> dict[str, bool]:
         return a[name]
 
     male, young = decide("Male", 0.48), decide("Young", 0.62)
-    for name, for_men, for_women in (
-        ("Arched_Eyebrows", 0.14, 0.44),
-        ("Big_Lips", 0.18, 0.32),
-        ("Bushy_Eyebrows", 0.30, 0.12),
-        ("Heavy_Makeup", 0.02, 0.42),
-        ("High_Cheekbones", 0.20, 0.36),
-        ("Rosy_Cheeks", 0.08, 0.28),
-        ("Wearing_Earrings", 0.05, 0.38),
-        ("Wearing_Necktie", 0.26, 0.03),
-    ):
-        decide(name, for_men if male else for_women)
-    for name, if_young, if_old in (
-        ("Bags_Under_Eyes", 0.14, 0.40),
-        ("Chubby", 0.10, 0.18),
-        ("Eyeglasses", 0.14, 0.26),
-    ):
-        decide(name, if_young if young else if_old)
-    for name, probability in (
-        ("Blurry", 0.06),
-        ("Mouth_Slightly_Open", 0.42),
-        ("Narrow_Eyes", 0.20),
-        ("Pale_Skin", 0.15),
-        ("Pointy_Nose", 0.30),
-        ("Smiling", 0.46),
-    ):
-        decide(name, probability)
+    for name, other, if_so, if_not in CHANCES:
+        decide(name, if_so if a[other] else if_not)
     decide("Big_Nose", (0.28 if male else 0.12) + (0.0 if young else 0.08))
-    decide("Double_Chin", 0.50 if a["Chubby"] else 0.08)
-    decide("Oval_Face", 0.0 if a["Chubby"] else 0.34)
     decide("Wearing_Lipstick", 0.02 if male else 0.75 if a["Heavy_Makeup"] else 0.36)
     decide("Wearing_Necklace", 0.0 if a["Wearing_Necktie"] else 0.06 if male else 0.30)
 
@@ -149,36 +132,20 @@ def sample_attributes(rng: np.random.Generator) -> dict[str, bool]:
             decide("Receding_Hairline", (0.16 if young else 0.55) if male else (0.04 if young else 0.14))
         if not decide("Straight_Hair", 0.36):
             decide("Wavy_Hair", 0.45 if male else 0.68)
-        shares = (0.31, 0.22, 0.29, 0.04) if young else (0.18, 0.12, 0.18, 0.42)
-        for name, upper in zip(HAIR_COLOURS, np.cumsum(shares), strict=True):
-            if chance["Black_Hair"] < upper:
-                a[name] = True
-                break
+        upper = np.cumsum((0.31, 0.22, 0.29, 0.04) if young else (0.18, 0.12, 0.18, 0.42))
+        for name in HAIR_COLOURS[int((chance["Black_Hair"] >= upper).sum()) :][:1]:
+            a[name] = True
 
     a["No_Beard"] = not male or bool(chance["No_Beard"] < 0.22)
     if not a["No_Beard"] and chance["No_Beard"] > 0.38:  # between the two bounds: a full beard only
-        for name in BEARDS:
-            decide(name, 0.42)
-        if not any(a[name] for name in BEARDS):
+        if not any([decide(name, 0.42) for name in BEARDS]):
             a[BEARDS[int(chance["Goatee"] * 1e4) % 3]] = True
-    decide("Sideburns", 0.32 if male else 0.0)
     a["Attractive"] = _attractive(a)
     return a
 
 
 def _attractive(a: dict[str, bool]) -> bool:
     return a["Young"] and not any(a[name] for name in UNATTRACTIVE)
-
-
-def contradictions(attributes: dict[str, bool]) -> list[str]:
-    """The rules of this module that the attributes break, in words; empty when there are none."""
-    a = attributes
-    broken = [f"{one} with {other}" for one, other in EXCLUSIVE if a[one] and a[other]]
-    if a["Attractive"] != _attractive(a):
-        broken.append("Attractive against its rule")
-    if not a["Male"] and (a["Sideburns"] or not a["No_Beard"]):
-        broken.append("a beard or sideburns without Male")
-    return broken
 
 
 def flip_attribute(attributes: dict[str, bool], name: str) -> dict[str, bool]:
@@ -238,8 +205,7 @@ class Variation:
 
 def sample_variation(rng: np.random.Generator) -> Variation:
     """Draw a `Variation`."""
-    fields = dataclasses.fields(Variation)
-    return Variation(*(float(value) for value in rng.random(len(fields))))
+    return Variation(*rng.random(len(dataclasses.fields(Variation))).tolist())
 
 
 # ---------------------------------------------------------------- colours and curves
@@ -371,32 +337,29 @@ class Canvas:
         """Map points of the head, (n, 2), to the unit square."""
         return (np.asarray(points, float) + (self.yaw * depth, 0)) @ self.turn + self.origin
 
+    def _in_pixels(self, shapes, depth: float | None) -> list[np.ndarray]:
+        """Of one outline, or several: of the head at this depth, or of the unit square when depth is None."""
+        shapes = shapes if isinstance(shapes, list) else [shapes]
+        return [(s if depth is None else self.head(s, depth)) * self.pixels for s in shapes]
+
     def mark(self, shapes, part: str, depth: float | None = None, spare: tuple[str, ...] = ()) -> None:
         """Say what outlines show, by its name in `data_loader.MASK_CLASSES`; what shows a class to ``spare`` stays.
 
         ``part`` "_eye" stands for a pair, of which the right half of the picture shows the left one.
         """
-        for shape in shapes if isinstance(shapes, list) else [shapes]:
-            shape = shape if depth is None else self.head(shape, depth)
-            side = ("l" if shape[:, 0].mean() > self.head([(0, 0)])[0, 0] else "r") if part[0] == "_" else ""
+        for shape in self._in_pixels(shapes, depth):
+            middle = self.head([(0, 0)])[0, 0] * self.pixels
+            side = ("l" if shape[:, 0].mean() > middle else "r") if part[0] == "_" else ""
             number = MASK_CLASSES.index(side + part)
             if spare:
                 kept = [MASK_CLASSES.index(name) for name in spare]
                 free = self.classes.point([0 if k in kept else 255 for k in range(256)])
-                self.classes.paste(number, mask=ImageChops.multiply(self.mask(shape, None), free))
+                self.classes.paste(number, mask=ImageChops.multiply(self.mask(shape / self.pixels, None), free))
             else:
-                ImageDraw.Draw(self.classes).polygon((shape * self.pixels).ravel().tolist(), fill=number)
+                ImageDraw.Draw(self.classes).polygon(shape.ravel().tolist(), fill=number)
 
-    def fill(
-        self,
-        shapes,
-        colour,
-        depth: float | None = None,
-        alpha: float = 1.0,
-        blur: float = 0.0,
-        clip=None,
-        part: str | None = None,
-    ) -> None:
+    def fill(self, shapes, colour, depth: float | None = None, alpha: float = 1.0, blur: float = 0.0, clip=None,
+             part: str | None = None) -> None:  # fmt: skip
         """Fill one outline, or several at once; of the head at this depth, or of the unit square when depth is None.
 
         ``alpha`` is the opacity, ``blur`` the standard deviation of a soft edge as a part of the picture's width,
@@ -404,8 +367,7 @@ class Canvas:
         """
         if part is not None:
             self.mark(shapes, part, depth)
-        shapes = shapes if isinstance(shapes, list) else [shapes]
-        shapes = [(s if depth is None else self.head(s, depth)) * self.pixels for s in shapes]
+        shapes = self._in_pixels(shapes, depth)
         if alpha == 1 and not blur and clip is None:
             for shape in shapes:
                 self.draw.polygon(shape.ravel().tolist(), fill=colour)
@@ -416,24 +378,20 @@ class Canvas:
         high = np.clip(np.ceil(points.max(0) + margin), 0, self.pixels).astype(int)
         if (high <= low).any():
             return
-        mask = Image.new("L", tuple(int(n) for n in high - low))
+        mask = Image.new("L", tuple((high - low).tolist()))
         draw = ImageDraw.Draw(mask)
         for shape in shapes:
             draw.polygon((shape - low).ravel().tolist(), fill=int(round(255 * alpha)))
         if blur:
             mask = mask.filter(ImageFilter.GaussianBlur(blur * self.pixels))
-        box = (int(low[0]), int(low[1]), int(high[0]), int(high[1]))
-        if clip is not None:
-            mask = ImageChops.multiply(mask, clip.crop(box))
-        self.image.paste(colour, box, mask)
+        box = (*low.tolist(), *high.tolist())
+        self.image.paste(colour, box, mask if clip is None else ImageChops.multiply(mask, clip.crop(box)))
 
     def mask(self, shapes, depth: float | None) -> Image.Image:
         """A mask of outlines to clip other shapes with; ``depth`` as for `fill`."""
         mask = Image.new("L", self.image.size)
-        draw = ImageDraw.Draw(mask)
-        for shape in shapes if isinstance(shapes, list) else [shapes]:
-            shape = shape if depth is None else self.head(shape, depth)
-            draw.polygon((shape * self.pixels).ravel().tolist(), fill=255)
+        for shape in self._in_pixels(shapes, depth):
+            ImageDraw.Draw(mask).polygon(shape.ravel().tolist(), fill=255)
         return mask
 
     def finish(self, blurry: bool) -> tuple[Image.Image, Image.Image]:
@@ -447,83 +405,48 @@ class Canvas:
 # ---------------------------------------------------------------- the plan of a face
 
 
-@dataclasses.dataclass(frozen=True)
-class Face:
-    """Attributes and variation turned into lengths (head coordinates) and colours."""
+TOP = -0.29  # v of the skull's highest point
+MOUTH = 0.205
+LONG_HAIR = 0.16  # hair that ends below this v falls in locks at the sides of the face
 
-    a: dict[str, bool]
-    v: Variation
-    width: float  # half the width at the eyes
-    jaw: float  # half the width at the mouth
-    chin_width: float
-    chin: float  # v of its lowest point
-    outline: np.ndarray
-    skin: tuple
-    shadow: tuple
-    light: tuple
-    lit_side: int  # -1 left, 1 right
-    hair: tuple
-    hair_dark: tuple
-    hair_light: tuple
-    streak: tuple  # the sheen of straight hair
-    beard: tuple
-    hair_end: float  # v where the hair ends at the sides
-    volume: float
+
+class Face:
+    """Attributes and variation turned into lengths (head coordinates) and colours, from the ranges attributes give."""
+
+    def __init__(self, a: dict[str, bool], v: Variation) -> None:
+        self.a, self.v = a, v
+        if a["Chubby"]:  # half the width at the eyes, at the mouth, at the chin, and the chin's v
+            width, jaw, chin_width, chin = between(0.232, 0.240, v.width), between(0.246, 0.256, v.width), 0.175, 0.305
+        elif a["Oval_Face"]:
+            width, jaw, chin_width, chin = between(0.178, 0.186, v.width), between(0.126, 0.134, v.width), 0.070, 0.345
+        else:
+            width, jaw, chin_width, chin = between(0.208, 0.216, v.width), between(0.176, 0.186, v.width), 0.118, 0.292
+        chin += between(-0.006, 0.006, v.length)
+        if a["Male"]:
+            jaw, chin_width = jaw + 0.012, chin_width + 0.022
+        self.width, self.jaw, self.chin_width, self.chin = width, jaw, chin_width, chin
+        skull = [(0, TOP), (0.60 * width, TOP + 0.034), (0.92 * width, -0.17), (width, -0.05), (0.99 * width, 0.06)]
+        lower = [(jaw, 0.19), (chin_width, chin - 0.045), (0.5 * chin_width, chin - 0.008), (0, chin)]
+        self.outline = arch(skull + lower)
+        self.skin = PALE_SKIN if a["Pale_Skin"] else _along(SKIN_TONES, v.skin)
+        self.shadow, self.light = mix(self.skin, (96, 40, 40), 0.42), mix(self.skin, (255, 246, 226), 0.5)
+        self.lit_side = -1 if v.light < 0.5 else 1  # left, right
+        name = next((name for name in HAIR_COLOURS if a[name]), "bald" if a["Bald"] else "red")
+        colour, self.streak = HAIR[name]
+        self.hair = hair = mix(colour, BLACK if v.hair_shade < 0.5 else WHITE, 0.10 * abs(2 * v.hair_shade - 1))
+        self.hair_dark, self.hair_light = mix(hair, BLACK, 0.42), mix(hair, (255, 250, 235), 0.30)
+        self.beard = mix(hair, BLACK, 0.25)
+        short = v.hair_length < (0.88 if a["Male"] else 0.14)
+        end = 0.03 if short else 0.24 if v.hair_length < 0.42 else between(0.38, 0.46, v.hair_length)
+        # v where the hair ends at the sides; below a hat none would show else
+        self.hair_end = max(end, 0.20) if a["Wearing_Hat"] else end
+        self.volume = between(0.0, 0.014, v.hair_volume) + (0.012 if a["Wavy_Hair"] else 0)
 
     def half_width(self, at) -> np.ndarray:
         """Half the width of the head at heights v."""
         right = self.outline[self.outline[:, 0] >= 0]
         right = right[np.argsort(right[:, 1])]
         return np.interp(at, right[:, 1], right[:, 0])
-
-
-TOP = -0.29  # v of the skull's highest point
-MOUTH = 0.205
-LONG_HAIR = 0.16  # hair that ends below this v falls in locks at the sides of the face
-
-
-def plan_face(a: dict[str, bool], v: Variation) -> Face:
-    """Choose every length and colour from the range that the attributes give."""
-    if a["Chubby"]:
-        width, jaw, chin_width, chin = between(0.232, 0.240, v.width), between(0.246, 0.256, v.width), 0.175, 0.305
-    elif a["Oval_Face"]:
-        width, jaw, chin_width, chin = between(0.178, 0.186, v.width), between(0.126, 0.134, v.width), 0.070, 0.345
-    else:
-        width, jaw, chin_width, chin = between(0.208, 0.216, v.width), between(0.176, 0.186, v.width), 0.118, 0.292
-    chin += between(-0.006, 0.006, v.length)
-    if a["Male"]:
-        jaw, chin_width = jaw + 0.012, chin_width + 0.022
-    skull = [(0, TOP), (0.60 * width, TOP + 0.034), (0.92 * width, -0.17), (width, -0.05), (0.99 * width, 0.06)]
-    lower = [(jaw, 0.19), (chin_width, chin - 0.045), (0.5 * chin_width, chin - 0.008), (0, chin)]
-    outline = arch(skull + lower)
-    skin = PALE_SKIN if a["Pale_Skin"] else _along(SKIN_TONES, v.skin)
-    colour = next((name for name in HAIR_COLOURS if a[name]), "bald" if a["Bald"] else "red")
-    hair = mix(HAIR[colour], BLACK if v.hair_shade < 0.5 else WHITE, 0.10 * abs(2 * v.hair_shade - 1))
-    short = v.hair_length < (0.88 if a["Male"] else 0.14)
-    end = 0.03 if short else 0.24 if v.hair_length < 0.42 else between(0.38, 0.46, v.hair_length)
-    if a["Wearing_Hat"]:
-        end = max(end, 0.20)  # or no hair would show
-    volume = between(0.0, 0.014, v.hair_volume) + (0.012 if a["Wavy_Hair"] else 0)
-    return Face(
-        a=a,
-        v=v,
-        width=width,
-        jaw=jaw,
-        chin_width=chin_width,
-        chin=chin,
-        outline=outline,
-        skin=skin,
-        shadow=mix(skin, (96, 40, 40), 0.42),
-        light=mix(skin, (255, 246, 226), 0.5),
-        lit_side=-1 if v.light < 0.5 else 1,
-        hair=hair,
-        hair_dark=mix(hair, BLACK, 0.42),
-        hair_light=mix(hair, (255, 250, 235), 0.30),
-        streak=STREAKS[colour],
-        beard=mix(hair, BLACK, 0.25),
-        hair_end=end,
-        volume=volume,
-    )
 
 
 def _along(colours, t: float):
@@ -771,15 +694,8 @@ def draw_head(c: Canvas, f: Face) -> Image.Image:
     c.fill(f.outline, f.skin, depth=0.2, part="skin")
     clip = c.mask(f.outline, 0.2)
     w, jaw = f.width, f.jaw
-    shade = [
-        (0.62 * w, -0.30),
-        (1.3 * w, -0.2),
-        (1.4 * w, 0.1),
-        (0.9 * jaw, 0.36),
-        (0.25 * jaw, 0.33),
-        (0.78 * jaw, 0.15),
-    ]
-    shade = spline([*shade, (0.86 * w, -0.05)], closed=True) * (-f.lit_side, 1)
+    shade = [(0.62 * w, -0.30), (1.3 * w, -0.2), (1.4 * w, 0.1), (0.9 * jaw, 0.36), (0.25 * jaw, 0.33)]
+    shade = spline([*shade, (0.78 * jaw, 0.15), (0.86 * w, -0.05)], closed=True) * (-f.lit_side, 1)
     c.fill(shade, f.shadow, depth=0.2, alpha=0.62, blur=0.03, clip=clip)
     c.fill(ellipse(f.lit_side * 0.06, -0.15, 0.085, 0.06), f.light, depth=0.5, alpha=0.6, blur=0.035, clip=clip)
     c.fill(ellipse(f.lit_side * 0.115, 0.085, 0.04, 0.035), f.light, depth=0.8, alpha=0.5, blur=0.022, clip=clip)
@@ -1054,7 +970,7 @@ def render_with_mask(attributes: dict[str, bool], variation: Variation, size: in
     if size < SMALLEST_SIZE:
         raise ValueError(f"size {size} is too small: the smallest face is {SMALLEST_SIZE} pixels wide")
     a = attributes
-    c, f = Canvas(size, variation), plan_face(attributes, variation)
+    c, f = Canvas(size, variation), Face(attributes, variation)
     draw_background(c, f)
     draw_back_hair(c, f)
     draw_body(c, f)
@@ -1116,27 +1032,15 @@ def write_dataset(
     overwrite: bool = False,
     masks: bool = False,
 ) -> None:
-    """Write ``count`` faces and their annotation into the folder ``out``, laid out as CelebAMask-HQ is.
+    """Write ``count`` faces, and with ``masks`` those, into the folder ``out``, laid out as CelebAMask-HQ is.
 
-    With ``masks`` the mask of each is written beside them.
-
-    procedural_faces.json says what was drawn, and that it was: only such a folder is ever overwritten.
-
-    The files do not depend on ``workers`` (processes; by default one a core). With ``overwrite`` the numbered pictures
-    and the annotation of that layout are replaced; anything else in the folder stays.
+    procedural_faces.json says what was drawn, and that it was: only such a folder is ever overwritten. With
+    ``overwrite`` the numbered pictures and the annotation are replaced; anything else in the folder stays. The files do
+    not depend on ``workers``, processes that draw: a script calls this below ``if __name__ == "__main__":``.
 
     Raises:
-        InputError: ``out`` is a file, cannot be written, or holds something and ``overwrite`` is not set; or a number
-            is out of range: count and workers from 1, size from `SMALLEST_SIZE`, seed from 0; or a script calls this
-            outside of ``if __name__ == "__main__":``, with more than one worker.
+        InputError: ``out`` is a file, cannot be written, or holds something and ``overwrite`` is not set.
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        sys.exit(1)  # a worker of ours, which imports the script without a guard: the pool reports it
-    workers = workers if workers is not None else os.cpu_count() or 1
-    lowest = {"count": (count, 1), "size": (size, SMALLEST_SIZE), "seed": (seed, 0), "workers": (workers, 1)}
-    for name, (value, low) in lowest.items():
-        if value < low:
-            raise InputError(f"{name} {value} is out of range, must be at least {low}")
     out = Path(out)
     _prepare_folder(out, overwrite, {"count": count, "size": size, "seed": seed}, masks)
     write = functools.partial(_write_face, out=out, seed=seed, size=size, masks=masks)
@@ -1144,15 +1048,8 @@ def write_dataset(
     if workers == 1:
         lines = list(progress(map(write, range(count))))
     else:
-        context = multiprocessing.get_context("spawn")
-        try:
-            with ProcessPoolExecutor(workers, context) as pool:
-                lines = list(progress(pool.map(write, range(count), chunksize=32)))
-        except BrokenProcessPool:
-            raise InputError(
-                "the processes that draw ended early: in a script, call write_dataset below "
-                '`if __name__ == "__main__":`, or with workers=1'
-            ) from None
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            lines = list(progress(pool.map(write, range(count), chunksize=32)))
     with atomic_write(out / ANNOTATION_FILE) as file:
         file.write_text("\n".join([str(count), " ".join(ATTRIBUTES), *lines]) + "\n", encoding="utf-8")
 
@@ -1183,23 +1080,10 @@ def _prepare_folder(out: Path, overwrite: bool, settings: dict, masks: bool) -> 
 def sheet_attributes(name: str) -> dict[str, bool]:
     """A plain face without ``name``, on which it can be seen: a man for beards, a woman for make-up, and so on."""
     a = dict.fromkeys(ATTRIBUTES, False)
-    men = (
-        *BEARDS,
-        "Sideburns",
-        "No_Beard",
-        "Bald",
-        "Receding_Hairline",
-        "Wearing_Necktie",
-        "Bushy_Eyebrows",
-        "Double_Chin",
-    )
-    a.update(Male=name in men, Young=True, No_Beard=True)
-    if name not in HAIR_COLOURS:
-        a["Brown_Hair"] = True
-    a["Attractive"] = True
-    if a[name]:
-        a = flip_attribute(a, name)
-    return a
+    men = {*BEARDS, "Sideburns", "No_Beard", "Bald", "Receding_Hairline", "Wearing_Necktie", "Bushy_Eyebrows"}
+    man = name in men or name == "Double_Chin"
+    a.update(Male=man, Young=True, No_Beard=True, Attractive=True, Brown_Hair=name not in HAIR_COLOURS)
+    return flip_attribute(a, name) if a[name] else a
 
 
 def contact_sheet(path: str | Path, size: int = 104, seed: int = 0, columns: int = 5) -> None:

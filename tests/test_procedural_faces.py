@@ -1,8 +1,7 @@
 """The faces: determinism, layout, prevalence, consistency, and that every attribute can be seen."""
 
+import itertools
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,15 @@ import procedural_faces as faces
 from data_loader import ATTRIBUTES, MASK_CLASSES, CelebAMaskHQ, read_annotations
 from utils import InputError
 
-SCRIPT = Path(faces.__file__)
+
+def contradictions(a: dict[str, bool]) -> list[str]:
+    """The rules of the module that attributes break, in words."""
+    broken = [f"{one} with {other}" for one, other in faces.EXCLUSIVE if a[one] and a[other]]
+    if a["Attractive"] != (a["Young"] and not any(a[name] for name in faces.UNATTRACTIVE)):
+        broken.append("Attractive against its rule")
+    if not a["Male"] and (a["Sideburns"] or not a["No_Beard"]):
+        broken.append("a beard or sideburns without Male")
+    return broken
 
 
 @pytest.fixture(scope="module")
@@ -38,30 +45,7 @@ def test_attributes_are_neither_rare_nor_the_rule(sampled):
 def test_sampled_attributes_never_contradict_each_other(sampled):
     for a in sampled:
         assert tuple(a) == ATTRIBUTES
-        assert faces.contradictions(a) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"Bald": True, "Black_Hair": True}, "Bald"),
-        ({"No_Beard": False}, "beard"),
-        ({"Young": False}, "Attractive"),
-        ({"Wearing_Hat": True, "Bangs": True}, "Wearing_Hat with Bangs"),
-    ],
-)
-def test_contradictions_are_named(changes, words):
-    plain = {**dict.fromkeys(ATTRIBUTES, False), "Young": True, "No_Beard": True, "Attractive": True}
-    assert faces.contradictions(plain) == []
-    assert any(words in line for line in faces.contradictions({**plain, **changes}))
-
-
-@pytest.mark.parametrize("name", ATTRIBUTES)
-def test_flipping_changes_the_attribute_and_keeps_the_rest_consistent(name, sampled):
-    for a in sampled[:100]:
-        flipped = faces.flip_attribute(a, name)
-        assert flipped[name] != a[name]
-        assert faces.contradictions(flipped) == []
+        assert contradictions(a) == []
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
@@ -81,12 +65,17 @@ def test_the_same_face_twice_is_the_same_and_others_differ():
         assert faces.draw_face(seed, index, 32)[0].tobytes() != image.tobytes()
 
 
-@pytest.mark.parametrize("size", [16, 33, 64, 100, 129, 256])
+def test_flipping_changes_the_attribute_and_keeps_the_rest_consistent(sampled):
+    for name, a in itertools.product(ATTRIBUTES, sampled[:100]):
+        flipped = faces.flip_attribute(a, name)
+        assert flipped[name] != a[name] and contradictions(flipped) == [], name
+
+
+@pytest.mark.parametrize("size", [16, 33, 100, 256])
 def test_any_size_shows_the_same_face(size):
     image, attributes = faces.draw_face(1, 4, size)
     reference, reference_attributes = faces.draw_face(1, 4, 64)
-    assert image.mode == "RGB" and image.size == (size, size)
-    assert attributes == reference_attributes
+    assert image.mode == "RGB" and image.size == (size, size) and attributes == reference_attributes
     shrunk = [pixels(i.resize((16, 16), Image.Resampling.BOX)) for i in (image, reference)]
     assert np.abs(shrunk[0] - shrunk[1]).mean() < 8
 
@@ -174,39 +163,6 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
         faces.write_dataset(tmp_path / "file", 2, 16, seed=0, workers=1)
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"), [("--size", "15"), ("--count", "0"), ("--seed", "-1"), ("--workers", "0"), ("--count", "many")]
-)
-def test_bad_values_are_refused_in_one_line(flag, value, tmp_path):
-    with pytest.raises(InputError, match=flag):
-        faces.main(["--out", str(tmp_path / "new"), "--count", "1", flag, value])
-    assert not (tmp_path / "new").exists()
-
-
-def test_the_command_refuses_with_status_2(tmp_path):
-    (tmp_path / "note.txt").write_text("mine")
-    command = [sys.executable, SCRIPT, "--out", tmp_path, "--count", "1", "--size", "16"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and "not empty" in done.stderr
-
-
-def test_a_script_without_a_guard_ends_with_one_message(tmp_path):
-    """Each process that draws imports the script, which would have them start processes in their turn."""
-    script = "import sys\nsys.path.insert(0, sys.argv[1])\nfrom procedural_faces import write_dataset\n"
-    call = f"write_dataset({str(tmp_path / 'faces')!r}, 4, 16, 0, workers=2)\n"
-    guarded = 'if __name__ == "__main__":\n    ' + call
-    for body, status in ((call, 1), (guarded, 0)):
-        shutil.rmtree(tmp_path / "faces", ignore_errors=True)
-        (tmp_path / "script.py").write_text(script + body)
-        command = [sys.executable, tmp_path / "script.py", SCRIPT.parent]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.returncode == status
-        assert done.stderr.count("Traceback") == status
-        assert ("__main__" in done.stderr.splitlines()[-1]) == bool(status)
-    assert len(read_annotations(tmp_path / "faces" / faces.ANNOTATION_FILE).files) == 4
-
-
 # Masks ---------------------------------------------------------------------------------------------------------------
 
 
@@ -219,13 +175,13 @@ def classes(changes: dict[str, bool], size: int = 128) -> dict[str, np.ndarray]:
 
 def test_every_class_of_the_masks_is_drawn():
     seen = np.zeros(len(MASK_CLASSES))
-    for index in range(120):
+    for index in range(60):
         _, mask = faces.render_with_mask(*faces.sample_face(0, index), 64)
         assert mask.mode == "P" and mask.size == (64, 64)
         seen += np.bincount(np.asarray(mask).ravel(), minlength=len(MASK_CLASSES)) > 0
-    assert {name: n for name, n in zip(MASK_CLASSES, seen, strict=True) if n < 5} == {}
+    assert {name: n for name, n in zip(MASK_CLASSES, seen, strict=True) if n < 2} == {}
     always = ("background", "skin", "nose", "l_eye", "r_eye", "u_lip", "l_lip", "neck", "cloth")
-    assert all(seen[MASK_CLASSES.index(name)] > 100 for name in always)
+    assert all(seen[MASK_CLASSES.index(name)] > 50 for name in always)
 
 
 def test_left_is_the_persons_own_left():
