@@ -341,7 +341,7 @@ def read_mask(files: Sequence[Path], size: Size) -> np.ndarray:
         InputError: a file that is missing or unreadable, other classes, or other proportions than the image's.
     """
     image, *files = files
-    pictures = [read_picture(file) for file in files]
+    pictures: list[Image.Image] = [read_picture(file) for file in files]
     if files[0].parent.parent.name == PART_FOLDER:
         mask = np.zeros(pictures[0].size[::-1], dtype=np.uint8)
         for file, picture in zip(files, pictures, strict=True):

@@ -72,7 +72,9 @@ def find_images(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
-    found, others, visited = [], [], set()
+    found: list[Path] = []
+    others: list[Path] = []
+    visited = set()
     for folder, folders, files in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited:  # a link that leads back up

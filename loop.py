@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 def stop_signals() -> Iterator[Callable[[], int | None]]:
     """Turn SIGINT and SIGTERM into a question: the yielded function says which came. A second one acts at once."""
     received: list[int] = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def note(signum: int, frame: object) -> None:
         received.append(signum)
@@ -522,6 +522,7 @@ class Loop:
     counted: int = field(default=0, init=False)  # steps in them
     best: float = field(default=math.inf, init=False)
     rows: list[dict[str, str]] = field(default_factory=list, init=False)
+    drawn: int = field(default=0, init=False)  # rows of which the curves are a picture
 
     def train(self) -> None:
         """Go on to the end.
@@ -631,9 +632,9 @@ class Loop:
         save_state(run.folder / STATE_NAME, state)
         if self.done:
             self.saved(goes_on)
-        if len(self.rows) > self._drawn:
+        if len(self.rows) > self.drawn:
             plot_curves(self.table.path, run.folder / f"curves{self._suffix()}.png")
-            self._drawn = len(self.rows)
+            self.drawn = len(self.rows)
 
     def _begin(self) -> None:
         """Take up a state, or save the first: a run that is killed from here on is resumed, not begun again."""
@@ -655,7 +656,7 @@ class Loop:
             file = None if run.folder is None else run.folder / f"metrics{self._suffix()}.csv"
             self.table = MetricsTable(file, self.rows)
             self.rows = self.table.rows
-        self._drawn = len(self.rows)
+        self.drawn = len(self.rows)
         if not self.done:
             self.save()
 

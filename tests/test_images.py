@@ -186,6 +186,13 @@ def test_uint8_round_trip_and_save(tmp_path):
         save_image(image, tmp_path / "file" / "d.png")
 
 
+def test_a_grid_puts_images_side_by_side():
+    pictures = torch.stack([torch.full((3, 2, 2), float(i)) for i in range(3)])
+    sheet = images.grid(pictures, columns=2)
+    assert sheet.shape == (3, 4, 4)
+    assert sheet[0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 1, 1], [2, 2, 1, 1]]
+
+
 def test_celeba_is_framed_as_celeba_hq(tmp_path):
     """Where the rule of CelebA-HQ puts the mean eyes: level, a quarter of the width apart, at 48 % of the height."""
     eyes, mouth = np.array([[69.5, 111], [107.5, 111]]), np.array([88.5, 152])

@@ -44,17 +44,12 @@ def test_a_new_folder_replaces_the_old_one_and_none_keeps_it(tmp_path):
     assert "two" in (tmp_path / "b" / "log.txt").read_text()
 
 
-def test_unwritable_folder(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
-        get_logger("run", tmp_path / "file" / "run")
-
-
 def test_table_grows_rows_and_columns_and_resumes(tmp_path):
     path = tmp_path / "metrics.csv"
     metrics = MetricsTable(path)
     metrics.append({"epoch": 1, "train_loss": torch.tensor(0.5)})
     metrics.append({"epoch": 2, "train_loss": 0.25, "val_loss": float("nan")})
+    path.write_text(path.read_text() + "3,0.")  # a line that an interruption has cut
     metrics = MetricsTable(path)  # a resumed run
     metrics.append({"epoch": 3})
     assert table(path) == [
@@ -93,13 +88,6 @@ def test_a_full_disk_costs_log_lines_and_no_tracebacks(tmp_path, monkeypatch, ca
     assert "hello" in shown and "Traceback" not in shown
 
 
-def test_a_line_cut_by_an_interruption_is_left_out(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text("epoch,loss\n1,0.5\n2,0.")
-    MetricsTable(path).append({"epoch": 2, "loss": 0.25})
-    assert [row["loss"] for row in table(path)] == ["0.5", "0.25"]
-
-
 def test_a_log_or_table_that_is_a_link_is_not_written_through(tmp_path):
     outside, folder = tmp_path / "outside.txt", tmp_path / "run"
     folder.mkdir()
@@ -117,11 +105,15 @@ def test_a_log_or_table_that_is_a_link_is_not_written_through(tmp_path):
     assert outside.read_text() == "epoch\n" and not (tmp_path / "nowhere.txt").exists()
 
 
-def test_a_malformed_table_is_refused(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text("epoch,loss\n1,2,3\n")
-    with pytest.raises(InputError, match="line 2: 3 values for 2 columns"):
-        MetricsTable(path)
+@pytest.mark.parametrize("text, said", [
+    (None, "cannot read metrics"), ("", "to plot"), ("epoch,loss\n", "to plot"), ("epoch,loss\n1,word\n", "to plot"),
+    ("epoch,loss\n1,2,3\n", "line 2: 3 values for 2 columns"),
+])  # fmt: skip
+def test_what_is_no_table_is_refused(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(InputError, match=said):
+        plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
 
 
 def test_curves(tmp_path):
@@ -147,15 +139,3 @@ def test_tensorboard_events_beside_the_table(tmp_path):
     assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 11), (2, 12), (3, 33), (4, 34)]
     with tensorboard_events(None, 0) as write:
         write({"loss": 1.0}, 1)
-
-
-@pytest.mark.parametrize("text", ["", "epoch,loss\n", "epoch,loss\n1,word\n"])
-def test_nothing_to_plot(tmp_path, text):
-    (tmp_path / "metrics.csv").write_text(text)
-    with pytest.raises(InputError, match="to plot"):
-        plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
-
-
-def test_no_table(tmp_path):
-    with pytest.raises(InputError, match="cannot read metrics"):
-        plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")

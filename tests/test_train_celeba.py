@@ -130,24 +130,11 @@ def test_stage_2_alone_continues_stage_1_and_a_seed_repeats(finished, faces, tmp
     assert SPNN.from_pretrained(tmp_path / "run" / "best_model_r_opt_real.pth").notes["typical_logits"]
 
 
-def test_another_seed_gives_other_weights(finished, faces, tmp_path):
-    assert run(faces, tmp_path, "--is_forward_train", "--seed", "1", "--epoch", "1") == 0
-    one, other = read_weights(finished / "best_model.pth"), read_weights(tmp_path / "run" / "best_model.pth")
-    assert not all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_stage_2_without_stage_1_says_what_to_do_first(faces, tmp_path):
+def test_stage_2_needs_stage_1_of_its_own_size(finished, faces, tmp_path):
     with pytest.raises(InputError, match="best_model.pth: no such file; run stage 1 first"):
         run(faces, tmp_path, "--is_r_opt")
-
-
-def test_stage_2_of_another_size_is_refused(finished, faces, tmp_path):
-    chain = [
-        ["PixelUnshuffleBlock", {"r": 8}],
-        ["ConvPINNBlock", {"in_ch": 192, "out_ch": 40, "hidden": 8, "feat_size": 1}],
-    ]
-    config = str(preset(tmp_path, img_size=8, layer_channels=chain))
     before = {path.name: path.read_bytes() for path in finished.glob("*.pth")}
+    config = str(preset(tmp_path, img_size=8))
     with pytest.raises(InputError, match="takes 16x16 images, but --img_size is 8"):
         main(["--config", config, "--dataset_path", str(faces), "--checkpoint_dir", str(finished), "--is_r_opt"])
     assert before == {path.name: path.read_bytes() for path in finished.glob("*.pth")}
@@ -183,17 +170,13 @@ def changed(index, **arguments):
         ([*CHAIN[:3], "ConvPINNBlock"], r"block 3: expected \(block, arguments\)"),
         (5, r"architecture: "),
         ([], r"architecture: "),
+        (None, r"img_size 16 has no built-in architecture.*layer_channels"),
     ],
 )
 def test_an_architecture_that_does_not_fit_is_one_line_that_names_the_block(tmp_path, chain, said):
     with pytest.raises(InputError, match=said) as error:
         run(tmp_path / "no data is needed to say so", tmp_path, "--is_forward_train", layer_channels=chain)
     assert "\n" not in str(error.value)
-
-
-def test_a_size_without_a_built_in_architecture_is_refused(tmp_path):
-    with pytest.raises(InputError, match="img_size 16 has no built-in architecture.*layer_channels"):
-        run(tmp_path, tmp_path, "--is_forward_train", layer_channels=None)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +188,7 @@ def test_a_size_without_a_built_in_architecture_is_refused(tmp_path):
         (("--is_forward_train",), {"mix_type": "givens"}, "mix_type: 'givens' must be one of"),
         (("--is_forward_train", "--device", "abacus"), {}, "--device abacus"),
         (("--is_forward_train", "--config", "none.yml"), {}, "none.yml: no such file"),
+        (("--is_forward_train", "--dataset_path", "nowhere"), {}, "nowhere: no such folder"),
     ],
 )
 def test_a_mistake_is_one_clear_line(faces, tmp_path, flags, changes, said):
@@ -224,8 +208,3 @@ def test_the_published_command_line_parses():
     line += " --grad_clip 0.5 --hold_share 0.3 --precision bf16"
     task, settings, machine, _ = train_celeba.read_command(line.split())
     assert (settings.grad_clip, settings.hold_share, machine.precision) == (0.5, 0.3, "bf16")
-
-
-def test_no_data_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="nowhere"):
-        run(tmp_path / "nowhere", tmp_path, "--is_forward_train")

@@ -8,30 +8,7 @@ import pytest
 import torch
 
 import utils
-from utils import (
-    InputError,
-    InputErrors,
-    atomic_write,
-    nearest,
-    number,
-    read_yaml,
-    resolve_device,
-    run_command,
-)
-
-# --- run_command -----------------------------------------------------------------------------------------------------
-
-
-def status_of(main):
-    with pytest.raises(SystemExit) as stopped:
-        run_command(main)
-    return stopped.value.code
-
-
-@pytest.mark.parametrize("returned, status", [(0, 0), (None, None), (3, 3)])
-def test_a_command_exits_with_what_main_returns(returned, status, capsys):
-    assert status_of(lambda: returned) == status
-    assert capsys.readouterr().err == ""
+from utils import InputError, InputErrors, atomic_write, nearest, number, read_yaml, resolve_device, run_command
 
 
 def failing(error):
@@ -41,27 +18,28 @@ def failing(error):
     return main
 
 
-def test_a_mistake_of_the_user_is_one_line_and_status_2(capsys):
-    assert status_of(failing(InputError("no  such\tfolder"))) == 2
-    assert capsys.readouterr().err == "error: no such folder\n"
-
-
-def test_a_message_of_several_lines_keeps_them(capsys):
-    assert status_of(failing(InputErrors("two missing:\n  one\n  other"))) == 2
-    assert capsys.readouterr().err == "error: two missing:\n  one\n  other\n"
-
-
-@pytest.mark.parametrize("breaks", ["\n", "\r\n", "\x85", "\u2028", "\n\n\v"])
-def test_a_line_break_in_a_name_makes_no_second_line(breaks, capsys):
-    error = InputError(f"--config faces{breaks}.yml: no such file")
-    assert len(str(error).splitlines()) == 1
-    assert status_of(failing(error)) == 2
-    assert capsys.readouterr().err == "error: --config faces .yml: no such file\n"
-
-
-def test_an_interruption_is_status_130(capsys):
-    assert status_of(failing(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+@pytest.mark.parametrize(
+    "main, status, said",
+    [
+        (lambda: 0, 0, ""),
+        (lambda: 3, 3, ""),
+        (failing(InputError("no  such\tfolder")), 2, "error: no such folder\n"),
+        (failing(InputErrors("two:\n  one\n  other")), 2, "error: two:\n  one\n  other\n"),
+        (
+            failing(InputError("--config faces\n\n\v.yml: no such file")),
+            2,
+            "error: --config faces .yml: no such file\n",
+        ),
+        (failing(InputError("faces\x85.yml\u2028: none")), 2, "error: faces .yml : none\n"),
+        (failing(FileNotFoundError(2, "No such file", "a\nb")), 2, "error: [Errno 2] No such file: 'a\\nb'\n"),
+        (failing(MemoryError()), 2, "error: not enough memory; make the batch, the images or the network smaller\n"),
+        (failing(KeyboardInterrupt()), 130, "interrupted\n"),
+    ],
+)
+def test_a_command_exits_with_its_status_and_one_line(main, status, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main)
+    assert stopped.value.code == status and capsys.readouterr().err == said
 
 
 def test_a_bug_keeps_its_traceback():
@@ -74,8 +52,7 @@ def test_a_bug_keeps_its_traceback():
 
 def test_nearest_finds_a_slip_of_the_finger_and_nothing_far_off():
     names = ["Smiling", "Eyeglasses", "Wearing_Hat"]
-    assert nearest("Smilng", names) == ", did you mean 'Smiling'?"
-    assert nearest("smiling", names) == nearest("SMILING", names) == ", did you mean 'Smiling'?"
+    assert nearest("Smilng", names) == nearest("SMILING", names) == ", did you mean 'Smiling'?"
     assert nearest("wearing hat", names) == ", did you mean 'Wearing_Hat'?"
     assert nearest("xyzzy", names) == nearest("", names) == nearest("Smiling", []) == ""
 
@@ -88,40 +65,27 @@ def test_auto_takes_the_best_device_there_is(monkeypatch):
     assert resolve_device("auto") == resolve_device("mps") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_device("auto") == torch.device("cuda")
-
-
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7", "mps", "gpu", "", "cuda:x"])
-def test_a_device_that_is_not_there_is_refused(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(InputError, match="--device"):
-        resolve_device(name)
-
-
-@pytest.mark.parametrize("name", ["meta", "xpu"])
-def test_a_device_that_no_command_knows_is_refused(name):
-    with pytest.raises(InputError, match="use auto, cpu, cuda, cuda:N or mps"):
-        resolve_device(name)
-
-
-def test_a_cuda_device_needs_its_index(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("cuda:1").index == 1
     with pytest.raises(InputError, match="2 CUDA devices found"):
         resolve_device("cuda:2")
 
 
+@pytest.mark.parametrize("name", ["cuda", "cuda:7", "mps", "gpu", "", "cuda:x", "meta", "xpu"])
+def test_a_device_that_is_not_there_or_not_known_is_refused(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--device.*use "):
+        resolve_device(name)
+
+
 def test_numbers_keep_to_their_bounds():
     assert number(int, 0)("7") == 7 and number(float, 0, 1)("0.5") == 0.5
     assert number(float, 0, 1)("0") == 0 and number(float, 0, 1)("1") == 1 and number(float)("-3e8") == -3e8
     for parse, text, said in [
-        (number(int), "1.5", "not a whole number"),
-        (number(float), "much", "not a number"),
-        (number(float), "nan", "not a finite number"),
         (number(float), "-inf", "not a finite number"),
-        (number(int, 1), "0", r"in \[1, 1000000000\]"),
         (number(float, high=2), "3", "at most 2"),
-        (number(float, 0, 1), "1.01", r"in \[0, 1\]"),
+        (number(float, low=2), "1", "at least 2"),
     ]:
         with pytest.raises(argparse.ArgumentTypeError, match=said):
             parse(text)
@@ -130,39 +94,30 @@ def test_numbers_keep_to_their_bounds():
 # --- Presets ---------------------------------------------------------------------------------------------------------
 
 
-def config(tmp_path, text):
-    path = tmp_path / "preset.yml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_read_yaml_takes_a_flat_mapping(tmp_path):
-    assert read_yaml(config(tmp_path, "# nothing yet\n"), []) == {}
-    assert read_yaml(config(tmp_path, "steps: 5\nname: é\n"), ["steps", "name"]) == {"steps": 5, "name": "é"}
-
-
 @pytest.mark.parametrize(
-    "text, said",
+    "content, said",
     [
+        ("# nothing yet\n", {}),
+        ("steps: 5\nname: é\n", {"steps": 5, "name": "é"}),
         ("stepz: 5", "unknown key 'stepz', did you mean 'steps'"),
         ("- steps\n- 5", "got a list"),
         ("just words", "got a str"),
         ("steps: [1", "not readable as YAML"),
         ("1: 2", "unknown key 1"),
+        (b"\xff\xfe\x00\x81", "not readable"),
+        (None, "no such file"),
     ],
 )
-def test_read_yaml_refuses_anything_else_in_one_line(tmp_path, text, said):
-    with pytest.raises(InputError, match=said) as error:
-        read_yaml(config(tmp_path, text), ["steps"])
-    assert "preset.yml" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_read_yaml_names_a_file_that_is_not_there_or_not_text(tmp_path):
-    with pytest.raises(InputError, match="none.yml: no such file"):
-        read_yaml(tmp_path / "none.yml", [])
-    (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(InputError, match="binary.yml: not readable"):
-        read_yaml(tmp_path / "binary.yml", [])
+def test_read_yaml_takes_a_flat_mapping_and_refuses_anything_else_in_one_line(tmp_path, content, said):
+    path = tmp_path / "preset.yml"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(said, dict):
+        assert read_yaml(path, ["steps", "name"]) == said
+    else:
+        with pytest.raises(InputError, match=f"preset.yml: .*{said}") as error:
+            read_yaml(path, ["steps"])
+        assert "\n" not in str(error.value)
 
 
 # --- atomic_write ----------------------------------------------------------------------------------------------------
@@ -180,27 +135,19 @@ def test_a_file_appears_whole_in_a_folder_made_for_it(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-@pytest.mark.parametrize("error", [RuntimeError("half way"), KeyboardInterrupt(), OSError(28, "No space left")])
-def test_a_failure_keeps_the_old_content_and_leaves_nothing_else(tmp_path, error):
+@pytest.mark.parametrize(
+    "error", [RuntimeError("half way"), KeyboardInterrupt(), OSError(28, "No space left"), "fsync"]
+)
+def test_a_failure_keeps_the_old_content_and_leaves_nothing_else(tmp_path, error, monkeypatch):
     target = tmp_path / "file.txt"
     target.write_text("old")
-    expected = InputError if isinstance(error, OSError) else type(error)
+    if error == "fsync":  # the disk is full at the last moment
+        monkeypatch.setattr(utils.os, "fsync", lambda _: failing(OSError(28, "No space left"))())
+    expected = InputError if error == "fsync" or isinstance(error, OSError) else type(error)
     with pytest.raises(expected), atomic_write(target) as temporary:
         temporary.write_text("ne")
-        raise error
-    assert target.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
-
-
-def test_a_full_disk_at_the_last_moment_keeps_the_old_content(tmp_path, monkeypatch):
-    target = tmp_path / "file.txt"
-    target.write_text("old")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(utils.os, "fsync", full)
-    with pytest.raises(InputError, match="file.txt: No space left on device"), atomic_write(target) as temporary:
-        temporary.write_text("new")
+        if error != "fsync":
+            raise error
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
 
 
@@ -212,10 +159,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot write .*folder"), atomic_write(tmp_path / "folder") as temporary:
         temporary.write_text("a folder has this name")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
-
-    def refused(**_):  # permissions do not hold for root, so they are played
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(tempfile, "mkstemp", refused)
+    # permissions do not hold for root, so they are played
+    monkeypatch.setattr(tempfile, "mkstemp", lambda **_: failing(PermissionError(13, "Permission denied"))())
     with pytest.raises(InputError, match="new.txt: Permission denied"), atomic_write(tmp_path / "new.txt"):
         pass
