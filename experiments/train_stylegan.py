@@ -146,7 +146,7 @@ class Objective:
         self.groups = [{"params": list(self.g.g_synthesis.parameters()), "times": 1.0},
                        {"params": mapping, "times": s.mapping_lr}]  # fmt: skip
         self.precision = partial(torch.autocast, run.device.type, BF16, enabled=s.bf16)
-        self.parts = {"model": self.g, "ema": self.ema}
+        self.parts = {"model": self.g, "ema": self.ema.model}
 
     def pixels(self, chosen: Tensor) -> Tensor:
         """Images in [-1, 1]."""

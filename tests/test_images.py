@@ -364,7 +364,7 @@ def test_only_a_picture_far_from_the_frame_is_warned_of(portrait, tmp_path, capl
 def networks() -> SimpleNamespace:
     operator = SimpleNamespace(A=lambda x: x.mean((2, 3)))
     spnn = SimpleNamespace(img_size=32, notes={})
-    return SimpleNamespace(operator=operator, spnn=spnn, judge=None, attributes=ATTRIBUTES, device="cpu")
+    return SimpleNamespace(operator=operator, spnn=spnn, image_size=32, judge=None, attributes=ATTRIBUTES, device="cpu")
 
 
 @needs_weights

@@ -337,7 +337,9 @@ def test_data_that_are_not_finite_are_named(tmp_path, split, part, image, said):
         run.train_forward()
     assert not (tmp_path / FORWARD_CHECKPOINT).exists()
     dataset.files = [f"{i}.jpg" for i in range(12)]  # as CelebAMaskHQ has them
-    with pytest.raises(TrainingFailed, match=said.replace("image 6", "6.jpg").replace("image 0, image 1", "0.jpg, 1")):
+    with pytest.raises(
+        TrainingFailed, match=said.replace("image 6", "6.jpg").replace("image 0, image 1", "0.jpg, 1.jpg")
+    ):
         run.train_forward()
 
 
