@@ -420,6 +420,13 @@ class PReLU(PerFeature, Activation):
         return (x < 0) * self.spread(self.log_slope, x)
 
 
+def elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0) -> Tensor:
+    """scale x above 0, scale alpha (exp(x) - 1) below, to rounding near 0, as torch's is not in all versions."""
+    # both sides are computed everywhere, on values that neither overflow nor have infinite derivatives, and no clamp:
+    # torch takes its derivative at the end itself for 0
+    return torch.where(x > 0, scale * x, scale * alpha * torch.expm1(torch.where(x > 0, 0.0, x)))
+
+
 class ELU(Activation):
     """``y = scale x`` above 0 and ``scale alpha (exp(x) - 1)`` below; y >= -scale alpha."""
 
@@ -433,15 +440,16 @@ class ELU(Activation):
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:g}, scale={self.scale:g}"
 
-    # Both sides are computed everywhere, on values that neither overflow nor have infinite derivatives.
     def f(self, x: Tensor) -> Tensor:
-        return self.scale * x.clamp_min(0) + self.scale * self.alpha * torch.expm1(x.clamp_max(0))
+        return elu(x, self.alpha, self.scale)
 
     def inverse(self, y: Tensor) -> Tensor:
-        return y.clamp_min(0) / self.scale + torch.log1p(within_one(y.clamp_max(0) / (self.scale * self.alpha)))
+        return torch.where(
+            y > 0, y / self.scale, torch.log1p(within_one(torch.where(y > 0, 0.0, y) / (self.scale * self.alpha)))
+        )
 
     def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
-        return math.log(self.scale) + x.clamp_max(0) + (x < 0).to(x.dtype) * math.log(self.alpha)
+        return math.log(self.scale) + torch.where(x > 0, 0.0, x + math.log(self.alpha))
 
 
 class SELU(ELU):
@@ -452,7 +460,7 @@ class SELU(ELU):
 
 
 def log_cosh(x: Tensor) -> Tensor:
-    return x.abs() + F.softplus(-2 * x.abs()) - math.log(2)
+    return torch.logaddexp(x, -x) - math.log(2)
 
 
 class BairdActivation(PerFeature, Activation):
@@ -1036,7 +1044,7 @@ def circular_conv_norm(weight: Tensor, size: Sequence[int]) -> Tensor:
     """
     dims = tuple(range(2, weight.dim()))
     spectrum = torch.fft.rfftn(weight, s=tuple(size), dim=dims)  # (out, in, *frequencies)
-    return torch.linalg.matrix_norm(spectrum.flatten(2).permute(2, 0, 1), ord=2).max()
+    return torch.linalg.svdvals(spectrum.flatten(2).permute(2, 0, 1))[:, 0].max()
 
 
 class Residual(OverChannels):
@@ -1154,7 +1162,7 @@ class Residual(OverChannels):
             left = F.normalize(at_least_float32(getattr(self, f"left{i}")), dim=0)
             return (weight.flatten(1).T @ left).norm() * math.sqrt(math.prod(weight.shape[2:]))
         if self.size is None:
-            return torch.linalg.matrix_norm(weight, ord=2)
+            return torch.linalg.svdvals(weight)[0]
         wider = 0 if self.circular else 2 * self.padding
         return circular_conv_norm(weight, [n + wider for n in self.size])
 
@@ -1175,7 +1183,7 @@ class Residual(OverChannels):
         """The outputs of the three layers."""
         f = (F.linear, F.conv1d, F.conv2d)[self.dims]
         for i in range(0, 6, 2):
-            x = F.elu(x) if i else x
+            x = elu(x) if i else x
             if self.dims and self.circular:
                 x = F.pad(x, [self.padding] * 2 * self.dims, mode="circular")
             x = f(x, *weights[i : i + 2], **({"padding": self.padding} if self.dims and not self.circular else {}))
