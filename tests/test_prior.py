@@ -9,7 +9,15 @@ import json
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    UNet2DModel,
+)
 from test_golden import FIGURES, weights
 
 from checkpoints import read_weights, write_weights
@@ -87,6 +95,8 @@ def test_the_noise_is_the_first_half_if_variance_is_predicted_too():
 
 @pytest.mark.parametrize("unet, said", [
     (plain(4, 4), "3 k\\^2"), (plain(3, 4), "3 k\\^2"), (plain(size=None), "square sample_size"),
+    (plain(time_embedding_type="fourier"), "must take time steps"),
+    (plain(time_embedding_type="learned", num_train_timesteps=10), "must know all 1000 steps, not 10"),
     (plain(num_class_embeds=10), "class-conditional"), (plain(class_embed_type="timestep"), "class-conditional"),
 ])  # fmt: skip
 def test_other_networks_are_no_prior(unet, said):
@@ -199,14 +209,18 @@ def test_folders_with_the_old_attention_names_are_read(tmp_path):
     torch.testing.assert_close(load_prior(tmp_path)(noisy(), 500), prior(noisy(), 500), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "fp16"}, {"safe_serialization": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"variant": "fp16"}, {"safe_serialization": False}, {"max_shard_size": "20KB"}], ids=str
+)
 @pytest.mark.parametrize("pipeline", [False, True])
 def test_what_diffusers_writes_is_read(tmp_path, options, pipeline):
     """A U-Net's folder or a pipeline's, safetensors or .bin, in halves; a pipeline's unet/ alone stands for all."""
     unet = plain().half() if "variant" in options else plain()
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="sample")
     if pipeline:
-        DDPMPipeline(unet, DDPMScheduler.from_config(scheduler.config)).save_pretrained(tmp_path, **options)
+        DDPMPipeline(unet, DDPMScheduler.from_config(scheduler.config)).save_pretrained(tmp_path)
+        (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        unet.save_pretrained(tmp_path / "unet", **options)
     else:
         unet.save_pretrained(tmp_path, **options)
         scheduler.save_pretrained(tmp_path)
@@ -223,13 +237,16 @@ def test_what_diffusers_writes_is_read(tmp_path, options, pipeline):
     {"beta_schedule": "squaredcos_cap_v2"},
     {"beta_schedule": "scaled_linear", "beta_start": 8.5e-4, "beta_end": 0.012},
     {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
-    {"beta_start": 1e-3, "beta_end": 0.05},
-], ids=lambda settings: next(iter(settings)))  # fmt: skip
+    {"beta_start": 1e-3, "beta_end": 0.05}, {"kind": HeunDiscreteScheduler}, {"kind": LCMScheduler},
+], ids=lambda settings: str(next(iter(settings.items())))[:40])  # fmt: skip
 def test_a_schedulers_settings_are_honoured(tmp_path, settings):
     """And kept when the prior is saved again."""
-    scheduler = DDPMScheduler(**settings)
+    kind = settings.get("kind", DDPMScheduler)
+    scheduler = kind(**{key: value for key, value in settings.items() if key != "kind"})
     plain().save_pretrained(tmp_path)
     scheduler.save_pretrained(tmp_path)
+    if kind is not DDPMScheduler:  # a class with other betas than DDPM's, which its file need not say
+        (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": kind.__name__}))
     prior = load_prior(tmp_path)
     torch.testing.assert_close(prior.schedule.abar(STEPS), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-8)
     assert prior.prediction_type == settings.get("prediction_type", "epsilon")
@@ -245,8 +262,9 @@ def test_a_schedulers_settings_are_honoured(tmp_path, settings):
     ({"rescale_betas_zero_snr": True}, "says nothing of a picture"),
     ({"trained_betas": [0.1, 2.0]}, "betas must be"),
     ({"beta_start": -1.0}, "beta_start"),
-    ({"_class_name": "ScoreSdeVeScheduler"}, "another way than DDPM"),
-    (FlowMatchEulerDiscreteScheduler().config | {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "another way"),
+    ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 1000}, "trained_betas are 2, num_train_timesteps 1000"),
+    ({"_class_name": "ScoreSdeVeScheduler"}, "not known to add noise as DDPM does"),
+    (FlowMatchEulerDiscreteScheduler().config | {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "not known"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_honoured_are_refused(tmp_path, settings, said):
     plain().save_pretrained(tmp_path)

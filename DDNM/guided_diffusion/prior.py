@@ -8,9 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
@@ -29,6 +31,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS_NAME, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin",
                  "diffusion_pytorch_model.fp16.bin")  # fmt: skip
+SHARDS_NAME = f"{WEIGHTS_NAME}.index.json"  # of weights in several files
 SCHEDULER_NAME = "scheduler_config.json"  # diffusers' place for the schedule and for what a network predicts
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -83,6 +86,11 @@ class Prior(nn.Module):
             raise ValueError(f"a prior's U-Net needs a square sample_size in its configuration, got {size}")
         if config.class_embed_type is not None or config.num_class_embeds is not None:
             raise ValueError("a prior's U-Net must not be class-conditional: no class is known here")
+        if config.time_embedding_type == "fourier":
+            raise ValueError("a prior's U-Net must take time steps; this one takes noise levels (fourier embedding)")
+        known = config.num_train_timesteps if config.time_embedding_type == "learned" else None
+        if known is not None and known < schedule.num_diffusion_timesteps:
+            raise ValueError(f"a prior's U-Net must know all {schedule.num_diffusion_timesteps} steps, not {known}")
         self.unet, self.unshuffle, self.image_size = unet, k, size * k
         self.autocast, self.channels_last = autocast, channels_last
         self.prediction_type, self.schedule = prediction_type, schedule
@@ -239,9 +247,13 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
     if (kind := said.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise InputError(f"its network is a {kind}; a prior is a UNet2DModel")
     inside = "unet/" if pipeline else ""
-    weights = first(get, [inside + name for name in WEIGHTS_NAMES])
+    weights = first(get, [inside + name for name in (*WEIGHTS_NAMES, SHARDS_NAME)])
     if weights is None:
         raise InputError(f"has none of {', '.join(WEIGHTS_NAMES)}")
+    parts = [weights]
+    if weights.name == SHARDS_NAME:
+        names = set(read_json(weights).get("weight_map", {}).values())
+        parts = [part for name in sorted(names) if (part := get(inside + Path(name).name)) is not None]
     scheduler = get(SCHEDULER_NAME) if not pipeline else get(f"scheduler/{SCHEDULER_NAME}")
     if scheduler is None and folder.is_dir():
         scheduler = get(f"scheduler/{SCHEDULER_NAME}")
@@ -252,7 +264,7 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
             unet = UNet2DModel.from_config(said)
     except Exception as error:  # diffusers checks little: whatever a wrong value leads to
         raise InputError(f"{config} describes no network: {' '.join(str(error).split())[:200]}") from None
-    state = {re.sub(*_OLD_ATTENTION, name): tensor for name, tensor in read_weights(weights).items()}
+    state = {re.sub(*_OLD_ATTENTION, k): tensor for part in parts for k, tensor in read_weights(part).items()}
     return filled(unet, state, weights), *read_scheduler(scheduler)
 
 
@@ -260,6 +272,8 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION = r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + _OLD_NAMES[m[2]]
 # what of a scheduler's settings belongs to the network; the rest says how its own sampler walks
+_ALSO = ("DDPMParallelScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", "LCMScheduler", "TCDScheduler",
+         "RePaintScheduler", "SASolverScheduler")  # fmt: skip
 _BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
@@ -271,9 +285,13 @@ def read_scheduler(path: Path | None) -> tuple[str, Schedule]:
     """
     said = read_json(path) if path is not None else {}
     name = said.get("_class_name", "DDPMScheduler")
-    if name not in DDPMScheduler._compatibles or name.startswith("EDM") or said.get("use_flow_sigmas"):
-        raise InputError(f"{path}: a {name} adds noise in another way than DDPM; such a prior is not supported")
-    betas = {key: said[key] for key in _BETAS if said.get(key) is not None}
+    if name not in {*DDPMScheduler._compatibles, *_ALSO} or name.startswith("EDM") or said.get("use_flow_sigmas"):
+        raise InputError(f"{path}: a {name} is not known to add noise as DDPM does; such a prior is not supported")
+    usual = signature(getattr(diffusers, name, DDPMScheduler).__init__).parameters  # some classes have other betas
+    betas = {key: said.get(key, usual[key].default) for key in _BETAS if key in said or key in usual}
+    betas = {key: value for key, value in betas.items() if value is not None and value is not False}
+    if len(trained := betas.get("trained_betas", ())) not in (0, said.get("num_train_timesteps", len(trained))):
+        raise InputError(f"{path}: trained_betas are {len(trained)}, num_train_timesteps {said['num_train_timesteps']}")
     predicts = said.get("prediction_type", "epsilon")
     if betas.get("rescale_betas_zero_snr") and predicts == "epsilon":
         raise InputError(f"{path}: rescale_betas_zero_snr: the noise says nothing of a picture where all is noise")
