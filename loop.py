@@ -297,6 +297,9 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
     if not all(others):
         missing = names[1 + others.index("")]
         raise InputError(f"WORLD_SIZE is set, but {missing} is not: start several processes with torchrun, or unset it")
+    numbers = {name: value for name, value in zip(names, (size, *others), strict=True) if name != "MASTER_ADDR"}
+    if not all(map(str.isdecimal, numbers.values())) or int(others[0]) >= int(size):  # torch would wait for the others
+        raise InputError(f"RANK must be below WORLD_SIZE, whole numbers: got {numbers}; start processes with torchrun")
     own, local = resolve_device(device), int(others[1])
     if own.type == "cuda":
         if device not in ("auto", "cuda"):

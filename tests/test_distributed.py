@@ -120,13 +120,20 @@ def test_one_process_is_a_world_of_one(monkeypatch):
         assert one.agreed(len) is len and one.largest(1.5) == 1.5
 
 
-@pytest.mark.parametrize("given", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "two"}])
+RENDEZVOUS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize("given", [
+    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "two"},
+    {"WORLD_SIZE": "2", "RANK": "2", **RENDEZVOUS}, {"WORLD_SIZE": "2", "RANK": "x", **RENDEZVOUS},
+    {"WORLD_SIZE": "0", "RANK": "0", **RENDEZVOUS}, {"WORLD_SIZE": "2", "RANK": "0", **RENDEZVOUS, "MASTER_PORT": "p"},
+])  # fmt: skip
 def test_variables_that_torchrun_did_not_set_are_one_line(monkeypatch, given):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    for name in ("WORLD_SIZE", "RANK", *RENDEZVOUS):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="WORLD_SIZE is set, but .* start several processes with torchrun"):
+    with pytest.raises(InputError, match="WORLD_SIZE.* start .*processes with torchrun"):
         with join_world("cpu"):
             pass
     monkeypatch.setenv("WORLD_SIZE", "")
