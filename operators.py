@@ -139,6 +139,12 @@ class SquaredError:
         return (y1 - y2).flatten(1).square().mean(dim=1) / 2
 
 
+class PictureOperator(SPNNOperator):
+    """An SPNN whose output is a picture: numbers that have a scale."""
+
+    distance, loss = SquaredError.distance, SquaredError.loss
+
+
 class Shifted:
     """A `Move` along a straight line: ``x + strength * direction``."""
 
@@ -319,14 +325,15 @@ def _layers_of(part: str, shape: Shape) -> list[tuple[type[Surjection], dict]]:
     raise InputError(f"no such operator{nearest(part, KNOWN)}; known are {', '.join(KNOWN)}, and products, grey*sr4")
 
 
-def make_operator(spec: str, in_shape: Shape) -> LinearChain:
-    """The operator that a word stands for, exact, with nothing to train.
+def make_operator(spec: str, in_shape: Shape) -> LinearChain | PictureOperator:
+    """The operator that a word stands for, exact, with nothing to train; or an SPNN that was fitted to one.
 
     ========================  ==========================================================================
     ``sr4``                   means of 4x4 pixels (any factor that divides the size)
     ``grey``                  the grey picture of a colour one, `GREY`
     ``inpaint:FILE``          the pixels where a picture of the same size is white; its black ones are missing
     ``grey*sr4``              a product, the rightmost first; ``sr`` must stand right of ``inpaint``
+    a file or folder          weights of an SPNN that ends at a picture, as of train_operator.py
     ========================  ==========================================================================
 
     Args:
@@ -335,8 +342,13 @@ def make_operator(spec: str, in_shape: Shape) -> LinearChain:
     Raises:
         InputError: an unknown word, or one that does not fit the images that reach it, with both shapes.
     """
-    layers: list[tuple[type[Surjection], dict]] = []
     shape = tuple(in_shape)
+    if spec and Path(spec).exists():
+        model = SPNN.from_pretrained(spec).eval().requires_grad_(False)
+        if model.in_shape != shape or len(model.out_shape) == 1:
+            raise InputError(f"operator {spec}: takes {model.in_shape} to {model.out_shape}, not {shape} to a picture")
+        return PictureOperator(model)
+    layers: list[tuple[type[Surjection], dict]] = []
     for part in reversed(spec.split("*")):
         try:
             for kind, arguments in _layers_of(part.strip(), shape):

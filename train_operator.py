@@ -41,7 +41,7 @@ from loop import DONE, Loop, Run, adam, open_run
 from metrics import agreement, psnr
 from models import SPNN
 from networks import PRECISIONS, networks_in
-from operators import LinearOperator, Operator, SPNNOperator
+from operators import LinearOperator, Operator, PictureOperator, SPNNOperator
 from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, Settings, freeze_g, lr_factor, natural_losses, origin_latents
 from train import step as training_step
 from utils import (
@@ -97,12 +97,6 @@ class Restoring:
     sampling_steps: int = option(50, "of the sampler", 1, 1000)
     max_move: float = option(0.15, "nlbp: largest root mean square move of a step; 0: no limit", 0)
     stop: float | None = option(None, "nlbp: none this near to y; none: what g is wrong by on other images", 0)
-
-
-class PictureOperator(SPNNOperator):
-    """An SPNN whose output is a picture: ``distance`` and ``loss`` are those of linear operators."""
-
-    distance, loss = LinearOperator.distance, LinearOperator.loss
 
 
 # --- The network and its training ------------------------------------------------------------------------------------

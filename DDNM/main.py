@@ -109,7 +109,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     if s.targets.operator is not None:
         words = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
         if not {"--guidance", "--published_rule"} & set(words):
-            s = s._replace(rule=replace(s.rule, guidance="linear"))  # presets' own are for attributes
+            rule = "nlbp" if Path(s.targets.operator).exists() else "linear"  # presets' own are for attributes
+            s = s._replace(rule=replace(s.rule, guidance=rule))
     if s.rule.noise and (s.targets.operator is None or s.walk.eta == 0):
         raise InputError("--noise: needs --operator, and steps that add noise: --eta above 0, or none")
     s.rule.build(s.run.steps)  # refuses what it does not know

@@ -1,7 +1,10 @@
-"""Operators and a prior of this project in deepinv's samplers, beside its own, on the same images: one table.
+r"""Operators and a prior of this project in deepinv's samplers, beside its own, on the same images: one table.
 
     pip install -r requirements-deepinv.txt
     python experiments/deepinv_samplers.py --images DDNM/exp/datasets/faces --out check_points/restored
+    python experiments/deepinv_samplers.py --prior exp/logs/celeba64/prior --judge exp/logs/celeba64/judge.safetensors \
+        --images FOLDER --start 8550 --count 48 --precision bf16 --operators sr4 grey inpaint:mask.png \
+        --methods A+ linear DDRM DiffPIR DPIR --out check_points/restored
 
 Each operator (see ``operators.make_operator``) measures the images; each method restores them from that. ``linear`` is
 DDNM in the sampler of this project; DDRM (Kawar et al. 2022), DiffPIR (Zhu et al. 2023), DPS (Chung et al. 2023) and

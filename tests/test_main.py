@@ -263,6 +263,19 @@ def test_another_operator_takes_the_place_of_the_attributes(run, preset, tmp_pat
     assert all(image["consistency"] > 1e-3 for image in record_of(noisy)["images"])
 
 
+def test_a_network_that_was_fitted_to_a_measurement_is_an_operator_too(run, preset, tmp_path):
+    chain = [(PixelUnshuffleBlock, {"r": 2}), (ConvPINNBlock, {"in_ch": 12, "out_ch": 3, "hidden": 8})]
+    save_spnn(tmp_path / "lens.pth", randomised(SPNN(3, 3, img_size=16, layer_channels=chain)), {})
+    flags = ("--operator", str(tmp_path / "lens.pth"), "--base_rate", "--max_move", "0")
+    record = record_of(run("out", None, *flags, config=preset(spnn=None)))
+    assert record["settings"]["guidance"] == "nlbp"
+    for image, unguided in zip(record["images"], record["unguided"]["images"], strict=True):
+        assert image["consistency"] < unguided["consistency"] / 2
+    save_spnn(tmp_path / "attributes.pth", tiny_spnn(), {})
+    refused(r"takes \(3, 16, 16\) to \(40,\), not \(3, 16, 16\) to a picture", run, "other", None,
+            "--operator", str(tmp_path / "attributes.pth"))  # fmt: skip
+
+
 def test_what_an_operator_cannot_do_is_refused(run, preset, tmp_path):
     (tmp_path / "table.csv").write_text("name")
     for said, flags in {

@@ -42,7 +42,9 @@ def test_every_flag_named_exists(capsys):
         with pytest.raises(SystemExit) as left:
             importlib.import_module(module).main([*command, "--help"])
         assert left.value.code == 0, module
-    helps = capsys.readouterr().out + (ROOT / "experiments/digits.py").read_text()  # needs what not all have
+    helps = capsys.readouterr().out
+    for name in ("digits", "deepinv_samplers", "deepinv_physics"):  # they need what not all have
+        helps += (ROOT / f"experiments/{name}.py").read_text()
     helps += "--nproc_per_node --gres --requeue --signal"  # of torchrun and Slurm
     for page in PAGES:
         for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))):

@@ -52,8 +52,9 @@ class TargetSettings:
 
     path_y: str = option(..., "input images: a name under exp/datasets, a folder or a file; or a table of logits "
                          "(.csv) as written to logits.csv")  # fmt: skip
-    operator: str | None = option(None, "measure images by this, in the place of the SPNN's attributes: sr4, grey, "
-                                  "inpaint:FILE (black pixels are missing), or a product, grey*sr4")  # fmt: skip
+    operator: str | None = option(None, "measure images by this, in the place of attributes: sr4, grey, inpaint:FILE "
+                                  "(black pixels are missing), a product, grey*sr4, or an SPNN of train_operator.py "
+                                  "(its weights)")  # fmt: skip
     set: list[str] = option([], "NAME=VALUE: set an attribute of every target; 0 or 1 for the typical logit without "
                             "or with it, or a logit such as +4")  # fmt: skip
     align: bool = option(False, "find the face in each image and cut it as CelebA-HQ does (pip install mtcnn)")
@@ -118,7 +119,8 @@ class Networks:
 
     def fingerprints(self) -> dict[str, str | None]:
         """What tells these weights from others, whatever their files are called."""
-        return {"spnn weights": _fingerprint(self.spnn), "prior weights": _fingerprint(self.prior.unet),
+        spnn = self.spnn or getattr(self.measures, "model", None)
+        return {"spnn weights": _fingerprint(spnn), "prior weights": _fingerprint(self.prior.unet),
                 "judge weights": _fingerprint(self.judge)}  # fmt: skip
 
 
@@ -170,6 +172,8 @@ def load_networks(
     )
     if operator is not None:
         measures = make_operator(operator, (3, prior.image_size, prior.image_size))
+        if isinstance(measures, SPNNOperator):
+            prepare_networks(measures.model, device)
     judge = None if settings.judge is None else load_judge(from_ddnm(settings.judge))
     size = prior.image_size if spnn is None else spnn.img_size
     for what, other in {"prior draws": prior.image_size, "judge takes": judge and judge.img_size}.items():
