@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     operator = from_physics(physics, shape)
     dirac = as_prior(MMSE((x + 1) / 2, device=device), shape[-1], prior.schedule)
     columns = {"original": x, "A+": operator.pinv(y)}
-    for name, drawn_from in {"a prior of this project": prior, "deepinv's MMSE": dirac}.items():
+    for name, drawn_from in {"prior": prior, "MMSE": dirac}.items():
         generators = [image_generator(s.seed, str(i)) for i in range(len(x))]
         columns[name] = sample(drawn_from, generators, device, operator, y, Linear(), steps=s.steps, eta=s.eta)
     for name, images in columns.items():
         if name != "original":
             distance = operator.distance(operator.A(images), y).mean()
-            print(f"{name:24} |A x - y| {distance:.1e}   PSNR {psnr(as_saved(images)[0], x).mean():.1f}")
+            print(f"{name:6} |A x - y| {distance:.1e}   PSNR {psnr(as_saved(images)[0], x).mean():.1f}")
     s.out.mkdir(parents=True, exist_ok=True)
     rows = [[picture(images[i].cpu(), 128) for images in columns.values()] for i in range(min(8, len(x)))]
     contact_sheet(s.out / "sheet.png", list(columns), rows, [""] * len(rows))
