@@ -9,6 +9,8 @@ The generator is stylegan.py's. Objectives:
                  function of z, scaled as the mapping scales it, so that every z has its face, and G learns to paint it:
                  the mean absolute difference of pixels and of their slopes, at 16x16 first, then at twice that, up to
                  the full size. No face can go missing from G(z), as it may in a game against a discriminator.
+    components   A new mapping for the generator of --start, whose own has lost most kinds of faces: --count faces are
+                 inverted in w+, and w becomes their principal components, normal as z is. Nothing else is trained.
     adversarial  Any images: non-saturating loss, R1 in every 16th step, style mixing, minibatch standard deviation
                  (Karras et al. 2019, 2020) against a small residual network; no progressive growing.
 
@@ -17,6 +19,7 @@ a run that was stopped goes on with --resume.
 """
 
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -36,9 +39,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data_loader import ATTRIBUTES
 from images import find_images, grid, load_image, save_image, to_uint8
+from inversion import invert
 from loop import Ema, Loop, Run, open_run
 from procedural_faces import Variation, render, sample_attributes, sample_variation
-from stylegan import Equalised, StyleGAN
+from stylegan import SLOPE, Equalised, Latents, StyleGAN, load_generator
 from utils import InputError, atomic_write, option, parse, run_command, seed_everything, write_json
 
 BF16 = torch.bfloat16
@@ -50,9 +54,11 @@ UNSEEN = 256  # faces, the last ones, to measure on
 class Settings:
     """Settings."""
 
-    out: Path = option(..., "result folder")
-    objective: Literal["painter", "adversarial"] = option("painter", "see above")
-    data: Path | None = option(None, "folder of images (adversarial); none: procedural faces, drawn first")
+    out: Path = option(Path("check_points/stylegan"), "result folder")
+    objective: Literal["painter", "components", "adversarial"] = option("painter", "see above")
+    data: Path | None = option(None, "folder of images (not for the painter); none: procedural faces, drawn first")
+    start: Path | None = option(None, "weights whose mapping is replaced (components)")
+    inversion_steps: int = option(60, "for each face (components)", 1)
     count: int = option(40_000, "procedural faces to draw, or the most images to read", 2)
     size: int = option(64, "side of the images, a power of two", 16, 1024)
     minutes: float = option(60.0, "of training, images apart", 0.0)
@@ -69,6 +75,8 @@ class Settings:
     mixing: float = option(0.9, "share of fakes with two styles", 0.0, 1.0)
     bf16: bool = option(True, "networks in bfloat16")
     save_every: int = option(500, "steps between two states", 1)
+    measure: Path | None = option(None, "weights: train nothing, and hold their samples against drawn faces")
+    samples: int = option(500, "to measure, and as many faces", 2)
     resume: bool = option(False, "go on with the run in --out")
     overwrite: bool = option(False, "start anew in a folder with a run that is not finished")
     seed: int = option(0, "", 0)
@@ -307,20 +315,63 @@ class Adversarial(Objective):
         return {"loss": g_loss, "d_loss": d_loss, "real_known": (d_real > 0).float().mean()}
 
 
+# --- A new mapping ---------------------------------------------------------------------------------------------------
+
+
+def with_components(g: StyleGAN, w_plus: Tensor) -> StyleGAN:
+    """The generator with a mapping from z to the principal components of some w+ (N, L, d), for z (B, 2 (N - 1)).
+
+    w+ of the new generator is normal, with their mean and covariance: every style is an affine function of w+, so the
+    components go into the styles' weights, and the mapping is one layer, whose units come in pairs: those of t and -t
+    after a leaky ReLU of slope a differ by (1 + a) t.
+    """
+    flat = w_plus.flatten(1).double()
+    _, spread, basis = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    count = len(flat) - 1  # one is lost to the mean
+    basis = basis[:count] * spread[:count, None] / count**0.5  # (N - 1, L d), for coordinates of variance 1
+    mean, basis = (x.unflatten(-1, w_plus.shape[1:]).float() for x in (flat.mean(0), basis))
+    new = StyleGAN(g.resolution, g.channels, 2 * count, depth=1)
+    with torch.no_grad():
+        for block, old in zip(new.g_synthesis["blocks"].values(), g.g_synthesis["blocks"].values(), strict=True):
+            block.load_state_dict(old.state_dict() | {n: p for n, p in block.state_dict().items() if ".lin." in n})
+        new.g_synthesis["torgb"].load_state_dict(g.g_synthesis["torgb"].state_dict())
+        dense = new.g_mapping["dense0"]
+        eye = torch.eye(count, 2 * count) / dense.scale
+        dense.weight.copy_(torch.cat([eye, -eye]))
+        for layer, (lin, old) in enumerate(zip(_styles(new), _styles(g), strict=True)):
+            moved = old.scaled() @ basis[:, layer].T / (1 + SLOPE)  # (2 C, N - 1)
+            lin.weight.copy_(torch.cat([moved, -moved], dim=1) / lin.scale)
+            lin.bias.copy_(old.bias + old.scaled() @ mean[layer])
+    return new.eval()
+
+
+def _styles(g: StyleGAN) -> list[Equalised]:
+    blocks = g.g_synthesis["blocks"].values()
+    return [epilogue.style_mod["lin"] for block in blocks for epilogue in (block.epi1, block.epi2)]
+
+
+def invert_all(g: StyleGAN, images: Tensor, s: Settings) -> Tensor:
+    """w+ (N, L, d) of images, by ``--inversion_steps`` from the average latent."""
+    f = Latents(g.requires_grad_(False), "w+", g.draw_noise(1, torch.Generator().manual_seed(s.seed)), s.bf16)
+    found = []
+    for part in tqdm(images.split(s.batch_size), "inverting", unit="batch", disable=None):
+        x0 = f.average().repeat(len(part), 1)
+        found.append(invert(f, part.to(x0) / 127.5 - 1, x0, steps=s.inversion_steps).x)
+    return f.w_plus(torch.cat(found))
+
+
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
-def save(s: Settings, objective: Objective, loop: Loop, goes_on: bool) -> None:
-    """The average's weights in float16, what made them, and samples from always the same z."""
-    g = objective.ema.model
+def save(s: Settings, g: StyleGAN, notes: dict) -> None:
+    """The weights in float16, what made them, and samples from always the same z."""
     with atomic_write(s.out / "stylegan.safetensors") as temporary:
         save_file({n: t.half().contiguous().cpu() for n, t in g.state_dict().items()}, temporary, {"format": "pt"})
-    notes = {"steps": loop.done, "seconds": round(loop.seconds, 1), **objective.figures()}
     write_json(s.out / "stylegan.json", {**notes, "settings": dataclasses.asdict(s)})
     draws = torch.Generator().manual_seed(s.seed + 1)
-    z, noise = torch.randn(64, s.dim, generator=draws), g.draw_noise(64, draws)
+    z, noise = torch.randn(64, g.dim, generator=draws), g.draw_noise(64, draws)
     with torch.no_grad():
-        images = g(z.to(objective.run.device), noise=noise).float().cpu().clamp(-1, 1)
+        images = g(z.to(noise[0]), noise=noise).float().cpu().clamp(-1, 1)
     save_image(grid(images), s.out / "samples.png")
 
 
@@ -332,12 +383,19 @@ def rate(s: Settings, done: int, progress: float) -> float:
 
 def train(s: Settings, run: Run) -> None:
     """Train to the end of the minutes, or of the steps."""
-    own = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("out", "resume", "overwrite", "device")}
+    without = ("out", "save_every", "measure", "samples", "resume", "overwrite", "device")
+    own = {name: value for name, value in dataclasses.asdict(s).items() if name not in without}
     run.find_state(own, s.resume, s.overwrite)
     seed_everything(s.seed)
     if s.objective == "painter" and (s.data is not None or s.dim < NUMBERS):
         raise InputError(f"--objective painter: draws its own images (no --data), from --dim {NUMBERS} or more")
     z, images = faces(s) if s.data is None else (None, read(s.data, s))
+    if s.objective == "components":
+        if s.start is None:
+            raise InputError("--objective components: give the generator's weights by --start")
+        g = load_generator(s.start, s.size).to(run.device)
+        save(s, with_components(g, invert_all(g, images, s)).to(run.device), {"faces": len(images)})
+        return
     try:
         objective = Painter(s, z, images, run) if s.objective == "painter" else Adversarial(s, images, run)
     except ValueError as error:
@@ -359,16 +417,54 @@ def train(s: Settings, run: Run) -> None:
         parts=objective.parts,
         rate=partial(rate, s),
         axis="step",
-        saved=lambda goes_on: save(s, objective, loop, goes_on),
+        saved=lambda goes_on: save(
+            s, objective.ema.model, {"steps": loop.done, "seconds": loop.seconds, **objective.figures()}
+        ),
         minutes=s.minutes,
     )
     loop.train()
     run.finish()
 
 
+@torch.no_grad()
+def measure(s: Settings) -> dict:
+    """How samples differ from as many faces that are drawn anew, as the independent judge sees them.
+
+    The kernel distance of its features, and how often it sees each attribute; both for two sets of drawn faces as well.
+    """
+    from evaluate import JudgeFeatures, kid
+    from judge import load_judge
+    from targets import FACES
+
+    judge = load_judge(FACES / "judge.safetensors")
+    g, draws = load_generator(s.measure, judge.img_size), torch.Generator().manual_seed(s.seed)
+    numbers = np.random.default_rng(s.seed).random((2 * s.samples, NUMBERS))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        drawn = np.stack(list(pool.map(partial(painted, size=judge.img_size), numbers, chunksize=32)))
+    drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+    z = torch.randn(s.samples, g.dim, generator=draws)
+    made = torch.cat([g(part, noise=g.draw_noise(len(part), draws)) for part in z.split(50)])
+    features, said = [], []
+    for images in (to_uint8(made).float() / 127.5 - 1, *drawn.chunk(2)):
+        features.append(torch.cat([JudgeFeatures(judge)(part) for part in images.split(50)]))
+        said.append((torch.cat([judge(part) for part in images.split(50)]) > 0).float().mean(0))
+    found = {}
+    for name, i in (("samples", 0), ("drawn", 1)):
+        apart = (said[i] - said[2]).abs()
+        found |= {f"{name}_kid": kid(features[i], features[2]), f"{name}_attributes_apart": apart.mean().item()}
+    shares = {
+        name: (round(a, 3), round(b, 3))
+        for name, a, b in zip(judge.attributes, said[0].tolist(), said[2].tolist(), strict=True)
+    }
+    return {**found, "shares_in_samples_and_drawn": shares}
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; see ``--help``."""
     s, _ = parse(__doc__, Settings, argv=argv)
+    if s.measure is not None:
+        print(json.dumps(measure(s), indent=1))
+        return 0
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     with open_run(s.out, s.device, s.save_every, s.seed) as run:
         train(s, run)
