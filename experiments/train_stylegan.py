@@ -318,29 +318,37 @@ class Adversarial(Objective):
 # --- A new mapping ---------------------------------------------------------------------------------------------------
 
 
-def with_components(g: StyleGAN, w_plus: Tensor) -> StyleGAN:
-    """The generator with a mapping from z to the principal components of some w+ (N, L, d), for z (B, 2 (N - 1)).
+def with_components(g: StyleGAN, w_plus: Tensor, dim: int) -> StyleGAN:
+    """The generator with a mapping from z to the principal components of some w+ (N, L, d).
 
-    w+ of the new generator is normal, with their mean and covariance: every style is an affine function of w+, so the
+    What was w+ is normal then, with their mean and covariance: every style is an affine function of it, so the
     components go into the styles' weights, and the mapping is one layer, whose units come in pairs: those of t and -t
-    after a leaky ReLU of slope a differ by (1 + a) t.
+    after a leaky ReLU of slope a differ by (1 + a) t. Units beyond the 2 (N - 1) are 0 for every z; in w and w+ they
+    move a layer's styles in directions that no component has, the strongest first.
+
+    Args:
+        dim: of the new z and w, at least 2 (N - 1).
     """
     flat = w_plus.flatten(1).double()
     _, spread, basis = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     count = len(flat) - 1  # one is lost to the mean
     basis = basis[:count] * spread[:count, None] / count**0.5  # (N - 1, L d), for coordinates of variance 1
     mean, basis = (x.unflatten(-1, w_plus.shape[1:]).float() for x in (flat.mean(0), basis))
-    new = StyleGAN(g.resolution, g.channels, 2 * count, depth=1)
+    new = StyleGAN(g.resolution, g.channels, dim, depth=1)
     with torch.no_grad():
         for block, old in zip(new.g_synthesis["blocks"].values(), g.g_synthesis["blocks"].values(), strict=True):
             block.load_state_dict(old.state_dict() | {n: p for n, p in block.state_dict().items() if ".lin." in n})
         new.g_synthesis["torgb"].load_state_dict(g.g_synthesis["torgb"].state_dict())
         dense = new.g_mapping["dense0"]
-        eye = torch.eye(count, 2 * count) / dense.scale
-        dense.weight.copy_(torch.cat([eye, -eye]))
+        eye = torch.eye(count, dim) / dense.scale
+        dense.weight.copy_(torch.cat([eye, -eye, torch.zeros(dim - 2 * count, dim)]))
         for layer, (lin, old) in enumerate(zip(_styles(new), _styles(g), strict=True)):
             moved = old.scaled() @ basis[:, layer].T / (1 + SLOPE)  # (2 C, N - 1)
-            lin.weight.copy_(torch.cat([moved, -moved], dim=1) / lin.scale)
+            outside = torch.linalg.svd(basis[:, layer])[2][count:]  # (d - N + 1, d), orthonormal
+            strongest = torch.linalg.svd(old.scaled() @ outside.T, full_matrices=False)[2] @ outside
+            rest = (old.scaled() @ strongest.T)[:, : dim - 2 * count]
+            rest = F.pad(rest, (0, dim - 2 * count - rest.shape[1]))
+            lin.weight.copy_(torch.cat([moved, -moved, rest], dim=1) / lin.scale)
             lin.bias.copy_(old.bias + old.scaled() @ mean[layer])
     return new.eval()
 
@@ -393,8 +401,8 @@ def train(s: Settings, run: Run) -> None:
     if s.objective == "components":
         if s.start is None:
             raise InputError("--objective components: give the generator's weights by --start")
-        g = load_generator(s.start, s.size).to(run.device)
-        save(s, with_components(g, invert_all(g, images, s)).to(run.device), {"faces": len(images)})
+        g, dim = load_generator(s.start, s.size).to(run.device), max(s.dim, 2 * len(images) - 2)
+        save(s, with_components(g, invert_all(g, images, s), dim).to(run.device), {"faces": len(images)})
         return
     try:
         objective = Painter(s, z, images, run) if s.objective == "painter" else Adversarial(s, images, run)

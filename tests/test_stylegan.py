@@ -294,15 +294,17 @@ def test_mistakes_in_training_are_one_line(more, words, tmp_path):
 def test_a_mapping_to_principal_components(small):
     """w+ has the mean and covariance of the given ones, and the images are the old generator's of it."""
     w_plus = small.spread(torch.randn(5, 7)) + 0.3 * torch.randn(5, 6, 7)
-    new = train_stylegan.with_components(small, w_plus)
-    assert new.dim == 8
-    z, noise = torch.randn(3, 8), small.draw_noise(3)
+    new = train_stylegan.with_components(small, w_plus, 11)
+    z, noise = torch.randn(3, 11), small.draw_noise(3)
+    assert not new.mapping(z)[:, 8:].any() and not torch.equal(new(z, noise=noise), small(z[:, :7], noise=noise))
     t = (z * z.square().mean(1, keepdim=True).rsqrt())[:, :4].double()
     flat = w_plus.flatten(1).double()
     _, spread, basis = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     expected = flat.mean(0) + t @ (basis[:4] * spread[:4, None] / 2)
     image = small.synthesis(expected.float().view(3, 6, 7), noise)
     torch.testing.assert_close(new(z, noise=noise), image, rtol=1e-3, atol=1e-3)
+    aside = new.spread(new.mapping(z)) + torch.eye(11)[8]
+    assert (new.synthesis(aside, noise) - image).abs().max() > 0.01
     torch.testing.assert_close(basis[:4].T * spread[:4] ** 2 / 4 @ basis[:4], torch.cov(flat.T), rtol=1e-6, atol=1e-8)
 
 
