@@ -312,7 +312,7 @@ def restore(
     rows: dict[str, dict] = {}
     for name, images in pictures.items():
         rows[name] = {"PSNR, dB": with_interval(psnr(images, x)), "s/image": seconds.get(name),
-                      "|A(x') - y|, true A": with_interval(true.distance(function(images), y))}  # fmt: skip
+                      "error of A(x'), true A": with_interval(true.distance(function(images), y))}  # fmt: skip
         if lpips is not None:
             rows[name]["LPIPS"] = with_interval(lpips(images, x).flatten())
         if judge is not None:

@@ -190,7 +190,7 @@ def test_the_command_fits_measures_and_restores(faces, prior, tmp_path, capsys, 
     assert run(faces, tmp_path, "--resume", "--prior", prior, "--sampling_steps", 2) == 0
     table = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert list(table) == ["g'(y)", "unguided", "NLBP, g", "DPS, g", "DPS, true A"]
-    assert set(table["NLBP, g"]) == {"PSNR, dB", "LPIPS", "s/image", "|A(x') - y|, true A"}
+    assert set(table["NLBP, g"]) == {"PSNR, dB", "LPIPS", "s/image", "error of A(x'), true A"}
     low, high = table["NLBP, g"]["PSNR, dB"][1:]
     assert low <= table["NLBP, g"]["PSNR, dB"][0] <= high
     assert "| NLBP, g |" in capsys.readouterr().out and (tmp_path / "sheet.png").stat().st_size > 1000
