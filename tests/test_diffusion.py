@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from DDNM.guided_diffusion import guidance as rules
-from DDNM.guided_diffusion.diffusion import BEST, evaluations, image_generator, reconstruct, renoise, sample
+from DDNM.guided_diffusion.diffusion import best, evaluations, image_generator, reconstruct, renoise, sample
 from DDNM.guided_diffusion.guidance import NLBP, Unguided, predict_x0
 from DDNM.guided_diffusion.prior import Prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule, time_pairs
@@ -415,7 +415,7 @@ def test_reconstruct_draws_what_the_sampler_draws_and_leaves_the_networks_as_the
     prior = Prior(small_unet(8, channels=(8, 16), norm_groups=4, attention_size=2))
     model, target = tiny_spnn().requires_grad_(True), logits(2)
     drawn = reconstruct(model, prior, target, steps=5, seed=3)
-    expected = draw("01", prior, 3, 5, model, target, BEST, eta=0.5)
+    expected = draw("01", prior, 3, 5, model, target, best(5), eta=0.5)
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
     assert not drawn.requires_grad and all(p.requires_grad and p.grad is None for p in model.parameters())
     named = reconstruct(model, prior, target, steps=5, seed=3, names=["1", "0"])

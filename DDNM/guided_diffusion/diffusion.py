@@ -18,8 +18,10 @@ from DDNM.guided_diffusion.guidance import NLBP, Denoiser, Gradient, Guidance, N
 from DDNM.guided_diffusion.schedule import time_pairs
 from operators import Operator, as_operator
 
-# the best rule measured on the demo (docs/guidance.md), for 50 steps and eta 0.5
-BEST = Switched(NLBP(max_move=0.06, nlbp_stop_cond=0.05), Gradient(0.03), switch=400)
+
+def best(steps: int) -> Guidance:
+    """The best rule measured on the demo (docs/guidance.md), for so many steps and eta 0.5."""
+    return Switched(NLBP(max_move=3 / steps, nlbp_stop_cond=0.05), Gradient(0.03 * (50 / steps) ** 0.5), switch=400)
 
 
 def added_variance(abar: Tensor, abar_next: Tensor, eta: float | None) -> Tensor:
@@ -141,7 +143,7 @@ def reconstruct(
     prior: nn.Module,
     logits: Tensor,
     *,
-    guidance: Guidance = BEST,
+    guidance: Guidance | None = None,
     steps: int = 50,
     eta: float | None = 0.5,
     seed: int = 1234,
@@ -153,7 +155,7 @@ def reconstruct(
     Args:
         spnn: an `models.SPNN`, or any `operators.Operator`; prior: see `prior.load_prior`. On one device.
         logits: targets, (N, d), all drawn at once.
-        guidance: a rule of guidance.py. The defaults are the best ones measured on the demo.
+        guidance: a rule of guidance.py; none: `best`, for the number of steps.
         names: each image's noise comes of the seed and its name; by default its number, from 0.
         settings: of `sample`.
 
@@ -163,6 +165,6 @@ def reconstruct(
     device = next(prior.parameters()).device
     names = [str(i) for i in range(len(logits))] if names is None else names
     generators = [image_generator(seed, name) for name in names]
-    target, operator = logits.to(device), as_operator(spnn)
+    target, operator, guidance = logits.to(device), as_operator(spnn), guidance or best(steps)
     images = sample(prior, generators, device, operator, target, guidance, steps=steps, eta=eta, **settings)
     return images.to(logits.device)
