@@ -255,16 +255,20 @@ def seen(network: nn.Module | Callable, images: Tensor, device: torch.device, si
     return torch.cat([network(part.to(device)).float().cpu() for part in images.split(size)])
 
 
-def kid(fake: Tensor, real: Tensor) -> float:
-    """Kernel Inception distance, times 100: the unbiased squared MMD of the cubic kernel (Binkowski et al. 2018).
+def kid(fake: Tensor, real: Tensor) -> Callable[[Tensor], float]:
+    """Kernel Inception distance, times 100, of those of the pictures whose indices it is given.
 
-    torchmetrics' own estimator takes sets of one size only.
+    The unbiased squared MMD of the cubic kernel (Binkowski et al. 2018). torchmetrics' own estimator takes sets of one
+    size only.
     """
     from torchmetrics.image.kid import poly_kernel
 
+    def within(k: Tensor) -> Tensor:
+        return (k.sum() - k.diag().sum()) / (len(k) * (len(k) - 1))
+
     fake, real = fake.double(), real.double()
-    within = [(k.sum() - k.diag().sum()) / (len(k) * (len(k) - 1)) for k in (poly_kernel(f, f) for f in (fake, real))]
-    return 100 * (within[0] + within[1] - 2 * poly_kernel(fake, real).mean()).item()
+    of_fake, between, of_real = poly_kernel(fake, fake), poly_kernel(fake, real), within(poly_kernel(real, real))
+    return lambda i: 100 * (within(of_fake[i][:, i]) + of_real - 2 * between[i].mean()).item()
 
 
 def fid(fake: Tensor, real: Tensor) -> float:
@@ -367,7 +371,7 @@ class Measured:
                 mean("changed", 1 - agreement(said[:, others], judged[:, others]))
         if self.features is not None and self.reference is not None:
             fake = seen(self.features, pictures, device)
-            found["kid"] = halves(lambda i: kid(fake[i], self.reference), count)
+            found["kid"] = halves(kid(fake, self.reference), count)
             if isinstance(self.features, InceptionFeatures):
                 found["fid"] = halves(lambda i: fid(fake[i], self.reference), count, 10)
         if self.inputs is not None and not torch.equal(pictures, self.inputs):
