@@ -495,19 +495,6 @@ def test_a_log_determinant_needs_no_gradients_around_it(mode, exact_below):
     torch.testing.assert_close(log_det.clone(), expected.detach())
 
 
-def test_power_iteration_in_training_mode_inverts_the_forward_pass_that_was_made():
-    torch.manual_seed(0)
-    block = bi.ResidualFC(8, norm="power").double().train()
-    optimiser = torch.optim.Adam(block.parameters(), lr=3e-3)
-    x, goal = randn(64, 8), randn(64, 8, seed=1)
-    for _ in range(30):
-        y = block(x)
-        torch.testing.assert_close(block.pinv(y), x, rtol=0, atol=1e-10)
-        optimiser.zero_grad()
-        (y - goal).square().mean().backward()
-        optimiser.step()
-
-
 # --- Adding and extracting noise -------------------------------------------------------------------------------------
 
 

@@ -84,6 +84,9 @@ def test_in_training_mode_the_inverse_and_the_log_determinant_are_those_of_the_p
         with bi.statistics_held():
             torch.testing.assert_close(g(x), y)
             torch.testing.assert_close(jacobian_log_det(g, x), log_det)
+        with torch.no_grad():  # as a step does
+            for parameter in g.parameters():
+                parameter.add_(0.1 * random(parameter.shape, seed))
 
 
 @pytest.mark.parametrize("name", STATISTICS)
