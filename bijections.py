@@ -84,7 +84,7 @@ def moments(x: Tensor, owner: str) -> tuple[Tensor, Tensor, int]:
 class Bijection(Surjection):
     """A surjection that drops nothing: ``pinv(g(x)) = x`` and ``g(pinv(y)) = y``, its latent is None.
 
-    A subclass gives ``forward_log_det`` and ``pinv``, and the two shapes where it changes them.
+    A subclass gives ``forward_log_det`` and ``pinv``, and the two shapes if it changes them.
 
     Attributes:
         domain, codomain: the numbers that x and y consist of.
@@ -775,6 +775,7 @@ class PixelShuffle(Inverted):
 
 # --- Coupling --------------------------------------------------------------------------------------------------------
 
+UNSTEADY = (nn.modules.dropout._DropoutNd, nn.utils.parametrizations._SpectralNorm)  # in training mode
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by the number of a map's dimensions
 
 
@@ -842,10 +843,11 @@ class Coupling(Split):
         mask: in place of a split, 1 where an entry stays and 0 where it moves, of a shape that broadcasts to x's; or
             "checkerboard" of a map's positions, or of a vector's entries (``flip`` swaps its colours).
         flip: the other part moves.
-        hidden: width of the networks that are made where none are given (see `coupling_net`).
+        hidden: width of the networks that are made if none are given (see `coupling_net`).
         dims: dimensions of a map, 0 for vectors, up to 3; for the networks that are made.
         scale_bound: largest absolute log-scale.
-        s, t: networks of your own: from the kept channels to the others, or, with a mask, from all to all.
+        s, t: networks of your own: from the kept channels to the others, or, with a mask, from all to all. One that
+            changes from pass to pass, as dropout does in training mode, has no inverse then.
     """
 
     def __init__(
@@ -927,8 +929,8 @@ class Coupling(Split):
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         for module in self.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-                raise ValueError(f"{self.name}: {module} draws anew in each pass, so there is no inverse: call eval()")
+            if isinstance(module, UNSTEADY) and module.training and getattr(module, "p", 1) > 0:
+                raise ValueError(f"{self.name}: {module} changes from pass to pass, which has no inverse: call eval()")
         stays, moved, mask = self._parts(y)
         log_scale, shift = self._log_scale_and_shift(stays, moved, mask)
         return self._whole(stays, (moved - shift) * torch.exp(-log_scale), mask)
@@ -939,7 +941,7 @@ def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: b
 
     Between two knots it is a quotient of quadratics, in which the spline's slope and its inverse are closed forms
     (Gregory and Delbourgo 1982; Durkan et al., arXiv 1906.04032, eq. 4 to 8 of section 3.1 and appendix A.1). These are
-    computed in float64: where a bin is a thousand times as high as wide, float32 leaves nothing of them.
+    computed in float64: if a bin is a thousand times as high as wide, float32 leaves nothing of them.
 
     Args:
         parameters: (*x.shape, 3 bins - 1): widths and heights of the bins before a softmax, and the slopes of the inner
@@ -1058,7 +1060,7 @@ class Residual(OverChannels):
     scale. It is within ``lipschitz / (1 - lipschitz)`` times the last step (Banach); `inverse_error` holds that bound
     for the last inverse, relative to the largest of y and what h computes of it. See `FixedPoint` for its derivatives.
 
-    The log-determinant is exact where an image has at most ``exact_below`` entries. Above, it is an unbiased estimate
+    The log-determinant is exact if an image has at most ``exact_below`` entries. Above, it is an unbiased estimate
     (Chen et al., "Residual flows", arXiv 1906.02735, theorem 1) of ``sum_k (-1)^(k+1) tr(J^k) / k``: traces as
     ``v^T J^k v`` with v standard normal, and after the first ``series_terms`` each term is reached with probability
     ``lipschitz`` and divided by it. A smaller probability would give an infinite variance once below lipschitz^2.
@@ -1073,7 +1075,7 @@ class Residual(OverChannels):
         norm: "exact", the layers' true norms, which guarantees the bound: a convolution padded with zeros is a part of
             the circular one on maps wider by the kernel less one, so its norm is at most that one's. Or "power", one
             step of a power iteration in each forward pass of training, cheaper for wide layers, any map size: then h
-            contracts as far as the estimate holds; where it does not, inverse and series say so.
+            contracts as far as the estimate holds; if it does not, inverse and series say so.
         size: H = W of the map, or (H, W), for norm "exact".
         kernel_size, padding_mode: of the convolutions; odd; "zeros" or "circular".
         tolerance: largest `inverse_error`; by default as small as rounding allows.
@@ -1167,7 +1169,7 @@ class Residual(OverChannels):
         return circular_conv_norm(weight, [n + wider for n in self.size])
 
     def weights(self) -> list[Tensor]:
-        """Weight and bias of each layer of h: scaled down where the layer's norm is above its bound, else as it is."""
+        """Weight and bias of each layer of h: scaled down if the layer's norm is above its bound, else as it is."""
         found = []
         for i, layer in enumerate(self.layers):
             weight = at_least_float32(layer.weight)

@@ -15,7 +15,7 @@ from models import PINN, SPNN
 
 
 class Density(nn.Module):
-    """The density of x, where a chain's completion ``G(x) = (y, z)`` has a given one.
+    """The density of x if a chain's completion ``G(x) = (y, z)`` has a given one.
 
     ::
 

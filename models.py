@@ -96,6 +96,10 @@ class Completion:
         return Completion(self.y[images], [None if a is None else a[images] for a in self.z])
 
 
+# what moves with every pass in training mode, in networks of one's own
+MOVING = (nn.modules.batchnorm._NormBase, nn.utils.parametrizations._SpectralNorm)
+
+
 class PINN(nn.Module):
     """A chain of surjections, itself one: (B, C, H, W) -> (B, C', H', W'), its latents the list of its blocks'.
 
@@ -139,7 +143,7 @@ class PINN(nn.Module):
     def _run(self, block: Surjection, method: Callable, *arguments):
         """``method(*arguments)`` of a block, its activations recomputed in the backward pass if that is asked for."""
         recompute = self.checkpoint_activations and not block.stateful and not torch.compiler.is_compiling()
-        if not (recompute and torch.is_grad_enabled()):
+        if not (recompute and torch.is_grad_enabled()) or any(isinstance(m, MOVING) for m in block.modules()):
             return method(*arguments)
         with solved_once():  # W outside of what is recomputed, and in whichever thread that is
             for mixing in block.modules():

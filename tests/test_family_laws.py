@@ -145,7 +145,8 @@ def test_recomputed_activations_leave_weights_buffers_and_gradients_as_they_are(
         torch.manual_seed(0)
         g = build()
         dropping = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5))  # draws anew in every pass
-        extra = [bi.Coupling(5, dims=0, s=dropping, t=nn.Linear(2, 3))] if shape == (5,) else []
+        moving = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(2, 3)), nn.BatchNorm1d(3))
+        extra = [bi.Coupling(5, dims=0, s=dropping, t=t) for t in (nn.Linear(2, 3), moving)] if shape == (5,) else []
         chain = PINN([*(g.blocks if isinstance(g, PINN) else [g]), *extra], shape).double().train()
         chain.checkpoint_activations = recompute
         loss = 0.0
@@ -562,13 +563,14 @@ def test_a_density_of_half_precision_is_computed_in_float32(blocks, dtype):
 
 def test_networks_of_ones_own_may_work_in_place_but_not_at_random():
     x = random((4, 5), 1)
-    for first in (nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Dropout(0.5, inplace=True)):
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2))
+    for first in (nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Dropout(0.5, inplace=True), spectral):
         g = bi.Coupling(5, dims=0, s=nn.Linear(2, 3), t=nn.Sequential(first, nn.Linear(2, 3))).double()
         given = x.clone()
         y = g(given)
         assert torch.equal(given, x)
-        if isinstance(first, nn.Dropout):
-            with pytest.raises(ValueError, match=r"Coupling\(5\): Dropout.*draws anew in each pass"):
+        if not isinstance(first, nn.ReLU):
+            with pytest.raises(ValueError, match=r"Coupling\(5\): (Dropout|_Spectral).*changes from pass to pass"):
                 g.pinv(y)
             y = g.eval()(x)
         torch.testing.assert_close(g.pinv(y), x)
