@@ -1243,7 +1243,12 @@ class Residual(OverChannels):
             reached *= 1 if k <= self.series_terms else self.lipschitz  # the probability of reaching term k
             (following,) = pull(product)
             lengths = (norm(t.detach(), self.dims + 1) for t in (following, product))
-            growth = torch.div(*lengths).nan_to_num(0.0).max().item()
+            growth = torch.div(*lengths).nan_to_num(0.0).max()
+            try:
+                growth = growth.item()
+            except RuntimeError:  # of vmap, to which the number of terms is unknown as well
+                exact = f"give exact_below of {x[0].numel()} or more"
+                raise RuntimeError(f"{self.name}: vmap goes through exact log-determinants only: {exact}") from None
             if growth > 1 + 1e-4:
                 raise ValueError(
                     f"{self.name}: the series of the log-determinant diverges: J stretches by {growth:.4f}, so h "

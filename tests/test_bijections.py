@@ -481,6 +481,13 @@ def test_the_series_estimates_the_log_determinant_without_bias(series_terms):
     assert sigma.max() < 0.1 * exact_gradient.abs().max()
 
 
+def test_an_estimate_under_vmap_says_what_to_do():
+    block = bi.ResidualFC(4, hidden=5, exact_below=0).double()
+    for call in (block.log_abs_det, jacrev(block.log_abs_det)):
+        with pytest.raises(RuntimeError, match=r"ResidualFC\(4->4\): vmap goes.*give exact_below of 4 or more"):
+            vmap(call, randomness="different")(randn(2, 3, 4))
+
+
 @pytest.mark.parametrize("exact_below", [0, 64])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_log_determinant_needs_no_gradients_around_it(mode, exact_below):
