@@ -362,7 +362,7 @@ def read_mask(files: Sequence[Path], size: Size) -> np.ndarray:
 
 
 class _Store:
-    """N arrays (*shape) uint8, each read from some files; kept in one memory-mapped file where that can be written.
+    """N arrays (*shape) uint8, each read from some files; kept in one memory-mapped file if that can be written.
 
     The file is an array as NumPy writes it, followed by JSON: why which rows could not be read.
 

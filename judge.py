@@ -131,7 +131,7 @@ def config_path(weights: str | Path) -> Path:
 def load_judge(path: str | Path) -> Judge:
     """The judge saved at ``path``, in float32 on the CPU, in eval mode, built from the JSON beside its weights.
 
-    Its ``attributes`` are the names of its logits, those of `ATTRIBUTES` where the JSON gives none.
+    Its ``attributes`` are the names of its logits, those of `ATTRIBUTES` if the JSON gives none.
 
     Raises:
         InputError: a file is missing or malformed, or weights and architecture do not fit.

@@ -125,7 +125,7 @@ def _text(value: object) -> str:
 
 
 def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows; the last line is left out where an interruption has cut it."""
+    """Columns and rows; the last line is left out if an interruption has cut it."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

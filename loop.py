@@ -2,7 +2,7 @@
 
 A training hands `Loop` a step: a function of a batch that changes the weights and returns its losses. The loop counts
 steps, sets the learning rate, fills the table, has the weights measured and the best ones kept, saves states, stops
-where a signal asks it to, and goes on from a state as if nothing had happened. Several processes, started by
+if a signal asks it to, and goes on from a state as if nothing had happened. Several processes, started by
 ``torchrun``, work as one; one process is the case of one.
 """
 
@@ -426,7 +426,7 @@ class Run:
     state: dict | None = None
 
     def find_state(self, settings: Mapping, resume: bool, overwrite: bool) -> None:
-        """Take ``settings``, and the state to go on from, where there is one.
+        """Take ``settings``, and the state to go on from, if there is one.
 
         Raises:
             InputError: a run that is not finished and neither to be resumed nor overwritten, or one of other settings.
@@ -450,7 +450,7 @@ class Run:
             save_state(self.folder / STATE_NAME, {"settings": self.settings, "stage": DONE})
 
     def stop_if_asked(self, save: Callable[[], None] = lambda: None, together: bool = True) -> None:
-        """Raise `Stopped` where a signal came, everything saved: in all processes together, or in this one alone."""
+        """Raise `Stopped` if a signal came, everything saved: in all processes together, or in this one alone."""
         if (signum := (self.world.agreed(self.stopped) if together else self.stopped)()) is not None:
             save()
             get_logger("loop").info("%s: saved; continue with --resume", signal.Signals(signum).name)
@@ -497,7 +497,7 @@ class Loop:
         before_step: called before each one, with the number of those done.
         measure: called before each row, for figures to add. Those of "loss" say which weights are best, and states are
             saved at rows then.
-        keep: called where the weights are the best so far, in the leading process; writes ``checkpoint``.
+        keep: called if the weights are the best so far, in the leading process; writes ``checkpoint``.
         saved: called after a state is saved, in the leading process; told whether the run goes on.
         images: of keys and batch, the names of the images, for a message.
         minutes: to end after.
@@ -560,7 +560,7 @@ class Loop:
         run.world.wait()  # for the files
 
     def progress(self) -> float:
-        """How far it is, in [0, 1]: by steps, or by the clock where that is ahead."""
+        """How far it is, in [0, 1]: by steps, or by the clock if that is ahead."""
         share = self.done / self.steps
         if self.minutes is not None:
             share = max(share, self.seconds / (60 * self.minutes))

@@ -15,7 +15,7 @@ eyes and brows behind them do not.
 Rules for the names that are not drawn as such, or that depend on others:
 
 * Attractive: Young, and none of Bags_Under_Eyes, Big_Nose, Chubby, Double_Chin.
-* No_Beard: none of 5_o_Clock_Shadow, Goatee, Mustache. Where none of these holds and No_Beard does not hold either, a
+* No_Beard: none of 5_o_Clock_Shadow, Goatee, Mustache. If none of these holds and No_Beard does not hold either, a
   full beard is drawn on cheeks and jaw. Only men have beards or sideburns.
 * At most one of the four hair colours holds; with none of them the hair is red, or the head is bald.
 * Straight_Hair (light streaks) and Wavy_Hair (scalloped outline) exclude each other; with neither the hair is smooth
@@ -321,7 +321,7 @@ class Canvas:
     def __init__(self, size: int, variation: Variation):
         v = variation
         self.size = size
-        # enough samples for smooth edges, fewer where the picture itself is fine enough
+        # enough samples for smooth edges, fewer if the picture itself is fine enough
         self.pixels = size * (4 if size <= 96 else 3 if size <= 192 else 2)
         self.image = Image.new("RGB", (self.pixels, self.pixels))
         self.draw = ImageDraw.Draw(self.image)
@@ -566,7 +566,7 @@ def hairline(f: Face) -> np.ndarray:
 
 
 def strands(f: Face, outer: np.ndarray, inner: np.ndarray, at, width: float, parted: bool) -> list[np.ndarray]:
-    """Brush strokes that follow the hair between its two edges, ``at`` 0 (outer) to 1; they wave where the hair does.
+    """Brush strokes that follow the hair between its two edges, ``at`` 0 (outer) to 1; they wave if the hair does.
 
     ``parted`` strokes start together at the crown, as combed hair does, and need edges that run from ear to ear.
     """
@@ -588,7 +588,7 @@ def strands(f: Face, outer: np.ndarray, inner: np.ndarray, at, width: float, par
 
 
 def draw_hair_strands(c: Canvas, f: Face, outer, inner, clip, parted: bool) -> None:
-    """Dark and light strands where the hair is wavy, a straight sheen where it is straight, none otherwise."""
+    """Dark and light strands if the hair is wavy, a straight sheen if it is straight, none otherwise."""
     outer, inner = resample(outer, 60), resample(inner, 60)
 
     def comb(at, width, colour, alpha):

@@ -9,8 +9,8 @@ Stage 2 minimises over the r-networks alone, g being frozen and z all latents co
     lambda_r_norm * |z(g'(y)) - z(0)|^2 + lambda_r_img_rec * |g'(y) - x|^2 + lambda_r_right_inverse * |g(g'(y)) - y|^2
 
 BCE is summed over attributes, weighted, and averaged over the batch; squares are means over all their elements. The
-last term of either is zero whatever the weights are, where every block is exact: its gradient is rounding noise. So it
-is measured at every validation, and trained through only where a block declares ``exact = False``.
+last term of either is zero whatever the weights are, if every block is exact: its gradient is rounding noise. So it
+is measured at every validation, and trained through only if a block declares ``exact = False``.
 
 Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042.
 """
@@ -31,6 +31,7 @@ from blocks import solved_once
 from checkpoints import save_spnn
 from data_loader import augmented, batches_from, with_batches
 from diagnostics import first_nonfinite
+from images import listed
 from loop import Loop, Run, adam, clip_gradients, decaying
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
@@ -111,7 +112,7 @@ class AttributeWeights:
             older, newer = history[-2 * half : -half].mean(0), history[-half:].mean(0)
             change = (newer - older).abs() / newer.clamp_min(1e-12)
             weights = change / change.mean().clamp_min(1e-12) * newer / newer.mean().clamp_min(1e-12)
-            if weights.sum() > 0:  # all zero only where nothing moved at all
+            if weights.sum() > 0:  # all zero only if nothing moved at all
                 self.values = weights / weights.mean()
         return self.values
 
@@ -158,7 +159,7 @@ def bce_by_attribute(logits: Tensor, labels: Tensor, classes: Tensor | None = No
 
 
 def right_inverse_error(model: SPNN, x: Tensor, y: Tensor) -> Tensor:
-    """Mean of ``|g(x) - y|^2`` for x = g'(y): rounding, where every block is exact."""
+    """Mean of ``|g(x) - y|^2`` for x = g'(y): rounding, if every block is exact."""
     return F.mse_loss(model(x), y)
 
 
@@ -405,7 +406,7 @@ class CelebATrainer:
 
     @contextmanager
     def _naming(self, x: Tensor, target: Tensor) -> Iterator[None]:
-        """Around a step: where a number is not finite, say what is not finite first: a weight, the data, a block."""
+        """Around a step: if a number is not finite, say what is not finite first: a weight, the data, a block."""
         try:
             yield
         except FloatingPointError as error:
@@ -422,7 +423,7 @@ class CelebATrainer:
         names = [f"image {index}" if files is None else files[index] for index in indices]
         finite = batch[0].isfinite().flatten(1).all(1).tolist()
         names = [name for name, good in zip(names, finite, strict=True) if not good] or names
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return listed(names)
 
     def _known_logits(self, keys: Sequence[Hashable], g: Callable[[Tensor], Tensor]) -> Callable[[list], Tensor]:
         """g of every picture, computed once, each process its share: a function from keys to logits, (B, d)."""

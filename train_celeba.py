@@ -67,7 +67,7 @@ class Task:
     seed: int = option(0, "of weights, order and mirroring", 0, LARGEST_SEED)
 
     def build(self, layer_channels: list | None) -> SPNN:
-        """A fresh SPNN. Raises InputError where the architecture does not fit."""
+        """A fresh SPNN. Raises InputError if the architecture does not fit."""
         try:
             size = 256 if self.img_size is None else self.img_size
             model = SPNN(3, len(ATTRIBUTES), self.hidden, self.scale_bound, size, self.mix_type, layer_channels)
@@ -86,7 +86,7 @@ class Machine:
 
     dataset_path: Path | None = option(None, "CelebAMask-HQ root (default: download through kagglehub)")
     checkpoint_dir: str = option("check_points/", "where everything is saved")
-    overwrite: bool = option(False, "train anew where a trained model is")
+    overwrite: bool = option(False, "train anew although a trained model is there")
     resume: bool = option(
         False, "continue the run in --checkpoint_dir exactly where its last state is; begin it if there is none"
     )
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if forward:
             log.info("stage 1: %d epochs of %d steps on %s", settings.epoch, len(loaders.train), run.device)
             best = trainer(model).train_forward()
-            if run.world.leads:
+            if run.world.leads:  # the others wait: it takes as long as an epoch's validation
                 model = SPNN.from_pretrained(best).to(run.device)
                 model.notes["typical_logits"] = typical_logits(model, run.until_stopped(loaders.val), run.device)
                 save_spnn(best, model)
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usual_precision(state: dict | None, device: torch.device) -> str:
-    """What --precision is where it is not given: the resumed run's if the device has it, else TF32 or float32."""
+    """What --precision is if it is not given: the resumed run's if the device has it, else TF32 or float32."""
     earlier = None if state is None else state["settings"].get("precision")
     return earlier if earlier in ("float32", "bf16") else "tf32" if has_tf32(device) else "float32"
 
@@ -179,7 +179,7 @@ def usual_precision(state: dict | None, device: torch.device) -> str:
 def prepare(
     task: Task, settings: Settings, machine: Machine, chain: list | None, run: Run, forward: bool
 ) -> tuple[SPNN, Loaders]:
-    """The model of the stage to begin with, and the data. Raises InputError where a stage cannot run in the folder."""
+    """The model of the stage to begin with, and the data. Raises InputError if a stage cannot run in the folder."""
     file = run.folder / FORWARD_CHECKPOINT
     if run.state is None and forward and file.exists() and not machine.overwrite:
         raise InputError(f"{file} exists; give --overwrite or another --checkpoint_dir")

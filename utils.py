@@ -210,7 +210,7 @@ def option(
     """A field of a dataclass of settings, see `parse`.
 
     Args:
-        default: ``...`` where the flag must be given.
+        default: ``...`` if the flag must be given.
         help: for ``--help``, which adds the default.
         low, high: bounds of a number, or of each of several. A whole number without ``high`` is at most `MOST`.
         choices: the values allowed; a field of type ``Literal["a", "b"]`` needs none.
@@ -412,7 +412,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def unlinked(path: str | Path, flags: int) -> int:
-    """An ``opener`` for `open` where a file is appended to or kept open: no link at the end of the path is followed.
+    """An ``opener`` for `open` if a file is appended to or kept open: no link at the end of the path is followed.
 
     `atomic_write` puts a file in the place of a link; here a link would have the writing go to another folder.
 
@@ -428,7 +428,7 @@ def unlinked(path: str | Path, flags: int) -> int:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether ``path`` is what `atomic_write` leaves where the process is killed while it writes."""
+    """Whether ``path`` is what `atomic_write` leaves if the process is killed while it writes."""
     named = re.fullmatch(r"\..+(\.\w+)\.[a-z0-9_]{8}\1", path.name) is not None
     return named and path.is_file() and not path.is_symlink()
 

@@ -32,7 +32,7 @@ from data_loader import augmented, split_indices
 from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
-from images import find_images, grid, load_image, save_image, to_uint8
+from images import find_images, grid, listed, load_image, save_image, to_float, to_uint8
 from logger import get_logger
 from loop import STATE_NAME, Ema, Loop, Run, adam, clip_gradients, is_empty, open_run
 from networks import compile_networks
@@ -104,7 +104,7 @@ class Machine:
 
 
 class Images:
-    """Every image under a folder, cropped in the middle and resized; decoded once where memory allows.
+    """Every image under a folder, cropped in the middle and resized; decoded once if memory allows.
 
     Args:
         device: where batches are wanted. A GPU keeps the pixels itself, if they take at most a quarter of what is free.
@@ -145,7 +145,7 @@ class Images:
             chosen = self.pixels[indices]
         else:
             chosen = torch.stack(list(self.pool.map(self._read, [self.paths[i] for i in indices.tolist()])))
-        return chosen.to(self.device, non_blocking=True).float() / 127.5 - 1
+        return to_float(chosen.to(self.device, non_blocking=True))
 
 
 def learning_rate(progress: float, step: int, base: float, warmup: int, decay: str) -> float:
@@ -268,8 +268,7 @@ class Trainer:
         return sum(loss for loss, _ in results)
 
     def _names(self, *_) -> str:
-        names = [self.images.paths[i].name for i in self.drawn.tolist()]
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return listed([self.images.paths[i].name for i in self.drawn.tolist()])
 
     def save(self, goes_on: bool) -> None:
         """Write the averaged weights, and unless a signal stops the run, pictures."""
@@ -283,7 +282,7 @@ class Trainer:
 
 
 def check_folder(machine: Machine) -> None:
-    """Raise InputError where results would be lost, or written elsewhere."""
+    """Raise InputError if results would be lost, or written elsewhere."""
     out = machine.out
     if (out / SAMPLES_NAME).is_symlink():  # pictures written, or deleted, through it would be somebody else's
         raise InputError(f"{out / SAMPLES_NAME} is a link; results are written inside --out only")
