@@ -29,7 +29,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from logger import MetricsTable, get_logger, plot_curves, tensorboard_events
-from utils import InputError, Stopped, atomic_write, is_temporary, resolve_device, unlinked
+from utils import (
+    InputError,
+    Stopped,
+    atomic_write,
+    is_temporary,
+    remove_temporaries,
+    resolve_device,
+    unlinked,
+    write_json,
+)
 
 try:
     import fcntl
@@ -443,6 +452,17 @@ class Run:
             raise InputError(f"{path}: a run that is not finished; give --resume to continue it or --overwrite")
         check_settings(state["settings"], self.settings, self.folder)
         self.state = state
+
+    def begin(self, name: str, settings: dict, stale: Iterable[str]) -> logging.Logger:
+        """Write settings.json and log.txt; what an earlier run left, by these names, must not stand beside them."""
+        if self.world.leads:
+            remove_temporaries(self.folder)
+            for path in (path for each in (STATE_NAME, *stale) for path in self.folder.glob(each)):
+                if self.state is None:
+                    path.unlink()
+            write_json(self.folder / "settings.json", settings)
+        self.world.wait()
+        return get_logger(name, self.folder if self.world.leads else None)
 
     def finish(self) -> None:
         """Note that nothing is left to do, in place of what training held."""

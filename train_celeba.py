@@ -8,7 +8,6 @@ Penrose diagnostics run on the test split after each stage. Results go to --chec
 killed goes on where it was with the same command and --resume.
 """
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from data_loader import ATTRIBUTES, FaceLoader, Loaders, download_dataset, make_
 from diagnostics import diagnose, format_table
 from images import grid, save_image
 from logger import get_logger
-from loop import DONE, STATE_NAME, Run, check_settings, open_run, outlive_stop_signals
+from loop import DONE, Run, check_settings, open_run, outlive_stop_signals
 from models import SPNN
 from networks import (
     PRECISIONS,
@@ -42,7 +41,6 @@ from utils import (
     InputError,
     option,
     parse,
-    remove_temporaries,
     run_command,
     seed_everything,
     write_json,
@@ -135,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run.state is not None:
             check_settings(run.state["settings"], splits, folder)
         run.settings |= {**splits, "precision": settings.precision}
-        log = begin_folder(
-            run, forward, {**asdict(task), **asdict(settings), **asdict(machine), "layer_channels": chain}
-        )
+        stale = [FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json", "diagnostics_*.json", "natural_*.png"]
+        every = {**asdict(task), **asdict(settings), **asdict(machine), "layer_channels": chain}
+        log = run.begin("train_celeba", every, stale if forward else ())
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         log.info("SPNN with %.2f M parameters; %d training images", parameters, len(loaders.train.dataset))
 
@@ -206,22 +204,6 @@ def prepare(
     for loader in loaders:
         loader.worker_init_fn = outlive_stop_signals
     return model, loaders
-
-
-def begin_folder(run: Run, forward: bool, settings: dict) -> logging.Logger:
-    """Settings and log of the run; what an earlier one left must not stand beside this one's files."""
-    log = get_logger("train_celeba", run.folder)
-    if run.world.leads:
-        remove_temporaries(run.folder)
-        if run.state is None:
-            stale = [STATE_NAME]
-            if forward:
-                reports = [name.format(stage) for name in (DIAGNOSTICS, NATURAL) for stage in ("forward", "r_opt")]
-                stale += [FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json", *reports]
-            for name in stale:
-                (run.folder / name).unlink(missing_ok=True)
-        write_json(run.folder / "settings.json", settings)
-    return log
 
 
 def report(run: Run, model: SPNN, loader: FaceLoader, samples: int, stage: str) -> None:

@@ -33,7 +33,6 @@ from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
 from images import find_images, grid, listed, load_image, save_image, to_float, to_uint8
-from logger import get_logger
 from loop import STATE_NAME, Ema, Loop, Run, adam, clip_gradients, is_empty, open_run
 from networks import compile_networks
 from utils import (
@@ -45,10 +44,8 @@ from utils import (
     InputError,
     option,
     parse,
-    remove_temporaries,
     run_command,
     seed_everything,
-    write_json,
 )
 
 SAMPLES_NAME = "samples"
@@ -307,15 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = Images(machine.images, settings.img_size, run.device, settings.split)
         run.find_state({**asdict(settings), "images": len(images)}, machine.resume, machine.overwrite)
         trainer = Trainer(settings, machine, images, run)
-        if run.world.leads:
-            remove_temporaries(out)
-            if run.state is None:  # what an earlier run of this command left, by name: nothing else is touched
-                names = (STATE_NAME, "metrics.csv", "curves.png", "log.txt")
-                for path in (*(out / name for name in names), *(out / SAMPLES_NAME).glob("step_*.png")):
-                    path.unlink(missing_ok=True)
-            write_json(out / "settings.json", asdict(settings) | asdict(machine))
-        run.world.wait()
-        log = get_logger("train_prior", out if run.world.leads else None)
+        stale = ("metrics.csv", "curves.png", "log.txt", f"{SAMPLES_NAME}/step_*.png")
+        log = run.begin("train_prior", asdict(settings) | asdict(machine), stale)
         parameters = sum(p.numel() for p in trainer.prior.parameters())
         log.info(
             "%d images, %s parameters, %s, torch %s", len(images), f"{parameters:,}", run.device, torch.__version__
