@@ -164,16 +164,7 @@ def tensorboard_events(folder: Path | None, begin: int) -> Iterator[Callable[[Ma
 # --- Curves ----------------------------------------------------------------------------------------------------------
 
 _AXES = ("step", "iteration", "epoch")
-_SPLITS = {"train": "-", "val": "--", "valid": "--", "validation": "--", "test": ":"}
-
-
-def _series(column: str) -> tuple[str, str, str]:
-    """Panel, quantity and line style of a column: ``val_bce`` is ``("loss", "bce", "--")``."""
-    words = column.split("_")
-    split = next((word for word in words if word in _SPLITS), None)
-    quantity = "_".join(word for word in words if word != split) or column
-    panel = "loss" if "loss" in quantity or "bce" in quantity else "accuracy" if "acc" in quantity else quantity
-    return panel, quantity, _SPLITS.get(split, "-")
+_STYLES = {"train": "-", "val": "--", "test": ":"}
 
 
 def _number(text: str) -> float:
@@ -186,8 +177,8 @@ def _number(text: str) -> float:
 def plot_curves(table: str | Path, picture: str | Path) -> None:
     """Draw every numeric column of a metrics table, the seconds left out, over its step or epoch.
 
-    Losses share a panel, accuracies share a panel, every other quantity has its own. A quantity keeps its colour over
-    the splits: training is solid, validation dashed, test dotted. Positive values over a wide range get a log axis.
+    Each quantity has a panel: train_loss and val_loss are two lines of one, solid and dashed. Positive values over a
+    wide range get a log axis.
 
     Raises:
         InputError: the table is missing, empty or malformed, or the picture cannot be written.
@@ -197,37 +188,35 @@ def plot_curves(table: str | Path, picture: str | Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     columns, rows = _read_table(Path(table))
-    axis = next((name for name in _AXES if name in columns), None)
-    at = [_number(row[axis]) if axis is not None else i for i, row in enumerate(rows, start=1)]
-    panels: dict[str, dict[str, tuple]] = {}
-    for column in [column for column in columns if column not in (*_AXES, "seconds")]:
+    axis = next((name for name in _AXES if name in columns), "row")
+    at = [_number(row[axis]) if axis in row else i for i, row in enumerate(rows, start=1)]
+    panels: dict[str, dict[str, tuple]] = {}  # quantity -> split -> xs, ys
+    for column in columns:
+        split = next((word for word in column.split("_") if word in _STYLES), "")
+        quantity = column.replace(split, "").strip("_").replace("_", " ")
         points = [(x, y) for x, row in zip(at, rows, strict=True) if math.isfinite(y := _number(row[column]))]
-        if points:
-            panels.setdefault(_series(column)[0], {})[column] = tuple(zip(*points, strict=True))
+        if points and column not in (*_AXES, "seconds"):
+            panels.setdefault(quantity, {})[split] = tuple(zip(*points, strict=True))
     if not panels:
         raise InputError(f"{table}: no numbers to plot")
 
-    order = sorted(panels, key=lambda panel: {"loss": 0, "accuracy": 1}.get(panel, 2))  # stable: then as in the table
-    across = min(len(order), 3)
-    down = -(-len(order) // across)
-    figure = Figure(figsize=(5.2 * across, 3.6 * down), layout="constrained")
+    across = min(len(panels), 4)
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4.4 * across, 3.2 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    for i, panel in enumerate(order):
-        axes = figure.add_subplot(down, across, i + 1)
-        colours: dict[str, str] = {}
-        for column, (xs, ys) in panels[panel].items():
-            _, quantity, style = _series(column)
-            colour = colours.setdefault(quantity, f"C{len(colours) % 10}")
+    for i, (quantity, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(down, across, i)
+        for split, (xs, ys) in lines.items():
             marker = "o" if len(xs) <= 30 else None
-            label = column.replace("_", " ")
-            axes.plot(xs, ys, style, color=colour, marker=marker, markersize=3, linewidth=1.4, label=label)
-        values = [y for _, ys in panels[panel].values() for y in ys]
-        if panel != "lr" and min(values) > 0 and max(values) > 30 * min(values):
+            axes.plot(xs, ys, _STYLES.get(split, "-"), label=split, marker=marker, markersize=3, linewidth=1.4)
+        values = [y for _, ys in lines.values() for y in ys]
+        if quantity != "lr" and min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
-        axes.set(xlabel=axis or "row", ylabel=panel.replace("_", " "))
+        axes.set(xlabel=axis, title=quantity)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
+        if len(lines) > 1:
+            axes.legend(fontsize=8, frameon=False)
     with atomic_write(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -76,7 +76,7 @@ def test_both_stages_leave_everything_that_is_promised(finished):
     names = {path.name for path in finished.iterdir()}
     assert {"best_model.pth", "best_model_r_opt_real.pth", "config.json", "settings.json", "log.txt"} <= names
     for stage in ("forward", "r_opt"):
-        assert {f"metrics_{stage}.csv", f"diagnostics_{stage}.json"} <= names
+        assert {f"metrics_{stage}.csv", f"curves_{stage}.png", f"diagnostics_{stage}.json"} <= names
         with Image.open(finished / f"natural_{stage}.png") as picture:  # the test split's 3 images, and under them g'
             assert picture.size == (3 * 16, 2 * 16)
         report = json.loads((finished / f"diagnostics_{stage}.json").read_text())
