@@ -394,7 +394,7 @@ class _Store:
             try:
                 if folder.is_symlink():
                     raise InputError(f"{folder} is a link, and nothing is written outside the data set")
-                self.bad = self._kept(file) if self._kept(file) is not None else self._write(file)
+                self.bad = kept if (kept := self._kept(file)) is not None else self._write(file)
                 self.file = file
             except (InputError, OSError) as error:
                 log.warning("no cache of resized images, every epoch reads the originals: %s", error)
