@@ -387,6 +387,7 @@ class _Store:
     ) -> None:
         self.name, self.sources, self.shape, self.read = name, sources, shape, read
         self.file: Path | None = None
+        self.bad: dict[int, str] = {}
         self._map: np.ndarray | None = None  # opened once in a process: a pickled memory map would be a full copy
         if folder is not None:
             key = json.dumps([_CACHE_VERSION, name, int(RESAMPLING), [list(map(_state, files)) for files in sources]])
