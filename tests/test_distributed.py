@@ -44,7 +44,7 @@ def start_two(command, arguments: list[str], folder: Path) -> tuple[list[int], l
     for process in started:
         process.start()
     for process in started:
-        process.join(200)
+        process.join(900)
         process.kill()
     last = [(folder / f"{rank}.txt").read_text().strip().rpartition("\n")[2] for rank in (0, 1)]
     return [process.exitcode for process in started], last
@@ -53,6 +53,11 @@ def start_two(command, arguments: list[str], folder: Path) -> tuple[list[int], l
 def rows(folder: Path, stage: str) -> list[dict[str, float]]:
     with open(folder / f"metrics_{stage}.csv", newline="") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def skew(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Weights, of Cayley's B what W depends on, B - B^T: the diagonal's gradient is rounding alone."""
+    return [b - b.T if name.endswith("A_unconstrained") else b for name, b in weights.items()]
 
 
 def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
@@ -68,20 +73,20 @@ def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
                 assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-8), (stage, key)  # of losses of about 1
     for name in ("best_model.pth", "best_model_r_opt_real.pth"):
         one, two = (read_weights(folder / name) for folder in folders.values())
-        one, two = (torch.cat([tensor.flatten() for tensor in weights.values()]) for weights in (one, two))
+        one, two = (torch.cat([tensor.flatten() for tensor in skew(weights)]) for weights in (one, two))
         # as a whole: where a gradient is rounding noise, Adam makes a full step of it
         assert (one - two).norm() < 1e-4 * one.norm(), name
     assert (folders[2] / "log.txt").read_text().count("stage 1: ") == 1  # one of the two reports
 
 
 def test_torchrun_trains_the_prior_of_one_process(faces, tmp_path):  # noqa: F811
-    assert train_prior.main(prior_arguments(faces, tmp_path / "of_1")) == 0
+    assert train_prior.main(prior_arguments(faces, tmp_path / "of_1", steps=4)) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "DDNM/train_prior.py", *prior_arguments(faces, tmp_path / "of_2")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [*torchrun, "DDNM/train_prior.py", *prior_arguments(faces, tmp_path / "of_2", steps=4)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (list(csv.DictReader(open(tmp_path / name / "metrics.csv"))) for name in ("of_1", "of_2"))
-    assert len(one) == len(two) == 6
+    assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
         for key in ("step", "loss", "lr", "grad_norm"):
             assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), key

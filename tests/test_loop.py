@@ -296,7 +296,7 @@ def test_loader_processes_do_not_outlive_a_process_that_ends_without_them():
         "loader = DataLoader(range(9), num_workers=1, persistent_workers=True, worker_init_fn=outlive_stop_signals)\n"
         "kept = iter(loader)\nprint(next(kept))\nsys = __import__('sys')\nsys.kept = kept\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=900, capture_output=True, text=True)
     assert done.returncode == 0 and "tensor([0])" in done.stdout, done.stderr
 
 
@@ -556,7 +556,7 @@ with locked(Path(sys.argv[1])):
 def test_everything_imports_where_there_is_no_posix(tmp_path):
     """As far as that can be shown here: without what Windows lacks of the modules os, signal and fcntl."""
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_POSIX, str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, timeout=900, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "hello" in (tmp_path / "run" / "log.txt").read_text()
 
