@@ -146,7 +146,7 @@ def reconstruct_faces(operator: ClassOperator, judge: nn.Module, loaders, o: Opt
             right = (guess == maps).flatten(1).float().mean(1)
             rows[name] |= {f"mIoU, {who}": iou.by_class().nanmean().item(), f"places, {who}": with_interval(right)}
     best = "NLBP, then gradient"
-    columns = {"map: all that is used": coloured(maps), "face": pictures[best]}
+    columns = {"map": coloured(maps), "face": pictures[best]}
     columns |= {f"{who} sees": coloured(seen[f"{who} sees, {best}"]) for who in ("g", "judge")}
     columns |= {"NLBP alone": pictures["NLBP"], "g'(map)": pictures["g'(map)"], "unguided": pictures["unguided"]}
     write_report(
