@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_distributed import ROOT, start_two
+from test_distributed import start_two
 from test_main import assets, tiny_spnn  # noqa: F401  (a fixture)
 
 import evaluate
@@ -111,7 +111,8 @@ def test_two_processes_draw_what_one_draws(run, assets, tmp_path):  # noqa: F811
     flags = ["--methods", "none", "nlbp", "--steps", "2", "--batch_size", "1"]
     one = run(*flags)
     arguments = ["--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--count", "3"]
-    start_two(str(ROOT / "evaluate.py"), *arguments, "--out", str(tmp_path / "two"), "--features", "judge", *flags)
+    arguments += ["--out", str(tmp_path / "two"), "--features", "judge", *flags]
+    assert start_two(evaluate.main, arguments, tmp_path / "logs")[0] == [0, 0]
     two = json.loads((tmp_path / "two" / "table.json").read_text())
     costs = ("seconds", "memory")
     for a, b in zip(one["rows"], two["rows"], strict=True):
