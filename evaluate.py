@@ -146,12 +146,14 @@ def contents(targets: Targets) -> list[str]:
 
 
 def costs_of(record: Record) -> dict[str, float]:
-    """Evaluations and gradients of a batch, and |A x - y| in it; seconds of an image; the largest memory."""
+    """Evaluations and gradients of a batch; seconds of an image, and |A x - y| in it; the largest memory."""
     batches = record.read(dict)
-    seconds = sum(batch["seconds"] for batch in batches) / sum(len(batch["images"]) for batch in batches)
-    keys = ("evaluations", "gradients", "consistency")
-    counts = {key: fmean(batch[key] for batch in batches) for key in keys if key in batches[0]}
-    return counts | {"seconds": seconds, "memory": max(batch["memory"] for batch in batches)}
+    images = sum(len(batch["images"]) for batch in batches)
+    costs = {key: fmean(batch[key] for batch in batches) for key in ("evaluations", "gradients")}
+    costs |= {"seconds": sum(b["seconds"] for b in batches) / images, "memory": max(b["memory"] for b in batches)}
+    if "consistency" in batches[0]:
+        costs["consistency"] = sum(batch["consistency"] * len(batch["images"]) for batch in batches) / images
+    return costs
 
 
 def draw(
@@ -242,7 +244,7 @@ def load_features(wanted: str, networks: Networks, log) -> tuple[nn.Module | Non
             reason = " ".join(str(error).split())[:120]
             if wanted == "inception":
                 raise InputError(f"--features inception: cannot be had ({reason})") from None
-            log.info("no Inception (%s): KID and FID on the judge's features", reason)
+            log.info("no Inception (%s): no FID, and KID on the judge's features", reason)
     if networks.judge is None:
         log.info("no judge either: no KID and FID")
         return None, "none"
