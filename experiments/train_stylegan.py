@@ -112,11 +112,9 @@ def uniform(z: Tensor) -> Tensor:
 def faces(s: Settings) -> tuple[Tensor, Tensor]:
     """z (N, d) and its faces as bytes, (N, 3, S, S); drawn once, and kept in --out."""
     z = torch.randn(s.count, s.dim, generator=torch.Generator().manual_seed(s.seed))
-    path = s.out / "faces.safetensors"
+    path = s.out / f"faces_{s.count}_{s.size}_of_{s.dim}_{s.seed}.safetensors"  # all that decides which they are
     if path.is_file():
-        images = load_file(path)["images"]
-        if images.shape == (s.count, 3, s.size, s.size):
-            return z, images
+        return z, load_file(path)["images"]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         drawn = pool.map(partial(painted, size=s.size), uniform(z).numpy(), chunksize=32)
         drawn = np.stack(list(tqdm(drawn, "faces", s.count, disable=None)))
@@ -358,11 +356,11 @@ def _styles(g: StyleGAN) -> list[Equalised]:
     return [epilogue.style_mod["lin"] for block in blocks for epilogue in (block.epi1, block.epi2)]
 
 
-def invert_all(g: StyleGAN, images: Tensor, s: Settings) -> Tensor:
+def invert_all(g: StyleGAN, images: Tensor, s: Settings, run: Run) -> Tensor:
     """w+ (N, L, d) of images, by ``--inversion_steps`` from the average latent."""
     f = Latents(g.requires_grad_(False), "w+", g.draw_noise(1, torch.Generator().manual_seed(s.seed)), s.bf16)
     found = []
-    for part in tqdm(images.split(s.batch_size), "inverting", unit="batch", disable=None):
+    for part in run.until_stopped(tqdm(images.split(s.batch_size), "inverting", unit="batch", disable=None)):
         x0 = f.average().repeat(len(part), 1)
         found.append(invert(f, part.to(x0) / 127.5 - 1, x0, steps=s.inversion_steps).x)
     return f.w_plus(torch.cat(found))
@@ -402,7 +400,7 @@ def train(s: Settings, run: Run) -> None:
         if s.start is None:
             raise InputError("--objective components: give the generator's weights by --start")
         g, dim = load_generator(s.start, s.size).to(run.device), max(s.dim, 2 * len(images) - 2)
-        save(s, with_components(g, invert_all(g, images, s), dim).to(run.device), {"faces": len(images)})
+        save(s, with_components(g, invert_all(g, images, s, run), dim).to(run.device), {"faces": len(images)})
         return
     try:
         objective = Painter(s, z, images, run) if s.objective == "painter" else Adversarial(s, images, run)
