@@ -29,7 +29,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -737,6 +737,12 @@ def with_batches(loader: DataLoader, batches: Sequence, workers: int = 0) -> Dat
     if isinstance(loader, FaceLoader):
         other.device = loader.device
     return other
+
+
+def first_items(loader: FaceLoader, count: int) -> list[Tensor]:
+    """Images and targets of the first ``count`` items, or of all if there are fewer; no others are loaded."""
+    batches = islice(loader, -(-count // loader.batch_sampler.batch_size))
+    return [torch.cat(part)[:count] for part in zip(*batches, strict=True)]
 
 
 def batches_from(loader: DataLoader, step: int) -> Iterator[tuple[list | None, tuple]]:

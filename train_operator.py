@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from blocks import PixelUnshuffleBlock, solved_once
 from checkpoints import locate, save_spnn
-from data_loader import Loaders, augmented, batches_from, make_loaders
+from data_loader import Loaders, augmented, batches_from, first_items, make_loaders
 from DDNM.guided_diffusion.diffusion import reconstruct
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Guidance, Unguided
 from DDNM.guided_diffusion.inputs import load_lpips
@@ -85,7 +86,7 @@ class Options:
     out: Path = option(..., "folder for weights, tables and pictures")
     img_size: int = option(64, "side of the images", 2, LARGEST_SIDE)
     judge: Path | None = option(None, "weights of judge.py: which attributes it still tells in what is restored")
-    dps_step: float = option(0.1, "step of the gradient of the true measurement", 0)
+    dps_step: float = option(0.1, "DPS: step of the gradient", 0)
 
 
 @dataclass(frozen=True)
@@ -245,17 +246,18 @@ def find_run(run: Run, s: Fit, identity: dict) -> None:
 # --- Restoration -----------------------------------------------------------------------------------------------------
 
 
-def drawn(rules: dict[str, tuple[Operator, Guidance]], y: Tensor, r: Restoring, device: torch.device):
+def drawn(rules: dict[str, tuple[Operator, Guidance]], y: Tensor, r: Restoring, run: Run):
     """For each rule its images (N, 3, H, W) of what is measured, y, by the frozen prior, and seconds per image."""
     (source,) = locate(r.prior)
-    prior = load_prior(source).to(device).eval().requires_grad_(False)
+    prior = load_prior(source).to(run.device).eval().requires_grad_(False)
     pictures, seconds = {}, {}
     for name, (operator, rule) in rules.items():
         began = time.perf_counter()
         names = [str(i) for i in range(len(y))]  # an image's noise follows from its number
+        batches = tqdm(range(0, len(y), 8), name, unit="batch", disable=None, leave=False)
         parts = [
-            reconstruct(operator, prior, y[i:end], guidance=rule, steps=r.sampling_steps, names=names[i:end])
-            for i, end in ((i, i + 8) for i in range(0, len(y), 8))
+            reconstruct(operator, prior, y[i : i + 8], guidance=rule, steps=r.sampling_steps, names=names[i : i + 8])
+            for i in run.until_stopped(batches)
         ]
         pictures[name], seconds[name] = torch.cat(parts), (time.perf_counter() - began) / len(y)
     return pictures, seconds
@@ -294,8 +296,8 @@ def restore(
     operator: PictureOperator, function: Function, loaders: Loaders, o: Options, r: Restoring, run: Run
 ) -> None:
     """Restore test images from what is measured of them; write the table and the sheet."""
-    x = torch.cat([batch[0] for batch in loaders.test])[: r.count].to(run.device)  # (N, 3, H, W)
-    y, other = function(x), next(iter(loaders.val))[0].to(run.device)
+    x, other = first_items(loaders.test, r.count)[0], next(iter(loaders.val))[0]  # (N, 3, H, W)
+    y = function(x)
     # linear or not: of the true measurement a gradient asks A and its distances alone
     true = LinearOperator(function, operator.pinv, operator.in_shape, operator.out_shape)
     wrong = misfit(operator, other, function(other))
@@ -305,7 +307,7 @@ def restore(
     with torch.enable_grad():
         if function(x[:1].clone().requires_grad_()).requires_grad:
             rules["DPS, true A"] = (true, Gradient(o.dps_step))
-    pictures, seconds = drawn(rules, y, r, run.device)
+    pictures, seconds = drawn(rules, y, r, run)
     pictures = {"g'(y)": operator.pinv(y).clamp(-1, 1), **pictures}
     lpips = load_lpips(run.device, get_logger("train_operator"), o.img_size)
     judge = None if o.judge is None else load_judge(o.judge).to(run.device).eval()

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data_loader import MASK_CLASSES, augmented, make_loaders
+from data_loader import MASK_CLASSES, augmented, first_items, make_loaders
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
 from diagnostics import IoU, diagnose, format_table
 from loop import Run, open_run
@@ -126,15 +126,15 @@ def legend(width: int) -> Image.Image:
 @torch.no_grad()
 def reconstruct_faces(operator: ClassOperator, judge: nn.Module, loaders, o: Options, r: Restoring, run: Run) -> None:
     """Draw faces from the maps of test images; write the table and the sheet."""
-    x, masks = (torch.cat(part)[: r.count].to(run.device) for part in zip(*loaders.test, strict=True))
+    x, masks = first_items(loaders.test, r.count)
     maps, (other, truth) = smaller(masks), next(iter(loaders.val))
-    y, wrong = logits_of(maps), misfit(operator, other.to(run.device), logits_of(smaller(truth.to(run.device))))
+    y, wrong = logits_of(maps), misfit(operator, other, logits_of(smaller(truth)))
     nlbp = NLBP(nlbp_stop_cond=wrong if r.stop is None else r.stop, max_move=r.max_move or None)
     gradient = Gradient(0.03)
     rules = {"unguided": Unguided(), "NLBP": nlbp, "gradient": gradient,
              "NLBP, then gradient": Switched(nlbp, gradient, switch=400)}  # fmt: skip
-    pictures, seconds = drawn({name: (operator, rule) for name, rule in rules.items()}, y, r, run.device)
-    pictures, seconds = {"real": x, "g'(map)": operator.pinv(y).clamp(-1, 1), **pictures}, seconds
+    pictures, seconds = drawn({name: (operator, rule) for name, rule in rules.items()}, y, r, run)
+    pictures = {"real": x, "g'(map)": operator.pinv(y).clamp(-1, 1), **pictures}
     rows: dict[str, dict] = {}
     seen: dict[str, Tensor] = {}
     for name, images in pictures.items():
