@@ -284,8 +284,8 @@ def train_judge(train: CelebAMaskHQ, val: CelebAMaskHQ, settings: Training, run:
     return best.to("cpu", memory_format=torch.contiguous_format).eval()
 
 
-def train_command(settings: Training, machine: Machine, root: Path) -> dict:
-    """Train, and write the weights; returns what else goes into the JSON beside them, nothing if that is done."""
+def train_command(settings: Training, machine: Machine, root: Path) -> None:
+    """Train, and write the weights and the JSON beside them, if that is not done."""
     seed_everything(settings.seed)
     folder = machine.out.with_name(f"{machine.out.stem}_training")
     with open_run(folder, machine.device, machine.save_every, settings.seed) as run:
@@ -294,39 +294,34 @@ def train_command(settings: Training, machine: Machine, root: Path) -> dict:
         run.find_state(used, machine.resume, machine.overwrite)
         if run.state is not None and run.state["stage"] == DONE:
             print(f"{folder}: this training is finished")
-            return {}
+            return
         judge = train_judge(train, val, settings, run, machine.workers)
         write_weights(machine.out, judge.state_dict(), DTYPES[machine.dtype])
-        run.finish()
         with open(folder / "metrics_judge.csv", newline="") as table:
             history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(table)]
-    used |= {"dtype": machine.dtype, "device": run.device.type, "torch": torch.__version__}
-    return {
-        "architecture": judge.config(),
-        "attributes": list(ATTRIBUTES),
-        "training": used,
-        "history": history,
-    }
+        record = {"architecture": judge.config(), "attributes": list(ATTRIBUTES), "history": history}
+        record["training"] = {**used, "dtype": machine.dtype, "device": run.device.type, "torch": torch.__version__}
+        write_json(config_path(machine.out), record)
+        run.finish()  # and not before: a finished run writes nothing any more
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see ``--help``."""
     settings, machine, _ = parse(__doc__, Training, Machine, argv=argv)
-    out, device, record = machine.out, resolve_device(machine.device), {}
+    out, device = machine.out, resolve_device(machine.device)
     if machine.evaluate:
         size = load_judge(out).img_size  # before the data: a wrong path should not cost a download
     elif out.exists() and not (machine.overwrite or machine.resume):
         raise InputError(f"{out} exists; pass --overwrite to replace it, or --evaluate to measure it")
     root = machine.dataset_path if machine.dataset_path is not None else download_dataset()
     if not machine.evaluate:
-        record, size = train_command(settings, machine, root), settings.img_size
-    if record:
-        write_json(config_path(out), record)
+        train_command(settings, machine, root)
+        size = settings.img_size
     test = CelebAMaskHQ(root, "test", size, machine.strict)
     judge = load_judge(out).to(device)  # what is measured is the file, rounding of its weights included
     measured = figures(*predict(judge, make_loader(test, settings.batch_size, machine.workers), device))
-    if record:
-        write_json(config_path(out), {**record, "test": measured})
+    if not machine.evaluate:
+        write_json(config_path(out), {**read_json(config_path(out)), "test": measured})
     print(format_table(measured))
     get_logger("judge").info("%d test images, weights %s", measured["images"], out)
     return 0
