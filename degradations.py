@@ -65,7 +65,7 @@ def find_function(name: str) -> Function:
         raise InputError(f"--operator {name}: no such measurement{nearest(name, DEGRADATIONS)}; {known}")
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no name before the colon
         raise InputError(f"--operator {name}: {error}") from None
 
 

@@ -201,7 +201,7 @@ def load_image(path: str | Path, size: Size | None = None, align: bool | None = 
     Args:
         path: the file.
         size: the side of a square, or (height, width); when given, the picture becomes of that size, see `fit`.
-        align: find the face and cut it as CelebA-HQ does, see `align.align_face`; None: only warn if that is needed.
+        align: find the face and cut it as CelebA-HQ does, see `align_face`; None: only warn if that is needed.
 
     Raises:
         InputError: the file is missing, unreadable or cut short; to be aligned, and without a face or with several.

@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sampling_size", type=int, choices=(32, 64, 256), default=256, help="default %(default)s")
     p.add_argument("--training_size", type=int, choices=(32, 64, 256), default=64, help="default %(default)s")
     p.add_argument("--sampling_batch", type=number(int, 1), default=1, help="images (default %(default)s)")
-    p.add_argument("--training_batch", type=number(int, 1), default=8, help="images a step (default %(default)s)")
+    p.add_argument("--training_batch", type=number(int, 1), default=8, help="images per step (default %(default)s)")
     p.add_argument("--images", type=number(int, 10), default=1000, help="of the loader's row (default %(default)s)")
     p.add_argument(
         "--image_side", type=number(int, 8, LARGEST_SIDE), default=1024, help="their size (default %(default)s)"

@@ -42,7 +42,7 @@ from utils import LARGEST_WIDTH, number, resolve_device, run_command, write_json
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--img_size", type=int, choices=(32, 64, 256), default=256, help="default %(default)s")
-    p.add_argument("--training_batch", type=number(int, 1), default=256, help="images a step (default %(default)s)")
+    p.add_argument("--training_batch", type=number(int, 1), default=256, help="images per step (default %(default)s)")
     p.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="of training (default: all the device has)")
     p.add_argument("--batches", type=number(int, 1), nargs="+", default=[1, 16, 64], help="images drawn at once")
     p.add_argument("--steps", type=number(int, 1, 1000), default=100, help="of the sampler (default %(default)s)")
@@ -118,13 +118,13 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Since `reset_peak`; None where nobody counts (benchmarks/growth.py does, by a process a row)."""
+    """Since `reset_peak`; None where nobody counts (benchmarks/growth.py does, by one process per row)."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 @torch.no_grad()
 def sampling(args: argparse.Namespace, device: torch.device, rate: float, batch: int) -> dict:
-    """Seconds an image, guided and not, and what is the back-projection's."""
+    """Seconds per image, guided and not, and what is the back-projection's."""
     model = prepare_networks(network(args.img_size, args.hidden, device), device)
     unet = published_unet(args.img_size, args.prior_channels).to(device)
     prior = Prior(unet, torch.bfloat16, channels_last=True)
@@ -136,7 +136,7 @@ def sampling(args: argparse.Namespace, device: torch.device, rate: float, batch:
         sample(prior, generators, device, SPNNOperator(model), target, guidance, steps=steps)
 
     def a_step(cost: Callable[[Callable[[], object]], float], **guided) -> float:
-        """What one more step costs, whatever is paid once a run; a step costs the same wherever it is."""
+        """What one more step costs, whatever is paid once per run; a step costs the same wherever it is."""
         short, long = (cost(partial(draw, n, **guided)) for n in (args.timed_steps, 2 * args.timed_steps))
         return (long - short) / args.timed_steps
 

@@ -43,7 +43,7 @@ from judge import load_judge
 from logger import get_logger
 from metrics import agreement, psnr
 from operators import LinearChain, make_operator
-from utils import InputError, nearest, option, parse, resolve_device, run_command
+from utils import InputError, file_name, nearest, option, parse, resolve_device, run_command
 
 
 @dataclass
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
             lines.append(f"| {spec} | {method} | {' | '.join(figures)} | {seconds:.2f} |")
             print(lines[-1], flush=True)
         rows = [[picture(images[i].cpu(), 128) for images in columns.values()] for i in range(min(8, len(x)))]
-        contact_sheet(s.out / f"{spec.split(':')[0]}.png".replace("*", "_"), list(columns), rows, names[: len(rows)])
+        contact_sheet(s.out / f"{file_name(spec)}.png", list(columns), rows, names[: len(rows)])
     note = (f"{len(x)} images, {s.steps} steps, {device}, {torch.get_num_threads()} threads, prior in {s.precision}, "
             f"torch {torch.__version__}")  # fmt: skip
     (s.out / "table.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")

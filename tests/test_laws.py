@@ -425,7 +425,7 @@ def back_projection_stays(case: Case) -> float:
 
 
 def back_projection_by_image(case: Case) -> float:
-    """A strength an image equals one call an image."""
+    """One strength per image equals one call per image."""
     g, x, y = case.g, case.x, case.y(scale=3)
     strengths = torch.tensor([0.2, 0.9], dtype=case.dtype)
     single = [g.back_project(x[i : i + 1], y[i : i + 1], strengths[i].item()) for i in range(2)]

@@ -53,7 +53,7 @@ TABLES = ("metrics_forward.csv", "metrics_r_opt.csv")
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
-    """30 pictures of 32x32 in CelebAMask-HQ's layout: 24 to train on, six batches an epoch."""
+    """30 pictures of 32x32 in CelebAMask-HQ's layout: 24 to train on, six batches per epoch."""
     rng = np.random.default_rng(0)
     pictures = [(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8), rng.integers(0, 2, 40)) for _ in range(30)]
     return write_layout(tmp_path_factory.mktemp("faces"), pictures)
