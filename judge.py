@@ -291,7 +291,7 @@ def train_command(settings: Training, machine: Machine, root: Path) -> None:
     with open_run(folder, machine.device, machine.save_every, settings.seed) as run:
         train, val = (CelebAMaskHQ(root, split, settings.img_size, machine.strict) for split in ("train", "val"))
         used = {**asdict(settings), "images": len(train)}
-        run.find_state(used, machine.resume, machine.overwrite)
+        run.find_state(used, machine.resume, machine.overwrite, machine.out)
         if run.state is not None and run.state["stage"] == DONE:
             print(f"{folder}: this training is finished")
             return

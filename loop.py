@@ -434,20 +434,26 @@ class Run:
     stopped: Callable[[], int | None] = lambda: None
     state: dict | None = None
 
-    def find_state(self, settings: Mapping, resume: bool, overwrite: bool) -> None:
+    def find_state(self, settings: Mapping, resume: bool, overwrite: bool, result: Path | None = None) -> None:
         """Take ``settings``, and the state to go on from, if there is one.
 
+        Args:
+            result: a file that a finished run leaves, and another one may not replace.
+
         Raises:
-            InputError: a run that is not finished and neither to be resumed nor overwritten, or one of other settings.
+            InputError: a run that is not finished and neither to be resumed nor overwritten, or one of other settings;
+                a result that is not to be overwritten.
         """
         self.settings, path = to_json_values(settings), self.folder / STATE_NAME
         if resume and overwrite:
             raise InputError("--resume and --overwrite exclude each other")
-        if overwrite or not path.is_file():
+        state = None if overwrite or not path.is_file() else load_state(path)
+        if state and state["stage"] == DONE and (not resume or state["settings"] | self.settings != state["settings"]):
+            state = None  # an earlier run, stage 1 perhaps, is no obstacle to the next
+        if state is None:
+            if result is not None and result.exists() and not overwrite:
+                raise InputError(f"{result} exists; give --overwrite, --resume with its settings, or another --out")
             return
-        state = load_state(path)
-        if state["stage"] == DONE and (not resume or state["settings"] | self.settings != state["settings"]):
-            return  # an earlier run, stage 1 perhaps, is no obstacle to the next
         if not resume:
             raise InputError(f"{path}: a run that is not finished; give --resume to continue it or --overwrite")
         check_settings(state["settings"], self.settings, self.folder)

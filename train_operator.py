@@ -238,9 +238,8 @@ def find_run(run: Run, s: Fit, identity: dict) -> None:
     """Take up the run in the folder, or begin one. Raises InputError where it would replace a trained network."""
     free = ("device", "overwrite", "resume")
     seed_everything(s.seed)
-    run.find_state({**identity, **{k: v for k, v in asdict(s).items() if k not in free}}, s.resume, s.overwrite)
-    if run.state is None and (run.folder / FORWARD_CHECKPOINT).exists() and not s.overwrite:
-        raise InputError(f"{run.folder / FORWARD_CHECKPOINT} exists; give --overwrite, --resume or another --out")
+    given = {**identity, **{k: v for k, v in asdict(s).items() if k not in free}}
+    run.find_state(given, s.resume, s.overwrite, run.folder / FORWARD_CHECKPOINT)
 
 
 # --- Restoration -----------------------------------------------------------------------------------------------------

@@ -40,12 +40,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data_loader import ATTRIBUTES
 from images import find_images, grid, load_image, save_image, to_uint8
 from inversion import invert
-from loop import Ema, Loop, Run, open_run
+from loop import DONE, Ema, Loop, Run, open_run
 from procedural_faces import Variation, render, sample_attributes, sample_variation
 from stylegan import SLOPE, Equalised, Latents, StyleGAN, load_generator
 from utils import InputError, atomic_write, option, parse, run_command, seed_everything, write_json
 
-BF16 = torch.bfloat16
+BF16, WEIGHTS = torch.bfloat16, "stylegan.safetensors"
 NUMBERS = len(ATTRIBUTES) + len(dataclasses.fields(Variation))  # that a face is drawn from
 UNSEEN = 256  # faces, the last ones, to measure on
 
@@ -78,7 +78,7 @@ class Settings:
     measure: Path | None = option(None, "weights: train nothing, and hold their samples against drawn faces")
     samples: int = option(500, "to measure, and as many faces", 2)
     resume: bool = option(False, "go on with the run in --out")
-    overwrite: bool = option(False, "start anew in a folder with a run that is not finished")
+    overwrite: bool = option(False, "start anew, and replace what the run in --out has made")
     seed: int = option(0, "", 0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
@@ -371,7 +371,7 @@ def invert_all(g: StyleGAN, images: Tensor, s: Settings, run: Run) -> Tensor:
 
 def save(s: Settings, g: StyleGAN, notes: dict) -> None:
     """The weights in float16, what made them, and samples from always the same z."""
-    with atomic_write(s.out / "stylegan.safetensors") as temporary:
+    with atomic_write(s.out / WEIGHTS) as temporary:
         save_file({n: t.half().contiguous().cpu() for n, t in g.state_dict().items()}, temporary, {"format": "pt"})
     write_json(s.out / "stylegan.json", {**notes, "settings": dataclasses.asdict(s)})
     draws = torch.Generator().manual_seed(s.seed + 1)
@@ -391,7 +391,10 @@ def train(s: Settings, run: Run) -> None:
     """Train to the end of the minutes, or of the steps."""
     without = ("out", "save_every", "measure", "samples", "resume", "overwrite", "device")
     own = {name: value for name, value in dataclasses.asdict(s).items() if name not in without}
-    run.find_state(own, s.resume, s.overwrite)
+    run.find_state(own, s.resume, s.overwrite, s.out / WEIGHTS)
+    if run.state is not None and run.state["stage"] == DONE:
+        print(f"{s.out}: this training is finished")
+        return
     seed_everything(s.seed)
     if s.objective == "painter" and (s.data is not None or s.dim < NUMBERS):
         raise InputError(f"--objective painter: draws its own images (no --data), from --dim {NUMBERS} or more")

@@ -150,6 +150,9 @@ def test_a_training_that_is_stopped_goes_on_as_if_nothing_had_happened(trained, 
         assert main(arguments(faces, out, "--dtype", "float16", "--resume")) == 0
         assert out.read_bytes() == trained.read_bytes()
     assert "finished" in capsys.readouterr().out
+    with pytest.raises(InputError, match="exists; give --overwrite"):  # no run to resume, and no leave to replace it
+        main(arguments(faces, out, "--dtype", "float16", "--resume", "--lr", "1e-3"))
+    assert out.read_bytes() == trained.read_bytes()
     records = [json.loads(path.with_suffix(".json").read_text()) for path in (out, trained)]
     for record in records:
         for row in record["history"]:

@@ -273,6 +273,11 @@ def test_training_writes_what_load_generator_reads_and_goes_on_where_it_was_stop
         main(training(parts, objective, "--steps", "4"))
     assert main(training(parts, objective, "--steps", "4", "--resume")) == 0
     assert (parts / "stylegan.safetensors").read_bytes() == (whole / "stylegan.safetensors").read_bytes()
+    written = (whole / "stylegan.safetensors").stat().st_mtime_ns
+    with pytest.raises(InputError, match="exists; give --overwrite"):
+        main(training(whole, objective, "--steps", "4"))
+    assert main(training(whole, objective, "--steps", "4", "--resume")) == 0  # and nothing is trained
+    assert (whole / "stylegan.safetensors").stat().st_mtime_ns == written
     notes = json.loads((whole / "stylegan.json").read_text())
     assert notes["steps"] == 4 and notes["settings"]["channels"] == [6, 5, 4]
     assert ("unseen_error" in notes) == (objective == "painter")
