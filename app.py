@@ -38,7 +38,7 @@ from DDNM.guided_diffusion.inputs import (
     load_networks,
     read_targets,
 )
-from images import can_align, load_image, to_uint8
+from images import can_align, load_image, to_float, to_uint8
 from utils import InputError, option, parse, resolve_device, run_command
 
 GROUPS = {
@@ -167,7 +167,7 @@ class Studio:
 
     def seen(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """What g and the judge see in a picture, (3, S, S): (d,) logits each."""
-        x = (to_uint8(image).float() / 127.5 - 1)[None].to(self.networks.device)  # as it is saved
+        x = to_float(to_uint8(image))[None].to(self.networks.device)  # as it is saved
         judge = self.networks.judge
         with torch.inference_mode():
             return self.networks.operator.A(x)[0].cpu(), None if judge is None else judge(x)[0].cpu()

@@ -54,7 +54,7 @@ from DDNM.guided_diffusion.inputs import (
     read_targets,
 )
 from DDNM.guided_diffusion.results import Record, as_saved, contact_sheet, picture, write_csv
-from images import find_images, load_image, save_image
+from images import find_images, load_image, save_image, to_uint8
 from logger import get_logger
 from loop import World, join_world, locked, to_json_values
 from metrics import agreement, balanced_accuracy_by_attribute, prob_error, psnr
@@ -231,7 +231,7 @@ class InceptionFeatures(nn.Module):
         self.network = FrechetInceptionDistance(feature=2048).inception
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(((x + 1) * 127.5).round().to(torch.uint8))
+        return self.network(to_uint8(x))
 
 
 def load_features(wanted: str, networks: Networks, log) -> tuple[nn.Module | None, str]:
@@ -304,6 +304,11 @@ def bootstrap(of: Callable[[Tensor], float], count: int, draws: int = DRAWS) -> 
     return of(torch.arange(count)), low, high
 
 
+def mean_of(values: Tensor) -> Figure:
+    """The mean over images of one figure of each, (N,)."""
+    return bootstrap(lambda i: values[i].double().mean().item(), len(values))
+
+
 def halves(of: Callable[[Tensor], float], count: int, draws: int = 50) -> Figure:
     """The same from halves of the images, which vary as the whole does (Shao and Wu 1989, the delete-d jackknife).
 
@@ -346,7 +351,7 @@ class Measured:
         device, count, found = self.networks.device, len(pictures), {}
 
         def mean(name: str, values: Tensor) -> None:
-            found[name] = bootstrap(lambda i: values[i].mean().item(), count)
+            found[name] = mean_of(values)
 
         def balanced(name: str, logits: Tensor, labels: Tensor) -> None:
             found[name] = bootstrap(

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from checkpoints import load_strictly, read_json, read_weights, write_weights
 from DDNM.guided_diffusion.results import contact_sheet, picture
-from images import grid, load_image, save_image, to_uint8
+from images import grid, load_image, save_image, to_float, to_uint8
 from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
 from logger import MetricsTable, get_logger, plot_curves
@@ -316,7 +316,7 @@ def methods_of(
 
 def as_picture(images: Tensor) -> Tensor:
     """Images as they come back from a file: 8 bits, in [-1, 1]."""
-    return to_uint8(images).float() / 127.5 - 1
+    return to_float(to_uint8(images))
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from DDNM.guided_diffusion.inputs import load_lpips
 from DDNM.guided_diffusion.prior import load_prior
 from DDNM.guided_diffusion.results import contact_sheet, picture
 from degradations import Function, find_function, measured_shape
-from evaluate import bootstrap
+from evaluate import mean_of
 from judge import load_judge
 from logger import get_logger
 from loop import DONE, Loop, Run, adam, open_run
@@ -267,11 +267,6 @@ def misfit(operator: SPNNOperator, x: Tensor, y: Tensor) -> float:
     return operator.distance(operator.A(x), y).mean().item()
 
 
-def with_interval(values: Tensor) -> tuple[float, float, float]:
-    """A mean over images, (N,), and its 95 % interval."""
-    return bootstrap(lambda some: values[some].double().mean().item(), len(values))
-
-
 def write_report(folder: Path, rows: dict[str, dict], columns: dict[str, Tensor], settings: dict, footer=None) -> None:
     """Figures by method, with intervals or not, as tables; pictures (N, 3, H, W) by heading as a sheet."""
 
@@ -312,12 +307,12 @@ def restore(
     judge = None if o.judge is None else load_judge(o.judge).to(run.device).eval()
     rows: dict[str, dict] = {}
     for name, images in pictures.items():
-        rows[name] = {"PSNR, dB": with_interval(psnr(images, x)), "s/image": seconds.get(name),
-                      "error of A(x'), true A": with_interval(true.distance(function(images), y))}  # fmt: skip
+        rows[name] = {"PSNR, dB": mean_of(psnr(images, x)), "s/image": seconds.get(name),
+                      "error of A(x'), true A": mean_of(true.distance(function(images), y))}  # fmt: skip
         if lpips is not None:
-            rows[name]["LPIPS"] = with_interval(lpips(images, x).flatten())
+            rows[name]["LPIPS"] = mean_of(lpips(images, x).flatten())
         if judge is not None:
-            rows[name]["judge agrees"] = with_interval(agreement(judge(images), judge(x)))
+            rows[name]["judge agrees"] = mean_of(agreement(judge(images), judge(x)))
     columns = {"input": x, "measured": y, **pictures}
     write_report(run.folder, rows, columns, {**asdict(o), **asdict(r), "what g is wrong by": wrong})
 

@@ -37,7 +37,7 @@ from DDNM.guided_diffusion.inputs import from_ddnm, image_names, load_lpips
 from DDNM.guided_diffusion.prior import Prior, load_prior
 from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture
 from deepinv_bridge import as_denoiser, as_physics
-from evaluate import bootstrap
+from evaluate import mean_of
 from images import find_images, load_image
 from judge import load_judge
 from logger import get_logger
@@ -111,7 +111,7 @@ METHODS: dict[str, Callable[[Problem], Tensor]] = {
 
 def interval(values: Tensor, digits: int) -> str:
     """The mean of one figure per image, (N,), with its 95 % interval."""
-    mean, low, high = bootstrap(lambda i: values[i].mean().item(), len(values))
+    mean, low, high = mean_of(values)
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 

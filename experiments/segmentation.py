@@ -26,11 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data_loader import MASK_CLASSES, augmented, first_items, make_loaders
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
 from diagnostics import IoU, diagnose, format_table
+from evaluate import mean_of
 from loop import Run, open_run
 from networks import conv, down, located, up
 from operators import SPNNOperator
 from procedural_faces import MASK_COLOURS
-from train_operator import Fit, Restoring, build, drawn, find_run, fit, misfit, run_stage, with_interval, write_report
+from train_operator import Fit, Restoring, build, drawn, find_run, fit, misfit, run_stage, write_report
 from utils import atomic_write, option, parse, run_command, write_json
 
 CLASSES = len(MASK_CLASSES)
@@ -144,7 +145,7 @@ def reconstruct_faces(operator: ClassOperator, judge: nn.Module, loaders, o: Opt
             iou = IoU(CLASSES)
             iou.add(guess, maps)
             right = (guess == maps).flatten(1).float().mean(1)
-            rows[name] |= {f"mIoU, {who}": iou.by_class().nanmean().item(), f"places, {who}": with_interval(right)}
+            rows[name] |= {f"mIoU, {who}": iou.by_class().nanmean().item(), f"places, {who}": mean_of(right)}
     best = "NLBP, then gradient"
     columns = {"map": coloured(maps), "face": pictures[best]}
     columns |= {f"{who} sees": coloured(seen[f"{who} sees, {best}"]) for who in ("g", "judge")}

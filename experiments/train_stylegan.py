@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data_loader import ATTRIBUTES
-from images import find_images, grid, load_image, save_image, to_uint8
+from images import find_images, grid, load_image, save_image, to_float, to_uint8
 from inversion import invert
 from loop import DONE, Ema, Loop, Run, open_run
 from procedural_faces import Variation, render, sample_attributes, sample_variation
@@ -156,7 +156,7 @@ class Objective:
 
     def pixels(self, chosen: Tensor) -> Tensor:
         """Images in [-1, 1]."""
-        return self.images[chosen].float() / 127.5 - 1
+        return to_float(self.images[chosen])
 
     def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -362,7 +362,7 @@ def invert_all(g: StyleGAN, images: Tensor, s: Settings, run: Run) -> Tensor:
     found = []
     for part in run.until_stopped(tqdm(images.split(s.batch_size), "inverting", unit="batch", disable=None)):
         x0 = f.average().repeat(len(part), 1)
-        found.append(invert(f, part.to(x0) / 127.5 - 1, x0, steps=s.inversion_steps).x)
+        found.append(invert(f, to_float(part.to(x0)), x0, steps=s.inversion_steps).x)
     return f.w_plus(torch.cat(found))
 
 
@@ -450,11 +450,11 @@ def measure(s: Settings) -> dict:
     numbers = np.random.default_rng(s.seed).random((2 * s.samples, NUMBERS))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         drawn = np.stack(list(pool.map(partial(painted, size=judge.img_size), numbers, chunksize=32)))
-    drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+    drawn = to_float(torch.from_numpy(drawn).permute(0, 3, 1, 2))
     z = torch.randn(s.samples, g.dim, generator=draws)
     made = torch.cat([g(part, noise=g.draw_noise(len(part), draws)) for part in z.split(50)])
     features, said = [], []
-    for images in (to_uint8(made).float() / 127.5 - 1, *drawn.chunk(2)):
+    for images in (to_float(to_uint8(made)), *drawn.chunk(2)):
         features.append(torch.cat([JudgeFeatures(judge)(part) for part in images.split(50)]))
         said.append((torch.cat([judge(part) for part in images.split(50)]) > 0).float().mean(0))
     found = {}
