@@ -459,8 +459,8 @@ def measure(s: Settings) -> dict:
         said.append((torch.cat([judge(part) for part in images.split(50)]) > 0).float().mean(0))
     found = {}
     for name, i in (("samples", 0), ("drawn", 1)):
-        apart = (said[i] - said[2]).abs()
-        found |= {f"{name}_kid": kid(features[i], features[2]), f"{name}_attributes_apart": apart.mean().item()}
+        distance, apart = kid(features[i], features[2])(torch.arange(s.samples)), (said[i] - said[2]).abs().mean()
+        found |= {f"{name}_kid": distance, f"{name}_attributes_apart": apart.item()}
     shares = {
         name: (round(a, 3), round(b, 3))
         for name, a, b in zip(judge.attributes, said[0].tolist(), said[2].tolist(), strict=True)

@@ -165,6 +165,7 @@ def reconstruct(
     device = next(prior.parameters()).device
     names = [str(i) for i in range(len(logits))] if names is None else names
     generators = [image_generator(seed, name) for name in names]
-    target, operator, guidance = logits.to(device), as_operator(spnn), guidance or best(steps)
+    target, operator = logits.to(device), as_operator(spnn)
+    guidance = best(steps) if guidance is None else guidance
     images = sample(prior, generators, device, operator, target, guidance, steps=steps, eta=eta, **settings)
     return images.to(logits.device)
