@@ -177,8 +177,8 @@ def _number(text: str) -> float:
 def plot_curves(table: str | Path, picture: str | Path) -> None:
     """Draw every numeric column of a metrics table, the seconds left out, over its step or epoch.
 
-    Each quantity has a panel: train_loss and val_loss are two lines of one, solid and dashed. Positive values over a
-    wide range get a log axis.
+    Each quantity has a panel: train_loss and val_loss are two lines of one, solid and dashed, and so are the losses
+    of several methods, loss_NAME. Positive values over a wide range get a log axis.
 
     Raises:
         InputError: the table is missing, empty or malformed, or the picture cannot be written.
@@ -190,13 +190,17 @@ def plot_curves(table: str | Path, picture: str | Path) -> None:
     columns, rows = _read_table(Path(table))
     axis = next((name for name in _AXES if name in columns), "row")
     at = [_number(row[axis]) if axis in row else i for i, row in enumerate(rows, start=1)]
-    panels: dict[str, dict[str, tuple]] = {}  # quantity -> split -> xs, ys
+    panels: dict[str, dict[str, tuple]] = {}  # quantity -> line -> xs, ys
     for column in columns:
-        split = next((word for word in column.split("_") if word in _STYLES), "")
-        quantity = column.replace(split, "").strip("_").replace("_", " ")
+        words = column.split("_")
+        if words[0] == "loss":
+            line, words = " ".join(words[1:]), words[:1]
+        else:
+            line = next((word for word in words if word in _STYLES), "")
+        quantity = " ".join(word for word in words if word != line)
         points = [(x, y) for x, row in zip(at, rows, strict=True) if math.isfinite(y := _number(row[column]))]
         if points and column not in (*_AXES, "seconds"):
-            panels.setdefault(quantity, {})[split] = tuple(zip(*points, strict=True))
+            panels.setdefault(quantity, {})[line] = tuple(zip(*points, strict=True))
     if not panels:
         raise InputError(f"{table}: no numbers to plot")
 
@@ -206,9 +210,9 @@ def plot_curves(table: str | Path, picture: str | Path) -> None:
     FigureCanvasAgg(figure)
     for i, (quantity, lines) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(down, across, i)
-        for split, (xs, ys) in lines.items():
+        for line, (xs, ys) in lines.items():
             marker = "o" if len(xs) <= 30 else None
-            axes.plot(xs, ys, _STYLES.get(split, "-"), label=split, marker=marker, markersize=3, linewidth=1.4)
+            axes.plot(xs, ys, _STYLES.get(line, "-"), label=line, marker=marker, markersize=3, linewidth=1.4)
         values = [y for _, ys in lines.values() for y in ys]
         if quantity != "lr" and min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")

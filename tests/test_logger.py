@@ -124,6 +124,11 @@ def test_curves(tmp_path):
     plot_curves(metrics.path, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 1000 and picture.height > 300  # loss, accuracy, lr and penrose
+        four = picture.width
+    (tmp_path / "methods.csv").write_text("step,loss_plain,loss_landscape\n0,2,2\n1,1,0.5\n")
+    plot_curves(tmp_path / "methods.csv", tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width < four / 3  # side by side in one panel
 
 
 def test_tensorboard_events_beside_the_table(tmp_path):
