@@ -325,6 +325,11 @@ def _layers_of(part: str, shape: Shape) -> list[tuple[type[Surjection], dict]]:
     raise InputError(f"no such operator{nearest(part, KNOWN)}; known are {', '.join(KNOWN)}, and products, grey*sr4")
 
 
+def is_network(spec: str) -> bool:
+    """Whether an operator is given by weights; a folder that happens to be called as a word is does not count."""
+    return spec != "" and re.fullmatch(r"sr\d+|grey", spec) is None and Path(spec).exists()
+
+
 def make_operator(spec: str, in_shape: Shape) -> LinearChain | PictureOperator:
     """The operator that a word stands for, exact, with nothing to train; or an SPNN that was fitted to one.
 
@@ -343,7 +348,7 @@ def make_operator(spec: str, in_shape: Shape) -> LinearChain | PictureOperator:
         InputError: an unknown word, or one that does not fit the images that reach it, with both shapes.
     """
     shape = tuple(in_shape)
-    if spec and Path(spec).exists():
+    if is_network(spec):
         model = SPNN.from_pretrained(spec).eval().requires_grad_(False)
         if model.in_shape != shape or len(model.out_shape) == 1:
             raise InputError(f"operator {spec}: takes {model.in_shape} to {model.out_shape}, not {shape} to a picture")

@@ -53,6 +53,7 @@ from DDNM.guided_diffusion.results import (  # noqa: E402
 from images import save_image  # noqa: E402
 from logger import get_logger  # noqa: E402
 from loop import World, join_world, locked, stop_signals, to_json_values  # noqa: E402
+from operators import is_network  # noqa: E402
 from utils import InputError, option, remove_temporaries, run_command  # noqa: E402
 from utils import parse as parse_settings  # noqa: E402
 
@@ -109,7 +110,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     if s.targets.operator is not None:
         words = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
         if not {"--guidance", "--published_rule"} & set(words):
-            rule = "nlbp" if Path(s.targets.operator).exists() else "linear"  # presets' own are for attributes
+            rule = "nlbp" if is_network(s.targets.operator) else "linear"  # presets' own are for attributes
             s = s._replace(rule=replace(s.rule, guidance=rule))
     if s.rule.noise and (s.targets.operator is None or s.walk.eta == 0):
         raise InputError("--noise: needs --operator, and steps that add noise: --eta above 0, or none")

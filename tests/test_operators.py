@@ -126,6 +126,12 @@ def test_the_target_is_reached_in_full_precision_whatever_surrounds_it():
     torch.testing.assert_close(operator.A(moved), y, rtol=1e-4, atol=1e-4)
 
 
+def test_a_folder_called_as_an_operator_is_does_not_take_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sr4").mkdir()
+    assert isinstance(make_operator("sr4", (3, 8, 8)), LinearOperator)
+
+
 def test_an_operator_stays_what_it_is():
     linear = make_operator("sr4", (3, 8, 8))
     assert as_operator(linear) is linear and isinstance(as_operator(spnn()), SPNNOperator)

@@ -343,7 +343,7 @@ class RuleSettings:
         "published rule",
         0,
     )
-    total_move: float | None = option(None, "nlbp: largest sum of its steps' moves, so that few steps move more", 0)
+    total_move: float | None = option(None, "nlbp: largest sum of its steps' moves: few move more; 0: no limit", 0)
     last_bp_step: int = option(NLBP.last_bp_step, "nlbp: none below this step", 0)
     gradient_scale: float | None = option(
         None, "gradient, freedom, tfg: step of the gradient through the prior; none: 0.03 sqrt(50 / steps)", 0, 100
