@@ -249,7 +249,7 @@ class _ApplyCayley(torch.autograd.Function):
             left, right = right, left
         scale = -2 * LARGEST / b.detach().abs().amax().clamp(min=LARGEST)
         db = torch.cat([left, -right]).T @ (scale * torch.cat([right, left]))  # dA - dA^T, in one product
-        return dx, db, None, None
+        return dx, db.fill_diagonal_(0), None, None  # of whose diagonal Adam would make steps of rounding errors
 
 
 class CayleyMixing(Mixing):
