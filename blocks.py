@@ -235,15 +235,15 @@ class _ApplyCayley(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, b: Tensor, w: Tensor, transpose: bool) -> Tensor:
-        u = F.linear(x, w.T if transpose else w)
-        ctx.save_for_backward(x, b, w, u)
+        ctx.save_for_backward(x, b, w)
         ctx.transpose = transpose
-        return u
+        return F.linear(x, w.T if transpose else w)
 
     @staticmethod
     def backward(ctx, du: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, b, w, u = ctx.saved_tensors
-        dx = F.linear(du, w if ctx.transpose else w.T)
+        x, b, w = ctx.saved_tensors
+        w = w.T if ctx.transpose else w
+        u, dx = F.linear(x, w), F.linear(du, w.T)
         left, right = ((part / 2).flatten(0, -2).to(b.dtype) for part in (du + dx, u + x))
         if ctx.transpose:  # W^T is the transform of -A
             left, right = right, left

@@ -86,7 +86,6 @@ def test_training_leaves_its_record(trained):
     rows = list(csv.DictReader(open(trained / "metrics.csv")))
     assert [row["step"] for row in rows] == ["1", "2"]
     assert all(float(row["end_loss"]) < float(row["start_loss"]) for row in rows)
-    Image.open(trained / "curves.png").verify()
 
 
 def settings(here, **more):
