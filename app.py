@@ -237,7 +237,7 @@ STYLE = """
 .pic {margin: 0; display: inline-block; vertical-align: top; width: 100%; max-width: 320px}
 .pic img {width: 100%; aspect-ratio: 1; border-radius: 8px; background: #e6e8ec}
 .pic figcaption {font-size: 14px; margin: 4px 0 10px}
-.row {display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 12px; max-width: 1000px}
+.strip {display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 12px; max-width: 1000px}
 .chips span {display: inline-block; font-size: 12px; margin: 2px; padding: 1px 7px; border-radius: 9px;
              border: 2px solid transparent; background: #e6e8ec; color: #1e2026}
 .chips .yes {background: #1e2026; color: white}
@@ -369,7 +369,7 @@ def build(studio: Studio):
         for rule in RULES[::-1]:
             image = studio.picture(replace(wish, rule=rule))
             done.append(figure(image, f"{rule}: {agreement(studio, image, wish.logits)}", rule))
-            yield f'<div class="row">{"".join(done)}</div>'
+            yield f'<div class="strip">{"".join(done)}</div>'
 
     def walk(start: list[float] | None, count: float, *values) -> Iterator[str]:
         if start is None:
@@ -379,14 +379,14 @@ def build(studio: Studio):
             share = k / (int(count) - 1)
             logits = tuple(a + share * (b - a) for a, b in zip(start, wish.logits, strict=True))
             done.append(figure(studio.picture(replace(wish, logits=logits)), f"{share:.0%} of the way", f"walk_{k}"))
-            yield f'<div class="row">{"".join(done)}</div>'
+            yield f'<div class="strip">{"".join(done)}</div>'
 
     def seeds(count: float, *values) -> Iterator[str]:
         wish, done = wish_of(values), []
         for k in range(int(count)):
             seed = wish.seed + k
             done.append(figure(studio.picture(replace(wish, seed=seed)), f"seed {seed}", f"seed_{seed}"))
-            yield f'<div class="row">{"".join(done)}</div>'
+            yield f'<div class="strip">{"".join(done)}</div>'
 
     def arrive(request: gr.Request) -> tuple:
         wish = Wish(next(iter(studio.faces.values())), 7, studio.page.steps, RULES[0])
@@ -452,9 +452,9 @@ def build(studio: Studio):
         logits = [sliders[i] for i in range(d)]
         wishes = [*logits, seed, steps, rule]
         page.load(arrive, None, [*wishes, inverse], show_progress="hidden")
-        for slider in logits:
-            slider.change(natural, logits, inverse, show_progress="hidden", trigger_mode="always_last",
-                          concurrency_id="natural", concurrency_limit=2)  # fmt: skip
+        # one event for all forty: a face to start from moves them all at once, and none of it may fill the queue
+        gr.on([slider.change for slider in logits], natural, logits, inverse, show_progress="hidden",
+              trigger_mode="always_last", queue=False)  # fmt: skip
         choice.input(studio.faces.get, choice, logits, show_progress="hidden")
         changes.input(lambda change, *y: studio.changed(change, y), [changes, *logits], logits, show_progress="hidden")
         event = start_drawing.click(draw, wishes, [drawn, seen, how, link], show_progress="minimal", **busy)

@@ -100,7 +100,7 @@ def test_what_differs_is_framed_and_said(studio):
 @pytest.fixture(scope="module")
 def address(studio):
     pytest.importorskip("gradio")
-    blocks = app.build(studio).queue(max_size=studio.page.waiting)
+    blocks = app.build(studio).queue(max_size=24)  # room for the twenty visitors, not for an event of every slider
     _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, css=app.STYLE, max_file_size=app.LARGEST_UPLOAD)
     yield url
     blocks.close()
@@ -155,6 +155,21 @@ def test_a_face_is_drawn_and_saved(tab, studio, wish, tmp_path):
     tab.goto(f"{tab.url.split('?')[0]}?state={state}")
     tab.wait_for_selector("figure.pic img")
     tab.wait_for_function("() => [...document.querySelectorAll('input')].some(i => i.value === '-12')")
+
+
+@pytest.mark.page
+def test_the_page_fits_and_moves_all_sliders_without_filling_the_queue(tab):
+    natural = tab.locator("figure.pic img").first.get_attribute("src")
+    tab.get_by_label("a hat").check()
+    tab.wait_for_function("(old) => document.querySelector('figure.pic img').src !== old", arg=natural)
+    tab.wait_for_timeout(1000)
+    assert tab.get_by_text("currently busy").count() == 0
+    sliders, face = (tab.locator(".columns > .column").nth(i).bounding_box() for i in range(2))
+    if tab.viewport_size["width"] < 700:
+        assert face["y"] + face["height"] <= sliders["y"] and sliders["width"] > 300
+    else:
+        assert face["x"] >= sliders["x"] + sliders["width"]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= tab.viewport_size["width"]
 
 
 @pytest.mark.page
