@@ -76,7 +76,10 @@ def measured_shape(function: Function, in_shape: Sequence[int], name: str = "the
     Raises:
         InputError: no picture of fewer numbers, of sides that divide H and W, comes out; both shapes are named.
     """
-    y = function(torch.zeros(2, *in_shape))
+    try:
+        y = function(torch.zeros(2, *in_shape))
+    except (RuntimeError, ValueError) as error:  # too small for it, say
+        raise InputError(f"{name}: cannot measure images {tuple(in_shape)}: {error}") from None
     out = tuple(y.shape[1:]) if isinstance(y, Tensor) and y.ndim == 4 and len(y) == 2 else None
     if out is None or in_shape[1] % out[1] or in_shape[2] % out[2] or not y.isfinite().all():
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__

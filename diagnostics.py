@@ -3,6 +3,7 @@
 Its output may be logits, a map of classes (intersection over union of each) or a picture (error of what it measures).
 
     python diagnostics.py --checkpoint check_points/best_model.pth --dataset_path CelebAMask-HQ
+    python diagnostics.py --operator 'grey*sr4' --dataset_path DDNM/exp/datasets/faces   # any folder of images
 
 A library and a command. The identities hold for every weight, by algebra: what is measured here is rounding, which
 grows with depth, and float64 beside float32 tells rounding from a mistake.
@@ -12,7 +13,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +23,15 @@ from torch import Tensor, nn
 from blocks import PixelUnshuffleBlock, solved_once
 from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
 from degradations import DEGRADATIONS
+from images import find_images, load_image
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
 from networks import PRECISIONS, networks_in
+from operators import LinearChain, is_linear, is_network, make_operator
 from utils import (
     LARGEST_BATCH,
     LARGEST_SEED,
+    LARGEST_SIDE,
     InputError,
     json_values,
     option,
@@ -43,7 +47,9 @@ IDENTITIES = {
     "reflexive_pinv": "g' g g' = g'",
     "completion": "G^-1 G = 1",
     "natural_latents": "G g' (y) = (y, r)",
+    "consistency": "g(x to y) = y",  # of back-projection
 }
+SYMMETRY = {"symmetric": "(A+ A)^T = A+ A"}  # of linear operators: with it, g' is the Moore-Penrose inverse
 ARITHMETICS = ("float64", *PRECISIONS)  # that the identities can be measured in
 
 
@@ -108,7 +114,8 @@ def penrose(
         For every name in `IDENTITIES`, errors: ``absolute_max`` and ``absolute_rms`` over all elements,
         ``relative_max`` and ``relative_rms`` against the largest expected value and the expected root mean square.
         The right inverse at y = g(x) is the identity g g' g = g, ``reflexive_g``. ``completion`` is G^-1(G(x)) = x,
-        ``natural_latents`` the closed form of G(g'(y)). Besides, over y = g(images):
+        ``natural_latents`` the closed form of G(g'(y)), ``consistency`` of back-projection to another image's y, and
+        `SYMMETRY` of a chain that is linear. Besides, over y = g(images):
 
         ``naturalness_norm``: mean |g'(y)|^2 of an image, summed over its pixels.
         ``natural_distance``: mean squared difference of the latents of g'(y) from those of the zero image, over all
@@ -126,7 +133,8 @@ def penrose(
     device = torch.device("cpu") if first.device.type == "mps" and dtype == torch.float64 else first.device  # has none
     if (first.dtype, first.device) != (dtype, device):
         model = copy.deepcopy(model).to(device=device, dtype=dtype)
-    errors = {name: _Error() for name in (*IDENTITIES, "norm", "distance", "lost")}
+    identities = {**IDENTITIES, **(SYMMETRY if is_linear(model) else {})}
+    errors = {name: _Error() for name in (*identities, "norm", "distance", "lost")}
     with evaluating(model), solved_once(), networks_in(inside, device):
         logits = [_measure_image(model, x.to(device, dtype), errors) for x in images.split(batch_size)]
         if targets is None:
@@ -137,7 +145,7 @@ def penrose(
         for y in targets.split(batch_size):
             _measure_target(model, y.to(device, dtype), errors)
     return {
-        **{name: errors[name].figures() for name in IDENTITIES},
+        **{name: errors[name].figures() for name in identities},
         "naturalness_norm": errors["norm"].squares / len(images),
         "natural_distance": errors["distance"].figures()["absolute_rms"] ** 2,
         "lost": errors["lost"].figures()["relative_rms"],
@@ -152,6 +160,11 @@ def _measure_image(model: SPNN, x: Tensor, errors: dict[str, _Error]) -> Tensor:
     natural = model.pinv(y)  # g'(g(x))
     errors["reflexive_g"].add(model(natural), y)
     errors["completion"].add(model.pinv(y, z), x)
+    others = y.roll(1, 0)
+    errors["consistency"].add(model(model.back_project(x, others)), others)
+    if "symmetric" in errors:
+        products = natural.flatten(1) @ x.flatten(1).T  # <A+ A x_i, x_j>
+        errors["symmetric"].add(products, products.T)
     errors["norm"].add(natural, torch.zeros_like(natural))
     errors["distance"].add(concatenated(model.natural(y).z), concatenated(z_zero))
     errors["lost"].add(natural, x)
@@ -382,6 +395,13 @@ def diagnose(
     )
 
 
+def diagnose_operator(operator: LinearChain, images: Tensor, seed: int, batch_size: int, precisions) -> dict:
+    """The report of `diagnose`, of an operator that is given and not learned: there is no accuracy to measure."""
+    found = {p: penrose(operator.chain, images, None, p, seed, batch_size) for p in precisions}
+    broken = first_nonfinite(operator.chain, images)
+    return json_values({"accuracy": None, "penrose": found, "nonfinite": broken, "attributes": None})
+
+
 def format_table(report: dict) -> str:
     """What `diagnose` returned, as text for the screen."""
 
@@ -390,7 +410,9 @@ def format_table(report: dict) -> str:
 
     columns = list(report["penrose"])
     lines = [f"{'relative error (max / rms)':<38}" + "".join(f"{name:>24}" for name in columns)]
-    for key, formula in IDENTITIES.items():
+    for key, formula in (IDENTITIES | SYMMETRY).items():
+        if key not in report["penrose"][columns[0]]:
+            continue
         cells = []
         for name in columns:
             error = report["penrose"][name][key]
@@ -403,7 +425,8 @@ def format_table(report: dict) -> str:
         f"|g'(g(x)) - x| / |x| {figure(natural['lost'], '.3f')} ({natural['images']} images)",
         f"first number that is not finite: {report['nonfinite'] or 'none'}",
     ]
-    measured = report["accuracy"]
+    if (measured := report["accuracy"]) is None:
+        return "\n".join(lines)
     counted = f"({measured['images']} images)"
     if "absolute_rms" in measured:
         figures = [figure(measured[key], ".4f") for key in ("absolute_rms", "relative_rms")]
@@ -432,8 +455,10 @@ def format_table(report: dict) -> str:
 class Options:
     """Penrose identities, naturalness and accuracy of an SPNN on images with labels or masks."""
 
-    checkpoint: Path = option(..., "SPNN weights, .pth or .safetensors")
-    dataset_path: Path = option(..., "a folder in CelebAMask-HQ's layout")
+    checkpoint: Path | None = option(None, "SPNN weights, .pth or .safetensors")
+    operator: str | None = option(None, "in its place: sr4, grey, inpaint:FILE, a product, or weights")
+    img_size: int = option(64, "of an operator that is a word: side of the images", 1, LARGEST_SIDE)
+    dataset_path: Path = option(..., "a folder in CelebAMask-HQ's layout; of images, for an operator that is a word")
     split: Literal["train", "val", "test", "all"] = option("test", "of the data set")
     batch_size: int = option(32, "images at a time", 1, LARGEST_BATCH)
     samples: int = option(64, "images for the identities", 1)
@@ -476,17 +501,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; see ``--help``."""
     options, _ = parse(__doc__, Options, argv=argv)
     device = resolve_device(options.device)
-    model = SPNN.from_pretrained(options.checkpoint)
-    if model.config["img_ch"] != 3:
-        raise InputError(f"weights {options.checkpoint}: takes {model.config['img_ch']} channels, photographs have 3")
-    names, loader = targets_for(model, options)
-    report = diagnose(
-        model.to(device), loader, device, options.samples, options.seed, names, options.batch_size,
-        options.precision,
-    )  # fmt: skip
+    if (options.checkpoint is None) == (options.operator is None):
+        raise InputError("give --checkpoint or --operator, one of them")
+    how = options.seed, options.batch_size, options.precision
+    if options.operator is not None and not is_network(options.operator):
+        shape = 3, options.img_size, options.img_size
+        operator, files = make_operator(options.operator, shape), find_images(options.dataset_path)
+        images = torch.stack([load_image(file, options.img_size) for file in files[: options.samples]])
+        report = diagnose_operator(operator, images.to(device), *how)
+    else:
+        options = replace(options, checkpoint=options.checkpoint or Path(options.operator))
+        model = SPNN.from_pretrained(options.checkpoint)
+        if model.config["img_ch"] != 3:
+            raise InputError(
+                f"weights {options.checkpoint}: takes {model.config['img_ch']} channels, photographs have 3"
+            )
+        names, loader = targets_for(model, options)
+        report = diagnose(model.to(device), loader, device, options.samples, options.seed, names, *how[1:])
     print(format_table(report))
     if options.json is not None:
-        settings = {key: getattr(options, key) for key in ("checkpoint", "dataset_path", "split", "samples", "seed")}
+        kept = ("checkpoint", "operator", "dataset_path", "split", "samples", "seed")
+        settings = {key: getattr(options, key) for key in kept}
         write_json(options.json, {"settings": settings, **report})
     return 0
 

@@ -306,6 +306,11 @@ class LinearChain(LinearOperator):
         super().__init__(self.chain, self.chain.pinv, in_shape, self.chain.out_shape, math.prod(scales))
 
 
+def is_linear(model: SPNN) -> bool:
+    """Whether a network is a chain of fixed linear blocks."""
+    return all(isinstance(block, LinearBlock | PixelUnshuffleBlock) for block in model.pinn.blocks)
+
+
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and most software weigh the colours
 KNOWN = ("grey", "inpaint:FILE", "sr4")
 

@@ -84,6 +84,7 @@ def test_an_unknown_measurement_is_one_line(name, message):
         (lambda x: x[..., :3, :3], r"sides divide theirs, it makes \(2, 3, 3, 3\)"),
         (lambda x: F.avg_pool2d(x, 2).log(), "finite"),
         (lambda x: None, "it makes NoneType"),
+        (lambda x: degradations.saturation(x[..., :2, :2]), r"cannot measure images \(3, 8, 8\): [^\n]*$"),
     ],
 )
 def test_a_measurement_that_no_network_can_fit_is_refused(function, message):
@@ -195,7 +196,7 @@ def test_the_command_fits_measures_and_restores(faces, prior, tmp_path, capsys, 
     assert low <= table["NLBP, g"]["PSNR, dB"][0] <= high
     assert "| NLBP, g |" in capsys.readouterr().out and (tmp_path / "sheet.png").stat().st_size > 1000
     # the diagnostics know what its output stands for
-    weights = ["--checkpoint", str(tmp_path / "best_model.pth"), "--dataset_path", str(faces), "--device", "cpu"]
+    weights = ["--operator", str(tmp_path / "best_model.pth"), "--dataset_path", str(faces), "--device", "cpu"]
     assert diagnostics.main([*weights, "--json", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert 0 < report["accuracy"]["relative_rms"] < 0.9
