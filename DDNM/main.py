@@ -85,6 +85,7 @@ class Settings(NamedTuple):
     rule: RuleSettings
     walk: WalkSettings
     architecture: dict
+    note: str = ""  # what the log should say of them
 
     def flat(self) -> dict:
         parts = (self.targets, self.networks, self.rule, self.walk, self.run)
@@ -107,11 +108,16 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         guidance = "none" if s.rule.guidance == "none" else "nlbp"
         rule = replace(s.rule, guidance=guidance, max_move=0.0, last_bp_step=0)
         s = s._replace(rule=rule, walk=replace(s.walk, clip_x0=False, eta=None))
-    if s.targets.operator is not None:
-        words = [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
-        if not {"--guidance", "--published_rule"} & set(words):
-            rule = "nlbp" if is_network(s.targets.operator) else "linear"  # presets' own are for attributes
-            s = s._replace(rule=replace(s.rule, guidance=rule))
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    said, spec = s.rule.guidance, s.targets.operator
+    # a preset's rule is for what the preset measures: attributes, or its own operator
+    other = "--operator" in words and not {"--guidance", "--published_rule"} & words
+    if said == "auto" or other:
+        rule = "nlbp" if spec is None or is_network(spec) else "linear"
+        s = s._replace(rule=replace(s.rule, guidance=rule))
+        if said not in ("auto", rule):
+            s = s._replace(note=f"--operator {spec}: guidance {rule}, not {said}, which the preset has for what it "
+                                "measures itself; --guidance decides")  # fmt: skip
     if s.rule.noise and (s.targets.operator is None or s.walk.eta == 0):
         raise InputError("--noise: needs --operator, and steps that add noise: --eta above 0, or none")
     s.rule.build(s.run.steps)  # refuses what it does not know
@@ -175,8 +181,8 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
     progress = Progress(folder, to_json_values(s.deciding() | networks.fingerprints()))
     done = finished_before(s, progress, targets, world)
     log = get_logger("reconstruct", folder)
-    for line in targets.skipped:
-        log.warning("skipped: %s", line)
+    for line in [s.note] * bool(s.note) + [f"skipped: {line}" for line in targets.skipped]:
+        log.warning(line)
     log.info("%d targets, %d steps, guidance %s, on %s", len(done), count, s.rule.guidance, device)
     if s.rule.through_the_prior:
         log.info("gradients pass through the prior, whose activations are kept%s%s",

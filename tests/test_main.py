@@ -276,6 +276,23 @@ def test_a_network_that_was_fitted_to_a_measurement_is_an_operator_too(run, pres
             "--operator", str(tmp_path / "attributes.pth"))  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "said, flags, taken, noted",
+    [
+        ({"guidance": "gradient"}, ["--operator", "sr4"], "linear", True),  # the preset's is for attributes
+        ({"guidance": "gradient", "operator": "sr4"}, [], "gradient", False),
+        ({"operator": "sr4"}, [], "linear", False),
+        ({"guidance": "gradient"}, ["--operator=sr4", "--guidance", "nlbp+gradient"], "nlbp+gradient", False),
+        ({"guidance": "gradient"}, ["--guidance=auto"], "nlbp", False),
+        ({}, [], "nlbp", False),
+    ],
+)
+def test_the_rule_that_was_asked_for_is_taken_or_the_log_says_why_not(preset, said, flags, taken, noted):
+    config = preset(**{"guidance": None, **said})
+    s = reconstruct.parse(["--config", str(config), "--path_y", "x", *flags])
+    assert (s.rule.guidance, "--guidance decides" in s.note) == (taken, noted)
+
+
 def test_what_an_operator_cannot_do_is_refused(run, preset, tmp_path):
     (tmp_path / "table.csv").write_text("name")
     for said, flags in {

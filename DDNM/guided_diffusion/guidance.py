@@ -331,7 +331,11 @@ THROUGH_THE_PRIOR = ("gradient", "freedom", "tfg")
 class RuleSettings:
     """Guidance."""
 
-    guidance: str = option("nlbp", f"{', '.join(RULES)}, or two of them as A+B (none: plain samples of the prior)")
+    guidance: str = option(
+        "auto",
+        f"{', '.join(RULES)}, or two of them as A+B (none: plain samples of the prior; auto: nlbp, and linear for an "
+        "--operator that is)",
+    )
     switch: int = option(400, "of A+B: A at steps from here on, B below", 0, 1000)
     min_bp_step: int = option(NLBP.min_bp_step, "nlbp: lambda2 at steps from here on, lambda1 below", 0)
     lambda1: float = option(NLBP.lambda1, "nlbp: strength at the cleaner steps", 0)
@@ -358,7 +362,7 @@ class RuleSettings:
     @property
     def rules(self) -> list[str]:
         """The one or two rules that ``guidance`` names. Raises InputError with the nearest known one."""
-        parts = self.guidance.split("+")
+        parts = ("nlbp" if self.guidance == "auto" else self.guidance).split("+")
         for part in parts:
             if part not in RULES:
                 known = f"{', '.join(RULES)}, or two of them as A+B"
