@@ -3,6 +3,7 @@
     python train_operator.py --operator lens --dataset_path data/faces_64 --out check_points/lens
     python train_operator.py --operator my.module:camera --dataset_path /path/to/faces --out check_points/camera
     python train_operator.py ... --resume --prior DDNM/exp/logs/faces/prior     # restores test images, into --out
+    torchrun --nproc_per_node 4 train_operator.py ...                           # the same batches, shared
 
 A measurement takes images (B, 3, H, W) in [-1, 1] to pictures (B, C, H', W') of fewer numbers: lens, saturation and
 jpeg of degradations.py, or a function of yours. Stage 1 minimises, over all weights, with y what is measured of x,
@@ -183,12 +184,12 @@ def run_stage(
         save: writes the best weights so far, by the losses of the validation split, to ``checkpoint``.
         what: steps, lr and checkpoint.
     """
-    settings, steps = Settings(precision=s.precision), what["steps"]
+    settings, steps, parallel = Settings(precision=s.precision), what["steps"], run.world.parallel(model, losses)
     optimizer = adam([p for p in model.parameters() if p.requires_grad], what["lr"], run.device)
 
     def one_step(*batch: Tensor) -> dict[str, Tensor]:
         x, y = pair(batch[0], batch[1], True)
-        return training_step(model, optimizer, lambda: losses(x, y), settings, run.device)
+        return training_step(model, optimizer, lambda: parallel(x, y), settings, run.device)
 
     @torch.no_grad()
     def measure() -> dict[str, float]:
@@ -234,12 +235,19 @@ def fit(operator: SPNNOperator, loaders: Loaders, pair: Pair, s: Fit, run: Run, 
     operator.model = best.to(run.device).eval().requires_grad_(False)
 
 
-def find_run(run: Run, s: Fit, identity: dict) -> None:
-    """Take up the run in the folder, or begin one. Raises InputError where it would replace a trained network."""
+def prepare(run: Run, s: Fit, path: Path, size: int, identity: dict, mask_size: int | None = None) -> Loaders:
+    """Take up the run in the folder, or begin one; and the data, of which each process has its part.
+
+    Raises:
+        InputError: it would replace a trained network, or there are no such data.
+    """
     free = ("device", "overwrite", "resume")
     seed_everything(s.seed)
     given = {**identity, **{k: v for k, v in asdict(s).items() if k not in free}}
     run.find_state(given, s.resume, s.overwrite, run.folder / FORWARD_CHECKPOINT)
+    with run.world.leader_first():  # it builds the cache
+        share = run.world.rank, run.world.size
+        return make_loaders(path, size, s.batch_size, seed=s.seed, device=run.device, share=share, mask_size=mask_size)
 
 
 # --- Restoration -----------------------------------------------------------------------------------------------------
@@ -326,17 +334,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     function, in_shape = find_function(o.operator), (3, o.img_size, o.img_size)
     out_shape = measured_shape(function, in_shape, f"--operator {o.operator}")
     with open_run(o.out, s.device, save_every=500, seed=s.seed) as run:
-        find_run(run, s, {"operator": o.operator, "img_size": o.img_size})
+        loaders = prepare(run, s, o.dataset_path, o.img_size, {"operator": o.operator, "img_size": o.img_size})
         operator = PictureOperator(build(in_shape, out_shape, s.hidden).to(run.device))
-        loaders = make_loaders(o.dataset_path, o.img_size, s.batch_size, seed=s.seed, device=run.device)
 
         def pair(x: Tensor, _: Tensor, training: bool) -> tuple[Tensor, Tensor]:
             x = augmented(x, s.augment if training else 0.0)
             return x, function(x)
 
         fit(operator, loaders, pair, s, run, {"operator": o.operator})
-        if r.prior is not None:
+        if r.prior is not None and run.world.leads:
             restore(operator, function, loaders, o, r, run)
+        run.world.wait()
     return 0
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data_loader import MASK_CLASSES, augmented, first_items, make_loaders
+from data_loader import MASK_CLASSES, augmented, first_items
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
 from diagnostics import IoU, diagnose, format_table
 from evaluate import mean_of
@@ -31,7 +31,7 @@ from loop import Run, open_run
 from networks import conv, down, located, up
 from operators import SPNNOperator
 from procedural_faces import MASK_COLOURS
-from train_operator import Fit, Restoring, build, drawn, find_run, fit, misfit, run_stage, write_report
+from train_operator import Fit, Restoring, build, drawn, fit, misfit, prepare, run_stage, write_report
 from utils import atomic_write, option, parse, run_command, write_json
 
 CLASSES = len(MASK_CLASSES)
@@ -163,8 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; see ``--help``."""
     o, s, r, _ = parse(__doc__, Options, Fit, Restoring, argv=argv)
     with open_run(o.out, s.device, save_every=500, seed=s.seed) as run:
-        find_run(run, s, {"size": o.size, "judge_steps": o.judge_steps})
-        loaders = make_loaders(o.dataset_path, o.size, s.batch_size, seed=s.seed, device=run.device, mask_size=o.size)
+        loaders = prepare(run, s, o.dataset_path, o.size, {"size": o.size, "judge_steps": o.judge_steps}, o.size)
         shapes = (3, o.size, o.size), (CLASSES, o.size // 4, o.size // 4)
         operator = ClassOperator(build(*shapes, s.hidden).to(run.device))
 
@@ -173,12 +172,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         judge = trained_judge(run, loaders, pairs, s, o.judge_steps)
         fit(operator, loaders, pairs, s, run, {"classes": list(MASK_CLASSES)})
-        tests = ((x, smaller(masks)) for x, masks in loaders.test)
-        report = diagnose(operator.model, tests, run.device, attributes=MASK_CLASSES)
-        print(format_table(report))
-        write_json(run.folder / "diagnostics.json", report)
-        if r.prior is not None:
-            reconstruct_faces(operator, judge, loaders, o, r, run)
+        if run.world.leads:
+            tests = ((x, smaller(masks)) for x, masks in loaders.test)
+            report = diagnose(operator.model, tests, run.device, attributes=MASK_CLASSES)
+            print(format_table(report))
+            write_json(run.folder / "diagnostics.json", report)
+            if r.prior is not None:
+                reconstruct_faces(operator, judge, loaders, o, r, run)
+        run.world.wait()
     return 0
 
 

@@ -14,6 +14,7 @@ from test_loop import COMMANDS, faces, prior_arguments, spnn_arguments  # noqa: 
 from test_main import assets, figures_of, pictures  # noqa: F401  (a fixture)
 
 import train_celeba
+import train_operator
 from checkpoints import read_weights
 from data_loader import EpochBatches, make_loaders
 from DDNM import main, train_prior
@@ -35,7 +36,7 @@ def member(rank: int, port: int, command, arguments: list[str], samples: Path, e
 def start_two(command, arguments: list[str], folder: Path) -> tuple[list[int], list[str]]:
     """Exit status and last line of each of two processes; results of DDNM/main.py go below ``folder``."""
     context = multiprocessing.get_context("forkserver")  # everything is imported once
-    context.set_forkserver_preload(["train_celeba", "DDNM.main", "DDNM.train_prior"])
+    context.set_forkserver_preload(["train_celeba", "train_operator", "DDNM.main", "DDNM.train_prior"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,6 +78,17 @@ def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
         # as a whole: where a gradient is rounding noise, Adam makes a full step of it
         assert (one - two).norm() < 1e-4 * one.norm(), name
     assert (folders[2] / "log.txt").read_text().count("stage 1: ") == 1  # one of the two reports
+
+
+def test_two_processes_fit_the_operator_of_one(faces, tmp_path):  # noqa: F811
+    fixed = f"--operator saturation --dataset_path {faces} --img_size 32 --hidden 8 --batch_size 4 --device cpu"
+    one, two = (f"{fixed} --steps 4 --r_steps 2 --out {tmp_path / name}".split() for name in ("of_1", "of_2"))
+    assert train_operator.main(one) == 0
+    assert start_two(train_operator.main, two, tmp_path)[0] == [0, 0]
+    for stage in ("forward", "r_opt"):
+        (a,), (b,) = (rows(tmp_path / name, stage) for name in ("of_1", "of_2"))
+        for key in a.keys() - {"seconds"} - {name for name in a if "right_inverse" in name}:
+            assert b[key] == pytest.approx(a[key], rel=1e-4), (stage, key)
 
 
 def test_torchrun_trains_the_prior_of_one_process(faces, tmp_path):  # noqa: F811
