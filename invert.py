@@ -5,7 +5,7 @@
     python invert.py train --data data/faces_1k --out check_points/landscape     # a landscape for later inversions
     python invert.py eval --data data/heldout --theta check_points/landscape/theta.safetensors --out check_points/table
 
-The network, --network:
+Each goes on with --resume where it was stopped. The network, --network:
 
     stylegan            StyleGAN v1's generator (--weights): an image from a latent in one of --spaces, z, w or w+.
     g                   an SPNN's classifier: an image from the logits of another one. The baseline of back-projection.
@@ -25,8 +25,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,12 +36,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import load_strictly, read_json, read_weights, write_weights
-from DDNM.guided_diffusion.results import contact_sheet, picture
-from images import grid, load_image, save_image, to_float, to_uint8
+from DDNM.guided_diffusion.inputs import fingerprint
+from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture
+from evaluate import mean_of
+from images import grid, load_image, save_image
 from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
 from logger import MetricsTable, get_logger, plot_curves
-from loop import STATE_NAME, Loop, Run, check_settings, is_empty, locked, open_run, to_json_values
+from loop import STATE_NAME, Loop, Run, check_settings, is_empty, open_run, to_json_values
 from metrics import agreement, psnr
 from stylegan import SPACES, Latents
 from targets import (
@@ -71,26 +73,28 @@ from utils import (
     option,
     parse,
     peak_gib,
-    resolve_device,
     run_command,
     seed_everything,
     write_json,
 )
 
 SHEET_ROWS, SIDE = 6, 256  # of a sheet, and of its pictures
-TRAIN_FILES = ("theta.safetensors", "theta.json", STATE_NAME, "metrics.csv", "curves.png", "log.txt")
-EVAL_FILES = ("results.json", "results.csv", "curves.csv", "curves.png", "sheet.png", "log.txt")
-FIND_FILES = ("settings.json", "results.csv", "state.safetensors", "curves.csv", "curves.png", "sheet.png", "log.txt")
+SEARCHES = "searches"  # folder of eval's searches, whole or under way
+FILES = {  # of a command's results; the first is there as soon as there is something to go on with
+    "find": ("settings.json", "results.csv", "state.safetensors", "curves.csv", "curves.png", "sheet.png", "log.txt"),
+    "train": (STATE_NAME, "theta.safetensors", "theta.json", "metrics.csv", "curves.png", "log.txt"),
+    "eval": ("settings.json", "results.json", "results.csv", "curves.csv", "curves.png", "sheet.png", "log.txt"),
+}
+NETWORK = f"{', '.join(READY)}, or package.module:factory (is imported)"
 
 
 @dataclass
 class Find:
     """Of find."""
 
-    network: str = option("stylegan", f"{', '.join(READY)}, or package.module:factory (is imported)")
+    network: str = option("stylegan", NETWORK)
     steps: int = option(1000, "in each space", 1)
-    save_steps: int = option(100, "between two saves of the running search", 1)
-    resume: bool = option(False, "go on with what is in --out")
+    save_steps: int = option(100, "between two saves of a running search", 1)
     morph: tuple[Path, ...] | None = option(None, "two latents, to mix instead of finding one")
     frames: int = option(20, "from the first to the second", 1, 10_000)
 
@@ -99,7 +103,7 @@ class Find:
 class Train:
     """Of train."""
 
-    network: str = option("g", f"{', '.join(READY)}, or package.module:factory (is imported)")
+    network: str = option("g", NETWORK)
     buffers: int = option(24, "replay buffers; 500 in the paper", 1)
     samples: int = option(16, "inversions per buffer", 1, LARGEST_BATCH)
     steps: int = option(20, "steps of an inversion", 1)
@@ -108,41 +112,42 @@ class Train:
     weight_decay: float = option(0.1, "AdamW on theta", 0.0)
     updates: int | None = option(None, "of theta per buffer; default: one pass over it", 1)
     width: int = option(16, "channels of theta's first layer", 1, LARGEST_WIDTH)
-    resume: bool = option(False, "go on with what is in --out")
 
 
 @dataclass
 class Eval:
     """Of eval."""
 
-    network: str = option("g", f"{', '.join(READY)}, or package.module:factory (is imported)")
+    network: str = option("g", NETWORK)
     theta: tuple[Path, ...] | None = option(None, "weights of mapping nets, of several seeds perhaps: a row each")
-    steps: tuple[int, ...] = option((20, 200), "of plain optimisation, a row each", 1)
+    steps: tuple[int, ...] = option((20, 200), "of plain optimisation: a row each, of the best that one search has by "
+                                    "then", 1)  # fmt: skip
     theta_steps: int = option(20, "through the landscape", 1)
+    save_steps: int = option(100, "between two saves of a running search", 1)
     judge: Path | None = option(None, "weights of the independent judge; default: the demo's if it fits")
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def check_folder(out: Path, overwrite: bool, resumes: str | None) -> None:
-    """Raise InputError if the content of a result folder would be lost, or it is a file.
+def check_folder(s: Settings, command: str) -> None:
+    """Raise InputError if the content of a result folder would be lost, or it is a file."""
+    begun = FILES[command][0]
+    if s.out.exists() and not s.out.is_dir():
+        raise InputError(f"--out {s.out}: not a folder")
+    if s.resume and s.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    if s.resume and not is_empty(s.out) and not (s.out / begun).is_file():
+        raise InputError(f"--resume: {s.out} holds no run of this command; give another folder")
+    if not s.resume and not s.overwrite and not is_empty(s.out):
+        hint = ", --resume" if (s.out / begun).is_file() else ""
+        raise InputError(f"--out {s.out}: not empty; give --overwrite{hint} or another folder")
 
-    Args:
-        resumes: the file that a run to go on with has written; None: to begin anew.
-    """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: not a folder")
-    if resumes is not None and not is_empty(out) and not (out / resumes).is_file():
-        raise InputError(f"--resume: {out} holds no run of this command; give another folder")
-    if resumes is None and not is_empty(out) and not overwrite:
-        raise InputError(f"--out {out}: not empty; give --overwrite or another folder")
 
-
-def clear(out: Path, own: Sequence[str]) -> None:
+def clear(out: Path, command: str) -> None:
     """Delete what an earlier run of the same command wrote, by name, and nothing else."""
-    for name in own:
-        (out / name).unlink(missing_ok=True)
+    for path in (*(out / name for name in FILES[command]), *(out / SEARCHES).glob("*.safetensors")):
+        path.unlink(missing_ok=True)
 
 
 def settings_of(*settings, without: Sequence[str] = ()) -> dict:
@@ -151,354 +156,24 @@ def settings_of(*settings, without: Sequence[str] = ()) -> dict:
     return to_json_values(merged)
 
 
-def load_theta(path: Path, target: Target) -> tuple[MappingNet, dict]:
-    """The theta at ``path`` and its notes. Raises InputError if it is damaged or belongs to another network."""
-    file = path.with_suffix(".json")
-    state, notes = read_weights(path), read_json(file)
-    try:
-        theta = MappingNet(**{**notes["theta"], "shape": tuple(notes["theta"]["shape"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"--theta {path}: {file} holds no architecture of a theta: {error!r}") from None
-    if theta.shape != target.in_shape or notes.get("network") != target.name:
-        raise InputError(
-            f"--theta {path}: trained for {notes.get('network')} with inputs of shape {theta.shape}, "
-            f"not for {target.name} with {target.in_shape}"
-        )
-    load_strictly(theta, state, path)
-    return theta.eval().requires_grad_(False), notes
-
-
-# --- train -----------------------------------------------------------------------------------------------------------
-
-
-def train(s: Settings, own: Train, run: Run) -> int:
-    """Train theta, and write it with its table and curves."""
-    target = load_targets(own.network, s, run.device)[-1]
-    _, images = read_images(s.data, target.img_size, s.images)
-    seed_everything(s.seed)
-    x_lr = s.x_lr if s.x_lr is not None else target.x_lr
-    try:
-        theta = MappingNet(target.in_shape, own.width, x_lr / own.z_lr, target.bounds).to(run.device)
-    except ValueError as error:
-        raise InputError(f"--network {target.name}: {error}") from None
-    given = settings_of(s, own, without=("out", "resume", "overwrite", "buffers", "device"))
-    run.find_state(given, own.resume, s.overwrite)
-    if run.state is None:
-        clear(s.out, TRAIN_FILES)
-    log = get_logger("invert", s.out)
-    loss = make_loss(target, s, run.device)
-    draw = problem_source(target, images, s, loss, run.device)
-    count = sum(p.numel() for p in theta.parameters())
-    log.info("inverting %s, theta has %s parameters, on %s", target.name, f"{count:,}", run.device)
-    peak_gib(run.device, reset=True)
-
-    def saved(loop: Loop) -> None:
-        notes = {"network": target.name, "settings": settings_of(s, own), "theta": theta.config(), "buffers": loop.done}
-        notes |= {"seconds": loop.seconds, "peak_gib": peak_gib(run.device)}
-        write_weights(s.out / "theta.safetensors", theta.state_dict())
-        write_json(s.out / "theta.json", notes)
-
-    names = ("buffers", "samples", "steps", "z_lr", "lr", "weight_decay", "updates")
-    rows = train_mapping(theta, target.f, draw, loss, run=run, **{name: getattr(own, name) for name in names},
-                         clip=s.clip, batch_size=s.batch_size, saved=saved)  # fmt: skip
-    first, last = rows[0], rows[-1]
-    log.info("best loss of a trajectory: %.4g in the first buffer, %.4g in the last; %.1f min, at most %.2f GiB; %s",
-             first["end_loss"], last["end_loss"], last["seconds"] / 60, peak_gib(run.device), s.out)  # fmt: skip
-    return 0
-
-
-# --- eval ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Method:
-    """A way of inverting f: ``run(y, x0)`` yields names with an x (B, ...) or an `inversion.Inversion`, each of which
-    may go on from the one before."""
-
-    f: nn.Module
-    x0: Tensor
-    run: Callable[[Tensor, Tensor], Iterator[tuple[str, Tensor | Inversion]]]
-
-
-@dataclass
-class Result:
-    """What a method found on all problems.
-
-    Attributes:
-        x: (N, ...).
-        output: f(x).
-        seconds: an image.
-        curve: mean loss after each number of steps, over the samples that stay finite; None without steps.
-        stopped: a line for each sample whose search ended early.
-    """
-
-    x: Tensor
-    x0: Tensor
-    output: Tensor
-    seconds: float
-    curve: list[float] | None = None
-    stopped: list[str] = field(default_factory=list)
-
-
-def run_method(method: Method, problems: Problems, batch_size: int, device: torch.device) -> dict[str, Result]:
-    """Run a method over all problems in batches."""
-    parts: dict[str, list] = {}
-    seconds: dict[str, float] = {}
-    for start in range(0, len(problems.y), batch_size):
-        part = slice(start, start + batch_size)
-        search = method.run(problems.y[part].to(device), method.x0[part].to(device))
-        spent = 0.0
-        while True:
-            began = time.perf_counter()
-            name, found = next(search, (None, None))
-            if name is None:
-                break
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            spent += time.perf_counter() - began
-            parts.setdefault(name, []).append(found)
-            seconds[name] = seconds.get(name, 0.0) + spent
-    results = {}
-    for name, found in parts.items():
-        x = torch.cat([f.x if isinstance(f, Inversion) else f for f in found]).detach().cpu()
-        result = Result(x, method.x0, outputs(method.f, x, batch_size, device), seconds[name] / len(x))
-        if isinstance(found[0], Inversion):
-            curve = torch.cat([f.curve for f in found], dim=1).cpu()  # (T + 1, N)
-            curve = curve[:, curve.isfinite().all(0)]
-            result.curve = curve.mean(1).tolist() if curve.shape[1] else None
-            ends = zip(problems.names, torch.cat([f.stopped for f in found]).tolist(), strict=True)
-            result.stopped = [f"{n}: loss or gradient not finite at step {step}" for n, step in ends if step >= 0]
-        results[name] = result
-    return results
-
-
-def methods_of(
-    targets: Sequence[Target], problems: Problems, thetas: dict[str, tuple[MappingNet, dict]], s: Settings, own: Eval,
-    loss: Loss, device: torch.device,
-) -> list[Method]:  # fmt: skip
-    """Every way of inverting the targets, in the order of the table; through ``thetas`` the last one alone."""
-    methods = []
-    for target in targets:
-        f, last = target.f, target is targets[-1]
-        label = f"{target.name.partition(' ')[2]}, " if target.to_image and isinstance(f, Latents) else ""
-        x0 = problems.x0 if problems.x0 is not None else starts(target, problems.y, s, loss, device)
-
-        def once(name: str, closed: Callable, f: nn.Module = f, x0: Tensor = x0) -> Method:
-            def run(y: Tensor, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-                yield name, torch.no_grad()(closed)(y, x)
-
-            return Method(f, x0, run)
-
-        def plain(y: Tensor, x: Tensor, target: Target = target, label: str = label):
-            found, x_lr = None, target.x_lr if s.x_lr is None else s.x_lr
-            for steps in sorted(own.steps):
-                state = None if found is None else found.state
-                found = invert(target.f, y, x, loss, steps, x_lr, s.clip, target.bounds, state=state)
-                yield f"{label}optimisation, {steps} steps", found
-
-        def through(name: str, theta: MappingNet, trained: dict, f: nn.Module = f, x0: Tensor = x0) -> Method:
-            def run(y: Tensor, x: Tensor) -> Iterator[tuple[str, Inversion]]:
-                lr, clip = float(trained["z_lr"]), float(trained["clip"])
-                yield name, invert_through(theta, f, y, x, loss, steps=own.theta_steps, lr=lr, clip=clip)
-
-            return Method(f, x0, run)
-
-        methods.append(once(f"{label}start", lambda y, x: x))
-        methods += [once(name, closed) for name, closed in target.closed_form.items()]
-        if last:
-            methods += [once(n, c, nn.Identity()) for n, c in spnn_beside(target, s, device).items()]
-        methods.append(Method(f, x0, plain))
-        if last:
-            named = ((f"{label}{name}, {own.theta_steps} steps", *theta) for name, theta in thetas.items())
-            methods += [through(name, theta, notes["settings"]) for name, theta, notes in named]
-    return methods
-
-
-def as_picture(images: Tensor) -> Tensor:
-    """Images as they come back from a file: 8 bits, in [-1, 1]."""
-    return to_float(to_uint8(images))
-
-
-@torch.no_grad()
-def measure(
-    target: Target, problems: Problems, result: Result, judge: nn.Module | None, s: Settings, device: torch.device
-) -> dict[str, list[float]]:
-    """The figures of each sample: name -> N numbers.
-
-    ``error`` is mean |f(x) - y|, ``picture_error`` the same once x is an 8-bit picture, ``distance`` the root mean
-    square of x - x0, ``judge`` the share of attributes on which the judge says the same of the picture (x, or f(x)) and
-    of the one that y belongs to. Of pictures f(x) there is their ``psnr`` in dB, and ``lpips`` if it can be had.
-    """
-    found = {"error": (result.output - problems.y).abs().flatten(1).mean(1)}
-    shown = as_picture(result.x if target.from_image else result.output)
-    if target.from_image:
-        rounded = outputs(target.f, shown, s.batch_size, device)
-        found["picture_error"] = (rounded - problems.y).abs().flatten(1).mean(1)
-    if target.to_image:
-        found |= picture_figures(shown, problems.y, s, device)
-    elif result.x.shape == result.x0.shape:
-        found["distance"] = (result.x - result.x0).square().flatten(1).mean(1).sqrt()
-    if judge is not None:
-        said, wanted = (outputs(judge, images, s.batch_size, device) for images in (shown, problems.wanted))
-        found["judge"] = agreement(said, wanted)
-    return {name: values.tolist() for name, values in found.items()}
-
-
-def picture_figures(picture: Tensor, wanted: Tensor, s: Settings, device: torch.device) -> dict[str, Tensor]:
-    """PSNR in dB of images (N, 3, S, S) to others, and LPIPS unless only the squared error is asked for."""
-    found = {"psnr": psnr(picture, wanted)}
-    lpips = lpips_or_none(device, picture.shape[-1]) if s.loss != "mse" else None
-    if lpips is not None:
-        pairs = zip(picture.split(s.batch_size), wanted.split(s.batch_size), strict=True)
-        found["lpips"] = torch.cat([lpips(a.to(device), b.to(device)).flatten().cpu() for a, b in pairs])
-    return found
-
-
-COLUMNS = {
-    "loss": ("loss", ".4f"),
-    "error": ("error", ".3g"),
-    "psnr": ("PSNR", ".1f"),
-    "lpips": ("LPIPS", ".3f"),
-    "picture_error": ("as a picture", ".3g"),
-    "distance": ("distance", ".3f"),
-    "judge": ("judge", ".3f"),
-    "seconds": ("s/image", ".3f"),
-}
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """Of the finite ones; None if there is none."""
-    finite = [v for v in values if math.isfinite(v)]
-    return sum(finite) / len(finite) if finite else None
-
-
-def format_table(rows: Sequence[dict], first: str = "method") -> str:
-    """Figures as a Markdown table, without the columns that nobody has."""
-    used = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    lines = [f"| {first} | " + " | ".join(COLUMNS[key][0] for key in used) + " |", "|---" * (len(used) + 1) + "|"]
-    for row in rows:
-        cells = ["-" if row.get(key) is None else format(float(row[key]), COLUMNS[key][1]) for key in used]
-        lines.append(f"| {row[first]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def find_judge(path: Path | None, target: Target, device: torch.device, log) -> nn.Module | None:
-    """The judge for the network's images; the demo's if it fits and none is given.
+def begin(command: str, s: Settings, own: Find | Eval, target: Target, free: Sequence[str]):
+    """Write settings.json and give the log. A run to go on with must be one of the same settings but for ``free``.
 
     Raises:
-        InputError: the given one does not fit.
+        InputError: it is another one; nothing is deleted.
     """
-    if target.img_size is None:
-        if path is not None:
-            raise InputError(f"--judge {path}: {target.name} has no image to judge")
-        return None
-    judge = load_judge(path if path is not None else FACES / "judge.safetensors")
-    reason = None
-    if judge.img_size != target.img_size:
-        reason = f"takes {judge.img_size}x{judge.img_size} images, not {target.img_size}x{target.img_size}"
-    elif target.attributes is not None and list(judge.attributes) != list(target.attributes):
-        reason = "knows other attributes than the network"
-    if reason is None:
-        return judge.to(device).requires_grad_(False)
-    if path is not None:
-        raise InputError(f"--judge {path}: {reason}")
-    log.info("no judge: the demo's %s", reason)
-    return None
+    file = s.out / "settings.json"
+    given = {"command": command, "weights of the network": fingerprint(target.f), **settings_of(s, own)}
+    if s.resume and file.is_file():
+        free = ("out", "device", "resume", "overwrite", "save_steps", *free)
+        check_settings(read_json(file), {key: value for key, value in given.items() if key not in free}, s.out)
+    else:
+        clear(s.out, command)
+    write_json(file, given)
+    return get_logger("invert", s.out)
 
 
-def compared(name: str, through: Sequence[float], plain: Sequence[float]) -> dict:
-    """Of mean losses after each number of steps: what a landscape reaches and the plain steps to it, and vice versa."""
-
-    def steps(curve: Sequence[float], goal: float) -> int | None:
-        return next((step for step, value in enumerate(curve) if value <= goal), None)
-
-    last = len(through) - 1
-    goal, met = min(through), min(plain[: last + 1])
-    return {"theta": name, "steps": last, "loss": goal, "plain_steps": steps(plain, goal), "plain_loss": met,
-            "steps_to_plain_loss": steps(through, met)}  # fmt: skip
-
-
-def evaluate(s: Settings, own: Eval, device: torch.device) -> int:
-    """Measure every way of inverting the network, and write tables, curves and pictures."""
-    targets = load_targets(own.network, s, device)
-    target = targets[-1]
-    thetas = {}
-    for path in own.theta or ():
-        theta, notes = load_theta(path, target)
-        one = "landscape" if len(own.theta) == 1 else f"landscape of seed {notes['settings']['seed']}"
-        if one in thetas:
-            raise InputError(f"--theta {path}: {one} is there twice")
-        thetas[one] = theta.to(device), notes
-    judge = find_judge(own.judge, target, device, get_logger("invert"))
-    names, images = read_images(s.data, target.img_size, s.images)
-    problems = fixed_problems(target, names, images, s.images if s.images is not None else 100, s, device)
-    loss = make_loss(target, s, device)
-    clear(s.out, EVAL_FILES)
-    log = get_logger("invert", s.out)
-    results: dict[str, Result] = {}
-    methods = methods_of(targets, problems, thetas, s, own, loss, device)
-    for method in tqdm(methods, unit="method", leave=False, dynamic_ncols=True, disable=None):
-        results |= run_method(method, problems, s.batch_size, device)
-
-    rows, by_image = [], []
-    for name, result in results.items():
-        for line in result.stopped:
-            log.warning("%s: %s", name, line)
-        figures = measure(target, problems, result, judge, s, device)
-        seconds = None if name.split(", ")[-1] == "start" else result.seconds
-        rows.append({"method": name, **{key: mean(values) for key, values in figures.items()}, "seconds": seconds})
-        for i, image in enumerate(problems.names):
-            by_image.append({"method": name, "image": image, **{key: v[i] for key, v in figures.items()}})
-    # a shorter plain run is the beginning of the next one, which takes its place
-    curves = {name.rpartition(",")[0]: r.curve for name, r in results.items() if r.curve is not None}
-    told = [compared(n, curve, curves[n.partition("landscape")[0] + "optimisation"])
-            for n, curve in curves.items() if "landscape" in n]  # fmt: skip
-    for one in told:
-        log.info("%(theta)s: a loss of %(loss).4g after %(steps)d steps, plain after %(plain_steps)s; plain ones then "
-                 "have %(plain_loss).4g, which it has after %(steps_to_plain_loss)s", one)  # fmt: skip
-    record = {"settings": {**settings_of(s, own), "device": str(device)}, "landscapes": told}
-    record |= {"thetas": [notes for _, notes in thetas.values()], "methods": rows, "images": by_image}
-    write_json(s.out / "results.json", json_values(record))
-    table = MetricsTable(s.out / "results.csv", rows=[])
-    for row in rows:
-        table.append({key: value for key, value in row.items() if value is not None})
-    if curves:
-        write_curves(s.out, curves)
-    if target.img_size is not None:
-        draw_results(s.out / "sheet.png", target, problems, results, by_image)
-    print(format_table(rows))
-    log.info("%d problems, %s, on %s; %s", len(problems.y), target.name, device, s.out)
-    return 0
-
-
-def write_curves(out: Path, curves: dict[str, Sequence[float]]) -> None:
-    """curves.csv and curves.png: losses after each number of steps, by name."""
-    table = MetricsTable(out / "curves.csv", rows=[])
-    for step in range(max(map(len, curves.values()))):
-        table.append({"step": step, **{f"loss_{n}": curve[step] for n, curve in curves.items() if step < len(curve)}})
-    plot_curves(table.path, out / "curves.png")
-
-
-def draw_results(path: Path, target: Target, problems: Problems, results: dict[str, Result], by_image) -> None:
-    """The sheet: the start if it is an image, every method, and the image that the wanted output belongs to."""
-    shown = {name: r for name, r in results.items() if target.from_image or name.split(", ")[-1] != "start"}
-    last = "whose output is wanted" if target.from_image else "wanted"
-    columns = [*(r.x if target.from_image else r.output for r in shown.values()), problems.wanted]
-    names = problems.names[:SHEET_ROWS]
-    told = {(row["method"], row["image"]): row.get("judge") for row in by_image}
-    said = [[told[method, name] for method in shown] for name in names]
-    captions = [
-        f"{name}: judge {', '.join(f'{v:.2f}' for v in row)}" if None not in row else name
-        for name, row in zip(names, said, strict=True)
-    ]
-    rows = [[picture(column[i], SIDE) for column in columns] for i in range(len(names))]
-    contact_sheet(path, [*shown, last], rows, captions)
-
-
-# --- find ------------------------------------------------------------------------------------------------------------
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: dict) -> None:
     """Write tensors with ``notes``, JSON values, as the file's metadata."""
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
@@ -515,6 +190,421 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise InputError(f"{path}: not a latent or a damaged one: {error}") from None
 
 
+def load_theta(path: Path, target: Target) -> tuple[MappingNet, dict]:
+    """The theta at ``path`` and its notes. Raises InputError if it is damaged or belongs to another network."""
+    file = path.with_suffix(".json")
+    state, notes = read_weights(path), read_json(file)
+    try:
+        theta = MappingNet(**{**notes["theta"], "shape": tuple(notes["theta"]["shape"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"--theta {path}: {file} holds no architecture of a theta: {error!r}") from None
+    if theta.shape != target.in_shape or notes.get("network") != target.name:
+        raise InputError(
+            f"--theta {path}: trained for {notes.get('network')} with inputs of shape {theta.shape}, "
+            f"not for {target.name} with {target.in_shape}"
+        )
+    if notes.get("weights of the network", here := fingerprint(target.f)) != here:
+        raise InputError(f"--theta {path}: trained for {target.name} with other weights")
+    load_strictly(theta, state, path)
+    return theta.eval().requires_grad_(False), notes
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def train(s: Settings, own: Train, run: Run) -> int:
+    """Train theta, and write it with its table and curves."""
+    target = load_targets(own.network, s, run.device)[-1]
+    _, images = read_images(s.data, target.img_size, s.images)
+    seed_everything(s.seed)
+    try:
+        theta = MappingNet(target.in_shape, own.width, target.x_lr / own.z_lr, target.bounds).to(run.device)
+    except ValueError as error:
+        raise InputError(f"--network {target.name}: {error}") from None
+    weights = {"weights of the network": fingerprint(target.f)}
+    given = settings_of(s, own, without=("out", "resume", "overwrite", "buffers", "device"))
+    run.find_state(given | weights, s.resume, s.overwrite)
+    if run.state is None:
+        clear(s.out, "train")
+    log = get_logger("invert", s.out)
+    loss = make_loss(target, s, run.device)
+    draw = problem_source(target, images, s, loss, run.device)
+    count = sum(p.numel() for p in theta.parameters())
+    log.info("inverting %s, theta has %s parameters, on %s", target.name, f"{count:,}", run.device)
+    peak_gib(run.device, reset=True)
+
+    def saved(loop: Loop) -> None:
+        notes = {"network": target.name, **weights, "settings": settings_of(s, own), "theta": theta.config()}
+        notes |= {"buffers": loop.done, "seconds": loop.seconds, "peak_gib": peak_gib(run.device)}
+        write_weights(s.out / "theta.safetensors", theta.state_dict())
+        write_json(s.out / "theta.json", notes)
+
+    names = ("buffers", "samples", "steps", "z_lr", "lr", "weight_decay", "updates")
+    rows = train_mapping(theta, target.f, draw, loss, run=run, **{name: getattr(own, name) for name in names},
+                         clip=s.clip, batch_size=s.batch_size, saved=saved)  # fmt: skip
+    first, last = rows[0], rows[-1]
+    log.info("best loss of a trajectory: %.4g in the first buffer, %.4g in the last; %.1f min, at most %.2f GiB; %s",
+             first["end_loss"], last["end_loss"], last["seconds"] / 60, peak_gib(run.device), s.out)  # fmt: skip
+    return 0
+
+
+# --- Searches and their figures --------------------------------------------------------------------------------------
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, with all that the device has been given done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def descend(
+    target: Target, y: Tensor, x: Tensor, loss: Loss, s: Settings, steps: int, every: int,
+    state: Mapping[str, Tensor] | None, bar: tqdm, seed: int = 0,
+) -> Iterator[tuple[Inversion, float]]:  # fmt: skip
+    """`invert` in parts of ``every`` steps to ``steps`` in all, each with its seconds; it can go on from each one.
+
+    What a part draws, StyleGAN's noise say, is of its own seed, so that a search that is resumed finds the same.
+    """
+    done = 0 if state is None else len(state["curve"]) - 1
+    while True:
+        began, end = clock(y.device), min(steps, done + every)
+        seed_everything(s.seed + seed + done)
+        found = invert(target.f, y, x, loss, end, target.x_lr, s.clip, target.bounds,
+                       on_step=lambda _: bar.update(), state=state)  # fmt: skip
+        yield found, clock(y.device) - began
+        if end == steps:
+            return
+        done, state = end, found.state
+
+
+def picture_figures(pictures: Tensor, wanted: Tensor, s: Settings, device: torch.device) -> dict[str, Tensor]:
+    """PSNR in dB of images (N, 3, S, S) to others, and LPIPS if it can be had."""
+    found, lpips = {"psnr": psnr(pictures, wanted)}, lpips_or_none(device, pictures.shape[-1])
+    if lpips is not None:
+        pairs = zip(pictures.split(s.batch_size), wanted.split(s.batch_size), strict=True)
+        found["lpips"] = torch.cat([lpips(a.to(device), b.to(device)).flatten().cpu() for a, b in pairs])
+    return found
+
+
+COLUMNS = {
+    "loss": ("loss", ".4f"),
+    "error": ("error", ".3g"),
+    "psnr": ("PSNR", ".1f"),
+    "lpips": ("LPIPS", ".3f"),
+    "picture_error": ("as a picture", ".3g"),
+    "distance": ("distance", ".3f"),
+    "judge": ("judge", ".3f"),
+    "seconds": ("s/image", ".3f"),
+}
+LANDSCAPES = {
+    "steps": ("steps", ".0f"),
+    "loss": ("loss", ".4g"),
+    "plain_steps": ("plain steps to it", ".1f"),
+    "plain_loss": ("plain loss then", ".4g"),
+    "steps_to_plain_loss": ("its steps to that", ".1f"),
+}
+
+
+def format_table(rows: Sequence[Mapping], first: str = "method", columns: Mapping = COLUMNS) -> str:
+    """Figures as a Markdown table, with their intervals if they have some, without the columns that no row has."""
+
+    def cell(row: Mapping, key: str) -> str:
+        value, low, high = (None if row.get(k) is None else float(row[k]) for k in (key, f"{key}_low", f"{key}_high"))
+        form = columns[key][1]
+        return "-" if value is None else f"{value:{form}}" + (f" ({low:{form}} to {high:{form}})" if low else "")
+
+    used = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    lines = [f"| {first} | " + " | ".join(columns[key][0] for key in used) + " |", "|---" * (len(used) + 1) + "|"]
+    lines += [f"| {row[first]} | " + " | ".join(cell(row, key) for key in used) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def write_curves(out: Path, curves: dict[str, Sequence[float]]) -> None:
+    """curves.csv and curves.png: losses after each number of steps, by name."""
+    table = MetricsTable(out / "curves.csv", rows=[])
+    for step in range(max(map(len, curves.values()))):
+        table.append({"step": step, **{f"loss_{n}": curve[step] for n, curve in curves.items() if step < len(curve)}})
+    plot_curves(table.path, out / "curves.png")
+
+
+# --- eval ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What a method found, of a batch or of all problems.
+
+    Attributes:
+        x: (B, ...).
+        seconds: altogether.
+        curve: the loss after each number of steps, (T + 1, B); None without steps.
+        stopped: the step at which a sample's search ended early, (B,); -1: none. None without steps.
+    """
+
+    x: Tensor
+    seconds: float
+    curve: Tensor | None = None
+    stopped: Tensor | None = None
+
+
+@dataclass
+class Method:
+    """A way of inverting f: ``run(y, x0, batch)`` yields names with what it found, batch by batch of the problems."""
+
+    f: nn.Module
+    x0: Tensor
+    run: Callable[[Tensor, Tensor, slice], Iterator[tuple[str, Found]]]
+
+
+def together(parts: Sequence[Found]) -> Found:
+    """Of all batches, on the CPU."""
+    x = torch.cat([part.x for part in parts]).detach().cpu()
+    seconds = sum(part.seconds for part in parts)
+    if parts[0].curve is None:
+        return Found(x, seconds)
+    return Found(x, seconds, torch.cat([p.curve for p in parts], 1).cpu(), torch.cat([p.stopped for p in parts]).cpu())
+
+
+class Evaluation:
+    """Ways of inverting the targets, on the same problems: all that they share."""
+
+    def __init__(self, targets: Sequence[Target], problems: Problems, s: Settings, own: Eval, run: Run, loss: Loss):
+        self.targets, self.target, self.problems, self.loss = targets, targets[-1], problems, loss
+        self.s, self.own, self.run, self.device = s, own, run, run.device
+        self.batches = [slice(i, i + s.batch_size) for i in range(0, len(problems.y), s.batch_size)]
+
+    def methods(self, thetas: Mapping[str, tuple[MappingNet, dict]], bar: tqdm) -> Iterator[Method]:
+        """In the order of the table; through ``thetas`` the last target alone."""
+        for number, target in enumerate(self.targets):
+            f, x0 = target.f, self.problems.x0
+            label = f"{target.name.partition(' ')[2]}, " if isinstance(f, Latents) else ""
+            x0 = x0 if x0 is not None else starts(target, self.problems.y, self.s, self.loss, self.device)
+            yield Method(f, x0, self.once(f"{label}start", lambda y, x: x))
+            for name, closed in target.closed_form.items():
+                yield Method(f, x0, self.once(name, closed))
+            if target is self.target:
+                for name, closed in spnn_beside(target, self.s, self.device).items():
+                    yield Method(nn.Identity(), x0, self.once(name, closed))
+            yield Method(f, x0, self.plain(number, label, bar))
+        for name, (theta, notes) in thetas.items():
+            yield Method(f, x0, self.through(f"{label}{name}", theta, notes["settings"], bar))
+
+    def once(self, name: str, closed: Callable[[Tensor, Tensor], Tensor]):
+        """A closed form."""
+
+        def run(y: Tensor, x0: Tensor, batch: slice) -> Iterator[tuple[str, Found]]:
+            began = clock(self.device)
+            with torch.no_grad():
+                x = closed(y, x0)
+            yield name, Found(x, clock(self.device) - began)
+
+        return run
+
+    def plain(self, number: int, label: str, bar: tqdm):
+        """Optimisation: one search, of which the best is kept at each of ``--steps``, and from which it goes on."""
+        target, s = self.targets[number], self.s
+
+        def run(y: Tensor, x0: Tensor, batch: slice) -> Iterator[tuple[str, Found]]:
+            file = s.out / SEARCHES / f"{number}_{batch.start}.safetensors"
+            tensors, notes = read_tensors(file) if file.is_file() else ({}, {})
+            if notes.get("names") != self.problems.names:
+                tensors, notes = {}, {"names": self.problems.names, "spent": 0.0}
+            kept = {name: tensor for name, tensor in tensors.items() if name.startswith("x at ")}
+            state = {name: tensor for name, tensor in tensors.items() if name not in kept} or None
+            bar.update(len(state["curve"]) - 1 if state else 0)
+            for steps in sorted(set(self.own.steps)):
+                at = f"x at {steps}"
+                if at not in kept:
+                    for found, seconds in descend(target, y, x0, self.loss, s, steps, self.own.save_steps, state, bar):
+                        state = found.state
+                        notes["spent"] += seconds
+                        if len(found.curve) > steps:
+                            kept[at], notes[at] = found.x, notes["spent"]
+                        save_tensors(file, {**state, **kept}, notes)
+                        self.run.stop_if_asked()
+                curve, stopped = state["curve"][: steps + 1], state["stopped"]
+                ended = torch.where(stopped <= steps, stopped, -1)
+                yield f"{label}optimisation, {steps} steps", Found(kept[at].to(y), notes[at], curve, ended)
+
+        return run
+
+    def through(self, name: str, theta: MappingNet, trained: dict, bar: tqdm):
+        """A landscape, with the steps that it was trained for."""
+        lr, clip, steps = float(trained["z_lr"]), float(trained["clip"]), self.own.theta_steps
+
+        def run(y: Tensor, x0: Tensor, batch: slice) -> Iterator[tuple[str, Found]]:
+            began = clock(self.device)
+            seed_everything(self.s.seed)
+            found = invert_through(theta, self.target.f, y, x0, self.loss, steps=steps, lr=lr, clip=clip,
+                                   on_step=lambda _: bar.update())  # fmt: skip
+            yield f"{name}, {steps} steps", Found(found.x, clock(self.device) - began, found.curve, found.stopped)
+
+        return run
+
+    def measured(self, method: Method, judge: nn.Module | None) -> Iterator[tuple[str, Found, Tensor, dict]]:
+        """Names with what a method found for all problems, f of it, and the figures of each sample."""
+        parts: dict[str, list[Found]] = {}
+        for batch in self.run.until_stopped(self.batches):
+            y, x0 = (tensor[batch].to(self.device) for tensor in (self.problems.y, method.x0))
+            for name, found in method.run(y, x0, batch):
+                parts.setdefault(name, []).append(found)
+        for name, found in ((name, together(of)) for name, of in parts.items()):
+            seed_everything(self.s.seed)  # noise drawn anew is the same for all methods, and after a resume
+            output = outputs(method.f, found.x, self.s.batch_size, self.device)
+            yield name, found, output, self.figures(found.x, method.x0, output, judge)
+
+    @torch.no_grad()
+    def figures(self, x: Tensor, x0: Tensor, output: Tensor, judge: nn.Module | None) -> dict[str, Tensor]:
+        """The figures of each sample: name -> (N,).
+
+        ``error`` is mean |f(x) - y|, ``picture_error`` the same once x is an 8-bit picture, ``distance`` the root mean
+        square of x - x0, ``judge`` the share of attributes on which the judge says the same of the picture (x, or f(x))
+        and of the one that y belongs to. Of pictures f(x) there are ``psnr`` in dB, and ``lpips`` if it can be had.
+        """
+        target, s, y = self.target, self.s, self.problems.y
+        found = {"error": (output - y).abs().flatten(1).mean(1)}
+        shown, _ = as_saved(x if target.from_image else output)
+        if target.from_image:
+            rounded = outputs(target.f, shown, s.batch_size, self.device)
+            found["picture_error"] = (rounded - y).abs().flatten(1).mean(1)
+        if target.to_image:
+            found |= picture_figures(shown, y, s, self.device)
+        elif x.shape == x0.shape:
+            found["distance"] = (x - x0).square().flatten(1).mean(1).sqrt()
+        if judge is not None:
+            said, wanted = (outputs(judge, i, s.batch_size, self.device) for i in (shown, self.problems.wanted))
+            found["judge"] = agreement(said, wanted)
+        return found
+
+
+def find_judge(path: Path | None, target: Target, device: torch.device, log) -> nn.Module | None:
+    """The judge for the network's images; the demo's if it fits and none is given.
+
+    Raises:
+        InputError: the given one does not fit.
+    """
+    if target.img_size is None:
+        if path is not None:
+            raise InputError(f"--judge {path}: {target.name} has no image to judge")
+        return None
+    judge = load_judge(path if path is not None else FACES / "judge.safetensors")
+    if judge.img_size != target.img_size:
+        reason = f"takes {judge.img_size}x{judge.img_size} images, not {target.img_size}x{target.img_size}"
+    elif target.attributes is not None and list(judge.attributes) != list(target.attributes):
+        reason = "knows other attributes than the network"
+    else:
+        return judge.to(device).requires_grad_(False)
+    if path is not None:
+        raise InputError(f"--judge {path}: {reason}")
+    log.info("no judge: the demo's %s", reason)
+    return None
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of the finite ones; None if there is none."""
+    finite = [v for v in values if v is not None and math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else None
+
+
+def with_intervals(figures: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """Means of figures (N,) over the finite ones, and 95 % intervals of those that samples differ in."""
+    row = {name: mean(values.tolist()) for name, values in figures.items()}
+    for name in figures.keys() & {"psnr", "lpips", "judge"}:
+        finite = figures[name][figures[name].isfinite()]
+        if len(finite) > 1:
+            _, row[f"{name}_low"], row[f"{name}_high"] = mean_of(finite)
+    return row
+
+
+def compared(name: str, through: Sequence[float], plain: Sequence[float]) -> dict:
+    """Of mean losses after each number of steps: what a landscape reaches and the plain steps to it, and vice versa."""
+
+    def steps(curve: Sequence[float], goal: float) -> int | None:
+        return next((step for step, value in enumerate(curve) if value <= goal), None)
+
+    last = len(through) - 1
+    goal, met = min(through), min(plain[: last + 1])
+    return {"theta": name, "steps": last, "loss": goal, "plain_steps": steps(plain, goal), "plain_loss": met,
+            "steps_to_plain_loss": steps(through, met)}  # fmt: skip
+
+
+def load_thetas(paths: Sequence[Path], target: Target, device: torch.device) -> dict[str, tuple[MappingNet, dict]]:
+    """Thetas with their notes, by a name for the table. Raises InputError, also if one is there twice."""
+    thetas = {}
+    for path in paths:
+        theta, notes = load_theta(path, target)
+        name = "landscape" if len(paths) == 1 else f"landscape of seed {notes['settings']['seed']}"
+        if name in thetas:
+            raise InputError(f"--theta {path}: {name} is there twice")
+        thetas[name] = theta.to(device), notes
+    return thetas
+
+
+def evaluate(s: Settings, own: Eval, run: Run) -> int:
+    """Measure every way of inverting the network, and write tables, curves and pictures."""
+    targets = load_targets(own.network, s, run.device)
+    target = targets[-1]
+    thetas = load_thetas(own.theta or (), target, run.device)
+    judge = find_judge(own.judge, target, run.device, get_logger("invert"))
+    names, images = read_images(s.data, target.img_size, s.images)
+    problems = fixed_problems(target, names, images, s.images if s.images is not None else 100, s, run.device)
+    loss = make_loss(target, s, run.device)
+    log = begin("eval", s, own, target, free=("theta", "theta_steps", "judge"))
+    evaluation = Evaluation(targets, problems, s, own, run, loss)
+    rows, by_image, curves, shown = [], [], {}, {}
+    steps = len(evaluation.batches) * (len(targets) * max(own.steps) + len(thetas) * own.theta_steps)
+    with tqdm(total=steps, unit="step", leave=False, dynamic_ncols=True, disable=None) as bar:
+        for method in evaluation.methods(thetas, bar):
+            for name, found, output, figures in evaluation.measured(method, judge):
+                start = name.rpartition(", ")[2] == "start"
+                seconds = None if start else found.seconds / len(found.x)
+                rows.append({"method": name, **with_intervals(figures), "seconds": seconds})
+                by_image += [{"method": name, "image": image, **{key: of[i].item() for key, of in figures.items()}}
+                             for i, image in enumerate(problems.names)]  # fmt: skip
+                if not start or target.from_image:
+                    shown[name] = (found.x if target.from_image else output)[:SHEET_ROWS]
+                if found.curve is not None:  # a shorter plain run is the beginning of the next, which takes its place
+                    curve = found.curve[:, found.curve.isfinite().all(0)]
+                    curves |= {name.rpartition(",")[0]: curve.mean(1).tolist()} if curve.shape[1] else {}
+                    for image, step in zip(problems.names, found.stopped.tolist(), strict=True):
+                        if step >= 0:
+                            log.warning("%s: %s: loss or gradient not finite at step %d", name, image, step)
+    told = [compared(name, curve, curves[name.partition("landscape")[0] + "optimisation"])
+            for name, curve in curves.items() if "landscape" in name]  # fmt: skip
+    if len(told) > 1:
+        told.append({"theta": f"mean of {len(told)} seeds", **{k: mean([t[k] for t in told]) for k in LANDSCAPES}})
+    record = {"settings": {**settings_of(s, own), "device": str(run.device)}, "landscapes": told}
+    record |= {"thetas": [notes for _, notes in thetas.values()], "methods": rows, "images": by_image}
+    write_json(s.out / "results.json", json_values(record))
+    table = MetricsTable(s.out / "results.csv", rows=[])
+    for row in rows:
+        table.append({key: value for key, value in row.items() if value is not None})
+    if curves:
+        write_curves(s.out, curves)
+    if target.img_size is not None:
+        draw_results(s.out / "sheet.png", target, problems, shown, by_image)
+    print(format_table(rows) + (f"\n\n{format_table(told, 'theta', LANDSCAPES)}" if told else ""))
+    log.info("%d problems, %s, on %s; %s", len(problems.y), target.name, run.device, s.out)
+    return 0
+
+
+def draw_results(
+    path: Path, target: Target, problems: Problems, shown: Mapping[str, Tensor], by_image: Sequence[dict]
+) -> None:
+    """The sheet: the images of every method by name, and those that the wanted outputs belong to."""
+    names, captions = problems.names[:SHEET_ROWS], []
+    for name in names:
+        said = [row.get("judge") for row in by_image if row["image"] == name and row["method"] in shown]
+        captions.append(name if None in said else f"{name}: judge {', '.join(f'{v:.2f}' for v in said)}")
+    columns = [*shown.values(), problems.wanted]
+    rows = [[picture(column[i], SIDE) for column in columns] for i in range(len(names))]
+    contact_sheet(path, [*shown, "whose output is wanted" if target.from_image else "wanted"], rows, captions)
+
+
+# --- find ------------------------------------------------------------------------------------------------------------
+
+
 def search(
     targets: Sequence[Target], names: Sequence[str], y: Tensor, loss: Loss, s: Settings, own: Find, run: Run, bar: tqdm
 ) -> tuple[Inversion, Tensor, float]:
@@ -526,37 +616,26 @@ def search(
     Returns:
         The inversion in the last space, the losses of all spaces one after another, and the seconds.
     """
-    file, device = s.out / "state.safetensors", y.device
-    stage, seconds, state, before, x = 0, 0.0, None, [], None
-    if own.resume and file.is_file():
-        tensors, notes = read_tensors(file)
-        if notes.get("names") == list(names):
-            stage, seconds = notes["stage"], notes["seconds"]
-            before = [tensors.pop("before")] if "before" in tensors else []
-            state, x = tensors, tensors["x"].to(device)
-            bar.update(sum(map(len, before)) + len(state["curve"]) - 1)
-    if x is None:
-        x = starts(targets[0], y.cpu(), s, loss, device).to(device)
+    file, stage, spent, before = s.out / "state.safetensors", 0, 0.0, {}
+    state, notes = read_tensors(file) if s.resume and file.is_file() else ({}, {})
+    if notes.get("names") == list(names):
+        stage, spent = notes["stage"], notes["seconds"]
+        before = {"before": state.pop("before")} if "before" in state else {}
+        x = state["x"].to(y)
+        bar.update(len(before.get("before", ())) + len(state["curve"]) - 1)
+    else:
+        state, x = None, starts(targets[0], y.cpu(), s, loss, run.device).to(y)
     for number, target in enumerate(targets[stage:], start=stage):
-        lr = s.x_lr if s.x_lr is not None else target.x_lr
-        while True:
-            done = 0 if state is None else len(state["curve"]) - 1
-            began = time.perf_counter()
-            seed_everything(s.seed + 1000 * number + done)  # new noise is the same after a resume
-            found = invert(target.f, y, x, loss, min(own.steps, done + own.save_steps), lr, s.clip, target.bounds,
-                           on_step=lambda step, done=done: bar.update(step > done), state=state)  # fmt: skip
-            state = found.state
-            seconds += time.perf_counter() - began
+        for found, seconds in descend(target, y, x, loss, s, own.steps, own.save_steps, state, bar, 1000 * number):
+            spent += seconds
             bar.set_postfix_str(f"{target.name}, loss {found.loss.mean().item():.4g}")
-            tensors = {**state, **({"before": torch.cat(before)} if before else {})}
-            save_tensors(file, tensors, {"names": list(names), "stage": number, "seconds": seconds})
+            notes = {"names": list(names), "stage": number, "seconds": spent}
+            save_tensors(file, {**found.state, **before}, notes)
             run.stop_if_asked()
-            if len(state["curve"]) > own.steps:
-                break
-        before.append(found.curve.cpu())
+        before = {"before": torch.cat([*before.values(), found.curve.cpu()])}
         if target is not targets[-1]:
             x, state = targets[number + 1].f.enter(target.f.w_plus(found.x)).detach(), None
-    return found, torch.cat(before), seconds
+    return found, before["before"], spent
 
 
 def find(s: Settings, own: Find, run: Run) -> int:
@@ -572,14 +651,7 @@ def find(s: Settings, own: Find, run: Run) -> int:
         raise InputError(f"--network {own.network}: gives no image; use eval")
     paths, size = named_images(s.data, s.images), target.img_size
     loss = make_loss(target, s, device)
-    settings, file = settings_of(s, own), s.out / "settings.json"
-    if own.resume and file.is_file():
-        without = ("out", "resume", "overwrite", "device", "images", "save_steps")
-        check_settings(read_json(file), settings_of(s, own, without=without), s.out)
-    else:
-        clear(s.out, FIND_FILES)
-    write_json(file, settings)
-    log = get_logger("invert", s.out)
+    log = begin("find", s, own, target, free=("images",))
     table = MetricsTable(s.out / "results.csv")
     done = {row["image"] for row in table.rows}
     left = [name for name in paths if name not in done]
@@ -611,7 +683,7 @@ def keep(
 ) -> list[dict]:
     """Write each image and latent that was found; a row of figures for each."""
     pictures = outputs(target.f, found.x, s.batch_size, device)
-    figures = picture_figures(as_picture(pictures), wanted, s, device)
+    figures = picture_figures(as_saved(pictures)[0], wanted, s, device)
     rows = []
     for i, name in enumerate(names):
         row = {"image": name, "loss": found.loss[i].item(), **{key: v[i].item() for key, v in figures.items()}}
@@ -650,7 +722,6 @@ def morph(s: Settings, own: Find, device: torch.device) -> int:
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 COMMANDS = {"find": (find, Find), "train": (train, Train), "eval": (evaluate, Eval)}
-BEGUN = {"find": "settings.json", "train": STATE_NAME}  # what a run writes first
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -662,14 +733,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command not in COMMANDS:
         raise InputError(f"{command or 'no command'}: expected {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
-    run, kind = COMMANDS[command]
+    perform, kind = COMMANDS[command]
     s, own, _ = parse(f"invert.py {command}\n\n{__doc__}", Settings, kind, argv=argv[1:])
-    check_folder(s.out, s.overwrite, BEGUN[command] if getattr(own, "resume", False) else None)
-    if kind is Eval:  # nothing of it is saved half way: a signal ends it at once
-        with locked(s.out):
-            return evaluate(s, own, resolve_device(s.device))
-    with open_run(s.out, s.device, save_every=1, seed=s.seed) as opened:
-        return run(s, own, opened)
+    check_folder(s, command)
+    with open_run(s.out, s.device, save_every=1, seed=s.seed) as run:
+        return perform(s, own, run)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Settings:
     clip: float = option(10.0, "largest norm of a sample's gradient", 1e-12)
     batch_size: int = option(16, "samples at once", 1, LARGEST_BATCH)
     overwrite: bool = option(False, "replace the results in a folder that has some")
+    resume: bool = option(False, "go on with what is in --out")
     seed: int = option(0, "of weights and draws", 0, LARGEST_SEED)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
@@ -107,7 +108,7 @@ class Target:
     Attributes:
         name: of the network, and of StyleGAN's space.
         f: the network, frozen, in eval mode.
-        x_lr: Adam's default step on x.
+        x_lr: Adam's step on x.
         closed_form: inversions without optimisation, (y, x0) -> x, by name.
         bounds: range of x; None: none.
         attributes: names of the logits if the judge can be asked.
@@ -220,6 +221,7 @@ def load_targets(network: str, s: Settings, device: torch.device) -> list[Target
         target.out_shape = tuple(output.shape[1:])
         if target.from_image:
             target.bounds, target.x_lr = (-1.0, 1.0), min(target.x_lr, 0.03)
+        target.x_lr = target.x_lr if s.x_lr is None else s.x_lr
     return targets
 
 

@@ -43,7 +43,7 @@ from inversion import invert
 from loop import DONE, Ema, Loop, Run, open_run
 from procedural_faces import Variation, render, sample_attributes, sample_variation
 from stylegan import SLOPE, Equalised, Latents, StyleGAN, load_generator
-from utils import InputError, atomic_write, option, parse, run_command, seed_everything, write_json
+from utils import InputError, atomic_write, option, parse, resolve_device, run_command, seed_everything, write_json
 
 BF16, WEIGHTS = torch.bfloat16, "stylegan.safetensors"
 NUMBERS = len(ATTRIBUTES) + len(dataclasses.fields(Variation))  # that a face is drawn from
@@ -445,18 +445,19 @@ def measure(s: Settings) -> dict:
     from judge import load_judge
     from targets import FACES
 
-    judge = load_judge(FACES / "judge.safetensors")
-    g, draws = load_generator(s.measure, judge.img_size), torch.Generator().manual_seed(s.seed)
+    device = resolve_device(s.device)
+    judge = load_judge(FACES / "judge.safetensors").to(device)
+    g, draws = load_generator(s.measure, judge.img_size).to(device), torch.Generator().manual_seed(s.seed)
     numbers = np.random.default_rng(s.seed).random((2 * s.samples, NUMBERS))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         drawn = np.stack(list(pool.map(partial(painted, size=judge.img_size), numbers, chunksize=32)))
     drawn = to_float(torch.from_numpy(drawn).permute(0, 3, 1, 2))
     z = torch.randn(s.samples, g.dim, generator=draws)
-    made = torch.cat([g(part, noise=g.draw_noise(len(part), draws)) for part in z.split(50)])
+    made = torch.cat([g(part.to(device), noise=g.draw_noise(len(part), draws)).cpu() for part in z.split(50)])
     features, said = [], []
     for images in (to_float(to_uint8(made)), *drawn.chunk(2)):
-        features.append(torch.cat([JudgeFeatures(judge)(part) for part in images.split(50)]))
-        said.append((torch.cat([judge(part) for part in images.split(50)]) > 0).float().mean(0))
+        features.append(torch.cat([JudgeFeatures(judge)(part.to(device)).cpu() for part in images.split(50)]))
+        said.append((torch.cat([judge(part.to(device)).cpu() for part in images.split(50)]) > 0).float().mean(0))
     found = {}
     for name, i in (("samples", 0), ("drawn", 1)):
         distance, apart = kid(features[i], features[2])(torch.arange(s.samples)), (said[i] - said[2]).abs().mean()

@@ -15,10 +15,12 @@ import targets
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from checkpoints import save_spnn, write_weights
 from data_loader import ATTRIBUTES
+from DDNM.guided_diffusion.results import as_saved
 from images import load_image
 from inversion import MappingNet, invert_through
-from invert import Result, as_picture, main
+from invert import main
 from judge import Judge
+from loop import Run
 from models import SPNN
 from stylegan import StyleGAN
 from targets import Settings, Target, fixed_problems, load_targets, make_loss, read_images
@@ -52,6 +54,12 @@ def here(tmp_path_factory):
     return top
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Their picture takes longer than the searches here."""
+    monkeypatch.setattr(command, "plot_curves", lambda table, picture: picture.touch())
+
+
 def arguments(here, command, out, *more):
     own = {
         "train": "--buffers 2 --samples 4 --steps 3 --width 4 --batch_size 4 --lr 1e-2",
@@ -78,7 +86,7 @@ def trained(here):
 
 
 def test_training_leaves_its_record(trained):
-    assert {p.name for p in trained.iterdir()} - {"events"} == set(command.TRAIN_FILES)
+    assert {p.name for p in trained.iterdir()} - {"events"} == set(command.FILES["train"])
     notes = json.loads((trained / "theta.json").read_text())
     assert notes["network"] == "g" and notes["buffers"] == 2 and notes["settings"]["samples"] == 4
     assert notes["peak_gib"] > 0.01 or not Path("/proc/self/status").exists()
@@ -99,7 +107,7 @@ def load_target(network, here):
 def test_evaluation_measures_every_method(here, trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(eval_arguments(here, out, "--theta", str(trained / "theta.safetensors"))) == 0
-    assert {p.name for p in out.iterdir()} == set(command.EVAL_FILES)
+    assert {p.name for p in out.iterdir()} == {*command.FILES["eval"], command.SEARCHES}
     record = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in record["methods"]}
     assert list(rows) == [
@@ -139,18 +147,18 @@ def test_the_figures_are_what_they_say(here, trained):
         assert not torch.equal(x0, wanted)  # nobody is moved to its own output
         torch.testing.assert_close(target.f(wanted[None])[0], y)
     assert sorted(problems.wanted.flatten(1).sum(1).tolist()) == sorted(images.flatten(1).sum(1).tolist())
+    measured = command.Evaluation([target], problems, settings(here), command.Eval(), Run(None, CPU), None).figures
     moved = problems.x0 + 0.1
-    result = Result(moved, problems.x0, target.f(moved), 0.0)
-    figures = command.measure(target, problems, result, None, settings(here), CPU)
-    assert figures["distance"] == pytest.approx([0.1] * 6, rel=1e-4) and "judge" not in figures
-    expected = (target.f(moved) - problems.y).abs().mean(1).tolist()
-    assert figures["error"] == pytest.approx(expected, rel=1e-4)
-    judge = Judge(40, 8, 2).eval()
-    perfect = Result(problems.wanted, problems.x0, problems.y, 0.0)
-    assert command.measure(target, problems, perfect, judge, settings(here), CPU)["judge"] == [1.0] * 6
-    rounded = as_picture(moved)
+    figures = measured(moved, problems.x0, target.f(moved), None)
+    torch.testing.assert_close(figures["distance"], torch.full((6,), 0.1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(figures["error"], (target.f(moved) - problems.y).abs().mean(1), rtol=1e-4, atol=0)
+    assert "judge" not in figures
+    perfect = measured(problems.wanted, problems.x0, problems.y, Judge(40, 8, 2).eval())
+    assert perfect["judge"].tolist() == [1.0] * 6
+    rounded, _ = as_saved(moved)
     assert rounded.abs().max() <= 1 and not torch.equal(rounded, moved)
-    assert figures["picture_error"] == pytest.approx((target.f(rounded) - problems.y).abs().mean(1).tolist(), rel=1e-4)
+    expected = (target.f(rounded) - problems.y).abs().mean(1)
+    torch.testing.assert_close(figures["picture_error"], expected, rtol=1e-4, atol=0)
 
 
 def test_theta_reads_back_and_belongs_to_its_network(here, trained):
@@ -160,9 +168,12 @@ def test_theta_reads_back_and_belongs_to_its_network(here, trained):
     found = invert_through(theta, target.f, target.f(x0 * 0), x0, steps=2)
     fresh = invert_through(MappingNet(**theta.config()), target.f, target.f(x0 * 0), x0, steps=2)
     assert not torch.equal(found.x, fresh.x)  # it is not the untrained one
-    other = load_target("pinv", here)
     with pytest.raises(InputError, match="trained for g"):
-        command.load_theta(trained / "theta.safetensors", other)
+        command.load_theta(trained / "theta.safetensors", load_target("pinv", here))
+    with torch.no_grad():
+        next(target.f.parameters()).add_(1)
+    with pytest.raises(InputError, match="trained for g with other weights"):
+        command.load_theta(trained / "theta.safetensors", target)
 
 
 @pytest.mark.parametrize("network, closed", [("pinv", "closed form g(y)"), ("completion-inverse", "closed form G(y)")])
@@ -199,6 +210,7 @@ def broken_below_zero():
 
 
 def plain():
+    torch.manual_seed(0)
     f = nn.Linear(4, 2)
     f.in_shape = (4,)
     return f
@@ -215,7 +227,6 @@ def mistaken():
 
 
 def test_a_network_of_the_users(tmp_path, capsys):
-    torch.manual_seed(0)
     common = ["--network", "tests.test_invert:plain", "--device", "cpu"]
     small = ["--buffers", "1", "--samples", "4", "--steps", "2", "--batch_size", "4"]
     assert main(["train", *common, *small, "--out", str(tmp_path / "theta")]) == 0
@@ -403,12 +414,12 @@ def test_the_latent_of_an_image(here, generator, tmp_path, space, rows):
     out = tmp_path / "out"
     assert main(find_arguments(here, out, "--spaces", space, "--images", "2")) == 0
     images = [f"{i}.{kind}" for i in range(2) for kind in ("png", "safetensors")]
-    assert {p.name for p in out.iterdir()} == {*command.FIND_FILES, *images} - {"state.safetensors"}
+    assert {p.name for p in out.iterdir()} == {*command.FILES["find"], *images} - {"state.safetensors"}
     found = latent(out / "1.safetensors")
     assert found["w_plus"].shape == (4, 5) and len(found["w_plus"].unique(dim=0)) == rows
     assert found["curve"].shape == (10,) and found["curve"].min() < found["curve"][0]
     noise = generator.draw_noise(1, torch.Generator().manual_seed(0))
-    picture = as_picture(generator.synthesis(found["w_plus"][None], noise)[0])
+    picture = as_saved(generator.synthesis(found["w_plus"][None], noise))[0][0]
     assert torch.equal(picture, load_image(out / "1.png"))
     row = list(csv.DictReader(open(out / "results.csv")))[1]
     error = (generator.synthesis(found["w_plus"][None], noise)[0] - load_image(here / "faces" / "1.png")).square()
@@ -476,14 +487,19 @@ def test_starts(here, generator):
     assert not start("zero").any()
 
 
-def test_the_landscape_of_stylegan(here, generator, tmp_path):
-    theta, out = tmp_path / "theta", tmp_path / "out"
+def test_the_landscape_of_stylegan(here, generator, tmp_path, capsys, monkeypatch):
+    """Two seeds of it, beside plain searches and the SPNN, with LPIPS."""
+    out = tmp_path / "out"
     of_stylegan = ["--network", "stylegan", "--weights", str(here / "g.safetensors")]
-    assert main(train_arguments(here, theta, *of_stylegan)) == 0
-    notes = json.loads((theta / "theta.json").read_text())
+    for seed in "01":
+        assert main(train_arguments(here, tmp_path / seed, *of_stylegan, "--seed", seed)) == 0
+    notes = json.loads((tmp_path / "0" / "theta.json").read_text())
     assert notes["network"] == "stylegan w+" and notes["theta"]["shape"] == [20]
-    more = [*of_stylegan, "--theta", str(theta / "theta.safetensors"), "--spaces", "z", "w+"]
-    assert main(eval_arguments(here, out, *more)) == 0
+    thetas = [str(tmp_path / seed / "theta.safetensors") for seed in "01"]
+    monkeypatch.setattr(command, "lpips_or_none", lambda device, size: lambda a, b: (a - b)[:, :1, :1, :1].abs())
+    with pytest.raises(InputError, match="landscape of seed 0 is there twice"):
+        main(eval_arguments(here, out, *of_stylegan, "--theta", *thetas[:1] * 2))
+    assert main(eval_arguments(here, out, *of_stylegan, "--theta", *thetas, "--spaces", "z", "w+")) == 0
     record = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in record["methods"]}
     assert list(rows) == [
@@ -495,16 +511,60 @@ def test_the_landscape_of_stylegan(here, generator, tmp_path):
         "SPNN, NLBP of the start",
         "w+, optimisation, 3 steps",
         "w+, optimisation, 6 steps",
-        "w+, landscape, 3 steps",
+        "w+, landscape of seed 0, 3 steps",
+        "w+, landscape of seed 1, 3 steps",
     ]
+    assert all(0 <= row["lpips_low"] <= row["lpips"] <= row["lpips_high"] <= 2 for row in rows.values())
     for space in ("z", "w+"):
         figures = [rows[f"{space}, {method}"]["psnr"] for method in ("start", "optimisation, 3 steps")]
         assert figures[0] < figures[1] < rows[f"{space}, optimisation, 6 steps"]["psnr"]
     assert rows["w+, optimisation, 6 steps"]["seconds"] > rows["w+, optimisation, 3 steps"]["seconds"] > 0
     assert "distance" not in rows["z, start"] and 0 <= rows["w+, start"]["judge"] <= 1
-    assert [one["theta"] for one in record["landscapes"]] == ["w+, landscape"] and record["landscapes"][0]["steps"] == 3
+    first, second, mean = record["landscapes"]
+    assert [first["theta"], mean["theta"], mean["steps"]] == ["w+, landscape of seed 0", "mean of 2 seeds", 3]
+    assert mean["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2)
     header = next(csv.reader(open(out / "curves.csv")))
-    assert header == ["step", "loss_z, optimisation", "loss_w+, optimisation", "loss_w+, landscape"]
+    seeds = [f"loss_w+, landscape of seed {seed}" for seed in "01"]
+    assert header == ["step", "loss_z, optimisation", "loss_w+, optimisation", *seeds]
+    assert "| theta | steps | loss |" in (printed := capsys.readouterr().out) and "| LPIPS |" in printed
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_an_evaluation_is_resumed(here, generator, tmp_path, monkeypatch):
+    """A killed one finds what a whole one finds, noise drawn anew; what is found is not searched for again."""
+    write_weights(here / "of_eval.safetensors", generator.state_dict())
+    more = f"--network stylegan --weights {here / 'of_eval.safetensors'} --spaces z w+ --noise new --save_steps 2"
+    whole, parts, saves, save = tmp_path / "whole", tmp_path / "parts", [], command.save_tensors
+    assert main(eval_arguments(here, whole, *more.split())) == 0
+
+    def killed(path, tensors, notes):
+        save(path, tensors, notes)
+        saves.append(path)
+        if len(saves) == 6:  # in the second space
+            raise Killed
+
+    monkeypatch.setattr(command, "save_tensors", killed)
+    with pytest.raises(Killed):
+        main(eval_arguments(here, parts, *more.split()))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="not empty; give --overwrite, --resume"):
+        main(eval_arguments(here, parts, *more.split()))
+    with pytest.raises(InputError, match=r"has steps \[3, 6\], not \[7\]"):
+        main(eval_arguments(here, parts, *more.split(), "--resume", "--steps", "7"))
+    assert main(eval_arguments(here, parts, *more.split(), "--resume")) == 0
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (whole, parts))
+    assert a["images"] == b["images"] and len(a["images"]) == 8 * 6
+    monkeypatch.setattr(command, "invert", lambda *args, **kwargs: pytest.fail("searched again"))
+    assert main(eval_arguments(here, parts, *more.split(), "--resume")) == 0
+    rows = zip(json.loads((parts / "results.json").read_text())["methods"], b["methods"], strict=True)
+    assert all(row == before for row, before in rows if "optimisation" in row["method"])  # the seconds as well
+    other = {name: tensor + 1 for name, tensor in generator.state_dict().items()}
+    write_weights(here / "of_eval.safetensors", other)
+    with pytest.raises(InputError, match="has weights of the network"):
+        main(eval_arguments(here, parts, *more.split(), "--resume"))
 
 
 def test_training_a_landscape_is_resumed(here, tmp_path):
@@ -535,7 +595,7 @@ def test_a_morph(here, generator, tmp_path):
     assert {p.name for p in out.iterdir()} == {*(f"frame_{i:04d}.png" for i in range(5)), "frames.png"}
     noise = generator.draw_noise(1, torch.Generator().manual_seed(0))
     middle = torch.stack([latent(path)["w_plus"] for path in ends]).mean(0, keepdim=True)
-    assert torch.equal(load_image(out / "frame_0002.png"), as_picture(generator.synthesis(middle, noise)[0]))
+    assert torch.equal(load_image(out / "frame_0002.png"), as_saved(generator.synthesis(middle, noise))[0][0])
     command.save_tensors(tmp_path / "1.safetensors", {"w_plus": torch.zeros(3, 5)}, {})
     for path, words in (
         (ends[1], r"shape \(3, 5\), the generator needs \(4, 5\)"),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from checkpoints import write_weights
 from experiments import train_stylegan
 from experiments.train_stylegan import Discriminator, main, mixed_styles, spread_in_groups
+from images import to_float
 from procedural_faces import draw_face
 from stylegan import (
     SPACES,
@@ -322,6 +323,30 @@ def test_a_face_is_the_numbers_it_is_drawn_from():
     torch.testing.assert_close(u, train_stylegan.uniform(3 * z), rtol=1e-5, atol=1e-7)
     levels = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     assert (u.flatten().quantile(levels) - levels).abs().max() < 5e-3
+
+
+def test_samples_are_measured_beside_drawn_faces(monkeypatch, capsys):
+    """A generator that copies the faces it is held against has their attributes; other faces have not."""
+    numbers = np.random.default_rng(0).random((16, train_stylegan.NUMBERS))
+    faces = np.stack([train_stylegan.painted(row, 64) for row in numbers])
+
+    class Copies(torch.nn.Module):
+        dim = 5
+
+        def draw_noise(self, batch, generator):
+            return torch.randn(batch, generator=generator)
+
+        def forward(self, z, noise):
+            assert z.shape == (8, 5) and noise.shape == (8,)
+            return to_float(torch.from_numpy(faces).permute(0, 3, 1, 2))[8:]
+
+    monkeypatch.setattr(train_stylegan, "load_generator", lambda path, size: Copies())
+    assert main(["--measure", "g.safetensors", "--samples", "8", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples_attributes_apart"] == 0 < found["drawn_attributes_apart"]
+    assert found["samples_kid"] < min(0, found["drawn_kid"])
+    shares = found["shares_in_samples_and_drawn"]
+    assert len(shares) == 40 and all(a == b and 0 <= a <= 1 for a, b in shares.values())
 
 
 def test_the_discriminator_and_styles():

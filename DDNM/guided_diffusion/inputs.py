@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,11 +121,12 @@ class Networks:
     def fingerprints(self) -> dict[str, str | None]:
         """What tells these weights from others, whatever their files are called."""
         spnn = self.spnn or getattr(self.measures, "model", None)
-        return {"spnn weights": _fingerprint(spnn), "prior weights": _fingerprint(self.prior.unet),
-                "judge weights": _fingerprint(self.judge)}  # fmt: skip
+        return {"spnn weights": fingerprint(spnn), "prior weights": fingerprint(self.prior.unet),
+                "judge weights": fingerprint(self.judge)}  # fmt: skip
 
 
-def _fingerprint(network: nn.Module | None) -> str | None:
+def fingerprint(network: nn.Module | None) -> str | None:
+    """What tells a network's weights from others."""
     if network is None:
         return None
     digest = hashlib.sha256()
@@ -201,7 +203,9 @@ def load_lpips(device: torch.device, log, image_size: int = 64) -> nn.Module | N
     try:
         import lpips
 
-        return lpips.LPIPS(net="alex", verbose=False).to(device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the way in which it asks torchvision
+            return lpips.LPIPS(net="alex", verbose=False).to(device).eval()
     except Exception as error:  # torchvision fetches AlexNet's weights: any network error may come
         log.warning("no LPIPS: its weights cannot be had (%s)", " ".join(str(error).split())[:120])
         return None
