@@ -20,6 +20,7 @@ Data: C.-H. Lee, Z. Liu, L. Wu, P. Luo, "MaskGAN: Towards Diverse and Interactiv
 Z. Liu, P. Luo, X. Wang, X. Tang, "Deep Learning Face Attributes in the Wild", ICCV 2015.
 """
 
+import csv
 import functools
 import hashlib
 import json
@@ -53,6 +54,7 @@ from images import (
     sides,
     to_float,
     to_pixels,
+    upright_size,
 )
 from utils import InputError, atomic_write, nearest
 
@@ -78,7 +80,13 @@ PART_FOLDER, MASK_FOLDER = "CelebAMask-HQ-mask-anno", "masks"
 LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (  # of each part, the first name that is there; one without is needed
     {"images": (IMAGE_FOLDER,), "labels": (ANNOTATION_FILE,), "masks": (PART_FOLDER, MASK_FOLDER, "")},
     {
-        "images": ("img_align_celeba/img_align_celeba", "Img/img_align_celeba", "img_align_celeba"),
+        "images": (
+            "img_align_celeba/img_align_celeba",
+            "Img/img_align_celeba",
+            "img_align_celeba",
+            "Img/img_align_celeba_png",
+            "img_align_celeba_png",
+        ),
         "labels": ("list_attr_celeba.txt", "list_attr_celeba.csv", "Anno/list_attr_celeba.txt"),
         "partition": ("list_eval_partition.txt", "list_eval_partition.csv", "Eval/list_eval_partition.txt"),
     },
@@ -91,7 +99,7 @@ _EXPECTED = (
 )
 _NO_DATA_SETS = {IMAGE_FOLDER, PART_FOLDER, MASK_FOLDER, "img_align_celeba", "images"}  # thousands of files
 _CACHE_VERSION = 3  # raise it when the way a cached pixel is computed, or kept, changes
-_VALUES = {"1": 1, "+1": 1, "-1": 0, "0": 0}
+_VALUES = {"1": 1, "+1": 1, "-1": 0, "0": 0, "1.0": 1, "-1.0": 0, "0.0": 0}  # floats: a table with gaps has those
 _UNKNOWN = -1
 
 log = logging.getLogger(__name__)
@@ -119,8 +127,13 @@ def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
         raise InputError(f"{path}: cannot read annotations: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: annotations are not UTF-8 text (byte {error.start})") from None
-    split = (lambda line: [word.strip() for word in line.split(",")]) if _is_csv(path) else str.split
-    rows = [(i, split(line)) for i, line in enumerate(lines, start=1) if line.strip()]
+    split = (lambda line: [word.strip() for word in next(csv.reader([line.strip()]))]) if _is_csv(path) else str.split
+    rows = []
+    for i, line in enumerate(lines, start=1):
+        try:
+            rows += [(i, split(line))] if line.strip() else []
+        except csv.Error as error:
+            raise InputError(f"{path}, line {i}: {error}") from None
     if not rows:
         raise InputError(f"{path}: empty; expected the attribute names, then one row for each image")
     return rows
@@ -190,6 +203,8 @@ def read_partition(path: str | Path) -> dict[str, int]:
     for at, words in _read_rows(path)[_is_csv(path) :]:  # without the CSV's header
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
             raise InputError(f"{path}, line {at}: expected a file name and 0, 1 or 2, got {' '.join(words)[:80]!r}")
+        if words[0] in splits:
+            raise InputError(f"{path}, line {at}: {words[0]} is listed twice")
         splits[words[0]] = int(words[1])
     return splits
 
@@ -352,7 +367,7 @@ def read_mask(files: Sequence[Path], size: Size) -> np.ndarray:
         raise InputError(f"{files[0]}: not a mask; expected a palette picture of classes 0 to {len(MASK_CLASSES) - 1}")
     else:
         mask = np.asarray(pictures[0])
-    width, height = read_picture(image, lambda opened: opened.size)
+    width, height = read_picture(image, upright_size)
     if width * mask.shape[0] != height * mask.shape[1]:
         raise InputError(f"{files[0]}: a mask of {mask.shape[1]}x{mask.shape[0]} for an image of {width}x{height}")
     return np.asarray(fit(Image.fromarray(mask), size, files[0], Image.Resampling.NEAREST))

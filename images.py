@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -98,12 +98,12 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _to_rgb(image: Image.Image, png: bool) -> Image.Image:
-    """Any Pillow mode to 8-bit RGB; transparent pixels show white. ``png``: its integers have 16 bits."""
+def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
+    """Any Pillow mode to 8-bit RGB; transparent pixels show white. ``sixteen``: whether integers have 16 bits."""
     if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips these at 255 instead of scaling them
         values = np.asarray(image).astype(np.float64)
         low, high = values.min(), values.max()
-        wide = image.mode != "F" and (png or image.mode.startswith("I;16") or high > 255)
+        wide = image.mode != "F" and (sixteen or image.mode.startswith("I;16") or high > 255)
         most = 65535 if wide else 1 if image.mode == "F" and high <= 1 else 255
         if not 0 <= low <= high <= most:  # NaN neither
             raise ValueError(f"its values reach from {low:g} to {high:g}, expected 0 to {most}")
@@ -134,6 +134,15 @@ def read_picture(path: Path, use: Callable[[Image.Image], T] = Image.Image.copy)
         raise InputError(f"{path}: cannot read image: {' '.join(reason.split())[:200]}") from error
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of a picture as `read_rgb` turns it; nothing is decoded."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception:  # damaged EXIF turns nothing
+        turned = False
+    return image.size[::-1] if turned else image.size
+
+
 def read_rgb(path: Path) -> Image.Image:
     """The upright 8-bit RGB picture in a file. Raises InputError as `read_picture`."""
 
@@ -141,12 +150,12 @@ def read_rgb(path: Path) -> Image.Image:
         image.load()
         if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "is_animated", False):
             log.warning("%s: of several frames or pages, the first is used", path)
-        png = image.format == "PNG"
+        sixteen = image.format in ("PNG", "PPM")
         try:
             image = ImageOps.exif_transpose(image)
         except Exception as error:  # damaged EXIF does not make the pixels unusable
             log.warning("%s: EXIF data ignored: %s", path, error)
-        return _to_rgb(image, png)
+        return _to_rgb(image, sixteen)
 
     return read_picture(path, upright)
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from argparse import ArgumentTypeError
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
@@ -152,27 +152,32 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def read_yaml(path: str | Path, known: Iterable[str]) -> dict:
-    """Read a flat YAML mapping whose keys are all among ``known``.
+def read_yaml(path: str | Path, known: Iterable[str], typed: Iterable[str] = ()) -> dict:
+    """Read a flat YAML mapping whose keys are all among ``known`` or ``typed``.
+
+    Returns:
+        Of ``typed`` keys what YAML makes of the values, of ``known`` ones their text, to be read as on a command line:
+        a folder 007 is no number 7.
 
     Raises:
-        InputError: no such file, not a mapping, or a key nobody reads (with its nearest match).
+        InputError: no such file, not a mapping, or a key that is neither (with its nearest match).
     """
-    path = Path(path)
+    path, typed = Path(path), set(typed)
     if not path.is_file():
         raise InputError(f"config {path}: no such file")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
+        content = path.read_text(encoding="utf-8")
+        settings, words = yaml.load(content, _OnceLoader), yaml.load(content, yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:  # ValueError: the 99th day of a month
         raise InputError(f"config {path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
     settings = {} if settings is None else settings
-    if not isinstance(settings, Mapping):
+    if not isinstance(settings, dict):
         raise InputError(f"config {path}: expected 'key: value' lines, got a {type(settings).__name__}")
-    known = set(known)
+    known = typed.union(known)
     for key in settings:
         if key not in known:
             raise InputError(f"config {path}: unknown key {shown(key)}{nearest(str(key)[:80], known)}")
-    return dict(settings)
+    return {key: value if key in typed else words[key] for key, value in settings.items()}
 
 
 # --- Settings: dataclasses, from which flags and presets are made -----------------------------------------------------
@@ -220,6 +225,9 @@ def option(
     return field(default=MISSING if default is ... else default, kw_only=default is ..., metadata=metadata)
 
 
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has them
+
+
 class _Flag:
     """A field as a flag: ``--lr 1e-3``, ``--fast`` and ``--no-fast``, ``--widths 48,96``, ``--set a --set b``.
 
@@ -262,15 +270,17 @@ class _Flag:
         return [self.value(part) for part in text.split(",")] if self.many is tuple else self.value(text)
 
     def preset(self, value: object) -> object:
-        """A value of a preset. Raises ArgumentTypeError."""
-        if self.kind is bool and not isinstance(value, bool):
-            raise ArgumentTypeError(f"must be true or false, got {shown(value)}")
-        if self.kind is bool or value is None and self.optional:
-            return value
+        """A value of a preset, see `read_yaml`. Raises ArgumentTypeError."""
+        if self.kind is bool:
+            if str(value).lower() not in _BOOLEANS:
+                raise ArgumentTypeError(f"must be true or false, got {shown(value)}")
+            return _BOOLEANS[str(value).lower()]
+        if self.optional and value in ("", "~", "null"):
+            return None
         several = value if isinstance(value, list) and self.many is not None else [value]
-        if value is None or any(isinstance(each, (list, dict)) or each is None for each in several):
+        if any(isinstance(each, (list, dict)) or each == "" for each in several):
             raise ArgumentTypeError(f"expected {'values' if self.many else 'one value'}, got {shown(value)}")
-        return [self.word(str(each)) for each in several] if self.many else self.word(str(value))
+        return [self.word(each) for each in several] if self.many else self.word(value)
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         unsaid = self.default is None or self.default is False or self.many is list
@@ -341,7 +351,7 @@ def parse(description: str, *types: type, argv: Sequence[str] | None = None, ext
                 known = ", ".join(sorted(path.name for path in presets.glob("*.yml")))
                 raise InputError(f"--config {config}: no such file, and none under {presets} ({known})")
             config = presets / config
-        preset = read_yaml(config, known=[*(flags.keys() - {"config"}), *extra])
+        preset = read_yaml(config, flags.keys() - {"config"}, extra)
     others = {key: preset.pop(key) for key in list(preset) if key not in flags}
     for name, value in preset.items():
         try:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import pickle
+import struct
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +17,7 @@ from torch import nn
 
 import bijections as bi
 import checkpoints
-from checkpoints import hub_file, load_strictly, locate, read_config, read_weights, save_spnn, write_weights
+from checkpoints import hub_file, load_strictly, locate, read_weights, save_spnn, write_weights
 from models import SPNN
 from stylegan import StyleGAN, load_generator
 from utils import InputError
@@ -87,47 +89,81 @@ def test_half_the_size_or_a_named_overflow(tmp_path, state):
     lambda s: {f"module.{k}": v for k, v in s.items()},
     lambda s: {"state_dict": {f"model._orig_mod.{k}": v for k, v in s.items()}},
     lambda s: {f"_orig_mod.module.{k}".replace("a.", "a._orig_mod."): v for k, v in s.items()},
-    lambda s: {"n_averaged": torch.tensor(9), **{f"module.{k}": v for k, v in s.items()}},
+    lambda s: {"n_averaged": torch.tensor(9), **{f"module.module.{k}": v for k, v in s.items()}},  # AveragedModel's
 ])  # fmt: skip
 def test_wrapped_state_dicts_are_unwrapped(tmp_path, state, wrap):
     torch.save(wrap(state), tmp_path / "w.pth")
     assert same(read_weights(tmp_path / "w.pth"), state)
 
 
-def test_the_prefixes_are_those_of_torch(tmp_path, model):
-    """What these wrappers call the weights, read back as the network's own."""
-    wrapped = torch.optim.swa_utils.AveragedModel(nn.DataParallel(model))
-    torch.save(wrapped.state_dict(), tmp_path / "w.pth")
-    load_strictly(tiny(), read_weights(tmp_path / "w.pth"), "w.pth")
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_file_is_one_clear_line(tmp_path, state, suffix, keep):
-    path = tmp_path / f"w{suffix}"
-    write_weights(path, state)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(InputError, match="damaged") as caught:
-        read_weights(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+def saved(content, **how):
+    return lambda path: torch.save(content, path, **how)
 
 
-def test_what_is_no_state_dict_is_named(tmp_path):
-    (tmp_path / "page.pth").write_bytes(b"<html>404</html>")
-    torch.save([torch.ones(2)], tmp_path / "list.pth")
-    torch.save({"epoch": 3}, tmp_path / "epoch.pth")
-    two = {"gan": {"w": torch.ones(1)}, "critic": {"w": torch.ones(1)}}
-    torch.save(two, tmp_path / "two.pth")
-    torch.save({"w": torch.tensor([1.0, float("nan")])}, tmp_path / "nan.pth")
-    said = {"page": "damaged", "list": "found list", "epoch": "epoch", "two": "critic", "nan": "w holds NaN"}
-    for name, words in said.items():
-        with pytest.raises(InputError, match=f"{name}.pth: .*{words}"):
-            read_weights(tmp_path / f"{name}.pth")
-    with pytest.raises(InputError, match="no such file"):
-        read_weights(tmp_path / "none.pth")
-    with pytest.raises(InputError, match="is a folder"):
-        read_weights(tmp_path)
+def raw(content: bytes):
+    return lambda path: path.write_bytes(content)
+
+
+def shortened(suffix: str, keep: float):
+    def write(path):
+        write_weights(path.with_suffix(suffix), {"w": torch.zeros(40)})
+        path.write_bytes(path.with_suffix(suffix).read_bytes()[: int(keep * path.stat().st_size)])
+
+    return write
+
+
+def tensors(content: bytes, length: int | None = None, **tensor):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **tensor}}).encode()
+    return raw(struct.pack("<Q", len(header) if length is None else length) + header + content)
+
+
+CODE = {  # and whether its file would be a harmless one under the other suffix
+    "archive": saved({"model": Malicious()}),
+    "legacy": saved({"model": Malicious()}, _use_new_zipfile_serialization=False),
+    "pickle": raw(pickle.dumps({"model": Malicious()}, protocol=2)),
+    "module": saved(nn.Linear(2, 2)),
+}
+NAN = torch.tensor([1.0, float("nan")])
+NO_WEIGHTS = {
+    **{f"{name}.{suffix}": (write, "damaged, or not a plain state dict") for name, write in CODE.items()
+       for suffix in ("pth", "safetensors")},
+    **{f"cut{keep}.{suffix}": (shortened(f".{suffix}", keep), "damaged") for keep in (0.0, 0.01, 0.5, 0.99)
+       for suffix in ("pth", "safetensors")},
+    "page.pth": (raw(b"<html>404</html>"), "damaged"),
+    "list.pth": (saved([torch.ones(2)]), "found list"),
+    "epoch.pth": (saved({"epoch": 3}), "epoch"),
+    "two.pth": (saved({"gan": {"w": torch.ones(1)}, "critic": {"w": torch.ones(1)}}), "critic"),
+    "complex.pth": (saved({"w": torch.zeros(2, dtype=torch.complex64)}), "no plain tensor"),
+    "nan.pth": (saved({"ok": torch.zeros(2), "w": NAN}), "w holds NaN"),
+    "nan.safetensors": (tensors(struct.pack("<f", float("nan"))), "w holds NaN"),
+    "long.safetensors": (tensors(b"1234", 1 << 62), "damaged"),
+    "kind.safetensors": (tensors(b"1234", dtype="F99"), "damaged"),
+    "none.pth": (lambda path: None, "no such file"),
+    "folder": (lambda path: path.mkdir(), "is a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_WEIGHTS)
+@pytest.mark.filterwarnings("ignore")  # torch's own, while the files are written
+def test_what_is_no_plain_weight_file_is_one_line_and_runs_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write, said = NO_WEIGHTS[name]
+    write(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: .*{said}") as error:
+        read_weights(tmp_path / name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(name)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_the_code_above_would_have_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps({"model": Malicious()}, protocol=2))
+    assert (tmp_path / "pwned").exists()
 
 
 def test_strict_loading_converts_and_names_what_does_not_fit():
@@ -161,7 +197,8 @@ def test_the_command_converts(tmp_path, state, capsys):
 def test_a_file_with_its_settings_round_trips(tmp_path, build, suffix):
     model = randomise(build(), seeded(0))
     path, notes = tmp_path / "new" / f"best_model{suffix}", {"attributes": ["Bald"], "typical_logits": [[-2.0, 3.0]]}
-    save_spnn(path, model, notes)
+    for _ in range(2):
+        save_spnn(path, model, notes)
     loaded = SPNN.from_pretrained(path)
     assert not loaded.training and loaded.notes == notes and loaded.config == json.loads(json.dumps(model.config))
     x = random((2, *model.pinn.in_shape), 1, torch.float32)
@@ -192,12 +229,6 @@ def test_the_demo_is_one_line_away():
     model = SPNN.from_pretrained(folder)
     assert model.img_size == 64 and len(model.notes["attributes"]) == model.num_classes == 40
     assert same(model.state_dict(), SPNN.from_pretrained(folder / "spnn.safetensors").state_dict())
-
-
-def test_checkpoints_of_one_run_share_config_json(tmp_path, model):
-    for name in ("best_model.pth", "best_model_r_opt_real.pth", "best_model.pth"):
-        save_spnn(tmp_path / name, model, {"attributes": ["A", "B", "C"]})
-    assert [p.name for p in tmp_path.glob("*.json")] == ["config.json"]
 
 
 @pytest.mark.parametrize("there", ["of another network", "[1]", "{", '{"model_type": "of another tool"}'])
@@ -328,18 +359,15 @@ def test_a_network_comes_from_the_hub_once(hub, model):
     assert len(hub.asked) == asked
 
 
-def test_a_repository_may_hold_a_pth_file_alone(hub, recognised):
-    write_weights(hub.files / "me" / "net" / "best_model.pth", recognised.state_dict())
-    loaded = SPNN.from_pretrained("me/net", **hub.options)
-    assert same(loaded.state_dict(), recognised.state_dict())
-    SPNN.from_pretrained("me/net", local_files_only=True, **hub.options)  # the cache knows what is not there
-
-
-def test_a_published_file_is_fetched_by_its_hub_id(hub, recognised, monkeypatch, tmp_path):
+@pytest.mark.parametrize("source, file", [
+    ("me/net", "best_model.pth"), ("yamitehr/SPNN", "spnn_celebahq_256.pth"),
+])  # fmt: skip
+def test_a_repository_may_hold_a_pth_file_alone(hub, recognised, monkeypatch, tmp_path, source, file):
     monkeypatch.setattr(checkpoints, "ROOT", tmp_path)
-    write_weights(hub.files / "yamitehr" / "SPNN" / "spnn_celebahq_256.pth", recognised.state_dict())
-    loaded = SPNN.from_pretrained("yamitehr/SPNN", **hub.options)
+    write_weights(hub.files / source / file, recognised.state_dict())
+    loaded = SPNN.from_pretrained(source, **hub.options)
     assert same(loaded.state_dict(), recognised.state_dict())
+    SPNN.from_pretrained(source, local_files_only=True, **hub.options)  # the cache knows what is not there
 
 
 def test_a_generator_comes_from_the_hub(hub):
@@ -408,10 +436,3 @@ def test_a_published_file_that_was_put_by_hand_is_taken_and_its_hash_checked(tmp
     file.write_bytes(b"Weights")
     with pytest.raises(InputError, match="celeba_hq.ckpt: SHA-256 .*, the published file has"):
         locate(known.filename)
-
-
-def test_read_config_prefers_a_file_of_its_own(tmp_path, model):
-    save_spnn(tmp_path / "m.pth", model)
-    (tmp_path / "config.json").rename(tmp_path / "m.json")
-    (tmp_path / "config.json").write_text('{"model": {"img_size": 31}}')
-    assert read_config(tmp_path / "m.pth")["model"]["img_size"] == 4

@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import struct
+import warnings
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,45 +32,223 @@ from images import (
 from utils import InputError
 
 
-def test_find_images_is_natural_nested_skips_hidden_and_names_the_rest(tmp_path, caplog):
-    names = ["10.JPG", "2.jpg", "1.png", "sub/3.webp", "6.jfif", ".hidden.jpg", ".cache/5.jpg", "notes.txt", "a.heic"]
+def touch(folder, *names: str) -> None:
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def found_in(folder) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in find_images(folder)]
+
+
+def test_find_images_is_natural_nested_skips_hidden_and_names_the_rest(tmp_path, caplog):
+    touch(tmp_path, "10.JPG", "2.jpg", "1.png", "sub/3.webp", "6.jfif", ".hidden.jpg", ".cache/5.jpg", "notes.txt")
+    touch(tmp_path, "a.heic", "b.tga")
     os.symlink(tmp_path, tmp_path / "loop")
-    assert [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)] == [
-        "1.png", "2.jpg", "6.jfif", "10.JPG", "sub/3.webp",
-    ]  # fmt: skip
-    assert "left out" in caplog.text and "a.heic, notes.txt" in caplog.text
+    assert found_in(tmp_path) == ["1.png", "2.jpg", "6.jfif", "10.JPG", "sub/3.webp"]
+    assert "left out" in caplog.text and "a.heic, b.tga, notes.txt" in caplog.text
     assert find_images(tmp_path / "10.JPG") == [tmp_path / "10.JPG"]
+    for name, said in (("nowhere", "no such file or folder"), ("notes.txt", "not an image"), (".cache", "no images")):
+        (tmp_path / ".cache" / "5.jpg").unlink(missing_ok=True)
+        with pytest.raises(InputError, match=f"{name}: {said}"):
+            find_images(tmp_path / name)
 
 
 @pytest.mark.parametrize("images, masks", [("CelebA-HQ-img", "CelebAMask-HQ-mask-anno/0"), ("images", "masks")])
 def test_find_images_leaves_the_masks_of_a_data_set(tmp_path, images, masks):
-    for name in (f"{images}/0.jpg", f"{masks}/0.png", "other/masks/1.png"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).touch()
-    names = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
-    assert names == [f"{images}/0.jpg", "other/masks/1.png"]
+    touch(tmp_path, f"{images}/0.jpg", f"{masks}/0.png", "other/masks/1.png")
+    assert found_in(tmp_path) == [f"{images}/0.jpg", "other/masks/1.png"]
 
 
-def test_find_images_failures(tmp_path):
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match="no images found"):
-        find_images(tmp_path)
-    with pytest.raises(InputError, match="nowhere: no such file or folder"):
-        find_images(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="notes.txt: not an image"):
-        find_images(tmp_path / "notes.txt")
+# --- Every kind of picture -------------------------------------------------------------------------------------------
+
+RED, GREEN = (200, 20, 30), (10, 180, 40)
 
 
-def test_load_image_crops_the_centre_square(tmp_path):
-    pixels = np.zeros((4, 8, 3), dtype=np.uint8)
-    pixels[:, 2:6] = 255
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert load_image(tmp_path / "a.png").shape == (3, 4, 8)
-    assert (load_image(tmp_path / "a.png", 4) == 1).all()
-    assert (load_image(tmp_path / "a.png", 2) == 1).all()
+def halves(mode: str = "RGB", left=RED, right=GREEN) -> Image.Image:
+    """Of two colours, side by side."""
+    image = Image.new("RGB", (16, 8), left)
+    image.paste(right, (8, 0, 16, 8))
+    return image.convert(mode)
+
+
+def values(left: float, right: float, dtype) -> Image.Image:
+    return Image.fromarray(np.repeat(np.array([[left, right]], dtype), 8, 1).repeat(8, 0))
+
+
+def saved(image: Image.Image, **how):
+    return lambda path: image.save(path, **how)
+
+
+def animated(**how):
+    return saved(halves(), save_all=True, append_images=[Image.new("RGB", (16, 8), "blue")], **how)
+
+
+def png(path, rows: bytes, size=(16, 8), bits: int = 16, colour: int = 2, *chunks):
+    """A PNG of one's own; Pillow itself cannot write 16-bit RGB."""
+    header = struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, body in parts:
+            file.write(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)))
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def clear(mode: str, colour, **how):
+    """Transparent on the left."""
+    image = Image.new(mode, (16, 8), colour)
+    image.paste(how.pop("right"), (8, 0, 16, 8))
+    if mode == "P":
+        image.putpalette([9, 9, 9, *GREEN])
+    return saved(image, **how)
+
+
+DEEP = b"".join(struct.pack(">HHH", *(v * 257 for v in c)) for c in [RED] * 8 + [GREEN] * 8)
+LOOKS = {  # how it is written, and what must be seen left and right of the middle, in 8 bits
+    "plain.png": saved(halves()),
+    "palette.png": saved(halves().quantize()),
+    "palette.gif": saved(halves()),
+    "animated.gif": animated(),
+    "animated.png": animated(),
+    "animated.webp": animated(lossless=True),
+    "pages.tiff": animated(),
+    "cmyk.jpg": saved(halves("CMYK"), quality=100),
+    "cmyk.tiff": saved(halves("CMYK")),
+    "ycbcr.jpg": saved(halves(), quality=100, subsampling=0),
+    "alpha.png": saved(halves("RGBA")),
+    "sixteen.png": lambda path: png(path, (b"\0" + DEEP) * 8),
+    "a png.jpg": saved(halves(), format="PNG"),
+    "UPPER.PNG": saved(halves(), format="PNG"),
+    "upright.png": saved(halves(), exif=exif(1)),
+    "mirrored.png": saved(halves(left=GREEN, right=RED), exif=exif(2)),
+    "upside down.png": saved(halves(left=GREEN, right=RED), exif=exif(3)),
+    "on its side.jpg": saved(halves().rotate(90, expand=True), exif=exif(6), quality=100, subsampling=0),
+    "damaged exif.jpg": saved(halves(), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=100, subsampling=0),
+    "half clear.png": (saved(Image.new("RGBA", (16, 8), (200, 0, 0, 128))), (227, 127, 127), (227, 127, 127)),
+    "clear grey.png": (clear("LA", (0, 0), right=(60, 255)), 255, 60),
+    "clear.gif": (clear("P", 0, right=1, transparency=0), 255, GREEN),
+    "clear palette.png": (clear("P", 0, right=1, transparency=b"\0\xff"), 255, GREEN),
+    "clear value.png": (clear("L", 7, right=99, transparency=7), 255, 99),
+    "clear colour.png": (clear("RGB", RED, right=GREEN, transparency=RED), 255, GREEN),
+    "bits.png": (saved(halves("1", (0, 0, 0), (255, 255, 255))), 0, 255),
+    "grey.png": (saved(halves("L", (9, 9, 9), (99, 99, 99))), 9, 99),
+    "black to white.png": (saved(values(0, 65535, np.uint16)), 0, 255),
+    "dark.png": (saved(values(20, 200, np.uint16)), 0, 1),
+    "dark.pgm": (saved(values(20, 200, np.uint16)), 0, 1),
+    "dark.tiff": (saved(values(20, 200, np.uint16)), 0, 1),
+    "middle.png": (saved(values(257 * 7, 257 * 99, np.uint16)), 7, 99),
+    "wide.tiff": (saved(values(257 * 7, 257 * 99, np.int32)), 7, 99),
+    "narrow.tiff": (saved(values(7, 99, np.int32)), 7, 99),
+    "share.tiff": (saved(values(0, 1, np.float32)), 0, 255),
+    "float.tiff": (saved(values(7, 99, np.float32)), 7, 99),
+}
+
+
+def read(path, size=None) -> torch.Tensor:
+    """In 8 bits, (3, H, W)."""
+    return ((load_image(path, size) + 1) * 127.5).round()
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_pictures_of_every_kind_look_as_they_should(tmp_path, name):
+    write, *expected = LOOKS[name] if isinstance(LOOKS[name], tuple) else (LOOKS[name], RED, GREEN)
+    write(tmp_path / name)
+    assert find_images(tmp_path) == [tmp_path / name]
+    image = read(tmp_path / name)
+    assert image.shape == (3, 8, 16)
+    for x, colour in zip((4, 12), expected, strict=True):
+        colour = torch.tensor(colour if isinstance(colour, tuple) else [colour] * 3).float()
+        torch.testing.assert_close(image[:, 4, x], colour, atol=12 if name[-3:] == "jpg" else 1, rtol=0)
+
+
+def declared(width, height):
+    """A PNG that says to be of that size, with hardly any content."""
+    return lambda path: png(path, (b"\0" + DEEP) * 8, (width, height))
+
+
+def cut(path):
+    halves().resize((256, 256)).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+POSTSCRIPT = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(pwned) (w) file closefile\nshowpage\n%%EOF\n"
+)
+REFUSED = {
+    "bomb.png": (declared(60_000, 60_000), "bomb"),
+    "promised.png": (declared(3000, 3000), "truncated|cannot read"),
+    "cut.png": (cut, "truncated"),
+    "cut.jpg": (cut, "truncated"),
+    "nothing.jpg": (lambda path: path.touch(), "not a picture"),
+    "text.jpg": (lambda path: path.write_text("no picture"), "not a picture"),
+    "postscript.jpg": (lambda path: path.write_bytes(POSTSCRIPT), "not a picture"),
+    "pipe.jpg": (lambda path: os.mkfifo(path), "not a file"),
+    "missing.jpg": (lambda path: None, "no such file"),
+    # what eight bits cannot hold
+    "below.tiff": (saved(values(-0.1, 1, np.float32)), "from -0.1 to 1, expected 0 to 1"),
+    "above.tiff": (saved(values(0, 300, np.float32)), "from 0 to 300, expected 0 to 255"),
+    "far above.tiff": (saved(values(0, 70000, np.int32)), "from 0 to 70000, expected 0 to 65535"),
+    "negative.tiff": (saved(values(-5, 9, np.int32)), "from -5 to 9, expected 0 to 255"),
+    "nan.tiff": (saved(values(0, np.nan, np.float32)), "from nan to nan"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_picture_is_one_line(tmp_path, name):
+    write, said = REFUSED[name]
+    write(tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match=f"{name}: .*({said})") as error:
+            load_image(tmp_path / name, 8)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def networks() -> SimpleNamespace:
+    operator = SimpleNamespace(A=lambda x: x.mean((2, 3)))
+    spnn = SimpleNamespace(img_size=32, notes={})
+    return SimpleNamespace(operator=operator, spnn=spnn, image_size=32, judge=None, attributes=ATTRIBUTES, device="cpu")
+
+
+def test_the_reconstruction_command_skips_or_refuses_what_is_no_picture(tmp_path):
+    for name, (write, _) in REFUSED.items():
+        write(tmp_path / name)
+    halves().save(tmp_path / "good.png")
+    found = read_targets(TargetSettings(path_y=str(tmp_path)), networks(), 1)
+    assert found.names == ["good"] and len(found.files) == 1
+    assert all(any(name in line for line in found.skipped) for name in REFUSED.keys() - {"missing.jpg"})
+    with pytest.raises(InputError, match="above.tiff"):
+        read_targets(TargetSettings(path_y=str(tmp_path), strict=True), networks(), 1)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "tiff"])
+def test_of_an_animation_the_first_frame_is_taken_and_said_so(tmp_path, caplog, suffix):
+    animated()(tmp_path / f"a.{suffix}")
+    halves().save(tmp_path / f"b.{suffix}")
+    for name in "ab":
+        load_image(tmp_path / f"{name}.{suffix}")
+    (record,) = caplog.records
+    assert f"a.{suffix}: of several frames or pages, the first is used" in record.getMessage()
+
+
+# --- Sizes and values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (20_000, 8), (8, 20_000), (20_000, 1)])
+def test_pictures_of_any_shape_are_cropped_to_their_middle(tmp_path, shape):
+    image = Image.new("RGB", shape, RED)
+    image.putpixel((shape[0] // 2, shape[1] // 2), GREEN)
+    image.save(tmp_path / "a.png")
+    loaded = load_image(tmp_path / "a.png", 16)
+    assert loaded.shape == (3, 16, 16) and loaded.isfinite().all()
+    assert (loaded[1] > loaded[1].min()).any() or min(shape) == 1, "the middle is in it"
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 48), (7, 90)])
@@ -97,80 +278,6 @@ def test_load_image_is_antialiased(tmp_path):
     assert load_image(tmp_path / "a.png", 8)[:, 2:-2, 2:-2].abs().max() < 0.1  # grey, where sampling gives 1 or -1
 
 
-def test_load_image_applies_exif_rotation(tmp_path):
-    image = Image.new("RGB", (8, 4))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert load_image(tmp_path / "a.jpg").shape == (3, 8, 4)
-
-
-def test_load_image_modes(tmp_path):
-    rgba = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([255, 0, 0] + [0] * 765)
-    cases = {
-        "alpha.png": (rgba, (1, 1, 1)),
-        "la.png": (Image.new("LA", (4, 4), (0, 0)), (1, 1, 1)),
-        "palette.png": (palette, (1, -1, -1)),
-        "grey.png": (Image.new("L", (4, 4), 255), (1, 1, 1)),
-        "bits.png": (Image.new("1", (4, 4), 1), (1, 1, 1)),
-        "sixteen.png": (Image.fromarray(np.full((4, 4), 65535 // 5, dtype=np.uint16)), (51 / 127.5 - 1,) * 3),
-        "float.tiff": (Image.fromarray(np.full((4, 4), 1.0, dtype=np.float32)), (1, 1, 1)),
-        "cmyk.tiff": (Image.new("CMYK", (4, 4), (0, 0, 0, 0)), (1, 1, 1)),
-    }
-    for name, (image, expected) in cases.items():
-        image.save(tmp_path / name)
-        got = load_image(tmp_path / name)
-        assert got.shape == (3, 4, 4) and got.dtype == torch.float32
-        torch.testing.assert_close(got[:, 1, 1], torch.tensor(expected).float(), msg=name)
-
-
-@pytest.mark.parametrize(
-    "values, said",
-    [
-        (np.array([[-0.1, 1.0]], np.float32), "from -0.1 to 1, expected 0 to 1"),
-        (np.array([[0, 300]], np.float32), "from 0 to 300, expected 0 to 255"),
-        (np.array([[0, 70000]], np.int32), "from 0 to 70000, expected 0 to 65535"),
-        (np.array([[-5, 9]], np.int32), "from -5 to 9, expected 0 to 255"),
-        (np.array([[0, np.nan]], np.float32), "from nan to nan"),
-    ],
-)
-def test_values_that_eight_bits_cannot_hold_are_refused(tmp_path, values, said):
-    Image.fromarray(values).save(tmp_path / "a.tiff")
-    with pytest.raises(InputError, match=f"a.tiff.*{said}"):
-        load_image(tmp_path / "a.tiff")
-
-
-@pytest.mark.parametrize("suffix", ["gif", "png", "tiff"])
-def test_of_an_animation_the_first_frame_is_taken_and_said_so(tmp_path, caplog, suffix):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("white", "black", "red")]
-    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
-    frames[0].save(tmp_path / f"b.{suffix}")
-    for name in "ab":
-        assert (load_image(tmp_path / f"{name}.{suffix}") == 1).all()
-    (record,) = caplog.records
-    assert f"a.{suffix}: of several frames or pages, the first is used" in record.getMessage()
-
-
-def test_load_image_failures_name_the_file(tmp_path):
-    (tmp_path / "text.jpg").write_text("no picture")
-    (tmp_path / "empty.jpg").touch()
-    for suffix in ("jpg", "png"):
-        picture(0, 64).save(tmp_path / f"whole.{suffix}")
-        (tmp_path / f"cut.{suffix}").write_bytes((tmp_path / f"whole.{suffix}").read_bytes()[:-2000])
-    for name in ("text.jpg", "empty.jpg", "cut.jpg", "cut.png", "missing.jpg"):
-        with pytest.raises(InputError, match=name):
-            load_image(tmp_path / name)
-
-
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    picture(0, 64).save(tmp_path / "big.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(InputError, match="big.png.*bomb"):
-        load_image(tmp_path / "big.png")
-
-
 def test_uint8_round_trip_and_save(tmp_path):
     picture(3).save(tmp_path / "a.png")
     image = load_image(tmp_path / "a.png")
@@ -181,9 +288,6 @@ def test_uint8_round_trip_and_save(tmp_path):
     assert to_uint8(torch.tensor([-9.0, 9.0, float("nan")])).tolist() == [0, 255, 0]
     with pytest.raises(ValueError, match="expected"):
         save_image(image[None], tmp_path / "c.png")
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write"):
-        save_image(image, tmp_path / "file" / "d.png")
 
 
 def test_a_grid_puts_images_side_by_side():
@@ -359,12 +463,6 @@ def test_only_a_picture_far_from_the_frame_is_warned_of(portrait, tmp_path, capl
         load_image(tmp_path / name, 32, align=None)
     said = [record.getMessage() for record in caplog.records if "--align" in record.getMessage()]
     assert len(said) == 1 and "far.png" in said[0]
-
-
-def networks() -> SimpleNamespace:
-    operator = SimpleNamespace(A=lambda x: x.mean((2, 3)))
-    spnn = SimpleNamespace(img_size=32, notes={})
-    return SimpleNamespace(operator=operator, spnn=spnn, image_size=32, judge=None, attributes=ATTRIBUTES, device="cpu")
 
 
 @needs_weights

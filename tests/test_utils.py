@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import utils
-from utils import InputError, InputErrors, atomic_write, nearest, number, read_yaml, resolve_device, run_command
+from utils import InputError, InputErrors, atomic_write, nearest, number, resolve_device, run_command
 
 
 def failing(error):
@@ -89,35 +89,6 @@ def test_numbers_keep_to_their_bounds():
     ]:
         with pytest.raises(argparse.ArgumentTypeError, match=said):
             parse(text)
-
-
-# --- Presets ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "content, said",
-    [
-        ("# nothing yet\n", {}),
-        ("steps: 5\nname: é\n", {"steps": 5, "name": "é"}),
-        ("stepz: 5", "unknown key 'stepz', did you mean 'steps'"),
-        ("- steps\n- 5", "got a list"),
-        ("just words", "got a str"),
-        ("steps: [1", "not readable as YAML"),
-        ("1: 2", "unknown key 1"),
-        (b"\xff\xfe\x00\x81", "not readable"),
-        (None, "no such file"),
-    ],
-)
-def test_read_yaml_takes_a_flat_mapping_and_refuses_anything_else_in_one_line(tmp_path, content, said):
-    path = tmp_path / "preset.yml"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    if isinstance(said, dict):
-        assert read_yaml(path, ["steps", "name"]) == said
-    else:
-        with pytest.raises(InputError, match=f"preset.yml: .*{said}") as error:
-            read_yaml(path, ["steps"])
-        assert "\n" not in str(error.value)
 
 
 # --- atomic_write ----------------------------------------------------------------------------------------------------
