@@ -8,12 +8,11 @@ torch's profiler's view of the operators, summed by kind: matrix products (convo
 the rest, which moves memory. The fit is least squares on logarithms: ``seconds ~ batch^a``, ``seconds ~ pixels^b``.
 """
 
-import argparse
 import multiprocessing
-import resource
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,11 +22,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from benchmarks.speed import add_common_flags, images, network, provenance, randomise, seconds  # noqa: E402
+from benchmarks.speed import SIZES, Common, images, network, randomise, record, seconds  # noqa: E402
 from models import SPNN, BackProjection  # noqa: E402
 from networks import prepare_networks  # noqa: E402
 from train import Settings, backward, forward_losses  # noqa: E402
-from utils import number, resolve_device, run_command, write_json  # noqa: E402
+from utils import option, parse, peak_gib, resolve_device, run_command, write_json  # noqa: E402
 
 TASKS = ("back_projection", "stage1")
 KINDS = {  # parts of operator names, looked for in this order
@@ -36,14 +35,14 @@ KINDS = {  # parts of operator names, looked for in this order
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--sizes", type=int, nargs="+", choices=(32, 64, 256), default=[32, 64, 256])
-    p.add_argument("--batches", type=number(int, 1), nargs="+", default=[1, 4, 16])
-    p.add_argument(
-        "--depths", type=number(int, 1, 43), nargs="*", default=[1, 4, 16], help="blocks added at 64x64, batch 4"
-    )
-    return add_common_flags(p, repeats=3)
+@dataclass(frozen=True)
+class Options(Common):
+    """What is measured."""
+
+    repeats: int = option(3, "timed runs of each", 1)
+    sizes: tuple[int, ...] = option(SIZES, "of images", choices=SIZES)
+    batches: tuple[int, ...] = option((1, 4, 16), "images at a time", 1)
+    depths: tuple[int, ...] = option((1, 4, 16), "blocks added at 64x64, batch 4", 0, 43)
 
 
 def deep_network(depth: int, hidden: int) -> SPNN:
@@ -53,8 +52,6 @@ def deep_network(depth: int, hidden: int) -> SPNN:
     def coupling(in_ch: int, out_ch: int, size: int) -> tuple[str, dict]:
         return "ConvPINNBlock", {"in_ch": in_ch, "out_ch": out_ch, "hidden": hidden, "feat_size": size}
 
-    if depth > 43:
-        raise ValueError(f"depth {depth}: at most 43, each block drops one of 48 channels and 5 are needed")
     chain = [
         ("PixelUnshuffleBlock", {"r": 4}),
         *(coupling(48 - i, 47 - i, 16) for i in range(depth)),
@@ -90,23 +87,17 @@ def task(name: str, model: SPNN, batch: int, device: torch.device) -> Callable[[
     return project
 
 
-def peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def measure(name: str, size: int, batch: int, depth: int | None, args: argparse.Namespace) -> dict:
+def measure(name: str, size: int, batch: int, depth: int | None, args: Options) -> dict:
     """One row. Runs in its own process."""
     device = resolve_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = network(size, args.hidden, device) if depth is None else deep_network(depth, args.hidden // 2)
     model = prepare_networks(model, device)
-    before = peak_bytes(device)
+    peak_gib(device, reset=True)
     run = task(name, model, batch, device)
     run()
-    peak = peak_bytes(device)  # before the profiler, which keeps its own books
+    peak = peak_gib(device)  # before the profiler, which keeps its own books
     median = statistics.median(seconds(run, device) for _ in range(args.repeats))
     with torch.profiler.profile() as profile:
         run()
@@ -117,8 +108,8 @@ def measure(name: str, size: int, batch: int, depth: int | None, args: argparse.
         shares[kind] += spent
     total = sum(shares.values())
     return {
-        "task": name, "size": size, "batch": batch, "depth": depth, "seconds": median, "peak_bytes": peak,
-        "grown_bytes": peak - before, "shares": {kind: spent / total for kind, spent in shares.items()},
+        "task": name, "size": size, "batch": batch, "depth": depth, "seconds": median, "peak_gib": peak,
+        "shares": {kind: spent / total for kind, spent in shares.items()},
         "parameters": sum(p.numel() for p in nn.Module.parameters(model)),
     }  # fmt: skip
 
@@ -128,8 +119,8 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def fits(rows: Sequence[dict], args: argparse.Namespace) -> list[str]:
-    """A sentence a fit."""
+def fits(rows: Sequence[dict], args: Options) -> list[str]:
+    """One sentence per fit."""
     lines = []
     for name in TASKS:
         plain = [r for r in rows if r["task"] == name and r["depth"] is None]
@@ -153,32 +144,27 @@ def fits(rows: Sequence[dict], args: argparse.Namespace) -> list[str]:
 def table(rows: Sequence[dict]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| task | size | batch | added blocks | seconds | peak MB | most of the time |",
+        "| task | size | batch | added blocks | seconds | peak GiB | most of the time |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         kind, share = max(r["shares"].items(), key=lambda item: item[1])
-        depth, peak = "" if r["depth"] is None else r["depth"], f"{r['peak_bytes'] / 2**20:.0f}"
+        depth, peak = "" if r["depth"] is None else r["depth"], f"{r['peak_gib']:.2f}"
         cells = (r["task"], r["size"], r["batch"], depth, f"{r['seconds']:.3g}", peak, f"{kind}, {share:.0%}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    record = {**provenance(resolve_device(args.device)), "settings": vars(args), "rows": []}
-    cases = [(name, size, batch, None) for name in TASKS for size in args.sizes for batch in args.batches]
-    cases += [(name, 64, 4, depth) for name in TASKS for depth in args.depths]
+    options, _ = parse(__doc__, Options, argv=argv)
+    cases = [(name, size, batch, None) for name in TASKS for size in options.sizes for batch in options.batches]
+    cases += [(name, 64, 4, depth) for name in TASKS for depth in options.depths]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for case in cases:
-            record["rows"].append(pool.apply(measure, (*case, args)))
-            print(table(record["rows"][-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-            if args.json is not None:  # after every row: an interruption keeps what is measured
-                write_json(args.json, record)
-    record["fits"] = fits(record["rows"], args)
-    print(table(record["rows"]), *record["fits"], sep="\n")
-    if args.json is not None:
-        write_json(args.json, record)
+        kept = record(options, (pool.apply(measure, (*case, options)) for case in cases), table)
+    kept["fits"] = fits(kept["rows"], options)
+    print(*kept["fits"], sep="\n")
+    if options.json is not None:
+        write_json(options.json, kept)
     return 0
 
 

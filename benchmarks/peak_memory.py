@@ -8,10 +8,10 @@ operator that makes it to the moment that nothing refers to it. What a device ad
 convolutions, an allocator's gaps, the context. ``torch.cuda.max_memory_allocated`` is what to compare with.
 """
 
-import argparse
 import sys
 import weakref
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from models import SPNN  # noqa: E402
 from networks import networks_in  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
-from utils import LARGEST_WIDTH, number, run_command, write_json  # noqa: E402
+from utils import LARGEST_WIDTH, option, parse, run_command, write_json  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -93,28 +93,23 @@ def measure(stage: int, size: int, batch: int, precision: str, recompute: bool, 
         if recompute:
             model.pinn.checkpoint_activations = True
         two_steps(stage, model, batch, precision)
-        return {
-            "stage": stage,
-            "img_size": size,
-            "batch_size": batch,
-            "precision": precision,
-            "checkpoint_activations": recompute,
-            "peak_bytes": memory.peak,
-        }
+        return {"stage": stage, "img_size": size, "batch_size": batch, "precision": precision,
+                "checkpoint_activations": recompute, "peak_bytes": memory.peak}  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stages", type=int, nargs="+", choices=(1, 2), default=[1, 2])
-    p.add_argument("--img_size", type=int, choices=(32, 64, 256), default=256, help="default %(default)s")
-    p.add_argument("--batch_size", type=number(int, 1), nargs="+", default=[64, 256], help="default %(default)s")
-    p.add_argument("--precisions", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"],
-                   help="of the networks inside blocks; tf32 takes what float32 takes")  # fmt: skip
-    p.add_argument(
-        "--hidden", type=number(int, 1, LARGEST_WIDTH), default=128, help="width of the networks (default %(default)s)"
-    )
-    p.add_argument("--json", metavar="FILE", help="also write the figures here")
-    return p
+@dataclass(frozen=True)
+class Options:
+    """What is counted."""
+
+    stages: tuple[int, ...] = option((1, 2), "of training", choices=(1, 2))
+    img_size: int = option(256, "of images", choices=(32, 64, 256))
+    batch_size: tuple[int, ...] = option((64, 256), "images per step", 1)
+    precisions: tuple[str, ...] = option(
+        ("float32", "bf16"), "of the networks inside blocks; tf32 takes what float32 takes",
+        choices=("float32", "bf16"),
+    )  # fmt: skip
+    hidden: int = option(128, "width of the networks", 1, LARGEST_WIDTH)
+    json: Path | None = option(None, "also write the figures there")
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -127,18 +122,17 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    o, _ = parse(__doc__, Options, argv=argv)
     rows = [
-        measure(stage, args.img_size, batch, precision, recompute, args.hidden)
-        for stage in args.stages
-        for batch in args.batch_size
-        for precision in args.precisions
+        measure(stage, o.img_size, batch, precision, recompute, o.hidden)
+        for stage in o.stages
+        for batch in o.batch_size
+        for precision in o.precisions
         for recompute in (False, True)
     ]
-    print(f"torch {torch.__version__}, from shapes")
-    print(table(rows))
-    if args.json is not None:
-        write_json(args.json, {"torch": torch.__version__, "settings": vars(args), "rows": rows})
+    print(f"torch {torch.__version__}, from shapes\n{table(rows)}")
+    if o.json is not None:
+        write_json(o.json, {"torch": torch.__version__, "settings": asdict(o), "rows": rows})
     return 0
 
 

@@ -8,6 +8,7 @@ hang or half a file.
 import contextlib
 import io
 import json
+import math
 import signal
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from helpers import randomise, seeded, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layout import annotation_text
+from PIL import Image
 from test_laws import LAWS, LAWS_OF_NETWORKS, Case
 
 import checkpoints
@@ -50,8 +52,8 @@ def examples_of(count: int) -> settings:
 @st.composite
 def architectures(draw):
     """Keywords of a valid SPNN: unshuffles whose factors multiply to the image size, and blocks in between."""
-    factors = draw(st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=3).filter(lambda f: 1 < _product(f) <= 8))
-    channels, size, layers = draw(st.integers(1, 3)), _product(factors), []
+    factors = draw(st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=3).filter(lambda f: 1 < math.prod(f) <= 8))
+    channels, size, layers = draw(st.integers(1, 3)), math.prod(factors), []
     img_ch, img_size = channels, size
     mixings = st.sampled_from(["cayley", "householder"])
 
@@ -81,13 +83,6 @@ def architectures(draw):
         "mix_type": draw(mixings),
         "layer_channels": layers,
     }
-
-
-def _product(numbers) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
 
 
 # Relative errors of float32, near usual outputs and 50 times as far out, as in test_laws.CHAIN for chains of the same
@@ -248,180 +243,129 @@ def survives(seconds: int = 20):
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    notes = {"attributes": ["a", "b", "c"], "typical_logits": [[-1.0, 1.0]] * 3}
-    for suffix in (".pth", ".safetensors"):
-        save_spnn(folder / f"m{suffix}", randomise(tiny(hidden=1), seeded(0)), notes)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def network(folder: Path, name: str, broken: str | None = None):
+    save_spnn(folder / name, randomise(tiny(hidden=1), seeded(0)), {"attributes": ["a", "b", "c"]})
+
+    def use(path):
+        assert all(p.isfinite().all() for p in SPNN.from_pretrained(folder / name).parameters())
+
+    return folder / (broken or name), use
 
 
-@sizes(30, 300)
-@pytest.mark.parametrize("broken", ["m.pth", "m.safetensors", "config.json"])
-def test_damaged_checkpoints(tmp_path, checkpoint, broken, examples):
-    name = "m.pth" if broken == "config.json" else broken
-    for file, content in checkpoint.items():
-        (tmp_path / file).write_bytes(content)
-    outcomes = set()
+def converted(folder: Path, suffix: str):
+    path, target = network(folder, f"m{suffix}")[0], folder / "out" / "t.safetensors"
 
-    @examples_of(examples)
-    @given(damage())
-    def check(harm):
-        (tmp_path / broken).write_bytes(harm(checkpoint[broken]))
-        outcomes.add("refused")
-        with survives():
-            model = SPNN.from_pretrained(tmp_path / name)
-            assert all(p.isfinite().all() for p in model.parameters())
-            outcomes.add("read")
-
-    check()
-    assert outcomes == {"read", "refused"}, "both should come up"
-
-
-@sizes(20, 300)
-def test_damaged_weights_are_converted_whole_or_not_at_all(tmp_path, checkpoint, examples):
-    @examples_of(examples)
-    @given(damage(), st.sampled_from([".pth", ".safetensors"]))
-    def check(harm, suffix):
-        source, target = tmp_path / f"s{suffix}", tmp_path / "out" / "t.safetensors"
-        source.write_bytes(harm(checkpoint[f"m{suffix}"]))
+    def use(path):
         target.unlink(missing_ok=True)
-        with survives(), contextlib.redirect_stdout(io.StringIO()):
-            checkpoints.main(["convert", str(source), str(target)])
-        left = [path.name for path in target.parent.iterdir()] if target.parent.exists() else []
-        assert left in ([], ["t.safetensors"])
-        if left:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                checkpoints.main(["convert", str(path), str(target)])
             read_weights(target)
+        finally:
+            left = [file.name for file in target.parent.iterdir()] if target.parent.exists() else []
+            assert left in ([], ["t.safetensors"])  # whole or not at all
 
-    check()
+    return path, use
 
 
-@sizes(30, 300)
-def test_damaged_training_states(tmp_path, examples):
+def training_state(folder: Path):
     model = tiny(hidden=1)
     optimizer = torch.optim.Adam(model.parameters())
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": {"done": 3, "rows": []}}
-    path = tmp_path / "state.pth"
-    save_state(path, {"settings": {"lr": 1e-3}, **state})
-    content, outcomes = path.read_bytes(), set()
-
-    @examples_of(examples)
-    @given(damage())
-    def check(harm):
-        path.write_bytes(harm(content))
-        outcomes.add("refused")
-        with survives():
-            load_state(path)
-            outcomes.add("read")
-
-    check()
-    assert outcomes == {"read", "refused"}, "both should come up"
+    save_state(folder / "state.pth", {"settings": {"lr": 1e-3}, **state})
+    return folder / "state.pth", load_state
 
 
-@sizes(30, 300)
-def test_damaged_annotations(tmp_path, examples):
-    content = annotation_text(6).encode()
+def annotations(folder: Path):
+    def use(path):
+        found = read_annotations(path)
+        assert found.labels.shape == (len(found.files), 40) and set(found.labels.flat) <= {0, 1}
+        assert all(Path(file).name == file for file in found.files)
 
-    @examples_of(examples)
-    @given(damage())
-    def check(harm):
-        (tmp_path / "a.txt").write_bytes(harm(content))
-        with survives():
-            found = read_annotations(tmp_path / "a.txt")
-            assert found.labels.shape == (len(found.files), 40) and set(found.labels.flat) <= {0, 1}
-            assert all(Path(file).name == file for file in found.files)
-
-    check()
+    (folder / "a.txt").write_text(annotation_text(6))
+    return folder / "a.txt", use
 
 
-@sizes(15, 150)
-def test_damaged_tables_of_logits(tmp_path, examples):
-    write_logits(tmp_path / "t.csv", ["one", "two"], ["a", "b"], torch.tensor([[1.0, -2.5], [0.125, 4.0]]))
-    content = (tmp_path / "t.csv").read_bytes()
+def logits(folder: Path):
+    def use(path):
+        names, values = read_logits(path, ["a", "b"])
+        assert values.shape == (len(names), 2) and values.isfinite().all() and len(set(names)) == len(names)
+        assert all(Path(name).name == name for name in names)
 
-    @examples_of(examples)
-    @given(damage())
-    def check(harm):
-        (tmp_path / "t.csv").write_bytes(harm(content))
-        with survives():
-            names, logits = read_logits(tmp_path / "t.csv", ["a", "b"])
-            assert logits.shape == (len(names), 2) and logits.isfinite().all() and len(set(names)) == len(names)
-            assert all(Path(name).name == name for name in names)
-
-    check()
+    write_logits(folder / "t.csv", ["one", "two"], ["a", "b"], torch.tensor([[1.0, -2.5], [0.125, 4.0]]))
+    return folder / "t.csv", use
 
 
-@sizes(20, 200)
-@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])
-def test_damaged_pictures(tmp_path, suffix, examples):
-    from PIL import Image
+def image(folder: Path, suffix: str):
+    def use(path):
+        x = load_image(path, 8)
+        assert x.shape == (3, 8, 8) and x.abs().max() <= 1
 
-    path = tmp_path / f"a.{suffix}"
-    Image.effect_mandelbrot((24, 16), (-2, -1, 1, 1), 30).convert("RGB").save(path)
-    content = path.read_bytes()
-
-    @examples_of(examples)
-    @given(damage())
-    def check(harm):
-        path.write_bytes(harm(content))
-        with survives():
-            image = load_image(path, 8)
-            assert image.shape == (3, 8, 8) and image.abs().max() <= 1
-
-    check()
+    Image.effect_mandelbrot((24, 16), (-2, -1, 1, 1), 30).convert("RGB").save(folder / f"a.{suffix}")
+    return folder / f"a.{suffix}", use
 
 
-PRESETS = {
-    "sampling": (reconstruct.parse, inputs.CONFIGS / "celeba_hq.yml", ["--path_y", "x"]),
-    "training": (train_celeba.read_command, reconstruct.ROOT / "configs" / "faces_64.yml", ["--is_r_opt"]),
-}
+def preset(folder: Path, parse, file: Path, *others: str):
+    (folder / "c.yml").write_bytes(file.read_bytes())
+    # what a run would write into its folder
+    return folder / "c.yml", lambda path: json.dumps(vars(parse(["--config", str(path), *others])[0]), default=str)
 
 
-@sizes(25, 300)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_damaged_configs(tmp_path, preset, examples):
-    parse, file, others = PRESETS[preset]
-    content = file.read_bytes()
+def line(folder: Path, parse, words: str):
+    def use(path):
+        given = path.read_bytes().decode(errors="surrogateescape").replace("\0", "").split(" ")
+        json.dumps(vars(parse([word for word in given if word not in ("-h", "--help")])[0]), default=str)
 
-    @examples_of(examples)
-    @given(damage())
-    def check(harm):
-        (tmp_path / "c.yml").write_bytes(harm(content))
-        with survives():
-            args = parse(["--config", str(tmp_path / "c.yml"), *others])[0]
-            json.dumps(vars(args), default=str)  # what a run would write into its folder
-
-    check()
+    (folder / "line").write_text(words)
+    return folder / "line", use
 
 
-LINES = {
-    "sampling": (reconstruct.parse, ["--ni", "--config", "faces.yml", "--path_y", "faces", "--image_folder",
-                 "out", "--set", "Smiling=1", "--steps", "20", "--eta", "0.5", "--seed", "7", "--no-clip_x0"]),
-    "training": (train_celeba.read_command, ["--dataset_path", "data", "--is_forward_train", "--img_size", "64", "--lr",
-                 "1e-3", "--epoch", "2", "--batch_size", "8", "--mix_type", "cayley", "--checkpoint_dir", "out"]),
+DAMAGED = {  # of a folder, a file in it and what is done with that
+    "m.pth": lambda f: network(f, "m.pth"),
+    "m.safetensors": lambda f: network(f, "m.safetensors"),
+    "config.json": lambda f: network(f, "m.pth", "config.json"),
+    "converted pth": lambda f: converted(f, ".pth"),
+    "converted safetensors": lambda f: converted(f, ".safetensors"),
+    "state": training_state,
+    "annotations": annotations,
+    "logits": logits,
+    **{suffix: lambda f, suffix=suffix: image(f, suffix) for suffix in ("png", "jpg", "tiff")},
+    "sampling preset": lambda f: preset(f, reconstruct.parse, inputs.CONFIGS / "celeba_hq.yml", "--path_y", "x"),
+    "training preset": lambda f: preset(
+        f, train_celeba.read_command, reconstruct.ROOT / "configs" / "faces_64.yml", "--is_r_opt"
+    ),
+    "sampling line": lambda f: line(
+        f, reconstruct.parse, "--ni --config faces.yml --path_y faces --image_folder out --set Smiling=1 --steps 20 "
+        "--eta 0.5 --seed 7 --no-clip_x0",
+    ),
+    "training line": lambda f: line(
+        f, train_celeba.read_command, "--dataset_path data --is_forward_train --img_size 64 --lr 1e-3 --epoch 2 "
+        "--batch_size 8 --mix_type cayley --checkpoint_dir out",
+    ),
 }  # fmt: skip
 
 
 @sizes(30, 300)
-@pytest.mark.parametrize("command", LINES)
-def test_damaged_command_lines(command, examples):
-    parse, words = LINES[command]
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged_is_read_or_refused_in_one_line(tmp_path, name, examples):
+    path, use = DAMAGED[name](tmp_path)
+    content, refused = path.read_bytes(), 0
+    use(path)  # whole
 
     @examples_of(examples)
-    @given(damage(), st.permutations(range(len(words))), st.integers(0, 3))
-    def check(harm, order, swaps):
-        line = list(words)
-        for i, j in zip(order[:swaps], order[::-1], strict=False):
-            line[i], line[j] = line[j], line[i]
-        text = harm("\x1f".join(line).encode()).decode(errors="surrogateescape").replace("\0", "")
+    @given(damage())
+    def check(harm):
+        nonlocal refused
+        path.write_bytes(harm(content))
+        refused += 1
         with survives():
-            words_left = [word for word in text.split("\x1f") if word not in ("-h", "--help")]
-            json.dumps(vars(parse(words_left)[0]), default=str)
+            use(path)
+            refused -= 1
 
     check()
+    assert refused
 
 
 def test_this_file_notices_a_traceback_a_hang_and_a_long_message():

@@ -1,6 +1,5 @@
-"""Ways in from outside: an installed wheel, torch.hub, and systems without POSIX."""
+"""Ways in from outside: an installed wheel, and torch.hub."""
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -8,7 +7,6 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-POSIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios"}
 
 
 def run(code: str, cwd: Path) -> str:
@@ -42,12 +40,3 @@ again = torch.hub.load({str(ROOT)!r}, "spnn", {str(ROOT / "DDNM/exp/logs/faces")
 x = torch.randn(1, 3, 64, 64)
 print(len(model.notes["attributes"]), prior(x, 10).shape[-1], torch.equal(model(x), again(x)))"""
     assert run(code, tmp_path) == "40 64 True"
-
-
-def test_nothing_that_only_posix_has_is_imported_by_importing():
-    """At a module's top level; Windows itself is not tested on."""
-    for file in (*ROOT.glob("*.py"), *ROOT.glob("DDNM/**/*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
-            names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
-            assert not POSIX_ONLY & names, file
