@@ -13,7 +13,7 @@ Letters: B batch, T steps of a trajectory, N samples of a buffer, X the input sp
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +32,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # f(x) and y, both (B, ...), to one l
 
 
 def squared_error(output: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error of each sample, (B, ...), (B, ...) -> (B,). Raises ValueError where the shapes differ."""
+    """Mean squared error of each sample, (B, ...), (B, ...) -> (B,). Raises ValueError if the shapes differ."""
     if output.shape != y.shape:
         raise ValueError(f"squared_error: outputs {tuple(output.shape)} and goals {tuple(y.shape)} differ in shape")
     return (output - y).square().flatten(1).mean(1)
@@ -90,11 +90,11 @@ class Inversion:
 
     Attributes:
         x: (B, ...), the best input met on the way.
-        loss: (B,), its loss; infinite where not even the start has a finite one.
+        loss: (B,), its loss; infinite if not even the start has a finite one.
         best_step: (B,), the number of updates that made it; 0 is the start.
         curve: (T + 1, B), the loss after each number of updates. A sample that stopped repeats its best one.
         stopped: (B,), the step at which a loss or a gradient was not finite, where the sample's search ended; -1: none.
-        trajectory: (T + 1, B, ...), the input after each number of updates, where it was asked for.
+        trajectory: (T + 1, B, ...), the input after each number of updates, if it was asked for.
         z: (B, ...), with ``x = theta(z, x0)``, for an inversion through a landscape.
         state: what `invert` needs to go on from here with more steps.
     """
@@ -114,15 +114,25 @@ class Inversion:
         return [f"sample {i}: loss or gradient not finite at step {step}" for i, step in pairs if step >= 0]
 
 
-def _versions(f: Network) -> dict[str, int]:
-    """How often each tensor of a network was changed in place."""
-    tensors = [*f.named_parameters(), *f.named_buffers()] if isinstance(f, nn.Module) else []
-    return {name: t._version for name, t in tensors if not t.is_inference()}
+def _losses(loss: Loss, output: Tensor, y: Tensor) -> Tensor:
+    losses = loss(output, y)
+    if losses.shape != (len(y),):
+        raise ValueError(f"the loss must be one value per sample, ({len(y)},), got {tuple(losses.shape)}")
+    return losses
 
 
-def _check_gradient(losses: Tensor, x: Tensor) -> None:
-    """Refuse a batch in which the loss of one sample depends on another, whatever layer or closure makes it so."""
-    if len(x) > 1:
+def _checked_losses(f: Network, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
+    """The losses (B,) of f(x). Raises ValueError where f changes as it is run, or one's loss depends on another."""
+
+    def versions() -> dict[str, int]:  # how often each tensor was changed in place
+        tensors = [*f.named_parameters(), *f.named_buffers()] if isinstance(f, nn.Module) else []
+        return {name: t._version for name, t in tensors if not t.is_inference()}
+
+    before = versions()
+    losses = _losses(loss, f(x), y)
+    if changed := [name for name, version in versions().items() if version != before[name]]:
+        raise ValueError(f"invert: the network changes its {changed[0]} as it is run: call f.eval()")
+    if len(x) > 1:  # whatever layer or closure makes it so
         i = int(losses.detach().isfinite().long().argmax())
         (cross,) = torch.autograd.grad(losses[i], x, retain_graph=True)
         others = cross.nan_to_num(0.0, 0.0, 0.0).flatten(1).any(1)
@@ -132,18 +142,34 @@ def _check_gradient(losses: Tensor, x: Tensor) -> None:
                 f"invert: the network mixes the samples of a batch, the loss of sample {i} depends on sample "
                 f"{int(others.long().argmax())}: put its norms in eval mode, or invert one sample at a time"
             )
-
-
-def _losses(loss: Loss, output: Tensor, y: Tensor) -> Tensor:
-    losses = loss(output, y)
-    if losses.shape != (len(y),):
-        raise ValueError(f"the loss must be one value per sample, ({len(y)},), got {tuple(losses.shape)}")
     return losses
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     """(B,) shaped to broadcast over ``like``, (B, ...)."""
     return values.view(-1, *[1] * (like.dim() - 1))
+
+
+class _Best:
+    """The best of each sample's search, and its losses; attributes as in `Inversion`, the curve as a list of rows."""
+
+    def __init__(self, x: Tensor, state: Mapping[str, Tensor] | None) -> None:
+        if state is None:
+            losses, steps = x.new_full((len(x),), math.inf), torch.zeros(len(x), dtype=torch.long, device=x.device)
+            state = {"best": x, "loss": losses, "best_step": steps, "stopped": steps - 1, "curve": losses[None]}
+        self.x, self.loss, self.best_step = state["best"], state["loss"], state["best_step"]
+        self.stopped, self.curve = state["stopped"], [*state["curve"][:-1]]  # where it ended is evaluated once more
+
+    def note(self, step: int, x: Tensor, losses: Tensor, norm: Tensor) -> Tensor:
+        """Take a step's x (B, ...), losses and norms of gradients (B,) down; which searches go on, (B,)."""
+        alive = (self.stopped < 0) & losses.isfinite()
+        better = alive & (losses < self.loss)
+        self.x = torch.where(_per_sample(better, x), x, self.x)
+        self.loss, self.best_step = torch.where(better, losses, self.loss), self.best_step.masked_fill(better, step)
+        alive &= norm.isfinite()
+        self.stopped = torch.where((self.stopped < 0) & ~alive, step, self.stopped)
+        self.curve.append(torch.where(alive, losses, self.loss))
+        return alive
 
 
 def invert(
@@ -163,11 +189,9 @@ def invert(
 
     Args:
         f: a differentiable network, (B, ...) -> (B, ...), in eval mode. Its weights gather no gradients.
-        y: wanted outputs, (B, ...).
-        x0: where to start, (B, ...).
+        y, x0: wanted outputs and where to start, (B, ...).
         loss: of f(x) and y, one value per sample.
         steps: T, updates of x. There are T + 1 evaluations of f.
-        lr: of Adam.
         clip: largest norm of a sample's gradient; None: no limit.
         bounds: range that every element of x is kept in, the start included; None: no limit.
         on_step: called with the number of updates made so far.
@@ -177,74 +201,43 @@ def invert(
         See `Inversion`. A sample whose loss or gradient is not finite stops there and keeps its best.
 
     Raises:
-        ValueError: settings out of range, a loss that is not one value per sample, a network that changes as it is run,
-            or that mixes the samples: then one's result would depend on the others.
+        ValueError: a loss that is not one value per sample, or a network that changes as it is run, or that mixes the
+            samples: then one's result would depend on the others.
     """
-    if steps < 0 or not lr > 0 or clip is not None and not clip > 0:
-        raise ValueError(f"invert: steps {steps} must be at least 0, lr {lr} and clip {clip} above 0")
-    if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"invert: bounds {bounds} are no range")
-    if len(y) != len(x0):
-        raise ValueError(f"invert: {len(y)} outputs for {len(x0)} starts")
-    if not x0.is_floating_point():
-        raise ValueError(f"invert: x0 must be floating point, got {x0.dtype}")
     with torch.inference_mode(False), torch.enable_grad():
         # clones: tensors made in inference mode could not take part in a graph
-        y, x = y.detach().clone(), x0.detach().clone()
-        if bounds is not None:
-            x = x.clamp(*bounds)
-        x.requires_grad_()
-        optimiser = torch.optim.Adam([x], lr=lr)
-        batch = len(x)
-        best, best_loss = x.detach().clone(), torch.full((batch,), math.inf, dtype=x.dtype, device=x.device)
-        best_step = torch.zeros(batch, dtype=torch.long, device=x.device)
-        stopped = torch.full_like(best_step, -1)
-        curve, trajectory, first = [], [], 0
-        if state is not None:
-            s = {name: tensor.to(x.device, copy=True) for name, tensor in state.items()}
-            x.data, best, best_loss, best_step, stopped = s["x"], s["best"], s["loss"], s["best_step"], s["stopped"]
-            first, curve = len(s["curve"]) - 1, [*s["curve"][:-1]]  # where it ended is evaluated once more
-            if first > 0:
-                moments = {"exp_avg": s["exp_avg"], "exp_avg_sq": s["exp_avg_sq"], "step": torch.tensor(float(first))}
-                optimiser.state[x] = moments
+        state = None if state is None else {name: tensor.to(x0.device, copy=True) for name, tensor in state.items()}
+        y, x = y.detach().clone(), x0.detach().clone() if state is None else state["x"]
+        x = (x if bounds is None else x.clamp(*bounds)).requires_grad_()
+        optimiser, best, trajectory = torch.optim.Adam([x], lr=lr), _Best(x.detach().clone(), state), []
+        first = len(best.curve)
+        if first:
+            moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[x] = {**moments, "step": torch.tensor(float(first))}
         for step in range(first, steps + 1):
-            versions = _versions(f) if step == first else None
-            losses = _losses(loss, f(x), y)
-            if step == first and steps > first:
-                if changed := [name for name, version in _versions(f).items() if version != versions[name]]:
-                    raise ValueError(f"invert: the network changes its {changed[0]} as it is run: call f.eval()")
-                _check_gradient(losses, x)
-            value = losses.detach()
-            alive = (stopped < 0) & value.isfinite()
-            better = alive & (value < best_loss)
-            best = torch.where(_per_sample(better, best), x.detach(), best)
-            best_loss, best_step = torch.where(better, value, best_loss), best_step.masked_fill(better, step)
-            if step < steps:
-                (gradient,) = torch.autograd.grad(losses.sum(), x)
-                norm = gradient.flatten(1).norm(dim=1) if batch else value
-                alive &= norm.isfinite()
-            stopped = torch.where((stopped < 0) & ~alive, step, stopped)
-            curve.append(torch.where(alive, value, best_loss))
+            losses = _checked_losses(f, x, y, loss) if step == first < steps else _losses(loss, f(x), y)
+            gradient = torch.autograd.grad(losses.sum(), x)[0] if step < steps else torch.zeros_like(x)
+            norm = gradient.flatten(1).norm(dim=1)
+            alive = best.note(step, x.detach(), losses.detach(), norm)
             if keep_trajectory:
-                trajectory.append(torch.where(_per_sample(alive, best), x.detach(), best))
+                trajectory.append(torch.where(_per_sample(alive, x), x.detach(), best.x))
             if step == steps:
                 break
             if clip is not None:
                 gradient = gradient * _per_sample((clip / norm.clamp_min(1e-12)).clamp_max(1.0), gradient)
-            x.grad = torch.where(_per_sample(alive, gradient), gradient, 0.0)  # NaN would stay in Adam's moments
+            x.grad = torch.where(_per_sample(alive, x), gradient, 0.0)  # NaN would stay in Adam's moments
             optimiser.step()
             with torch.no_grad():
                 if bounds is not None:
                     x.clamp_(*bounds)
-                x.copy_(torch.where(_per_sample(alive, x), x, best))
+                x.copy_(torch.where(_per_sample(alive, x), x, best.x))
             if on_step is not None:
                 on_step(step + 1)
-        rows = torch.stack(curve)
-        ended = {"x": x.detach(), "best": best, "loss": best_loss, "best_step": best_step, "stopped": stopped}
-        ended |= {"curve": rows, **{name: optimiser.state[x][name] for name in ("exp_avg", "exp_avg_sq") if steps}}
-    return Inversion(
-        best, best_loss, best_step, rows, stopped, torch.stack(trajectory) if keep_trajectory else None, state=ended
-    )
+    ended = {"x": x.detach(), "best": best.x, "loss": best.loss, "best_step": best.best_step, "stopped": best.stopped}
+    ended |= {"curve": torch.stack(best.curve)}
+    ended |= {name: optimiser.state[x][name] for name in ("exp_avg", "exp_avg_sq") if steps}
+    path = torch.stack(trajectory) if keep_trajectory else None
+    return Inversion(best.x, best.loss, best.best_step, ended["curve"], best.stopped, path, state=ended)
 
 
 # --- Landscape learning ----------------------------------------------------------------------------------------------
@@ -276,8 +269,8 @@ class MappingNet(nn.Module):
         super().__init__()
         if len(shape) not in (1, 3) or min(shape) < 1:
             raise ValueError(f"MappingNet: expected the shape of a vector (D,) or an image (C, H, W), got {shape}")
-        if width < 1 or not scale > 0 or bounds is not None and not bounds[0] < bounds[1]:
-            raise ValueError(f"MappingNet: width {width} and scale {scale} must be positive, bounds {bounds} a range")
+        if width < 1 or not scale > 0:
+            raise ValueError(f"MappingNet: width {width} and scale {scale} must be positive")
         self.shape, self.width, self.scale = tuple(shape), width, float(scale)
         self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         if len(shape) == 1:
@@ -372,6 +365,27 @@ def collect(theta: nn.Module, f: Network, y: Tensor, x0: Tensor, loss: Loss = sq
     return Buffer(found.trajectory[:, whole], x0[whole], y[whole], start, end)
 
 
+def fit(
+    theta: nn.Module, f: Network, optimizer: torch.optim.Optimizer, loss: Loss,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+) -> float:  # fmt: skip
+    """An update of theta for each batch (z, x0, y) of a buffer; the mean loss. Raises InputError: none is finite."""
+    total, seen = 0.0, 0
+    for z, x0, y in batches:
+        losses = _losses(loss, f(theta(z, x0)), y)
+        finite = losses.isfinite()
+        if finite.any():
+            optimizer.zero_grad(set_to_none=True)
+            losses[finite].mean().backward()
+            norm = nn.utils.clip_grad_norm_(theta.parameters(), math.inf)
+            if norm.isfinite():  # one point's gradient may overflow where its loss does not
+                optimizer.step()
+                total, seen = total + losses[finite].sum().item(), seen + int(finite.sum())
+    if not seen:
+        raise InputError("landscape: no loss of a buffer is finite; lower the learning rate")
+    return total / seen
+
+
 def train_mapping(
     theta: nn.Module,
     f: Network,
@@ -424,34 +438,14 @@ def train_mapping(
         buffer = collect(theta, f, y, x0, loss, steps=steps, lr=z_lr, clip=clip)
         theta.train().requires_grad_(True)
         count = updates if updates is not None else max(1, math.ceil((steps + 1) * len(buffer.y) / batch_size))
-        total, seen = 0.0, 0
-        for z, x0, y in buffer.batches(batch_size, count, generator):
-            losses = _losses(loss, f(theta(z, x0)), y)
-            finite = losses.isfinite()
-            if finite.any():
-                optimizer.zero_grad(set_to_none=True)
-                losses[finite].mean().backward()
-                norm = nn.utils.clip_grad_norm_(theta.parameters(), math.inf)
-                if norm.isfinite():  # one point's gradient may overflow where its loss does not
-                    optimizer.step()
-                    total, seen = total + losses[finite].sum().item(), seen + int(finite.sum())
-        if not seen:
-            raise InputError("landscape: no loss of a buffer is finite; lower the learning rate")
-        row = {"loss": total / seen, "start_loss": buffer.start, "end_loss": buffer.end}
+        row = {"loss": fit(theta, f, optimizer, loss, buffer.batches(batch_size, count, generator))}
+        row |= {"start_loss": buffer.start, "end_loss": buffer.end}
         return {name: torch.tensor(value) for name, value in row.items()}
 
-    loop = Loop(
-        Run(None, next(theta.parameters()).device) if run is None else run,
-        "",
-        step=turn,
-        batches=lambda done: itertools.repeat(((), ())),
-        steps=buffers,
-        row_every=1,
-        parts={"model": theta, "optimizer": optimizer},
-        rate=lambda done, progress: lr,
-        axis="step",
-        saved=lambda goes_on: saved(loop),
-    )
+    run = run if run is not None else Run(None, next(theta.parameters()).device)
+    loop = Loop(run, "", turn, lambda done: itertools.repeat(((), ())), buffers, row_every=1,
+                parts={"model": theta, "optimizer": optimizer}, rate=lambda done, progress: lr, axis="step",
+                saved=lambda goes_on: saved(loop))  # fmt: skip
     loop.train()
     theta.eval().requires_grad_(False)
     return [{name: float(value) for name, value in row.items()} for row in loop.rows]

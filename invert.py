@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -312,7 +313,11 @@ def format_table(rows: Sequence[Mapping], first: str = "method", columns: Mappin
     def cell(row: Mapping, key: str) -> str:
         value, low, high = (None if row.get(k) is None else float(row[k]) for k in (key, f"{key}_low", f"{key}_high"))
         form = columns[key][1]
-        return "-" if value is None else f"{value:{form}}" + (f" ({low:{form}} to {high:{form}})" if low else "")
+        return (
+            "-"
+            if value is None
+            else f"{value:{form}}" + (f" ({low:{form}} to {high:{form}})" if low is not None else "")
+        )
 
     used = [key for key in columns if any(row.get(key) is not None for row in rows)]
     lines = [f"| {first} | " + " | ".join(columns[key][0] for key in used) + " |", "|---" * (len(used) + 1) + "|"]
@@ -380,67 +385,56 @@ class Evaluation:
             f, x0 = target.f, self.problems.x0
             label = f"{target.name.partition(' ')[2]}, " if isinstance(f, Latents) else ""
             x0 = x0 if x0 is not None else starts(target, self.problems.y, self.s, self.loss, self.device)
-            yield Method(f, x0, self.once(f"{label}start", lambda y, x: x))
-            for name, closed in target.closed_form.items():
-                yield Method(f, x0, self.once(name, closed))
+            yield Method(f, x0, partial(self.closed, f"{label}start", lambda y, x: x))
+            yield from (Method(f, x0, partial(self.closed, *form)) for form in target.closed_form.items())
             if target is self.target:
-                for name, closed in spnn_beside(target, self.s, self.device).items():
-                    yield Method(nn.Identity(), x0, self.once(name, closed))
-            yield Method(f, x0, self.plain(number, label, bar))
+                beside = spnn_beside(target, self.s, self.device)
+                yield from (Method(nn.Identity(), x0, partial(self.closed, *form)) for form in beside.items())
+            yield Method(f, x0, partial(self.plain, number, label, bar))
         for name, (theta, notes) in thetas.items():
-            yield Method(f, x0, self.through(f"{label}{name}", theta, notes["settings"], bar))
+            yield Method(f, x0, partial(self.through, f"{label}{name}", theta, notes["settings"], bar))
 
-    def once(self, name: str, closed: Callable[[Tensor, Tensor], Tensor]):
+    def closed(self, name: str, form: Callable, y: Tensor, x0: Tensor, batch: slice) -> Iterator[tuple[str, Found]]:
         """A closed form."""
+        began = clock(self.device)
+        with torch.no_grad():
+            x = form(y, x0)
+        yield name, Found(x, clock(self.device) - began)
 
-        def run(y: Tensor, x0: Tensor, batch: slice) -> Iterator[tuple[str, Found]]:
-            began = clock(self.device)
-            with torch.no_grad():
-                x = closed(y, x0)
-            yield name, Found(x, clock(self.device) - began)
-
-        return run
-
-    def plain(self, number: int, label: str, bar: tqdm):
+    def plain(
+        self, number: int, label: str, bar: tqdm, y: Tensor, x0: Tensor, batch: slice
+    ) -> Iterator[tuple[str, Found]]:
         """Optimisation: one search, of which the best is kept at each of ``--steps``, and from which it goes on."""
-        target, s = self.targets[number], self.s
+        file = self.s.out / SEARCHES / f"{number}_{batch.start}.safetensors"
+        tensors, notes = read_tensors(file) if file.is_file() else ({}, {})
+        if notes.get("names") != self.problems.names:
+            tensors, notes = {}, {"names": self.problems.names, "spent": 0.0}
+        kept = {name: tensor for name, tensor in tensors.items() if name.startswith("x at ")}
+        state = {name: tensor for name, tensor in tensors.items() if name not in kept} or None
+        bar.update(len(state["curve"]) - 1 if state else 0)
+        for steps in sorted(set(self.own.steps)):
+            at = f"x at {steps}"
+            parts = descend(self.targets[number], y, x0, self.loss, self.s, steps, self.own.save_steps, state, bar)
+            for found, seconds in parts if at not in kept else ():
+                state = found.state
+                notes["spent"] += seconds
+                if len(found.curve) > steps:
+                    kept[at], notes[at] = found.x, notes["spent"]
+                save_tensors(file, {**state, **kept}, notes)
+                self.run.stop_if_asked()
+            curve, stopped = state["curve"][: steps + 1], state["stopped"]
+            ended = torch.where(stopped <= steps, stopped, -1)
+            yield f"{label}optimisation, {steps} steps", Found(kept[at].to(y), notes[at], curve, ended)
 
-        def run(y: Tensor, x0: Tensor, batch: slice) -> Iterator[tuple[str, Found]]:
-            file = s.out / SEARCHES / f"{number}_{batch.start}.safetensors"
-            tensors, notes = read_tensors(file) if file.is_file() else ({}, {})
-            if notes.get("names") != self.problems.names:
-                tensors, notes = {}, {"names": self.problems.names, "spent": 0.0}
-            kept = {name: tensor for name, tensor in tensors.items() if name.startswith("x at ")}
-            state = {name: tensor for name, tensor in tensors.items() if name not in kept} or None
-            bar.update(len(state["curve"]) - 1 if state else 0)
-            for steps in sorted(set(self.own.steps)):
-                at = f"x at {steps}"
-                if at not in kept:
-                    for found, seconds in descend(target, y, x0, self.loss, s, steps, self.own.save_steps, state, bar):
-                        state = found.state
-                        notes["spent"] += seconds
-                        if len(found.curve) > steps:
-                            kept[at], notes[at] = found.x, notes["spent"]
-                        save_tensors(file, {**state, **kept}, notes)
-                        self.run.stop_if_asked()
-                curve, stopped = state["curve"][: steps + 1], state["stopped"]
-                ended = torch.where(stopped <= steps, stopped, -1)
-                yield f"{label}optimisation, {steps} steps", Found(kept[at].to(y), notes[at], curve, ended)
-
-        return run
-
-    def through(self, name: str, theta: MappingNet, trained: dict, bar: tqdm):
+    def through(
+        self, name: str, theta: MappingNet, trained: dict, bar: tqdm, y: Tensor, x0: Tensor, batch: slice
+    ) -> Iterator[tuple[str, Found]]:
         """A landscape, with the steps that it was trained for."""
-        lr, clip, steps = float(trained["z_lr"]), float(trained["clip"]), self.own.theta_steps
-
-        def run(y: Tensor, x0: Tensor, batch: slice) -> Iterator[tuple[str, Found]]:
-            began = clock(self.device)
-            seed_everything(self.s.seed)
-            found = invert_through(theta, self.target.f, y, x0, self.loss, steps=steps, lr=lr, clip=clip,
-                                   on_step=lambda _: bar.update())  # fmt: skip
-            yield f"{name}, {steps} steps", Found(found.x, clock(self.device) - began, found.curve, found.stopped)
-
-        return run
+        seed_everything(self.s.seed)
+        began, steps = clock(self.device), self.own.theta_steps
+        found = invert_through(theta, self.target.f, y, x0, self.loss, steps=steps, lr=float(trained["z_lr"]),
+                               clip=float(trained["clip"]), on_step=lambda _: bar.update())  # fmt: skip
+        yield f"{name}, {steps} steps", Found(found.x, clock(self.device) - began, found.curve, found.stopped)
 
     def measured(self, method: Method, judge: nn.Module | None) -> Iterator[tuple[str, Found, Tensor, dict]]:
         """Names with what a method found for all problems, f of it, and the figures of each sample."""
@@ -470,7 +464,7 @@ class Evaluation:
             found["picture_error"] = (rounded - y).abs().flatten(1).mean(1)
         if target.to_image:
             found |= picture_figures(shown, y, s, self.device)
-        elif x.shape == x0.shape:
+        else:
             found["distance"] = (x - x0).square().flatten(1).mean(1).sqrt()
         if judge is not None:
             said, wanted = (outputs(judge, i, s.batch_size, self.device) for i in (shown, self.problems.wanted))
