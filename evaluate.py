@@ -306,7 +306,9 @@ def bootstrap(of: Callable[[Tensor], float], count: int, draws: int = DRAWS) -> 
 
 def mean_of(values: Tensor) -> Figure:
     """The mean over images of one figure of each, (N,)."""
-    return bootstrap(lambda i: values[i].double().mean().item(), len(values))
+    drawn = torch.randint(len(values), (DRAWS, len(values)), generator=torch.Generator().manual_seed(0))
+    means, ends = values.double()[drawn].mean(1).float().double(), torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return values.double().mean().item(), *means.nanquantile(ends).tolist()  # as `bootstrap`, without its loop
 
 
 def halves(of: Callable[[Tensor], float], count: int, draws: int = 50) -> Figure:
