@@ -93,8 +93,29 @@ def test_the_experiment_runs(tmp_path, capsys, monkeypatch):
         load_networks(NetworkSettings(spnn=str(weights), prior=str(prior)), {}, torch.device("cpu"))
 
 
-def test_a_step_of_back_projection_reaches_the_map():
+def test_the_nearest_logits_that_say_a_map():
+    """A projection on a convex set: no point of it is on the far side of the plane through the nearest one."""
+    y, classes = random((2, 19, 4, 4), seed=0, scale=3), maps(2, 4, 4)
+
+    def lead(logits):
+        others = logits.scatter(1, classes[:, None], -torch.inf).amax(1)
+        return logits.gather(1, classes[:, None])[:, 0] - others
+
+    nearest = segmentation.leading(y, classes)
+    torch.testing.assert_close(lead(nearest).clamp(max=2), torch.full((2, 4, 4), 2.0, dtype=y.dtype))
+    torch.testing.assert_close(segmentation.leading(nearest, classes), nearest)
+    for seed in range(1, 6):
+        inside = random(y.shape, seed=seed, scale=3)
+        inside.scatter_(1, classes[:, None], inside.amax(1, keepdim=True) + 2)
+        assert ((y - nearest) * (inside - nearest)).sum(1).max() < 1e-9
+
+
+def test_a_step_of_back_projection_reaches_the_map_and_moves_no_more_than_it_must():
     operator = segmentation.ClassOperator(build((3, 16, 24), (19, 4, 6), 8).double())
     x, y = random((2, 3, 16, 24), seed=0), segmentation.logits_of(maps(2, 4, 6)).double()
     moved = operator.back_project(x, y)
-    assert (operator.A(moved).argmax(1) == y.argmax(1)).all() and operator.distance(operator.A(moved), y).max() < 1e-9
+    torch.testing.assert_close(operator.A(moved), segmentation.leading(operator.A(x), y.argmax(1)))
+    assert (operator.A(moved).argmax(1) == y.argmax(1)).all()
+    torch.testing.assert_close(operator.back_project(moved, y), moved)
+    exactly = operator.model.back_project(x, y)
+    assert (moved - x).norm() < (exactly - x).norm()
