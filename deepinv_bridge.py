@@ -137,11 +137,16 @@ def as_physics(operator, **settings) -> Physics:
 class PhysicsOperator(LinearOperator):
     """A linear physics, which is affine on images in [-1, 1]."""
 
-    def __init__(self, physics: LinearPhysics, in_shape: Shape, out_shape: Shape) -> None:
-        self.physics = physics
-        super().__init__(
-            lambda x: physics.A(_to_unit(x)), lambda y: _from_unit(physics.A_dagger(y)), in_shape, out_shape
-        )
+    gain = None
+
+    def __init__(self, physics: Physics, in_shape: Shape, out_shape: Shape) -> None:
+        self.physics, self.in_shape, self.out_shape = physics, in_shape, out_shape
+
+    def A(self, x: Tensor) -> Tensor:
+        return self.physics.A(_to_unit(x))
+
+    def pinv(self, y: Tensor) -> Tensor:
+        return _from_unit(self.physics.A_dagger(y))
 
 
 class IterativeOperator(SquaredError):
@@ -150,11 +155,7 @@ class IterativeOperator(SquaredError):
     ``pinv`` begins with grey, back-projection with the image it moves.
     """
 
-    def __init__(self, physics: Physics, in_shape: Shape, out_shape: Shape) -> None:
-        self.physics, self.in_shape, self.out_shape = physics, in_shape, out_shape
-
-    def A(self, x: Tensor) -> Tensor:
-        return self.physics.A(_to_unit(x))
+    __init__, A = PhysicsOperator.__init__, PhysicsOperator.A
 
     def pinv(self, y: Tensor) -> Tensor:
         return self.nearest(y, y.new_zeros(len(y), *self.in_shape))
@@ -188,7 +189,7 @@ def from_physics(physics: Physics, in_shape: Shape) -> Operator:
     try:
         y = physics.A(grey)
         back = physics.A_dagger(y) if isinstance(physics, LinearPhysics) else grey
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{name} does not take images of shape {in_shape}: {error}") from None
     if not isinstance(y, Tensor) or back.shape != grey.shape:
         found = tuple(back.shape[1:]) if isinstance(y, Tensor) else f"{len(y)} measurements"
@@ -207,9 +208,13 @@ def from_physics(physics: Physics, in_shape: Shape) -> Operator:
 
 
 class PriorDenoiser(Denoiser):
-    """The clean images that a diffusion prior sees, ``D(x, sigma)`` for images and noise of the range [0, 1].
+    """A prior of here, `DDNM.guided_diffusion.prior.Prior` say, as a ``deepinv.models.Denoiser``.
 
-    The noise level asked for becomes the nearest step of the prior's schedule.
+    ``D(x, sigma)`` are the clean images that the prior sees, for images and noise of the range [0, 1]. The noise level
+    asked for becomes the nearest step of the prior's schedule.
+
+    Args:
+        clip: keep what is denoised in the range of images.
     """
 
     def __init__(self, prior: nn.Module, clip: bool = True) -> None:
@@ -228,19 +233,15 @@ class PriorDenoiser(Denoiser):
         return _to_unit(x0.clamp(-1, 1) if self.clip else x0)
 
 
-def as_denoiser(prior: nn.Module, clip: bool = True) -> Denoiser:
-    """A prior of here, `DDNM.guided_diffusion.prior.Prior` say, as a ``deepinv.models.Denoiser``.
-
-    Args:
-        clip: keep what is denoised in the range of images.
-    """
-    return PriorDenoiser(prior, clip)
-
-
 class DenoiserPrior(nn.Module):
-    """``eps(x_t, t) = (x_t / sqrt(abar_t) - D) / sigma_t``, D the denoiser's image, ``sigma_t^2 = 1 / abar_t - 1``."""
+    """A deepinv denoiser of images in [0, 1] as a prior for `DDNM.guided_diffusion.diffusion.sample`.
 
-    def __init__(self, denoiser: nn.Module, image_size: int, schedule: Schedule) -> None:
+    ``eps(x_t, t) = (x_t / sqrt(abar_t) - D) / sigma_t``, D the denoiser's image, ``sigma_t^2 = 1 / abar_t - 1``. It is
+    asked for all noise levels of the schedule, up to sigma 79: one that was trained on small ones only does not know
+    what to do with those.
+    """
+
+    def __init__(self, denoiser: nn.Module, image_size: int, schedule: Schedule = Schedule()) -> None:  # noqa: B008
         super().__init__()
         self.denoiser, self.image_size, self.schedule = denoiser, image_size, schedule
 
@@ -250,10 +251,4 @@ class DenoiserPrior(nn.Module):
         return (noisy - _from_unit(self.denoiser(_to_unit(noisy), sigma.flatten() / 2))) / sigma
 
 
-def as_prior(denoiser: nn.Module, image_size: int, schedule: Schedule = Schedule()) -> DenoiserPrior:  # noqa: B008
-    """A deepinv denoiser of images in [0, 1] as a prior for `DDNM.guided_diffusion.diffusion.sample`.
-
-    It is asked for all noise levels of the schedule, up to sigma 79: one that was trained on small ones only does not
-    know what to do with those.
-    """
-    return DenoiserPrior(denoiser, image_size, schedule)
+as_denoiser, as_prior = PriorDenoiser, DenoiserPrior

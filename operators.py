@@ -152,8 +152,8 @@ class Shifted:
         self.x, self.y, self.direction = x, y, direction
 
     def __call__(self, strength: float | Tensor, images=slice(None)) -> Tensor:
-        if isinstance(strength, Tensor) and strength.ndim:
-            strength = strength.view(-1, *[1] * (self.x.ndim - 1))
+        if isinstance(strength, Tensor):
+            strength = strength.to(self.x).view(-1, *[1] * (self.x.ndim - 1))
         return self.x[images] + strength * self.direction[images]
 
 
@@ -201,14 +201,35 @@ class LinearBlock(Surjection):
     """A fixed orthogonal change of coordinates, some of which are kept: ``y = scale u0``, ``z = u1``, natural is z = 0.
 
     So ``A A^T = scale^2 I`` and g' is the Moore-Penrose inverse of A. A chain's is too: ``(A B)+ = B+ A+`` if the rows
-    of B are orthogonal to each other and of one length.
+    of B are orthogonal to each other and of one length. In float64, as mixing.
 
     Attributes:
-        dropped: entries of z along the dimension in which they were dropped.
+        dim: in which the last ``dropped`` coordinates are z.
     """
 
     scale = 1.0
+    dim = 1
     dropped: int
+
+    def turned(self, x: Tensor) -> Tensor:
+        """u, the coordinates of x, (B, ...)."""
+        raise NotImplementedError
+
+    def back(self, u: Tensor) -> Tensor:
+        """x, of its coordinates."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        u = self.turned(exact(x)).to(at_least_float32(x).dtype)
+        y, z = u.split([u.shape[self.dim] - self.dropped, self.dropped], self.dim)
+        return (self.scale * y, z) if return_latent else self.scale * y
+
+    def natural_latent(self, y: Tensor) -> Tensor:
+        return y.new_zeros([*y.shape[: self.dim], self.dropped, *y.shape[self.dim + 1 :]])
+
+    def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
+        z = self.natural_latent(y) if latent is None else latent
+        return self.back(torch.cat([exact(y) / self.scale, exact(z)], self.dim)).to(at_least_float32(y).dtype)
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, z = self(x, True)
@@ -216,7 +237,7 @@ class LinearBlock(Surjection):
 
 
 class Weights(LinearBlock):
-    """Weighted sums of the channels, (B, C, H, W) -> (B, k, H, W). In float64, as mixing.
+    """Weighted sums of the channels, (B, C, H, W) -> (B, k, H, W).
 
     Args:
         rows: A, (k, C): k < C rows, orthogonal to each other and of one length, which is ``scale``.
@@ -236,21 +257,11 @@ class Weights(LinearBlock):
             raise ValueError(f"takes images of shape ({c}, H, W), got {tuple(shape)}")
         return c - self.dropped, *shape[1:]
 
-    def _turned(self, x: Tensor, w: Tensor) -> Tensor:
-        return F.linear(x.movedim(1, -1), w.to(x.dtype).to(x.device)).movedim(-1, 1)
+    def turned(self, x: Tensor) -> Tensor:
+        return F.linear(x.movedim(1, -1), self.w.to(x)).movedim(-1, 1)  # (B, C, H, W)
 
-    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        u = self._turned(exact(x), self.w).to(at_least_float32(x).dtype)  # (B, C, H, W)
-        y, z = self.scale * u[:, : -self.dropped], u[:, -self.dropped :]  # (B, k, H, W), (B, C - k, H, W)
-        return (y, z) if return_latent else y
-
-    def natural_latent(self, y: Tensor) -> Tensor:
-        return y.new_zeros(len(y), self.dropped, *y.shape[2:])
-
-    def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
-        z = self.natural_latent(y) if latent is None else latent
-        u = torch.cat([exact(y) / self.scale, exact(z)], dim=1)
-        return self._turned(u, self.w.T).to(at_least_float32(y).dtype)  # (B, C, H, W)
+    def back(self, u: Tensor) -> Tensor:
+        return F.linear(u.movedim(1, -1), self.w.T.to(u)).movedim(-1, 1)
 
 
 class KnownPixels(LinearBlock):
@@ -259,6 +270,8 @@ class KnownPixels(LinearBlock):
     Args:
         mask: (H, W), true for the K pixels that are known. Some must be, and some not.
     """
+
+    dim = 2
 
     def __init__(self, mask: Sequence[Sequence[bool]]):
         super().__init__()
@@ -274,18 +287,11 @@ class KnownPixels(LinearBlock):
             raise ValueError(f"the mask is {sizes[0]}, the images it would cover are {sizes[1]} (height x width)")
         return shape[0], len(self.order) - self.dropped, 1
 
-    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        u = x.flatten(2)[:, :, self.order.to(x.device), None]  # (B, C, H W, 1)
-        y, z = u[:, :, : -self.dropped], u[:, :, -self.dropped :]
-        return (y, z) if return_latent else y
+    def turned(self, x: Tensor) -> Tensor:
+        return x.flatten(2)[:, :, self.order.to(x.device), None]  # (B, C, H W, 1)
 
-    def natural_latent(self, y: Tensor) -> Tensor:
-        return y.new_zeros(*y.shape[:2], self.dropped, 1)
-
-    def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
-        z = self.natural_latent(y) if latent is None else latent
-        u = torch.cat([y, z], dim=2)[:, :, torch.argsort(self.order).to(y.device)]  # (B, C, H W, 1)
-        return u.view(*y.shape[:2], *self.size)
+    def back(self, u: Tensor) -> Tensor:
+        return u[:, :, torch.argsort(self.order).to(u.device)].view(*u.shape[:2], *self.size)
 
 
 class LinearChain(LinearOperator):

@@ -1,5 +1,6 @@
 """deepinv in both directions; skipped without it (pip install -r requirements-deepinv.txt)."""
 
+import copy
 import subprocess
 import sys
 from functools import partial
@@ -12,7 +13,7 @@ from test_diffusion import CPU, SCHEDULE, gaussian_prior, images, tiny_spnn
 
 pytest.importorskip("deepinv", reason="needs deepinv: pip install -r requirements-deepinv.txt")
 import deepinv  # noqa: E402
-from deepinv.physics import BlurFFT, Decolorize, Demosaicing, Downsampling, Inpainting, LinearPhysics, Physics  # noqa: E402
+from deepinv.physics import BlurFFT, Decolorize, Demosaicing, Downsampling, Haze, Inpainting, LinearPhysics, Physics  # noqa: E402
 
 from DDNM.guided_diffusion.diffusion import image_generator, sample  # noqa: E402
 from DDNM.guided_diffusion.guidance import NLBP, Linear  # noqa: E402
@@ -138,6 +139,14 @@ def test_a_linear_physics_is_back_projected_by_its_pseudo_inverse(build):
 
 
 @torch.no_grad()
+def test_a_copy_has_a_physics_of_its_own():
+    operator = from_physics(Inpainting(SHAPE, MASK.float()), SHAPE)
+    other, x = copy.deepcopy(operator), double(1, *SHAPE).float()
+    other.physics.mask.zero_()
+    assert other.A(x).abs().max() == 0 < operator.A(x).abs().max()
+
+
+@torch.no_grad()
 def test_the_sampler_keeps_what_a_physics_measured():
     physics = Demosaicing((3, 8, 8))
     operator, y = from_physics(physics, (3, 8, 8)), physics((images(2, seed=3) * 0.3 + 1) / 2)
@@ -170,6 +179,7 @@ def test_a_non_linear_physics_is_inverted_by_iteration_and_says_so():
         (lambda: Demosaicing((3, 8, 8)), r"Demosaicing measures images of shape \(3, 8, 8\), these have \(3, 8, 12\)"),
         (lambda: Inpainting((3, 8, 12), torch.ones(3, 8, 6)), r"Inpainting does not take images of shape \(3, 8, 12\)"),
         (lambda: Decolorize(channels=4), r"Decolorize does not take images of shape \(3, 8, 12\)"),
+        (Haze, r"Haze does not take images of shape \(3, 8, 12\)"),  # it takes two more pictures
     ],
 )
 def test_a_physics_of_other_images_is_refused(build, said):

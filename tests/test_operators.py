@@ -1,6 +1,8 @@
 """The operator interface: its laws for a network and for a matrix, and the case in which the two are one."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -248,6 +250,37 @@ def test_float32_measures_to_rounding_whatever_surrounds_it(linear):
         moved = linear.back_project(x, y)
     assert moved.dtype == torch.float32
     torch.testing.assert_close(linear.A(moved), y, rtol=0, atol=4e-6)
+
+
+def test_operators_are_copied_pickled_and_transformed(operator):
+    x, y = points(operator, 2)
+    with torch.no_grad():
+        expected = operator.back_project(x, y)
+        for other in (copy.deepcopy(operator), pickle.loads(pickle.dumps(operator))):
+            assert torch.equal(other.back_project(x, y), expected)
+        alone = torch.vmap(lambda x, y: operator.back_project(x[None], y[None])[0])(x, y)
+        torch.testing.assert_close(alone, expected)
+        half = operator.back_project(x.bfloat16(), y.bfloat16(), torch.tensor([1.0, 0.5], dtype=torch.float64))
+        assert half.isfinite().all() and half.dtype in (torch.float32, torch.float64)
+
+
+def test_second_derivatives_pass(operator):
+    x, y = (part[:1] for part in points(operator))
+    goal = operator.A(operator.pinv(y))  # (A pinv)' = 1
+    pixels = x.flatten()[:2].clone().requires_grad_()
+
+    def loss(pixels):
+        image = torch.cat([pixels, x.flatten()[2:]]).view(x.shape)
+        return operator.loss(operator.A(operator.back_project(image, goal, 0.5)), goal)
+
+    torch.autograd.gradgradcheck(loss, pixels)
+
+
+@pytest.mark.parametrize("spec", ["grey*sr2", "inpaint:MASK*grey"])
+def test_a_linear_chain_is_exported(spec, tmp_path):
+    chain = make_operator(spec.replace("MASK", str(mask_file(tmp_path))), (3, 4, 8)).chain
+    x = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.export.export(chain, (x,)).module()(x), chain(x))
 
 
 @pytest.mark.parametrize(
