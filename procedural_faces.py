@@ -33,7 +33,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -1036,10 +1038,12 @@ def write_dataset(
 
     procedural_faces.json says what was drawn, and that it was: only such a folder is ever overwritten. With
     ``overwrite`` the numbered pictures and the annotation are replaced; anything else in the folder stays. The files do
-    not depend on ``workers``, processes that draw: a script calls this below ``if __name__ == "__main__":``.
+    not depend on ``workers``, processes that draw. On Linux they are forks, quick to start; elsewhere they import the
+    script that calls this, which has to do so below ``if __name__ == "__main__":``.
 
     Raises:
-        InputError: ``out`` is a file, cannot be written, or holds something and ``overwrite`` is not set.
+        InputError: ``out`` is a file, cannot be written, or holds something and ``overwrite`` is not set; a process
+            that draws ends before its time.
     """
     out = Path(out)
     _prepare_folder(out, overwrite, {"count": count, "size": size, "seed": seed}, masks)
@@ -1048,8 +1052,14 @@ def write_dataset(
     if workers == 1:
         lines = list(progress(map(write, range(count))))
     else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            lines = list(progress(pool.map(write, range(count), chunksize=32)))
+        start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        try:
+            with ProcessPoolExecutor(workers, start) as pool:
+                lines = list(progress(pool.map(write, range(count), chunksize=32)))
+        except BrokenProcessPool:
+            raise InputError(
+                'a process that draws has ended: a script calls this below `if __name__ == "__main__":`'
+            ) from None
     with atomic_write(out / ANNOTATION_FILE) as file:
         file.write_text("\n".join([str(count), " ".join(ATTRIBUTES), *lines]) + "\n", encoding="utf-8")
 

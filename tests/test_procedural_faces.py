@@ -1,7 +1,10 @@
 """The faces: determinism, layout, prevalence, consistency, and that every attribute can be seen."""
 
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +64,8 @@ def test_the_same_face_twice_is_the_same_and_others_differ():
     image, attributes = faces.draw_face(5, 7, 32)
     again, attributes_again = faces.draw_face(5, 7, 32)
     assert image.tobytes() == again.tobytes() and attributes == attributes_again
+    with pytest.raises(ValueError, match="too small"):
+        faces.draw_face(0, 0, 15)
     for seed, index in ((5, 8), (6, 7), (7, 5)):
         assert faces.draw_face(seed, index, 32)[0].tobytes() != image.tobytes()
 
@@ -86,11 +91,6 @@ def test_the_face_is_centred(sampled):
     assert np.abs(mean - mean[:, ::-1]).mean() < 8
 
 
-def test_too_small_a_face_is_refused():
-    with pytest.raises(ValueError, match="too small"):
-        faces.draw_face(0, 0, 15)
-
-
 def test_layout_of_the_folder(tmp_path):
     faces.write_dataset(tmp_path / "new", 5, 20, seed=3, workers=1)
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
@@ -98,22 +98,23 @@ def test_layout_of_the_folder(tmp_path):
         faces.ANNOTATION_FILE,
         faces.MARK,
     ]
-    lines = (tmp_path / "new" / faces.ANNOTATION_FILE).read_text().splitlines()
-    assert lines[0] == "5" and lines[1] == " ".join(ATTRIBUTES) and len(lines) == 7
-    for i, line in enumerate(lines[2:]):
-        name, values = line.split("  ")
+    found = read_annotations(tmp_path / "new" / faces.ANNOTATION_FILE)
+    assert found.files == [f"{i}.jpg" for i in range(5)]
+    for i, name in enumerate(found.files):
         image, attributes = faces.draw_face(3, i, 20)
-        assert name == f"{i}.jpg"
-        assert [int(v) for v in values.split(" ")] == [1 if attributes[a] else -1 for a in ATTRIBUTES]
+        assert found.labels[i].tolist() == list(attributes.values())
         written = Image.open(tmp_path / "new" / faces.IMAGE_FOLDER / name)
-        assert written.size == (20, 20)
         assert np.abs(pixels(written.convert("RGB")) - pixels(image)).mean() < 4
-    read_annotations(tmp_path / "new" / faces.ANNOTATION_FILE)
 
 
 def test_files_depend_neither_on_count_nor_on_workers(tmp_path):
+    """Of a script without a main guard too, which processes that import it would run again."""
     faces.write_dataset(tmp_path / "one", 3, 16, seed=1, workers=1)
-    faces.write_dataset(tmp_path / "two", 5, 16, seed=1, workers=2)
+    script = f"from procedural_faces import write_dataset\nwrite_dataset({str(tmp_path / 'two')!r}, 5, 16, 1, 2)\n"
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(faces.__file__).parent)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
     pictures = [name for name in one if name.endswith(".jpg")]
     assert len(pictures) == 3 and all(one[name] == two[name] for name in pictures)
@@ -121,11 +122,41 @@ def test_files_depend_neither_on_count_nor_on_workers(tmp_path):
     assert rows[0][2:5] == rows[1][2:5]
 
 
-def test_a_folder_that_holds_something_is_kept(tmp_path):
-    (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(InputError, match="not empty.*--overwrite"):
-        faces.write_dataset(tmp_path, 2, 16, seed=0, workers=1)
-    assert files_of(tmp_path) == {"note.txt": b"mine"}
+def ends(index: int, **_) -> None:
+    os._exit(1)
+
+
+def test_a_process_that_ends_before_its_time_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(faces, "_write_face", ends)
+    with pytest.raises(InputError, match="a process that draws has ended: .* __name__ "):
+        faces.write_dataset(tmp_path / "new", 2, 16, seed=0, workers=2)
+
+
+def photographs(folder: Path) -> None:
+    """CelebA's own pictures have the same names."""
+    (folder / faces.IMAGE_FOLDER).mkdir(parents=True)
+    (folder / faces.IMAGE_FOLDER / "0.jpg").write_text("a photograph")
+
+
+def link_to_photographs(folder: Path) -> None:
+    faces.write_dataset(folder, 1, 16, seed=0, workers=1)
+    photographs(folder / "photos")
+    shutil.rmtree(folder / faces.IMAGE_FOLDER)
+    (folder / faces.IMAGE_FOLDER).symlink_to(folder / "photos" / faces.IMAGE_FOLDER)
+
+
+@pytest.mark.parametrize("prepare, overwrite, said", [
+    (lambda out: out.mkdir() or (out / "note.txt").write_text("mine"), False, "not empty.*--overwrite"),
+    (photographs, True, "not drawn here"),
+    (link_to_photographs, True, "not drawn here"),
+    (lambda out: out.write_text(""), False, "cannot write"),
+])  # fmt: skip
+def test_what_was_not_drawn_here_is_kept(tmp_path, prepare, overwrite, said):
+    prepare(tmp_path / "out")
+    before = files_of(tmp_path)
+    with pytest.raises(InputError, match=said):
+        faces.write_dataset(tmp_path / "out", 2, 16, seed=0, workers=1, overwrite=overwrite)
+    assert files_of(tmp_path) == before
 
 
 def test_overwriting_replaces_the_faces_and_nothing_else(tmp_path):
@@ -135,32 +166,6 @@ def test_overwriting_replaces_the_faces_and_nothing_else(tmp_path):
     faces.write_dataset(tmp_path, 2, 16, seed=1, workers=1, overwrite=True)
     names = {name.removeprefix(faces.IMAGE_FOLDER + "/") for name in files_of(tmp_path)}
     assert names == {"0.jpg", "1.jpg", "holiday.jpg", "note.txt", faces.ANNOTATION_FILE, faces.MARK}
-
-
-def test_photographs_are_never_overwritten(tmp_path):
-    """CelebA's own pictures have the same names."""
-    (tmp_path / faces.IMAGE_FOLDER).mkdir()
-    (tmp_path / faces.IMAGE_FOLDER / "0.jpg").write_text("a photograph")
-    with pytest.raises(InputError, match="not drawn here"):
-        faces.write_dataset(tmp_path, 2, 16, seed=0, workers=1, overwrite=True)
-    assert files_of(tmp_path) == {f"{faces.IMAGE_FOLDER}/0.jpg": b"a photograph"}
-
-
-def test_a_link_to_photographs_is_not_followed(tmp_path):
-    faces.write_dataset(tmp_path / "drawn", 1, 16, seed=0, workers=1)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "0.jpg").write_text("a photograph")
-    shutil.rmtree(tmp_path / "drawn" / faces.IMAGE_FOLDER)
-    (tmp_path / "drawn" / faces.IMAGE_FOLDER).symlink_to(tmp_path / "photos")
-    with pytest.raises(InputError, match="not drawn here"):
-        faces.write_dataset(tmp_path / "drawn", 2, 16, seed=0, workers=1, overwrite=True)
-    assert (tmp_path / "photos" / "0.jpg").read_text() == "a photograph"
-
-
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
-        faces.write_dataset(tmp_path / "file", 2, 16, seed=0, workers=1)
 
 
 # Masks ---------------------------------------------------------------------------------------------------------------
