@@ -55,20 +55,20 @@ from DDNM.guided_diffusion.inputs import (
 )
 from DDNM.guided_diffusion.results import Record, as_saved, contact_sheet, picture, write_csv
 from images import find_images, load_image, save_image, to_uint8
-from logger import get_logger
+from logger import format_table, get_logger
 from loop import World, join_world, locked, to_json_values
 from metrics import agreement, balanced_accuracy_by_attribute, prob_error, psnr
 from utils import InputError, atomic_write, json_values, option, parse, peak_gib, run_command, write_json
 
 DRAWS = 1000  # of the bootstrap
 Figure = tuple[float, float, float]  # a value and its 95 % interval
-COLUMNS = {  # figure -> its heading and digits, or format
-    "judge": ("judge", 3), "judge_balanced": ("judge, balanced", 3), "g": ("g", 3), "g_balanced": ("g, balanced", 3),
-    "error": ("error", 3), "before": ("attribute seen before", 3), "edited": ("after", 3),
-    "floor": ("others changed without the edit", 3), "changed": ("with it", 3), "kid": ("KID x100", 2),
-    "fid": ("FID", 2), "consistency": ("|A x - y|", ".1e"), "psnr": ("PSNR", 2), "lpips": ("LPIPS", 3),
-    "identity": ("identity", 3), "evaluations": ("evaluations", 0), "gradients": ("of them with gradients", 0),
-    "seconds": ("s/image", 2), "memory": ("peak GiB", 2),
+COLUMNS = {  # figure -> its heading and format
+    "judge": ("judge", ".3f"), "judge_balanced": ("judge, balanced", ".3f"), "g": ("g", ".3f"),
+    "g_balanced": ("g, balanced", ".3f"), "error": ("error", ".3f"), "before": ("attribute seen before", ".3f"),
+    "edited": ("after", ".3f"), "floor": ("others changed without the edit", ".3f"), "changed": ("with it", ".3f"),
+    "kid": ("KID x100", ".2f"), "fid": ("FID", ".2f"), "consistency": ("|A x - y|", ".1e"), "psnr": ("PSNR", ".2f"),
+    "lpips": ("LPIPS", ".3f"), "identity": ("identity", ".3f"), "evaluations": ("evaluations", ".0f"),
+    "gradients": ("of them with gradients", ".0f"), "seconds": ("s/image", ".2f"), "memory": ("peak GiB", ".2f"),
 }  # fmt: skip
 
 
@@ -397,26 +397,6 @@ class Measured:
 # --- The table -------------------------------------------------------------------------------------------------------
 
 
-def shown(column: str, row: dict) -> str:
-    """A figure with its interval, as the table has it."""
-    value, digits = row.get(column), COLUMNS[column][1]
-    if value is None:
-        return ""
-    if row.get(f"{column}_low") is None:
-        return f"{value:{digits}}" if isinstance(digits, str) else f"{value:.{digits}f}"
-    return f"{value:.{digits}f} ({row[f'{column}_low']:.{digits}f} to {row[f'{column}_high']:.{digits}f})"
-
-
-def markdown(rows: Sequence[dict], note: str) -> str:
-    columns = [column for column in COLUMNS if any(row.get(column) is not None for row in rows)]
-    lines = [
-        "| method | " + " | ".join(COLUMNS[column][0] for column in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    lines += ["| " + " | ".join([row["method"], *(shown(column, row) for column in columns)]) + " |" for row in rows]
-    return "\n".join(lines) + f"\n\n{note}\n"
-
-
 def flat(name: str, figures: dict, costs: dict) -> dict:
     row: dict = {"method": name}
     for column in COLUMNS:
@@ -490,7 +470,7 @@ def evaluate(
         measured.targets, measured.edits = own, edits[case.edit]
         rows.append(flat(case.name, measured.of(pictures, own.judged, targets.judged), costs))
         shelf.append((case.name, pictures))
-        log.info("%s", ", ".join(f"{COLUMNS[c][0]} {shown(c, rows[-1])}" for c in COLUMNS if shown(c, rows[-1])))
+        log.info("%s", format_table(rows[-1:], "method", COLUMNS))
         note = (f"{len(own.names)} images, {device}, {world.size} x {torch.get_num_threads()} threads, prior in "
                 f"{settings['precision']}, torch {torch.__version__}; KID and FID on {seen_by}.")  # fmt: skip
         if case.edit:
@@ -538,7 +518,7 @@ def write_table(
     write_csv(folder / "table.csv", rows)
     write_json(folder / "table.json", {"settings": settings, "note": note, "rows": rows})
     with atomic_write(folder / "table.md") as temporary:
-        temporary.write_text(markdown(rows, note), encoding="utf-8")
+        temporary.write_text(f"{format_table(rows, 'method', COLUMNS)}\n\n{note}\n", encoding="utf-8")
     faces = [[picture(image, 96) for image in pictures[:columns]] for _, pictures in shelf]
     contact_sheet(folder / "sheet.png", [], faces, [name for name, _ in shelf])
 

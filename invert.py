@@ -43,7 +43,7 @@ from evaluate import mean_of
 from images import grid, load_image, save_image
 from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
-from logger import MetricsTable, get_logger, plot_curves
+from logger import MetricsTable, format_table, get_logger, plot_curves
 from loop import STATE_NAME, Loop, Run, check_settings, is_empty, open_run, to_json_values
 from metrics import agreement, psnr
 from stylegan import SPACES, Latents
@@ -307,24 +307,6 @@ LANDSCAPES = {
 }
 
 
-def format_table(rows: Sequence[Mapping], first: str = "method", columns: Mapping = COLUMNS) -> str:
-    """Figures as a Markdown table, with their intervals if they have some, without the columns that no row has."""
-
-    def cell(row: Mapping, key: str) -> str:
-        value, low, high = (None if row.get(k) is None else float(row[k]) for k in (key, f"{key}_low", f"{key}_high"))
-        form = columns[key][1]
-        return (
-            "-"
-            if value is None
-            else f"{value:{form}}" + (f" ({low:{form}} to {high:{form}})" if low is not None else "")
-        )
-
-    used = [key for key in columns if any(row.get(key) is not None for row in rows)]
-    lines = [f"| {first} | " + " | ".join(columns[key][0] for key in used) + " |", "|---" * (len(used) + 1) + "|"]
-    lines += [f"| {row[first]} | " + " | ".join(cell(row, key) for key in used) + " |" for row in rows]
-    return "\n".join(lines)
-
-
 def write_curves(out: Path, curves: dict[str, Sequence[float]]) -> None:
     """curves.csv and curves.png: losses after each number of steps, by name."""
     table = MetricsTable(out / "curves.csv", rows=[])
@@ -578,7 +560,7 @@ def evaluate(s: Settings, own: Eval, run: Run) -> int:
         write_curves(s.out, curves)
     if target.img_size is not None:
         draw_results(s.out / "sheet.png", target, problems, shown, by_image)
-    print(format_table(rows) + (f"\n\n{format_table(told, 'theta', LANDSCAPES)}" if told else ""))
+    print(format_table(rows, "method", COLUMNS) + (f"\n\n{format_table(told, 'theta', LANDSCAPES)}" if told else ""))
     log.info("%d problems, %s, on %s; %s", len(problems.y), target.name, run.device, s.out)
     return 0
 
@@ -667,7 +649,7 @@ def find(s: Settings, own: Find, run: Run) -> int:
     pairs = [(load_image(path, size), load_image(s.out / f"{n}.png")) for n, path in list(paths.items())[:SHEET_ROWS]]
     rows = [[picture(one, SIDE) for one in (wanted, got, (got - wanted).abs() - 1)] for wanted, got in pairs]
     contact_sheet(s.out / "sheet.png", ("input", "found", "difference"), rows, list(paths)[:SHEET_ROWS])
-    print(format_table([row for row in table.rows if row["image"] in paths], "image"))
+    print(format_table([row for row in table.rows if row["image"] in paths], "image", COLUMNS))
     return 0
 
 

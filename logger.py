@@ -137,6 +137,24 @@ def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, [dict(zip(columns, line, strict=True)) for line in lines]
 
 
+def format_table(rows: Sequence[Mapping], first: str, columns: Mapping[str, tuple[str, str]]) -> str:
+    """Figures as a Markdown table: the column ``first``, and those of ``columns`` (heading, format) that a row has.
+
+    A figure is a number, with an interval if the row has ``<column>_low`` and ``_high``, or (number, low, high).
+    """
+
+    def cell(row: Mapping, key: str) -> str:
+        value, form = row.get(key), columns[key][1]
+        values = value if isinstance(value, tuple) else (value, row.get(f"{key}_low"), row.get(f"{key}_high"))
+        value, low, high = ("" if each in (None, "") else f"{float(each):{form}}" for each in values)
+        return f"{value} ({low} to {high})" if low else value or "-"
+
+    used = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    lines = [[first, *(columns[key][0] for key in used)], ["---"] * (len(used) + 1)]
+    lines += [[row[first], *(cell(row, key) for key in used)] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 @contextmanager
 def tensorboard_events(folder: Path | None, begin: int) -> Iterator[Callable[[Mapping[str, float], int], None]]:
     """A function that writes the figures of a step for TensorBoard, if that is installed; else it does nothing.

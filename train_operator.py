@@ -38,7 +38,7 @@ from DDNM.guided_diffusion.results import contact_sheet, picture
 from degradations import Function, find_function, measured_shape
 from evaluate import mean_of
 from judge import load_judge
-from logger import get_logger
+from logger import format_table, get_logger
 from loop import DONE, Loop, Run, adam, open_run
 from metrics import agreement, psnr
 from models import SPNN
@@ -277,16 +277,9 @@ def misfit(operator: SPNNOperator, x: Tensor, y: Tensor) -> float:
 
 def write_report(folder: Path, rows: dict[str, dict], columns: dict[str, Tensor], settings: dict, footer=None) -> None:
     """Figures by method, with intervals or not, as tables; pictures (N, 3, H, W) by heading as a sheet."""
-
-    def cell(value) -> str:
-        text = "" if value is None else "{:.3g} ({:.3g} to {:.3g})" if isinstance(value, tuple) else "{:.3g}"
-        return text.format(*(value if isinstance(value, tuple) else [value]))
-
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [["", *names], ["---"] * (len(names) + 1)]
-    lines += [[method, *(cell(row.get(name)) for name in names)] for method, row in rows.items()]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    (folder / "table.md").write_text(table)
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    table = format_table([{"": method, **row} for method, row in rows.items()], "", {n: (n, ".3g") for n in names})
+    (folder / "table.md").write_text(f"{table}\n")
     write_json(folder / "table.json", {"settings": {k: str(v) for k, v in settings.items()}, "rows": rows})
     side = [[picture(image, 128) for image in row] for row in list(zip(*columns.values(), strict=True))[:4]]
     contact_sheet(folder / "sheet.png", list(columns), side, [""] * len(side), footer)
