@@ -11,7 +11,7 @@ Layouts that are known, at any depth below the folder that is given::
 
     images/0.jpg ...                              any images with masks: split by number
     masks/0.png ...                               palette index = class (see `MASK_CLASSES`), any size
-    labels.csv                                    if there is one: attributes, empty where unknown
+    labels.csv                                    if there is one: attributes, empty if unknown
 
 Shapes: B batch, N images, S image size, M mask size. Images are (3, S, S) float32 in [-1, 1], labels (40,) float32 in
 {0, 1}, masks (M, M) int64 in 0 ... 18.
@@ -304,7 +304,7 @@ def read_records(items: tuple[tuple[str, Path], ...], states: tuple) -> Records:
         names, labels = read_annotations(parts["labels"])
     else:
         names, labels = there, np.full((len(there), 40), _UNKNOWN, dtype=np.int8)
-    # a CSV may list numbers, a folder hold PNG where the table says JPEG
+    # a CSV may list numbers, a folder hold PNG if the table says JPEG
     known = set(there)
     by_stem = {os.path.splitext(name)[0]: name for name in known - set(names)}
     files = [name if name in known else by_stem.get(os.path.splitext(name)[0], name) for name in names]
@@ -549,7 +549,7 @@ class CelebAMaskHQ(Dataset):
         self._rows = np.array([i for i in range(len(files)) if i not in bad])  # item -> row of the stores
         self.paths = [files[i] for i in self._rows]
         self.files = [path.name for path in self.paths]
-        self.labels = torch.from_numpy(labels[self._rows]).float()  # (N, 40) in {0, 1}; with masks -1 where unknown
+        self.labels = torch.from_numpy(labels[self._rows]).float()  # (N, 40) in {0, 1}; with masks -1 if unknown
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -641,7 +641,7 @@ def _as_is(batch: RawBatch) -> RawBatch:
 
 
 class FaceLoader(DataLoader):
-    """A loader whose bytes go to ``device`` and become images there: mirrored where marked, and in [-1, 1]."""
+    """A loader whose bytes go to ``device`` and become images there: mirrored if marked, and in [-1, 1]."""
 
     device = torch.device("cpu")
 
@@ -809,7 +809,7 @@ def augmented(x: Tensor, strength: float, share: float = 1.0) -> Tensor:
     scale, angle = torch.exp(0.08 * draws[:, 0]), math.radians(6) * draws[:, 1]
     cos, sin, dx, dy = scale * angle.cos(), scale * angle.sin(), 0.12 * draws[:, 2], 0.12 * draws[:, 3]
     affine = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)  # a side is 2 long
-    where = F.affine_grid(affine.to(x.dtype), list(x.shape), align_corners=False)  # (B, H, W, 2)
-    x = F.grid_sample(x, where, mode="bilinear", padding_mode="reflection", align_corners=False)
+    places = F.affine_grid(affine.to(x.dtype), list(x.shape), align_corners=False)  # (B, H, W, 2)
+    x = F.grid_sample(x, places, mode="bilinear", padding_mode="reflection", align_corners=False)
     contrast, light = 1 + 0.1 * draws[:, 4], 0.1 * draws[:, 5]
     return (x * contrast.view(-1, 1, 1, 1) + light.view(-1, 1, 1, 1)).clamp(-1, 1)

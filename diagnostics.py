@@ -57,7 +57,7 @@ ARITHMETICS = ("float64", *PRECISIONS)  # that the identities can be measured in
 
 
 def _larger(a: float, b: float) -> float:
-    """The larger one; NaN where either is, which Python's max would drop."""
+    """The larger one; NaN if either is, which Python's max would drop."""
     return b if b != b or b > a else a
 
 
@@ -201,7 +201,7 @@ def accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: torch
     """Accuracy of the attributes over a loader of (images (B, C, H, W), labels (B, d) in {0, 1}).
 
     Returns:
-        ``by_attribute`` and ``balanced_by_attribute``, lists of d figures in [0, 1] (NaN where an attribute is always
+        ``by_attribute`` and ``balanced_by_attribute``, lists of d figures in [0, 1] (NaN if an attribute is always
         or never present), their means ``accuracy`` and ``balanced_accuracy`` (over attributes that have one), and the
         number of ``images``.
 
@@ -301,7 +301,7 @@ def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str
 
     Returns:
         A phrase that names it, such as "weight pinn.blocks.3.s.net.0.weight" or
-        "block 3 ConvPINNBlock(192->48), its latent", or None where all is finite.
+        "block 3 ConvPINNBlock(192->48), its latent", or None if all is finite.
     """
 
     def bad(value: Tensor | None) -> bool:

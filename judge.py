@@ -77,7 +77,7 @@ class Judge(nn.Module):
     """A strided convolutional classifier, (B, 3, S, S) in [-1, 1] -> attribute logits (B, num_classes).
 
     Every stage halves the picture until it is at most 8 x 8. The head flattens that grid instead of averaging over it:
-    where something is (a hat, a collar, a receding hairline) is half of what the attributes ask.
+    the place of something (a hat, a collar, a receding hairline) is half of what the attributes ask.
 
     Args:
         num_classes: number of attributes.

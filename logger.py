@@ -33,7 +33,7 @@ class _RunFile(logging.FileHandler):
         return open(self.baseFilename, self.mode, encoding=self.encoding, opener=unlinked)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk costs the line in the file; the console has it. Logging's own way prints a traceback a line."""
+        """A full disk costs the line in the file; the console has it. Logging's own way prints a traceback for each."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 

@@ -48,6 +48,7 @@ except ImportError:  # Windows has no such locks: nothing there keeps a second r
 STATE_NAME = "train_state.pth"
 STATE_VERSION = 2  # of what a state file holds
 LOCK_NAME = ".lock"
+MEETING = timedelta(minutes=10)  # what processes have to find each other
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -295,31 +296,36 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
         device: as in `utils.resolve_device`; "auto" and "cuda" become one GPU per process.
 
     Raises:
-        InputError: variables that are no torchrun's, more processes on a machine than GPUs, or a device that they
-            would share; inside, if another process of the run has ended: whatever one cannot do ends them all.
+        InputError: variables that are no torchrun's, processes that do not meet within `MEETING`, more processes on a
+            machine than GPUs, or a device that they would share; inside, if another process of the run has ended:
+            whatever one cannot do ends them all.
     """
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    size, *others = (os.environ.get(name, "") for name in names)
-    if size in ("", "1"):
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    given = {name: os.environ.get(name, "") for name in names}
+    size, rank, local, port, address = given.values()
+    if size in ("", "1") and rank in ("", "0"):
         yield World(), resolve_device(device)
         return
-    if not all(others):
-        missing = names[1 + others.index("")]
-        raise InputError(f"WORLD_SIZE is set, but {missing} is not: start several processes with torchrun, or unset it")
-    numbers = {name: value for name, value in zip(names, (size, *others), strict=True) if name != "MASTER_ADDR"}
-    if not all(map(str.isdecimal, numbers.values())) or int(others[0]) >= int(size):  # torch would wait for the others
-        raise InputError(f"RANK must be below WORLD_SIZE, whole numbers: got {numbers}; start processes with torchrun")
-    own, local = resolve_device(device), int(others[1])
+    whole = all(map(str.isdecimal, (size, rank, local, port)))
+    if not (whole and address and int(rank) < int(size) and 0 < int(port) < 2**16):  # torch would wait for the others
+        raise InputError(f"not as torchrun sets them: {given}; start several processes with torchrun, or unset them")
+    own = resolve_device(device)
     if own.type == "cuda":
         if device not in ("auto", "cuda"):
             raise InputError(f"--device {device}: {size} processes cannot share it; give cuda")
-        if local >= torch.cuda.device_count():
+        if int(local) >= torch.cuda.device_count():
             raise InputError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
-        own = torch.device("cuda", local)
+        own = torch.device("cuda", int(local))
         torch.cuda.set_device(own)
-    # the others wait while one downloads, fills the cache or measures: NCCL's own 10 minutes are too few
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(hours=6))
+    try:
+        store, *_ = next(distributed.rendezvous("env://", timeout=MEETING))
+        # the others wait while one downloads, fills the cache or measures: NCCL's own 10 minutes are too few
+        distributed.init_process_group(
+            backend, store=store, rank=int(rank), world_size=int(size), timeout=timedelta(hours=6)
+        )
+    except distributed.DistError as error:
+        raise InputError(f"the {size} processes of this run have not met: {str(error).splitlines()[0][:200]}") from None
     try:
         world = World(distributed.get_rank(), distributed.get_world_size())
         world.wait()  # until all have met: who failed before would leave the others looking for it

@@ -28,7 +28,7 @@ def accuracy_by_attribute(logits: Tensor, labels: Tensor) -> Tensor:
 def balanced_accuracy_by_attribute(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean of sensitivity and specificity of each attribute, (C,) in [0, 1]; 0.5 is chance.
 
-    NaN where an attribute is present in every image or in none: it cannot be told then.
+    NaN if an attribute is present in every image or in none: it cannot be told then.
     """
     hits, positive = _hits(logits, labels)
     sensitivity = (hits & positive).sum(0) / positive.sum(0)  # 0 / 0 is NaN
@@ -48,7 +48,7 @@ def prob_error(logits_a: Tensor, logits_b: Tensor) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, by image: (N, 3, H, W) in [-1, 1], twice -> (N,); infinite where equal."""
+    """Peak signal-to-noise ratio in dB, by image: (N, 3, H, W) in [-1, 1], twice -> (N,); infinite if equal."""
     if a.shape != b.shape:
         raise ValueError(f"psnr: images differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
     error = (a.float() - b.float()).square().flatten(1).mean(1)  # (N,)

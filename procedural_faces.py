@@ -93,7 +93,7 @@ MASK_COLOURS = [value for k in range(len(MASK_CLASSES)) for value in (k * 67 % 2
 # ---------------------------------------------------------------- what is drawn: attributes and variation
 
 
-CHANCES = (  # of an attribute where another one holds, and where it does not
+CHANCES = (  # of an attribute if another one holds, and if it does not
     ("Arched_Eyebrows", "Male", 0.14, 0.44),
     ("Big_Lips", "Male", 0.18, 0.32),
     ("Bushy_Eyebrows", "Male", 0.30, 0.12),

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from test_loop import COMMANDS, faces, prior_arguments, spnn_arguments  # noqa: F401  (a fixture)
 from test_main import assets, figures_of, pictures  # noqa: F401  (a fixture)
 
+import loop
 import train_celeba
 import train_operator
 from checkpoints import read_weights
@@ -75,7 +77,7 @@ def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
     for name in ("best_model.pth", "best_model_r_opt_real.pth"):
         one, two = (read_weights(folder / name) for folder in folders.values())
         one, two = (torch.cat([tensor.flatten() for tensor in skew(weights)]) for weights in (one, two))
-        # as a whole: where a gradient is rounding noise, Adam makes a full step of it
+        # as a whole: if a gradient is rounding noise, Adam makes a full step of it
         assert (one - two).norm() < 1e-4 * one.norm(), name
     assert (folders[2] / "log.txt").read_text().count("stage 1: ") == 1  # one of the two reports
 
@@ -144,18 +146,36 @@ RENDEZVOUS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "0"}
     {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "two"},
     {"WORLD_SIZE": "2", "RANK": "2", **RENDEZVOUS}, {"WORLD_SIZE": "2", "RANK": "x", **RENDEZVOUS},
     {"WORLD_SIZE": "0", "RANK": "0", **RENDEZVOUS}, {"WORLD_SIZE": "2", "RANK": "0", **RENDEZVOUS, "MASTER_PORT": "p"},
+    {"WORLD_SIZE": "2", "RANK": "0", **RENDEZVOUS, "MASTER_PORT": "70000"}, {"RANK": "1"},
+    {"WORLD_SIZE": "1", "RANK": "1"},
 ])  # fmt: skip
 def test_variables_that_torchrun_did_not_set_are_one_line(monkeypatch, given):
     for name in ("WORLD_SIZE", "RANK", *RENDEZVOUS):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="WORLD_SIZE.* start .*processes with torchrun"):
+    with pytest.raises(InputError, match="not as torchrun sets them.*WORLD_SIZE.*processes with torchrun"):
         with join_world("cpu"):
             pass
     monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.delenv("RANK", raising=False)
     with join_world("cpu") as (one, _):
         assert one.size == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_does_not_wait_forever_for_others_that_were_never_started(monkeypatch, rank):
+    monkeypatch.setattr(loop, "MEETING", timedelta(seconds=1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"WORLD_SIZE": "2", "RANK": str(rank), **RENDEZVOUS, "MASTER_PORT": str(port)}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="the 2 processes of this run have not met: ") as error:
+        with join_world("cpu"):
+            pass
+    assert "\n" not in str(error.value)
 
 
 def test_two_processes_draw_the_pictures_of_one(assets, tmp_path, monkeypatch):  # noqa: F811

@@ -136,7 +136,7 @@ def victim(kind: str, arguments: list[str], die_at: tuple[str, int] | None) -> N
 
 def killed_again_and_again(kind: str, arguments: list[str], kills: int, seed: int, within: float | None = None) -> int:
     """Run a command to its end, killing it ``kills`` times in the midst of a write; every other time ``within`` so many
-    seconds instead, whatever it is doing, where that is given. How often it was killed.
+    seconds instead, whatever it is doing, if that is given. How often it was killed.
     """
     context = multiprocessing.get_context("forkserver")  # torch is imported once; every victim is a fork of that
     context.set_forkserver_preload(["train_celeba", "DDNM.train_prior", "torch.utils.tensorboard"])
@@ -201,7 +201,7 @@ def spnn(faces, folder, *flags, **changes) -> int:
         (signal.SIGINT, "train.right_inverse_error", 2, 1),  # the second validation
         (signal.SIGTERM, "train_celeba.typical_logits", 1, 1),
         (signal.SIGTERM, "train.CelebATrainer._on_device", 25, 3),  # while the logits of all images are asked for
-        (signal.SIGINT, "train.natural_losses", 9, 3),  # where they are known
+        (signal.SIGINT, "train.natural_losses", 9, 3),  # when they are known
     ],
 )
 def test_a_run_that_is_stopped_saves_and_goes_on(
