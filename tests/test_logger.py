@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from logger import MetricsTable, get_logger, plot_curves, tensorboard_events
+from logger import MetricsTable, format_table, get_logger, plot_curves, tensorboard_events
 from utils import InputError
 
 
@@ -34,10 +34,6 @@ def test_log_reaches_file_and_console_once(tmp_path, capsys):
     assert text.count("hello") == 1 and text.count("left out: 7.jpg") == 1
     console = capsys.readouterr().err
     assert console.count("hello") == 1 and console.count("left out") == 1
-
-
-def test_a_new_folder_replaces_the_old_one_and_none_keeps_it(tmp_path):
-    get_logger("run", tmp_path / "a").info("one")
     get_logger("run", tmp_path / "b")
     get_logger("other").info("two")
     assert "two" not in (tmp_path / "a" / "log.txt").read_text()
@@ -45,34 +41,33 @@ def test_a_new_folder_replaces_the_old_one_and_none_keeps_it(tmp_path):
 
 
 def test_table_grows_rows_and_columns_and_resumes(tmp_path):
+    """A killed run wrote rows beyond its last saved state, or a line that was cut short."""
     path = tmp_path / "metrics.csv"
     metrics = MetricsTable(path)
     metrics.append({"epoch": 1, "train_loss": torch.tensor(0.5)})
+    saved = metrics.rows[:]
     metrics.append({"epoch": 2, "train_loss": 0.25, "val_loss": float("nan")})
-    path.write_text(path.read_text() + "3,0.")  # a line that an interruption has cut
-    metrics = MetricsTable(path)  # a resumed run
+    path.write_text(path.read_text() + "3,0.")
+    metrics = MetricsTable(path)  # without a state
     metrics.append({"epoch": 3})
     assert table(path) == [
         {"epoch": "1", "train_loss": "0.5", "val_loss": ""},
         {"epoch": "2", "train_loss": "0.25", "val_loss": "nan"},
         {"epoch": "3", "train_loss": "", "val_loss": ""},
     ]
-
-
-def test_a_resumed_table_has_the_rows_of_its_state_and_no_others(tmp_path):
-    """A killed run wrote rows beyond its last saved state, or a line that was cut short."""
-    path = tmp_path / "metrics.csv"
-    first = MetricsTable(path)
-    first.append({"epoch": 1, "loss": 0.5})
-    saved = first.rows[:]
-    first.append({"epoch": 2, "loss": 0.25, "more": 1})
-    path.write_text(path.read_text() + "3,0.")
     resumed = MetricsTable(path, saved)
-    assert table(path) == [{"epoch": "1", "loss": "0.5"}]
-    resumed.append({"epoch": 2, "loss": 0.125})
-    assert [row["loss"] for row in table(path)] == ["0.5", "0.125"]
+    assert table(path) == [{"epoch": "1", "train_loss": "0.5"}]
+    resumed.append({"epoch": 2, "train_loss": 0.125})
+    assert [row["train_loss"] for row in table(path)] == ["0.5", "0.125"]
     MetricsTable(path, [])
     assert not path.exists()
+
+
+def test_figures_with_intervals_are_a_markdown_table():
+    rows = [{"name": "a", "x": 1.0, "x_low": 0.0, "x_high": 2.0}, {"name": "b", "x": None, "y": (1, 2.0, "3")}]
+    assert format_table(rows, "name", {"x": ("X", ".1f"), "y": ("Y", ".3g"), "z": ("Z", ".1f")}).splitlines() == [
+        "| name | X | Y |", "| --- | --- | --- |", "| a | 1.0 (0.0 to 2.0) | - |", "| b | - | 1 (2 to 3) |",
+    ]  # fmt: skip
 
 
 def test_a_full_disk_costs_log_lines_and_no_tracebacks(tmp_path, monkeypatch, capsys):
