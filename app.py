@@ -17,10 +17,11 @@ import sys
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -308,85 +309,176 @@ def grouped(attributes: Sequence[str]) -> dict[str, list[int]]:
     return {title: group for title, group in groups.items() if group}
 
 
-def build(studio: Studio):
-    """The page, a `gradio.Blocks`."""
-    import gradio as gr
+# --- What happens ----------------------------------------------------------------------------------------------------
 
-    d = len(studio.attributes)
-    busy = {"concurrency_id": "sampler", "concurrency_limit": 1}  # one picture at a time: two would both be slow
 
-    def wish_of(values: Sequence) -> Wish:
-        *logits, seed, steps, rule = values
-        return Wish(tuple(map(float, logits)), int(seed or 0), int(steps), rule)
+def wish_of(values: Sequence) -> Wish:
+    """Of what stands in the controls: logits, seed, steps, rule."""
+    *logits, seed, steps, rule = values
+    return Wish(tuple(map(float, logits)), int(seed or 0), int(steps), rule)
 
-    def natural(*logits: float) -> str:
-        return figure(studio.natural(logits), "g'(y): the natural pseudo-inverse, in one pass", "natural")
 
-    def draw(request: gr.Request, *values) -> Iterator[tuple[str, str, str, str]]:
+def strip(figures: Sequence[str]) -> str:
+    return f'<div class="strip">{"".join(figures)}</div>'
+
+
+class Events:
+    """What answers the controls, with HTML. Those that draw are generators; an InputError goes to the visitor."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+
+    def natural(self, *logits: float) -> str:
+        return figure(self.studio.natural(logits), "g'(y): the natural pseudo-inverse, in one pass", "natural")
+
+    def draw(self, address: str, *values) -> Iterator[tuple[str, str, str, str]]:
         wish = wish_of(values)
-        link = f"{str(request.request.base_url).rstrip('/')}/{wish.link()}"
-        for share, image in studio.draw(wish):
+        link = f"{address.rstrip('/')}/{wish.link()}"
+        for share, image in self.studio.draw(wish):
             if share < 1:
                 yield figure(image, f"x0 after {share:.0%}"), "", "", link
         yield (figure(image, f"{wish.rule}, {wish.steps} steps, seed {wish.seed}", NAME),
-               verdicts(studio, image, wish.logits), recipe(studio, wish), link)  # fmt: skip
+               verdicts(self.studio, image, wish.logits), recipe(self.studio, wish), link)  # fmt: skip
 
-    def read_portrait(path: str | None) -> tuple:
+    def read_portrait(self, path: str | None) -> Iterator[tuple]:
+        """The portrait, what g sees in it, and the sliders at that."""
         if path is None:
-            raise gr.Error("choose a portrait first")
+            raise InputError("choose a portrait first")
+        size = self.studio.size
         try:
             try:
-                image = load_image(path, studio.size, align=can_align())
+                image = load_image(path, size, align=can_align())
                 told = "" if can_align() else "It was not aligned (pip install -r requirements-align.txt)."
             except InputError as error:
-                image, told = load_image(path, studio.size), f"It is used as it is: {without_path(error, path)}"
+                image, told = load_image(path, size), f"It is used as it is: {without_path(error, path)}"
         except InputError as error:
-            raise gr.Error(without_path(error, path)) from None
+            raise InputError(without_path(error, path)) from None
         finally:
             Path(path).unlink(missing_ok=True)
-        seen = studio.seen(image)[0].tolist()
-        logits = [round(min(max(y, low), high), 1) for y, (low, high) in zip(seen, studio.range, strict=True)]
-        return figure(image, f"the portrait. {told}"), logits, *logits
+        seen = self.studio.seen(image)[0].tolist()
+        logits = [round(min(max(y, low), high), 1) for y, (low, high) in zip(seen, self.studio.range, strict=True)]
+        yield figure(image, f"the portrait. {told}"), logits, *logits
 
-    def edit(portrait: list[float] | None, *values) -> Iterator[tuple[str, str, str]]:
+    def edit(self, portrait: list[float] | None, *values) -> Iterator[tuple[str, str, str]]:
         if portrait is None:
-            raise gr.Error("choose a portrait first")
-        wish = wish_of(values)
+            raise InputError("choose a portrait first")
+        wish, studio = wish_of(values), self.studio
         for share, image in studio.draw(wish):
             if share < 1:
                 yield figure(image, f"x0 after {share:.0%}"), figure(None, ""), ""
-        changed = {i for i in range(d) if abs(wish.logits[i] - portrait[i]) > 0.051}
         before, after = torch.tensor(portrait), studio.seen(image)[0]
-        kept = [i for i in range(d) if i not in changed]
+        kept = [i for i, y in enumerate(wish.logits) if abs(y - portrait[i]) <= 0.051]
         flipped = [studio.attributes[i].replace("_", " ") for i in kept if (before[i] > 0) != (after[i] > 0)]
         told = f"Of the {len(kept)} attributes that were left alone, {len(flipped)} changed by g"
         told += f": {', '.join(flipped)}." if flipped else "."
         yield (figure(image, "the edited face", "edited"), figure(studio.natural(wish.logits), "g'(y)", "natural"),
                f"<p>{escape(told)}</p>" + verdicts(studio, image, wish.logits) + recipe(studio, wish))  # fmt: skip
 
-    def compare(*values) -> Iterator[str]:
+    def compare(self, *values) -> Iterator[str]:
         wish, done = wish_of(values), []
         for rule in RULES[::-1]:
-            image = studio.picture(replace(wish, rule=rule))
-            done.append(figure(image, f"{rule}: {agreement(studio, image, wish.logits)}", rule))
-            yield f'<div class="strip">{"".join(done)}</div>'
+            image = self.studio.picture(replace(wish, rule=rule))
+            done.append(figure(image, f"{rule}: {agreement(self.studio, image, wish.logits)}", rule))
+            yield strip(done)
 
-    def walk(start: list[float] | None, count: float, *values) -> Iterator[str]:
+    def walk(self, start: list[float] | None, count: float, *values) -> Iterator[str]:
         if start is None:
-            raise gr.Error("keep a start first: set the sliders and press 'These sliders are the start'")
+            raise InputError("keep a start first: set the sliders and press 'These sliders are the start'")
         wish, done = wish_of(values), []
         for k in range(int(count)):
             share = k / (int(count) - 1)
             logits = tuple(a + share * (b - a) for a, b in zip(start, wish.logits, strict=True))
-            done.append(figure(studio.picture(replace(wish, logits=logits)), f"{share:.0%} of the way", f"walk_{k}"))
-            yield f'<div class="strip">{"".join(done)}</div>'
+            image = self.studio.picture(replace(wish, logits=logits))
+            done.append(figure(image, f"{share:.0%} of the way", f"walk_{k}"))
+            yield strip(done)
 
-    def seeds(count: float, *values) -> Iterator[str]:
+    def seeds(self, count: float, *values) -> Iterator[str]:
         wish, done = wish_of(values), []
-        for k in range(int(count)):
-            seed = wish.seed + k
-            done.append(figure(studio.picture(replace(wish, seed=seed)), f"seed {seed}", f"seed_{seed}"))
-            yield f'<div class="strip">{"".join(done)}</div>'
+        for seed in range(wish.seed, wish.seed + int(count)):
+            done.append(figure(self.studio.picture(replace(wish, seed=seed)), f"seed {seed}", f"seed_{seed}"))
+            yield strip(done)
+
+
+# --- The page --------------------------------------------------------------------------------------------------------
+
+
+def controls(gr, studio: Studio) -> SimpleNamespace:
+    """The left column: where to start from, the sliders, and how to draw."""
+    c, sliders = SimpleNamespace(), {}
+    names, chosen = list(studio.faces), studio.page.steps
+    with gr.Column(scale=2, min_width=300):
+        c.choice = gr.Dropdown(names, label="Start from the logits of", value=names[0])
+        c.changes = gr.Radio(list(CHANGES), label="and make them", value=None)
+        for title, group in grouped(studio.attributes).items():
+            with gr.Accordion(title, open=title == "Hair"):
+                for i in group:
+                    without, present = studio.typical[i]
+                    sliders[i] = gr.Slider(
+                        *studio.range[i], value=without, step=0.1, label=studio.attributes[i].replace("_", " "),
+                        info=f"typical: {without:+.0f} without, {present:+.0f} with",
+                    )  # fmt: skip
+        with gr.Row():
+            seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+            steps = gr.Slider(min(5, chosen), max(200, chosen), value=chosen, step=1, label="Steps")
+        rule = gr.Radio(list(RULES), value=RULES[0], label="Rule")
+    c.logits = [sliders[i] for i in range(len(studio.attributes))]
+    c.wishes = [*c.logits, seed, steps, rule]
+    return c
+
+
+def tabs(gr) -> SimpleNamespace:
+    """The right column: the natural pseudo-inverse, and what is drawn."""
+    c = SimpleNamespace()
+    with gr.Column(scale=3, min_width=320):
+        c.inverse = gr.HTML(elem_classes="small")
+        with gr.Tab("Draw"):
+            with gr.Row():
+                c.start_drawing, c.stop_drawing = gr.Button("Draw", variant="primary"), gr.Button("Stop")
+            c.drawn, c.seen, c.how = gr.HTML(), gr.HTML(), gr.HTML()
+            c.link = gr.Textbox(label="Link to this face", interactive=False)
+        with gr.Tab("Edit"):
+            c.upload = gr.File(label="Portrait (at most 10 MB)", file_types=["image"], type="filepath")
+            c.portrait = gr.State(None)
+            with gr.Row():
+                c.start_editing = gr.Button("Draw with these sliders", variant="primary")
+                c.stop_editing = gr.Button("Stop")
+            with gr.Row():
+                c.given, c.edited, c.edit_natural = gr.HTML(), gr.HTML(), gr.HTML()
+            c.edit_told = gr.HTML()
+        with gr.Tab("Compare"):
+            c.start_comparing = gr.Button("Draw by every rule, from the same noise", variant="primary")
+            c.compared = gr.HTML()
+        with gr.Tab("Walk"):
+            c.start_of_walk = gr.State(None)
+            c.keep_start = gr.Button("These sliders are the start")
+            c.how_many = gr.Slider(2, 9, value=5, step=1, label="Pictures")
+            with gr.Row():
+                c.start_walking = gr.Button("Walk from the start to these sliders", variant="primary")
+                c.start_seeds = gr.Button("Several seeds of these sliders")
+            c.walked = gr.HTML()
+    return c
+
+
+def build(studio: Studio):
+    """The page, a `gradio.Blocks`."""
+    import gradio as gr
+
+    events = Events(studio)
+    busy = {"concurrency_id": "sampler", "concurrency_limit": 1}  # one picture at a time: two would both be slow
+
+    def told(event: Callable) -> Callable:
+        """The event, whose mistakes the visitor is told of."""
+
+        def run(*values):
+            try:
+                yield from event(*values)
+            except InputError as error:
+                raise gr.Error(str(error)) from None
+
+        return run
+
+    def draw(request: gr.Request, *values) -> Iterator[tuple]:
+        yield from events.draw(str(request.request.base_url), *values)
 
     def arrive(request: gr.Request) -> tuple:
         wish = Wish(next(iter(studio.faces.values())), 7, studio.page.steps, RULES[0])
@@ -395,78 +487,31 @@ def build(studio: Studio):
                 wish = Wish.from_link(state, studio.range)
             except InputError as error:
                 gr.Warning(str(error))
-        return *wish.logits, wish.seed, wish.steps, wish.rule, natural(*wish.logits)
+        return *wish.logits, wish.seed, wish.steps, wish.rule, events.natural(*wish.logits)
 
     with gr.Blocks(title="Forty sliders", delete_cache=(60, 60)) as page:
-        gr.Markdown(f"# Forty sliders\nA face from nothing but {d} attribute logits: a classifier's exact "
-                    "pseudo-inverse, and a frozen diffusion model steered by it.")  # fmt: skip
-        sliders: dict[int, gr.Slider] = {}
+        gr.Markdown(f"# Forty sliders\nA face from nothing but {len(studio.attributes)} attribute logits: a "
+                    "classifier's exact pseudo-inverse, and a frozen diffusion model steered by it.")  # fmt: skip
         with gr.Row(elem_classes="columns"):
-            with gr.Column(scale=2, min_width=300):
-                choice = gr.Dropdown(
-                    list(studio.faces), label="Start from the logits of", value=next(iter(studio.faces))
-                )
-                changes = gr.Radio(list(CHANGES), label="and make them", value=None)
-                for title, group in grouped(studio.attributes).items():
-                    with gr.Accordion(title, open=title == "Hair"):
-                        for i in group:
-                            without, present = studio.typical[i]
-                            sliders[i] = gr.Slider(
-                                *studio.range[i],
-                                value=without, step=0.1, label=studio.attributes[i].replace("_", " "),
-                                info=f"typical: {without:+.0f} without, {present:+.0f} with",
-                            )  # fmt: skip
-                with gr.Row():
-                    seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-                    chosen = studio.page.steps
-                    steps = gr.Slider(min(5, chosen), max(200, chosen), value=chosen, step=1, label="Steps")
-                rule = gr.Radio(list(RULES), value=RULES[0], label="Rule")
-            with gr.Column(scale=3, min_width=320):
-                inverse = gr.HTML(elem_classes="small")
-                with gr.Tab("Draw"):
-                    with gr.Row():
-                        start_drawing = gr.Button("Draw", variant="primary")
-                        stop_drawing = gr.Button("Stop")
-                    drawn, seen, how = gr.HTML(), gr.HTML(), gr.HTML()
-                    link = gr.Textbox(label="Link to this face", interactive=False)
-                with gr.Tab("Edit"):
-                    upload = gr.File(label="Portrait (at most 10 MB)", file_types=["image"], type="filepath")
-                    portrait = gr.State(None)
-                    with gr.Row():
-                        start_editing = gr.Button("Draw with these sliders", variant="primary")
-                        stop_editing = gr.Button("Stop")
-                    with gr.Row():
-                        given, edited, edit_natural = gr.HTML(), gr.HTML(), gr.HTML()
-                    edit_told = gr.HTML()
-                with gr.Tab("Compare"):
-                    start_comparing = gr.Button("Draw by every rule, from the same noise", variant="primary")
-                    compared = gr.HTML()
-                with gr.Tab("Walk"):
-                    start_of_walk = gr.State(None)
-                    keep_start = gr.Button("These sliders are the start")
-                    how_many = gr.Slider(2, 9, value=5, step=1, label="Pictures")
-                    with gr.Row():
-                        start_walking = gr.Button("Walk from the start to these sliders", variant="primary")
-                        start_seeds = gr.Button("Several seeds of these sliders")
-                    walked = gr.HTML()
-        logits = [sliders[i] for i in range(d)]
-        wishes = [*logits, seed, steps, rule]
-        page.load(arrive, None, [*wishes, inverse], show_progress="hidden")
+            c, r = controls(gr, studio), tabs(gr)
+        hidden = {"show_progress": "hidden"}
+        page.load(arrive, None, [*c.wishes, r.inverse], **hidden)
         # one event for all forty: a face to start from moves them all at once, and none of it may fill the queue
-        gr.on([slider.change for slider in logits], natural, logits, inverse, show_progress="hidden",
-              trigger_mode="always_last", queue=False)  # fmt: skip
-        choice.input(studio.faces.get, choice, logits, show_progress="hidden")
-        changes.input(lambda change, *y: studio.changed(change, y), [changes, *logits], logits, show_progress="hidden")
-        event = start_drawing.click(draw, wishes, [drawn, seen, how, link], show_progress="minimal", **busy)
-        stop_drawing.click(None, cancels=[event])
-        upload.upload(read_portrait, upload, [given, portrait, *logits])
-        event = start_editing.click(edit, [portrait, *wishes], [edited, edit_natural, edit_told], **busy)
-        stop_editing.click(None, cancels=[event])
-        start_comparing.click(compare, wishes, compared, **busy)
-        keep_start.click(lambda *y: (list(y), "<p>The start is kept. Now move the sliders.</p>"), logits,
-                         [start_of_walk, walked])  # fmt: skip
-        start_walking.click(walk, [start_of_walk, how_many, *wishes], walked, **busy)
-        start_seeds.click(seeds, [how_many, *wishes], walked, **busy)
+        gr.on([slider.change for slider in c.logits], events.natural, c.logits, r.inverse, trigger_mode="always_last",
+              queue=False, **hidden)  # fmt: skip
+        c.choice.input(studio.faces.get, c.choice, c.logits, **hidden)
+        c.changes.input(lambda change, *y: studio.changed(change, y), [c.changes, *c.logits], c.logits, **hidden)
+        event = r.start_drawing.click(draw, c.wishes, [r.drawn, r.seen, r.how, r.link], show_progress="minimal", **busy)
+        r.stop_drawing.click(None, cancels=[event])
+        r.upload.upload(told(events.read_portrait), r.upload, [r.given, r.portrait, *c.logits])
+        edited = [r.edited, r.edit_natural, r.edit_told]
+        event = r.start_editing.click(told(events.edit), [r.portrait, *c.wishes], edited, **busy)
+        r.stop_editing.click(None, cancels=[event])
+        r.start_comparing.click(events.compare, c.wishes, r.compared, **busy)
+        r.keep_start.click(lambda *y: (list(y), "<p>The start is kept. Now move the sliders.</p>"), c.logits,
+                           [r.start_of_walk, r.walked])  # fmt: skip
+        r.start_walking.click(told(events.walk), [r.start_of_walk, r.how_many, *c.wishes], r.walked, **busy)
+        r.start_seeds.click(events.seeds, [r.how_many, *c.wishes], r.walked, **busy)
     return page
 
 

@@ -18,46 +18,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the command runs from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the command runs from any folder
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sample  # noqa: E402
-from DDNM.guided_diffusion.guidance import Guidance, RuleSettings, Unguided  # noqa: E402
-from DDNM.guided_diffusion.inputs import (  # noqa: E402
-    CONFIGS,
-    PRESET_ONLY,
-    Networks,
-    NetworkSettings,
-    Targets,
-    TargetSettings,
-    WalkSettings,
-    check_architecture,
-    load_lpips,
-    load_networks,
-    read_targets,
-)
-from DDNM.guided_diffusion.results import (  # noqa: E402
-    PICTURES,
-    Finished,
-    Progress,
-    as_saved,
-    check_results,
-    clear_results,
-    measure,
-    write_results,
-)
-from images import save_image  # noqa: E402
-from logger import get_logger  # noqa: E402
-from loop import World, join_world, locked, stop_signals, to_json_values  # noqa: E402
-from operators import is_network  # noqa: E402
-from utils import InputError, option, remove_temporaries, run_command  # noqa: E402
-from utils import parse as parse_settings  # noqa: E402
+from DDNM.guided_diffusion import inputs, results
+from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sample
+from DDNM.guided_diffusion.guidance import Guidance, RuleSettings, Unguided
+from images import save_image
+from logger import get_logger
+from loop import World, join_world, locked, stop_signals, to_json_values
+from operators import is_network
+from utils import InputError, option, remove_temporaries, run_command
+from utils import parse as parse_settings
 
-SAMPLES = ROOT / "DDNM" / "exp" / "image_samples"
+SAMPLES = Path(__file__).parent.resolve() / "exp" / "image_samples"
 
 
 @dataclass(frozen=True)
@@ -80,10 +57,10 @@ class Settings(NamedTuple):
     """All of a run's settings; `architecture` is what only a preset says, `inputs.PRESET_ONLY`."""
 
     run: Run
-    networks: NetworkSettings
-    targets: TargetSettings
+    networks: inputs.NetworkSettings
+    targets: inputs.TargetSettings
     rule: RuleSettings
-    walk: WalkSettings
+    walk: inputs.WalkSettings
     architecture: dict
     note: str = ""  # what the log should say of them
 
@@ -102,8 +79,8 @@ class Settings(NamedTuple):
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """The settings of a run. Raises InputError."""
-    kinds = (Run, NetworkSettings, TargetSettings, RuleSettings, WalkSettings)
-    s = Settings(*parse_settings(__doc__, *kinds, argv=argv, extra=PRESET_ONLY, presets=CONFIGS))
+    kinds = (Run, inputs.NetworkSettings, inputs.TargetSettings, RuleSettings, inputs.WalkSettings)
+    s = Settings(*parse_settings(__doc__, *kinds, argv=argv, extra=inputs.PRESET_ONLY, presets=inputs.CONFIGS))
     if s.run.published_rule:
         guidance = "none" if s.rule.guidance == "none" else "nlbp"
         rule = replace(s.rule, guidance=guidance, max_move=0.0, last_bp_step=0)
@@ -121,30 +98,19 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     if s.rule.noise and (s.targets.operator is None or s.walk.eta == 0):
         raise InputError("--noise: needs --operator, and steps that add noise: --eta above 0, or none")
     s.rule.build(s.run.steps)  # refuses what it does not know
-    check_architecture(s.architecture)
+    inputs.check_architecture(s.architecture)
     if s.run.resume and s.run.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     return s
 
 
-# --- The result folder -----------------------------------------------------------------------------------------------
-
-
 def result_folder(run: Run) -> Path:
-    """The folder for results: --out, or one inside exp/image_samples. Raises InputError for one outside, or a file."""
+    """The folder for results: --out, or one inside exp/image_samples. Raises InputError for one outside."""
     root = SAMPLES.resolve()
     folder = (root / run.image_folder).resolve() if run.out is None else run.out.resolve()
     if run.out is None and root not in folder.parents:
         raise InputError(f"--image_folder {run.image_folder}: must be inside {SAMPLES}; --out takes any folder")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; results need a folder")
-    for link in (folder / kind for kind in PICTURES):
-        if link.is_symlink():  # pictures written, or deleted, through it would be somebody else's
-            raise InputError(f"{link} is a link; results are written inside {folder} only")
     return folder
-
-
-# --- The run ---------------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = result_folder(s.run)
     with join_world(s.networks.device) as (world, device), locked(folder) if world.leads else nullcontext():
         if world.leads:
-            check_results(folder, s.run.resume, s.run.overwrite, ask=not s.run.ni)
+            results.check_results(folder, s.run.resume, s.run.overwrite, ask=not s.run.ni)
         return reconstruct(s, folder, world, device)
 
 
@@ -160,8 +126,8 @@ class Drawing(NamedTuple):
     """What every batch of a run has in common."""
 
     settings: Settings
-    networks: Networks
-    targets: Targets
+    networks: inputs.Networks
+    targets: inputs.Targets
     lpips: nn.Module | None
     log: logging.Logger
     shown: bool
@@ -170,15 +136,15 @@ class Drawing(NamedTuple):
 def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -> int:
     """Draw what is not finished yet, and write the results of all that is; the exit status."""
     guidance = s.rule.build(s.run.steps)
-    networks = load_networks(s.networks, s.architecture, device, s.targets.operator)
-    targets = read_targets(s.targets, networks, s.walk.batch_size, world)
+    networks = inputs.load_networks(s.networks, s.architecture, device, s.targets.operator)
+    targets = inputs.read_targets(s.targets, networks, s.walk.batch_size, world)
     targets.add_noise(s.rule.noise, s.walk.seed)
     guidance.towards(networks.operator, targets.logits[:1].to(device))  # refuses what does not fit
     try:
         count = evaluations(networks.prior, guidance, s.run.steps, **s.walk.travel)
     except ValueError as error:
         raise InputError(f"--steps {s.run.steps}: {error}") from None
-    progress = Progress(folder, to_json_values(s.deciding() | networks.fingerprints()))
+    progress = results.Progress(folder, to_json_values(s.deciding() | networks.fingerprints()))
     done = finished_before(s, progress, targets, world)
     log = get_logger("reconstruct", folder)
     for line in [s.note] * bool(s.note) + [f"skipped: {line}" for line in targets.skipped]:
@@ -190,7 +156,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
                  "; --compile cannot help there" if s.networks.compile else "")  # fmt: skip
     if kept := sum(entry is not None for entry in done):
         log.info("resumed: %d are finished", kept)
-    lpips = load_lpips(device, log, networks.image_size) if s.run.lpips and targets.files is not None else None
+    lpips = inputs.load_lpips(device, log, networks.image_size) if s.run.lpips and targets.files is not None else None
     d = Drawing(s, networks, targets, lpips, log, shown=world.leads)
     rules = {"reconstruction": guidance}
     if s.run.base_rate and s.rule.guidance != "none":
@@ -202,12 +168,12 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
         for index, part in world.share([(i, part) for i, part in enumerate(parts) if not all(done[part])]):
             if stopped() is not None:
                 break
-            inputs, counter = targets.inputs(part, networks.image_size), f"batch {index + 1}/{len(parts)}"
-            drawn = {kind: draw(d, rule, part, inputs, f"{counter}, {kind}") for kind, rule in rules.items()}
+            given, counter = targets.inputs(part, networks.image_size), f"batch {index + 1}/{len(parts)}"
+            drawn = {kind: draw(d, rule, part, given, f"{counter}, {kind}") for kind, rule in rules.items()}
             if targets.files is None or networks.measures is not None:  # in the place of the input, or beside it
-                seen, _ = as_saved(networks.shown(targets.logits[part].to(device)))
+                seen, _ = results.as_saved(networks.shown(targets.logits[part].to(device)))
                 drawn["natural" if networks.measures is None else "measured"] = seen.cpu(), [], None
-            new = {i: save(folder, i - part.start, drawn, inputs) for i in range(len(done))[part] if done[i] is None}
+            new = {i: save(folder, i - part.start, drawn, given) for i in range(len(done))[part] if done[i] is None}
             for i, entry in new.items():
                 done[i] = entry
             progress.add([(entry, targets.logits[i]) for i, entry in new.items()])
@@ -220,30 +186,32 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
     if world.leads:
         settings = to_json_values(s.flat() | {"device": str(device), "guidance_rule": asdict(guidance)})
         entries, size = [done[i] for i in ready], networks.image_size
-        write_results(folder, settings, entries, targets.logits[ready], networks.attributes, size, log)
+        results.write_results(folder, settings, entries, targets.logits[ready], networks.attributes, size, log)
     if signum is not None and len(ready) < len(done):
         log.info("stopped: %d of %d images are finished; draw the others with --resume", len(ready), len(done))
         return 128 + signum
     return 0
 
 
-def finished_before(s: Settings, progress: Progress, targets: Targets, world: World) -> list[Finished | None]:
+def finished_before(
+    s: Settings, progress: results.Progress, targets: inputs.Targets, world: World
+) -> list[results.Finished | None]:
     """For each target what an earlier run finished, if --resume is given; else the folder is cleared."""
-    done: list[Finished | None] = [None] * len(targets.names)
+    done: list[results.Finished | None] = [None] * len(targets.names)
     if world.leads:
         if s.run.resume and progress.path.is_file():
             done = progress.finished(targets.names, targets.logits)
         else:
-            clear_results(progress.folder)  # nothing can be refused any more
+            results.clear_results(progress.folder)  # nothing can be refused any more
             progress.begin([])
-        for kind in (".", *PICTURES):
+        for kind in (".", *results.PICTURES):
             remove_temporaries(progress.folder / kind)
     else:
         logging.disable(logging.INFO)
     return world.gather(done)[0]  # and not before: the others write into the folder from here on
 
 
-def draw(d: Drawing, rule: Guidance, part: slice, inputs: Sequence[Tensor | None], label: str):
+def draw(d: Drawing, rule: Guidance, part: slice, given: Sequence[Tensor | None], label: str):
     """Pictures of a part of the targets, (B, 3, S, S) on the CPU, as they are saved; their figures and logits."""
     s, n, names = d.settings, d.networks, d.targets.names[part]
     target = d.targets.logits[part].to(n.device)
@@ -256,24 +224,24 @@ def draw(d: Drawing, rule: Guidance, part: slice, inputs: Sequence[Tensor | None
             eta=s.walk.eta, clip_x0=s.walk.clip_x0, on_step=lambda *_: bar.update(), **walk,
         )  # fmt: skip
     seconds = (time.perf_counter() - started) / len(images)
-    figures, logits = measure(names, images, inputs, n.operator, target, n.judge, judged, d.lpips,
+    figures, logits = results.measure(names, images, given, n.operator, target, n.judge, judged, d.lpips,
                               seconds=seconds, steps=count, seed=s.walk.seed)  # fmt: skip
-    pictures, finite = as_saved(images)
+    pictures, finite = results.as_saved(images)
     if broken := [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]:
         d.log.warning("not finite: %s; --clip_x0 and --max_move keep images in range", ", ".join(broken))
     return pictures.cpu(), figures, logits.cpu()
 
 
-def save(folder: Path, i: int, drawn: dict, inputs: Sequence[Tensor | None]) -> Finished:
+def save(folder: Path, i: int, drawn: dict, given: Sequence[Tensor | None]) -> results.Finished:
     """Write the pictures of the i-th image of a batch."""
     pictures = {kind: images[i] for kind, (images, _, _) in drawn.items()}
-    if inputs[i] is not None:
-        pictures["input"] = inputs[i]
+    if given[i] is not None:
+        pictures["input"] = given[i]
     _, figures, logits = drawn["reconstruction"]
     for kind, picture in pictures.items():
         save_image(picture, folder / kind / f"{figures[i].name}.png")
     unguided = drawn["unguided"][1][i] if "unguided" in drawn else None
-    return Finished(figures[i].name, figures[i], unguided, logits[i], tuple(pictures))
+    return results.Finished(figures[i].name, figures[i], unguided, logits[i], tuple(pictures))
 
 
 if __name__ == "__main__":

@@ -308,7 +308,7 @@ def test_what_an_operator_cannot_do_is_refused(run, preset, tmp_path):
 
 
 def test_lpips_is_measured_where_it_can_be_had(run, preset, monkeypatch):
-    monkeypatch.setattr(reconstruct, "load_lpips", lambda device, log, size: lambda a, b: (a - b).abs().mean())
+    monkeypatch.setattr(inputs_module, "load_lpips", lambda device, log, size: lambda a, b: (a - b).abs().mean())
     record = record_of(run(config=preset(lpips=True)))
     assert all(image["lpips"] > 0 for image in record["images"]) and record["mean"]["lpips"] > 0
 
@@ -557,7 +557,7 @@ def test_out_takes_a_folder_anywhere_under_the_same_protections(assets, samples,
     (tmp_path / "linked" / "input").symlink_to(tmp_path / "a")
     refused("is a link", reconstruct.main, [*arguments[:-1], str(tmp_path / "linked")])
     (tmp_path / "file").write_text("mine")
-    refused("is a file", reconstruct.main, [*arguments[:-1], str(tmp_path / "file")])
+    refused("File exists", reconstruct.main, [*arguments[:-1], str(tmp_path / "file")])
     refused("must be inside", reconstruct.main, [*arguments[:-2], "--image_folder", "../outside"])
 
 
