@@ -93,7 +93,7 @@ class Inversion:
         loss: (B,), its loss; infinite if not even the start has a finite one.
         best_step: (B,), the number of updates that made it; 0 is the start.
         curve: (T + 1, B), the loss after each number of updates. A sample that stopped repeats its best one.
-        stopped: (B,), the step at which a loss or a gradient was not finite, where the sample's search ended; -1: none.
+        stopped: (B,), the step with a loss or a gradient that is not finite, at which the search ended; -1: none.
         trajectory: (T + 1, B, ...), the input after each number of updates, if it was asked for.
         z: (B, ...), with ``x = theta(z, x0)``, for an inversion through a landscape.
         state: what `invert` needs to go on from here with more steps.
@@ -122,7 +122,7 @@ def _losses(loss: Loss, output: Tensor, y: Tensor) -> Tensor:
 
 
 def _checked_losses(f: Network, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
-    """The losses (B,) of f(x). Raises ValueError where f changes as it is run, or one's loss depends on another."""
+    """The losses (B,) of f(x). Raises ValueError if f changes as it is run, or one's loss depends on another."""
 
     def versions() -> dict[str, int]:  # how often each tensor was changed in place
         tensors = [*f.named_parameters(), *f.named_buffers()] if isinstance(f, nn.Module) else []
@@ -378,7 +378,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             losses[finite].mean().backward()
             norm = nn.utils.clip_grad_norm_(theta.parameters(), math.inf)
-            if norm.isfinite():  # one point's gradient may overflow where its loss does not
+            if norm.isfinite():  # one point's gradient may overflow though its loss does not
                 optimizer.step()
                 total, seen = total + losses[finite].sum().item(), seen + int(finite.sum())
     if not seen:

@@ -658,15 +658,15 @@ def keep(
     target: Target, names: Sequence[str], wanted: Tensor, found: Inversion, curves: Tensor, s: Settings, device
 ) -> list[dict]:
     """Write each image and latent that was found; a row of figures for each."""
-    pictures = outputs(target.f, found.x, s.batch_size, device)
-    figures = picture_figures(as_saved(pictures)[0], wanted, s, device)
+    pictures, _ = as_saved(outputs(target.f, found.x, s.batch_size, device))
+    figures = picture_figures(pictures, wanted, s, device)
     rows = []
     for i, name in enumerate(names):
         row = {"image": name, "loss": found.loss[i].item(), **{key: v[i].item() for key, v in figures.items()}}
         latent = {"x": found.x[i], "curve": curves[:, i]}
         if isinstance(target.f, Latents):
             latent["w_plus"] = target.f.w_plus(found.x[i : i + 1])[0]
-        save_image(pictures[i].clamp(-1, 1), s.out / f"{name}.png")
+        save_image(pictures[i], s.out / f"{name}.png")
         notes = {**row, "network": target.name, "weights": s.weights, "noise": s.noise, "seed": s.seed}
         save_tensors(s.out / f"{name}.safetensors", latent, notes)
         rows.append(row)
@@ -687,6 +687,8 @@ def morph(s: Settings, own: Find, device: torch.device) -> int:
             got = "no w_plus" if w_plus is None else f"a w_plus of shape {tuple(w_plus.shape)}"
             raise InputError(f"--morph {path}: {got}, the generator needs {shape}")
         ends.append(w_plus.float().flatten())
+    for frame in s.out.glob("frame_[0-9][0-9][0-9][0-9].png"):  # of an earlier one, longer perhaps
+        frame.unlink()
     mixes = torch.stack([ends[0].lerp(ends[1], i / own.frames) for i in range(own.frames + 1)])
     pictures = outputs(target.f, mixes, s.batch_size, device).clamp(-1, 1)
     for i, frame in enumerate(pictures):

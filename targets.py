@@ -249,7 +249,7 @@ def outputs(f: nn.Module, x: Tensor, batch_size: int, device: torch.device) -> T
 
 
 def starts(target: Target, y: Tensor, s: Settings, loss: Loss, device: torch.device) -> Tensor:
-    """Where searches for the images y (B, 3, S, S) begin, (B, ...), on the CPU; zero where there are no latents."""
+    """Where searches for the images y (B, 3, S, S) begin, (B, ...), on the CPU; zero if there are no latents."""
     if s.start == "average" and isinstance(target.f, Latents):
         return target.f.average().cpu().repeat(len(y), 1)
     if s.start != "best":
@@ -385,6 +385,10 @@ def make_loss(target: Target, s: Settings, device: torch.device) -> Loss:
     Raises:
         InputError: weights that were asked for cannot be had.
     """
+    if not target.to_image and s.loss in ("lpips", "vgg"):
+        raise InputError(f"--loss {s.loss}: compares images, and {target.name} gives none from something else")
+    if s.loss != "vgg" and len(s.perceptual_weight) > 1:
+        raise InputError("--perceptual_weight: several are for the layers of --loss vgg")
     if not target.to_image or s.loss == "mse":
         return squared_error
     if s.loss == "vgg":

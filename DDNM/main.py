@@ -43,7 +43,7 @@ class Run:
 
     config: Path = option(..., "preset: a file under DDNM/configs, or a path; flags given here win")
     image_folder: str = option("images", "folder under exp/image_samples")
-    out: Path | None = option(None, "folder for the results, anywhere, in the place of --image_folder")
+    out: Path | None = option(None, "folder for the results, anywhere, instead of --image_folder")
     ni: bool = option(False, "non-interactive: never ask, refuse instead")
     overwrite: bool = option(False, "replace the results in a folder that has some")
     resume: bool = option(False, "keep the images that an interrupted run finished, and draw the others")
@@ -81,15 +81,17 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     """The settings of a run. Raises InputError."""
     kinds = (Run, inputs.NetworkSettings, inputs.TargetSettings, RuleSettings, inputs.WalkSettings)
     s = Settings(*parse_settings(__doc__, *kinds, argv=argv, extra=inputs.PRESET_ONLY, presets=inputs.CONFIGS))
-    if s.run.published_rule:
-        guidance = "none" if s.rule.guidance == "none" else "nlbp"
-        rule = replace(s.rule, guidance=guidance, max_move=0.0, last_bp_step=0)
-        s = s._replace(rule=rule, walk=replace(s.walk, clip_x0=False, eta=None))
     words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    if s.run.published_rule:
+        own = {"--max_move", "--last_bp_step", "--eta", "--clip_x0"}
+        if asked := words & (own if s.rule.guidance in ("none", "nlbp", "auto") else own | {"--guidance"}):
+            raise InputError(f"--published_rule: has its own {min(asked)}; leave out one of the two")
+        kind = "none" if s.rule.guidance == "none" else "nlbp"
+        rule = replace(s.rule, guidance=kind, max_move=0.0, last_bp_step=0)
+        s = s._replace(rule=rule, walk=replace(s.walk, clip_x0=False, eta=None))
     said, spec = s.rule.guidance, s.targets.operator
     # a preset's rule is for what the preset measures: attributes, or its own operator
-    other = "--operator" in words and not {"--guidance", "--published_rule"} & words
-    if said == "auto" or other:
+    if said == "auto" or "--operator" in words and not {"--guidance", "--published_rule"} & words:
         rule = "nlbp" if spec is None or is_network(spec) else "linear"
         s = s._replace(rule=replace(s.rule, guidance=rule))
         if said not in ("auto", rule):
@@ -164,7 +166,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
     size = s.walk.batch_size
     parts = [slice(i, i + size) for i in range(0, len(done), size)]
     with stop_signals() as stopped:
-        # whole, also where some of it is finished: rounding depends on what an image shares its batch with
+        # whole, also if some of it is finished: rounding depends on what an image shares its batch with
         for index, part in world.share([(i, part) for i, part in enumerate(parts) if not all(done[part])]):
             if stopped() is not None:
                 break

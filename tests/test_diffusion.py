@@ -420,6 +420,8 @@ def test_reconstruct_draws_what_the_sampler_draws_and_leaves_the_networks_as_the
     assert not drawn.requires_grad and all(p.requires_grad and p.grad is None for p in model.parameters())
     named = reconstruct(model, prior, target, steps=5, seed=3, names=["1", "0"])
     assert not torch.equal(named[0], drawn[0])
+    with pytest.raises(ValueError, match="2 targets for 1 images"):  # which would broadcast
+        reconstruct(model, prior, target, names=["0"])
 
 
 def test_evaluations_counts_what_the_prior_is_asked():

@@ -9,7 +9,6 @@ import bijections
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from inversion import (
     Buffer,
-    Inversion,
     MappingNet,
     collect,
     invert,
@@ -18,7 +17,6 @@ from inversion import (
     squared_error,
     train_mapping,
 )
-from loop import Run
 from models import SPNN
 from utils import InputError
 
@@ -66,12 +64,8 @@ def test_a_linear_map_reaches_the_least_squares_solution():
     best = squared_error(expected @ a.T, y)
     assert (best > 0.01).all()  # not to be reached exactly
     torch.testing.assert_close(found.loss, best, rtol=1e-8, atol=0)
-
-
-def test_a_wide_linear_map_is_inverted_exactly():
-    a, y = matrix(4, 9), normal(3, 4, seed=1)
-    found = invert(lambda x: x @ a.T, y, torch.zeros(3, 9, dtype=torch.float64), steps=400)
-    assert found.loss.max() < 1e-8
+    wide = matrix(4, 9)  # more unknowns: exactly
+    assert invert(lambda x: x @ wide.T, y[:, :4], torch.zeros(3, 9).double(), steps=400).loss.max() < 1e-8
 
 
 @pytest.mark.parametrize("lr", (0.01, 1.0, 30.0))
@@ -149,9 +143,10 @@ def test_a_gradient_that_is_not_finite_stops_too():
 
 
 def test_it_works_inside_inference_mode_and_leaves_the_weights_alone():
-    f = network().requires_grad_(True)
+    f, seen = network().requires_grad_(True), []
     with torch.inference_mode():
-        found = invert(f, normal(2, 4, seed=1), normal(2, 6, seed=2), steps=3)
+        found = invert(f, normal(2, 4, seed=1), normal(2, 6, seed=2), steps=3, on_step=seen.append)
+    assert seen == [1, 2, 3] and found.trajectory is None and found.problems() == []
     assert (found.best_step > 0).all() and all(p.grad is None for p in f.parameters())
     assert not found.x.requires_grad
 
@@ -161,12 +156,6 @@ def test_no_steps_and_no_samples():
     assert torch.equal(invert(f, y, x0, steps=0).x, x0)
     empty = invert(f, y[:0], x0[:0], steps=2)
     assert empty.x.shape == (0, 6) and empty.curve.shape == (3, 0)
-
-
-def test_progress_is_reported():
-    seen = []
-    invert(network(), normal(2, 4), normal(2, 6), steps=3, on_step=seen.append)
-    assert seen == [1, 2, 3]
 
 
 def test_losses_that_are_not_one_for_each_sample():
@@ -349,32 +338,3 @@ def test_training_makes_a_few_steps_go_further():
     assert [row["step"] for row in history] == list(range(1, 21))
     assert history[-1]["end_loss"] < 0.5 * history[0]["end_loss"]
     assert not any(p.requires_grad for p in theta.parameters())
-
-
-def test_training_repeats_with_its_seed():
-    f = network()
-
-    def weights(seed):
-        torch.manual_seed(0)
-        theta = MappingNet((6,), width=4).double()
-        run = Run(None, torch.device("cpu"), seed=seed)
-        train_mapping(theta, f, drawn(f), run=run, buffers=2, samples=4, steps=2, batch_size=4)
-        return torch.cat([p.flatten() for p in theta.parameters()])
-
-    assert torch.equal(weights(0), weights(0))
-    assert not torch.equal(weights(0), weights(1))
-
-
-def test_a_network_that_is_never_finite_ends_the_training():
-    theta = MappingNet((6,), width=4).double()
-
-    def draw(count, source):
-        return torch.zeros(count, 4, dtype=torch.float64), torch.zeros(count, 6, dtype=torch.float64)
-
-    with pytest.raises(InputError, match="no trajectory is finite"):
-        train_mapping(theta, lambda x: x[:, :4] * math.nan, draw, buffers=1, samples=2, steps=1)
-
-
-def test_the_result_is_a_plain_record():
-    found = invert(network(), normal(2, 4), normal(2, 6), steps=1)
-    assert isinstance(found, Inversion) and found.trajectory is None and found.z is None and found.problems() == []

@@ -349,6 +349,10 @@ def test_lpips_joins_the_loss_if_it_can_be_had(here, monkeypatch):
     assert loss("lpips", perceptual_weight=(2.0,)) == [7.0, 7.0] and loss("mse") == [1.0, 1.0]
     monkeypatch.setattr(targets, "lpips_or_none", lambda device, size: None)
     assert loss("auto") == [1.0, 1.0]
+    with pytest.raises(InputError, match="several are for the layers of --loss vgg"):
+        loss("auto", perceptual_weight=(1.0, 2.0))
+    with pytest.raises(InputError, match="--loss vgg: compares images, and g gives none"):
+        make_loss(load_target("g", here), replace(settings(here), loss="vgg"), CPU)
     with pytest.raises(InputError, match="--loss lpips: cannot be had"):
         loss("lpips")
 
@@ -595,7 +599,9 @@ def test_a_morph(here, generator, tmp_path):
     assert {p.name for p in out.iterdir()} == {*(f"frame_{i:04d}.png" for i in range(5)), "frames.png"}
     noise = generator.draw_noise(1, torch.Generator().manual_seed(0))
     middle = torch.stack([latent(path)["w_plus"] for path in ends]).mean(0, keepdim=True)
-    assert torch.equal(load_image(out / "frame_0002.png"), as_saved(generator.synthesis(middle, noise))[0][0])
+    assert main(find_arguments(here, out, "--morph", *ends, "--frames", "2", "--overwrite")) == 0
+    assert {p.name for p in out.iterdir()} == {*(f"frame_{i:04d}.png" for i in range(3)), "frames.png"}
+    assert torch.equal(load_image(out / "frame_0001.png"), as_saved(generator.synthesis(middle, noise))[0][0])
     command.save_tensors(tmp_path / "1.safetensors", {"w_plus": torch.zeros(3, 5)}, {})
     for path, words in (
         (ends[1], r"shape \(3, 5\), the generator needs \(4, 5\)"),

@@ -303,6 +303,7 @@ def test_what_an_operator_cannot_do_is_refused(run, preset, tmp_path):
     }.items():
         refused(said, run, "out", None, *flags)
     refused("a table holds logits", run, "out", tmp_path / "table.csv", "--operator", "sr4")
+    refused("--align: .*table.csv is a table", run, "out", tmp_path / "table.csv", "--align")
     save_spnn(tmp_path / "map.pth", landscape(), {})
     refused(r"attributes are logits \(4,\), its are \(4, 3, 2\)", run, config=preset(spnn=str(tmp_path / "map.pth")))
 
@@ -574,6 +575,13 @@ def test_a_mistake_costs_no_results(run, preset, tmp_path):
     ):
         refused(said, run, "out", None, "--overwrite", *flags, config=preset(**changes))
         assert before == sorted(path.name for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("flags", ["--eta 0.5", "--max_move=0.1", "--guidance gradient"])
+def test_the_published_rule_and_another_exclude_each_other(flags):
+    arguments = ["--config", "faces.yml", "--path_y", "x", "--published_rule"]
+    refused("--published_rule: .*; leave out one of the two", reconstruct.parse, [*arguments, *flags.split()])
+    assert reconstruct.parse([*arguments, "--guidance", "none"]).rule.guidance == "none"
 
 
 @pytest.mark.parametrize("answer, kept", [("y", False), ("", True), ("no", True)])

@@ -97,6 +97,7 @@ def test_the_noise_is_the_first_half_if_variance_is_predicted_too():
     (plain(4, 4), "3 k\\^2"), (plain(3, 4), "3 k\\^2"), (plain(size=None), "square sample_size"),
     (plain(time_embedding_type="fourier"), "must take time steps"),
     (plain(time_embedding_type="learned", num_train_timesteps=10), "must know all 1000 steps, not 10"),
+    (plain(center_input_sample=True), "must not centre"),
     (plain(num_class_embeds=10), "class-conditional"), (plain(class_embed_type="timestep"), "class-conditional"),
 ])  # fmt: skip
 def test_other_networks_are_no_prior(unet, said):
@@ -264,6 +265,7 @@ def test_a_schedulers_settings_are_honoured(tmp_path, settings):
     ({"beta_start": -1.0}, "beta_start"),
     ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 1000}, "trained_betas are 2, num_train_timesteps 1000"),
     ({"_class_name": "ScoreSdeVeScheduler"}, "not known to add noise as DDPM does"),
+    ({"timestep_type": "continuous", "prediction_type": "v_prediction"}, "takes noise levels, not steps"),
     (FlowMatchEulerDiscreteScheduler().config | {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "not known"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_honoured_are_refused(tmp_path, settings, said):

@@ -100,11 +100,13 @@ def sample(
 
     Raises:
         ValueError: more steps than the prior was trained with, or shapes that differ: of its images and those that the
-            operator takes, or of the targets and what it measures.
+            operator takes, or of the targets and what it measures, or their number.
     """
     shape = (3, prior.image_size, prior.image_size)
     if operator is not None and tuple(operator.in_shape) != shape:
         raise ValueError(f"the prior draws images {shape}, the operator measures images {tuple(operator.in_shape)}")
+    if target is not None and len(target) != len(generators):
+        raise ValueError(f"{len(target)} targets for {len(generators)} images")
     if operator is not None and target is not None and tuple(target.shape[1:]) != tuple(operator.out_shape):
         raise ValueError(f"targets have shape {tuple(target.shape[1:])}, what is measured {tuple(operator.out_shape)}")
 

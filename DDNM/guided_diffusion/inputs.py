@@ -79,7 +79,7 @@ class WalkSettings:
 
 
 def check_architecture(said: dict) -> None:
-    """Raises InputError where what a preset says of the prior (`PRESET_ONLY`) has no sense."""
+    """Raises InputError if what a preset says of the prior (`PRESET_ONLY`) makes no sense."""
     size = said.get("prior_image_size", 1)
     if not isinstance(said.get("prior_model", {}), dict) or type(size) is not int or not 1 <= size <= 4096:
         raise InputError("config: prior_model must be a mapping, prior_image_size a whole number to 4096")
@@ -93,7 +93,7 @@ class Networks:
     """The networks of a run, in eval mode on ``device``, of one image size and one list of attributes.
 
     Attributes:
-        spnn, attributes: None and none where ``measures`` takes their place.
+        spnn, attributes: None and none if ``measures`` takes their place.
     """
 
     spnn: SPNN | None
@@ -254,7 +254,7 @@ def input_path(path_y: str) -> Path:
 
 
 def image_names(paths: Sequence[Path], top: Path) -> list[str]:
-    """A name for each image's results: its path below ``top`` without suffix; with it, or a number, where two meet."""
+    """A name for each image's results: its path below ``top`` without suffix; with it, or a number, if two meet."""
     top = top if top.is_dir() else top.parent
     relative = [path.relative_to(top) for path in paths]
     names = [file_name("__".join(r.with_suffix("").parts)) for r in relative]
@@ -290,6 +290,8 @@ def read_targets(
     if source.suffix.lower() == ".csv":
         if networks.spnn is None:
             raise InputError(f"--path_y {source}: a table holds logits of attributes; --operator measures images")
+        if settings.align:
+            raise InputError(f"--align: {source} is a table of logits and has no images")
         names, logits = read_logits(source, networks.attributes)
         targets = Targets(names[:most], None, logits[:most], logits[:most].clone(), [])
     else:
@@ -340,7 +342,7 @@ def parse_set(
     """Attribute index -> its logit and whether it should be present, from ``NAME=VALUE`` strings.
 
     Args:
-        typical: for each attribute its typical logits (without, with), from config.json; None where it has none.
+        typical: for each attribute its typical logits (without, with), from config.json; None if it has none.
 
     Raises:
         InputError: an attribute that does not exist (with the nearest match), or a value that is no number.

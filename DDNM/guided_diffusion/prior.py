@@ -56,8 +56,8 @@ class Prior(nn.Module):
         recompute: under autograd, keep little of the network's activations and compute them again for the gradient.
 
     Raises:
-        ValueError: channel counts that are neither 3 k^2 nor their double, a U-Net that asks for a class or has no
-            square sample_size, or another prediction_type.
+        ValueError: channel counts that are neither 3 k^2 nor their double, a U-Net that asks for a class, takes other
+            inputs or has no square sample_size, or another prediction_type.
     """
 
     def __init__(
@@ -86,6 +86,8 @@ class Prior(nn.Module):
             raise ValueError(f"a prior's U-Net needs a square sample_size in its configuration, got {size}")
         if config.class_embed_type is not None or config.num_class_embeds is not None:
             raise ValueError("a prior's U-Net must not be class-conditional: no class is known here")
+        if config.center_input_sample:
+            raise ValueError("a prior's U-Net must not centre its input: images are in [-1, 1] here")
         if config.time_embedding_type == "fourier":
             raise ValueError("a prior's U-Net must take time steps; this one takes noise levels (fourier embedding)")
         known = config.num_train_timesteps if config.time_embedding_type == "learned" else None
@@ -293,6 +295,8 @@ def read_scheduler(path: Path | None) -> tuple[str, Schedule]:
     if len(trained := betas.get("trained_betas", ())) not in (0, said.get("num_train_timesteps", len(trained))):
         raise InputError(f"{path}: trained_betas are {len(trained)}, num_train_timesteps {said['num_train_timesteps']}")
     predicts = said.get("prediction_type", "epsilon")
+    if said.get("timestep_type") == "continuous" and predicts == "v_prediction":
+        raise InputError(f"{path}: timestep_type continuous: such a network takes noise levels, not steps")
     if betas.get("rescale_betas_zero_snr") and predicts == "epsilon":
         raise InputError(f"{path}: rescale_betas_zero_snr: the noise says nothing of a picture where all is noise")
     try:

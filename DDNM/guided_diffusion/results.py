@@ -31,7 +31,7 @@ SHEET_LIMIT = 100  # rows of all pages: nobody reads a thousand, and their pictu
 
 @dataclass
 class Figures:
-    """One image's figures; None where one could not be had.
+    """One image's figures; None if one could not be had.
 
     Attributes:
         agreement: share of the attributes whose sign, by g, is the target's, in [0, 1].
@@ -73,8 +73,8 @@ class Finished:
     """An image that is drawn, measured and on the disk.
 
     Attributes:
-        unguided: figures of the unguided sample, where one was asked for.
-        logits: of the reconstruction, (d,); none where something else was measured.
+        unguided: figures of the unguided sample, if one was asked for.
+        logits: of the reconstruction, (d,); none if something else was measured.
         pictures: kinds of its pictures, which are the folders they lie in.
     """
 
@@ -90,7 +90,7 @@ class Record:
 
     Args:
         settings: all that decides what the pictures look like, as JSON gives it back.
-        otherwise: what to do where they are others.
+        otherwise: what to do if they are others.
     """
 
     def __init__(self, path: Path, settings: dict, otherwise: str = "start anew with --overwrite") -> None:
@@ -141,7 +141,7 @@ class Progress(Record):
         return folder / "progress.jsonl"
 
     def finished(self, names: Sequence[str], targets: Tensor) -> list[Finished | None]:
-        """For each name the image that an earlier run finished, None where it did not; the others are forgotten.
+        """For each name the image that an earlier run finished, None if it did not; the others are forgotten.
 
         Finished is what has its line, the same target, (N, *out_shape), and pictures that are what was written: by
         their SHA-256. Raises InputError as `read`.
@@ -201,7 +201,7 @@ def check_results(folder: Path, resume: bool, overwrite: bool, ask: bool) -> Non
         if input(f"{folder} has results. Replace them? [y/N] ").strip().lower() in ("y", "yes"):
             return
     hint = " or --resume" if Progress.file(folder).is_file() else ""
-    raise InputError(f"{folder} is not empty; give --overwrite{hint} or another --image_folder")
+    raise InputError(f"{folder} is not empty; give --overwrite{hint} or another folder")
 
 
 def clear_results(folder: Path) -> None:
@@ -268,7 +268,7 @@ def measure(
 
 
 def mean_figures(figures: Sequence[Figures]) -> dict:
-    """The mean of every figure over the images that have it, None where none has."""
+    """The mean of every figure over the images that have it, None if none has."""
     means = {}
     for key in list(asdict(figures[0]))[1:]:
         values = [v for f in figures if (v := getattr(f, key)) is not None and math.isfinite(v)]
@@ -350,7 +350,7 @@ def picture(image: Tensor | None, side: int) -> Image.Image:
 
 
 def _shades(logits: Tensor, side: int, against: Tensor | None = None) -> Image.Image:
-    """The probabilities as a 4x10 grid, dark is present; framed in red where the sign differs from ``against``."""
+    """The probabilities as a 4x10 grid, dark is present; framed in red if the sign differs from ``against``."""
     cell = side / _ROWS
     grid = Image.new("RGB", (round(_COLUMNS * cell * 0.75), side), "white")
     draw = ImageDraw.Draw(grid)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-SMALLEST_ABAR = 2.0**-30  # where a schedule ends in pure noise, abar = 0: eps -> x_0 divides by its root
+SMALLEST_ABAR = 2.0**-30  # if a schedule ends in pure noise, abar = 0: eps -> x_0 divides by its root
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class Schedule:
             t: an integer, or an integer tensor of any shape on any device.
 
         Returns:
-            float32 of the shape of ``t``, where ``t`` is.
+            float32 of the shape of ``t``, on its device.
 
         Raises:
             ValueError: a step outside -1 ... T - 1 (a tensor's are looked at on the CPU only), or not an integer.
@@ -103,7 +103,7 @@ class Schedule:
 def sampling_timesteps(num_diffusion_timesteps: int, num_sampling_steps: int) -> list[int]:
     """The training-time steps t that a sampler of n = ``num_sampling_steps`` visits, ascending, of T training steps.
 
-    Where n divides T it is the published walk, ``t_i = i T / n``. Elsewhere, and for n = 1, the steps are spread evenly
+    If n divides T it is the published walk, ``t_i = i T / n``. Else, and for n = 1, the steps are spread evenly
     from 0 to T - 1, so that a walk begins next to T: what it begins with is pure noise. (The published rule,
     ``i * (T // n)``, begins at t = 500 of 1000 for 501 steps.)
 
