@@ -9,6 +9,7 @@ Letters: B batch, C channels, * any number of positions (none for vectors, W, H 
 z latent. Layers act on dimension 1 and take vectors (B, C) and maps (B, C, *) alike, unless they say otherwise.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace, Normal, Uniform, constraints
 
-from blocks import BLOCKS, MIXINGS, Surjection, at_least_float32, check_whole, exact
+from blocks import BLOCKS, MIXINGS, PixelUnshuffleBlock, Surjection, at_least_float32, check_positive, exact, no_volume
 from fixed_point import Banach, FixedPoint, norm
-from networks import full_precision
+from networks import UNSTEADY, full_precision, in_training
 
 Shape = tuple[int, ...]  # of one image, without B: (C,), (C, L), (C, H, W) or (C, D, H, W)
 Completed = tuple[Tensor, Tensor | None, Tensor]  # y, z and log |det|, (B,)
@@ -34,9 +35,10 @@ def per_image(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1) if values.dim() > 1 else values
 
 
-def no_volume(x: Tensor) -> Tensor:
-    """The log-determinant of a map that keeps volumes: zeros, (B,)."""
-    return torch.zeros(x.shape[0], dtype=at_least_float32(x[:0]).dtype, device=x.device)
+def widest(*tensors: Tensor) -> list[Tensor]:
+    """All in the widest of their types, float32 at least."""
+    dtype = functools.reduce(torch.promote_types, (at_least_float32(t[:0]).dtype for t in tensors))
+    return [t.to(dtype) for t in tensors]
 
 
 # --- Statistics ------------------------------------------------------------------------------------------------------
@@ -58,9 +60,14 @@ def statistics_held() -> Iterator[None]:
         _held.reset(token)
 
 
+def several() -> bool:
+    """Whether there are several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def total(values: Tensor) -> Tensor:
-    """The sum over all processes, if there are several, with its gradient."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    """The sum over all processes, with its gradient."""
+    if not several():
         return values
     from torch.distributed.nn.functional import all_reduce  # a build of torch may lack it
 
@@ -74,7 +81,7 @@ def moments(x: Tensor, owner: str) -> tuple[Tensor, Tensor, int]:
     fewer than 2 values.
     """
     values = exact(x).movedim(1, 0).flatten(1)  # (C, B*...)
-    n = int(total(torch.tensor(values.shape[1], device=x.device)))
+    n = int(total(torch.tensor(values.shape[1], device=x.device))) if several() else values.shape[1]
     if n < 2:
         raise ValueError(f"{owner}: a batch in training mode must hold 2 values per channel or more, got {n}")
     mean = total(values.sum(1)) / n
@@ -132,11 +139,10 @@ class Inverted(Bijection):
 
     def __init__(self, block: Bijection):
         super().__init__()
-        if block.lossy:
+        if block.lossy or not block.exact:
             raise ValueError(f"{block.name}: it discards a latent, so there is no inverse to swap directions with")
-        self.block = block
-        self.domain, self.codomain, self.exact = block.codomain, block.domain, block.exact
-        self.stateful = block.stateful
+        self.block, self.stateful = block, block.stateful
+        self.domain, self.codomain = block.codomain, block.domain
 
     def output_shape(self, shape: Shape) -> Shape:
         return self.block.input_shape(shape)
@@ -174,10 +180,8 @@ class PerFeature(Bijection):
     def __init__(self, features: int | Sequence[int]):
         super().__init__()
         self.features = tuple(features) if isinstance(features, (tuple, list, torch.Size)) else (features,)
-        for n in self.features:
-            check_whole(type(self).__name__, features=n)
-        if not self.features or min(self.features) < 1:
-            raise ValueError(f"{type(self).__name__}: features must be positive, got {features!r}")
+        for n in self.features or (0,):
+            check_positive(type(self).__name__, whole=True, features=n)
 
     def extra_repr(self) -> str:
         return "x".join(map(str, self.features))
@@ -276,8 +280,8 @@ class BatchNorm(Affine):
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__(channels)
-        if not 0 < momentum <= 1 or not eps > 0:
-            raise ValueError(f"{self.name}: momentum must be in (0, 1] and eps positive, got {momentum} and {eps}")
+        check_positive(self.name, most=1, momentum=momentum)
+        check_positive(self.name, eps=eps)
         self.momentum, self.eps = momentum, eps
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
@@ -339,9 +343,9 @@ class Activation(Bijection):
         y = at_least_float32(y)
         if self.codomain is constraints.real:
             return self.inverse(y)
-        inside = self.codomain.check(y)
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-            return self.inverse(torch.where(inside, y, math.nan))  # a graph or a transform cannot refuse
+        inside, transformed = self.codomain.check(y), torch._C._functorch.peek_interpreter_stack() is not None
+        if y.is_meta or transformed or torch.compiler.is_compiling():  # which cannot refuse
+            return self.inverse(torch.where(inside, y, math.nan))
         if not inside.all():
             raise ValueError(f"{self.name}: its inverse takes values of {self.codomain}, got {y[~inside][0].item():g}")
         return self.inverse(y)
@@ -380,12 +384,11 @@ class Tanh(Activation):
 
 
 class LeakyReLU(Activation):
-    """``y = x`` above 0 and ``slope x`` below."""
+    """``y = x`` above 0 and ``slope x`` below, slope above 0, so that it is monotone."""
 
     def __init__(self, slope: float = 0.01):
         super().__init__()
-        if not 0 < slope < math.inf:
-            raise ValueError(f"LeakyReLU: slope must be positive, or it is not monotone, got {slope}")
+        check_positive("LeakyReLU", slope=slope)
         self.slope = slope
 
     def extra_repr(self) -> str:
@@ -402,12 +405,11 @@ class LeakyReLU(Activation):
 
 
 class PReLU(PerFeature, Activation):
-    """`LeakyReLU` with a learned slope per feature, ``exp(log_slope)``, so that it stays monotone."""
+    """`LeakyReLU` with a learned slope per feature, ``exp(log_slope)``."""
 
     def __init__(self, features: int | Sequence[int], slope: float = 0.25):
         super().__init__(features)
-        if not 0 < slope < math.inf:
-            raise ValueError(f"PReLU: slope must be positive, or it is not monotone, got {slope}")
+        check_positive("PReLU", slope=slope)
         self.log_slope = nn.Parameter(torch.full(self.features, math.log(slope)))
 
     def f(self, x: Tensor) -> Tensor:
@@ -432,8 +434,7 @@ class ELU(Activation):
 
     def __init__(self, alpha: float = 1.0, scale: float = 1.0):
         super().__init__()
-        if not (0 < alpha < math.inf and 0 < scale < math.inf):
-            raise ValueError(f"{type(self).__name__}: alpha and scale must be positive, got {alpha} and {scale}")
+        check_positive(type(self).__name__, alpha=alpha, scale=scale)
         self.alpha, self.scale = alpha, scale
         self.codomain = constraints.greater_than_eq(-scale * alpha)
 
@@ -510,9 +511,7 @@ class OverChannels(Bijection):
 
     def __init__(self, channels: int):
         super().__init__()
-        check_whole(type(self).__name__, channels=channels)
-        if channels < 1:
-            raise ValueError(f"{type(self).__name__}: channels must be positive, got {channels}")
+        check_positive(type(self).__name__, whole=True, channels=channels)
         self.channels = channels
 
     def extra_repr(self) -> str:
@@ -523,11 +522,12 @@ class OverChannels(Bijection):
             raise ValueError(f"{self.name}: channels is {self.channels}, but {shape[0]} channels arrive")
         return tuple(shape)
 
-    def over_columns(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """f, which takes (C, n), over the channels of x, (B, C, *) -> (B, C, *), in full precision."""
+    def over_columns(self, f: Callable[..., Tensor], x: Tensor, *matrices: Tensor) -> Tensor:
+        """f of columns, (C, n), and of matrices, over the channels of x, (B, C, *) -> (B, C, *), in full precision."""
         self.output_shape(x.shape[1:])
+        x, *matrices = widest(x, *matrices)
         with full_precision(x.device):
-            columns = f(at_least_float32(x).movedim(1, 0).flatten(1))  # (C, B*...)
+            columns = f(x.movedim(1, 0).flatten(1), *matrices)  # (C, B*...)
         return columns.unflatten(1, (x.shape[0], *x.shape[2:])).movedim(0, 1)
 
 
@@ -543,8 +543,7 @@ class Orthogonal(VolumePreserving, OverChannels):
         super().__init__(channels)
         if mix_type not in MIXINGS:
             raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
-        if reflections < 1:
-            raise ValueError(f"{self.name}: reflections must be positive, got {reflections}")
+        check_positive(self.name, whole=True, reflections=reflections)
         self.mix = MIXINGS[mix_type](channels, **({"reflections": reflections} if mix_type == "householder" else {}))
 
     def g(self, x: Tensor) -> Tensor:
@@ -591,25 +590,22 @@ class Conv1x1(OverChannels):
         self.upper = nn.Parameter(upper.triu(1))
         self.log_scale = nn.Parameter(upper.diagonal().abs().log())
 
-    def _triangles(self) -> tuple[Tensor, Tensor]:
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """P, L and U + diag(s)."""
         lower, upper, log_scale = (at_least_float32(p) for p in (self.lower, self.upper, self.log_scale))
         lower = lower.tril(-1) + torch.eye(self.channels).to(lower)
-        return lower, upper.triu(1) + torch.diag(self.sign * log_scale.exp())
+        return self.permutation, lower, upper.triu(1) + torch.diag(self.sign * log_scale.exp())
 
     def forward_log_det(self, x: Tensor) -> Completed:
-        lower, upper = self._triangles()
-        y = self.over_columns(lambda columns: self.permutation.to(lower) @ lower @ upper @ columns, x)
+        y = self.over_columns(lambda columns, p, lower, upper: p @ lower @ upper @ columns, x, *self._factors())
         return y, None, (positions(x) * at_least_float32(self.log_scale).sum()).expand(x.shape[0])
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        lower, upper = self._triangles()
-
-        def solve(columns: Tensor) -> Tensor:
-            columns = self.permutation.T.to(lower) @ columns
-            columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
+        def solve(columns: Tensor, p: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+            columns = torch.linalg.solve_triangular(lower, p.T @ columns, upper=False, unitriangular=True)
             return torch.linalg.solve_triangular(upper, columns, upper=True)
 
-        return self.over_columns(solve, y)
+        return self.over_columns(solve, y, *self._factors())
 
 
 class Whitening(OverChannels):
@@ -636,15 +632,14 @@ class Whitening(OverChannels):
         ValueError if the data span fewer than C dimensions.
         """
         self.output_shape(x.shape[1:])
-        if not 0 < momentum <= 1:
-            raise ValueError(f"{self.name}: momentum must be above 0 and at most 1, got {momentum}")
-        mean, _, n = moments(x.double(), self.name)
-        samples = (x.double().movedim(1, 0).flatten(1) - mean[:, None]) / math.sqrt(n - 1)  # (C, B*...)
+        check_positive(self.name, most=1, momentum=momentum)
+        mean, _, n = moments(x, self.name)
+        samples = (exact(x).movedim(1, 0).flatten(1) - mean[:, None]) / math.sqrt(n - 1)  # (C, B*...)
         covariance = total(samples @ samples.T)
         if not covariance.isfinite().all():
             raise ValueError(f"{self.name}: the samples hold NaN or infinity")
         if momentum < 1:
-            before, shift = torch.linalg.inv(self.whiten.double()), mean[:, None] - self.mean
+            before, shift = torch.linalg.inv(exact(self.whiten)), mean[:, None] - self.mean
             covariance = torch.lerp(before @ before.T, covariance, momentum)
             covariance += momentum * (1 - momentum) * shift @ shift.T
             mean = mean - (1 - momentum) * shift[:, 0]
@@ -660,13 +655,13 @@ class Whitening(OverChannels):
         return self
 
     def forward_log_det(self, x: Tensor) -> Completed:
-        whiten, mean = at_least_float32(self.whiten), at_least_float32(self.mean)
-        log_det = positions(x) * torch.linalg.slogdet(whiten).logabsdet
-        return self.over_columns(lambda columns: whiten @ (columns - mean), x), None, log_det.expand(x.shape[0])
+        log_det = positions(x) * torch.linalg.slogdet(at_least_float32(self.whiten)).logabsdet
+        y = self.over_columns(lambda columns, whiten, mean: whiten @ (columns - mean), x, self.whiten, self.mean)
+        return y, None, log_det.expand(x.shape[0])
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        whiten, mean = at_least_float32(self.whiten), at_least_float32(self.mean)
-        return self.over_columns(lambda columns: torch.linalg.solve(whiten, columns) + mean, y)
+        back = lambda columns, whiten, mean: torch.linalg.solve(whiten, columns) + mean  # noqa: E731
+        return self.over_columns(back, y, self.whiten, self.mean)
 
 
 # --- Rearrangements --------------------------------------------------------------------------------------------------
@@ -724,46 +719,8 @@ class View(VolumePreserving):
         return y.reshape(y.shape[0], *self.input_shape(y.shape[1:]))
 
 
-class PixelUnshuffle(VolumePreserving):
-    """Positions into channels, r along each of ``dims`` dimensions: (B, C, *) -> (B, C r^dims, */r).
-
-    In two dimensions it is `blocks.PixelUnshuffleBlock` (and torch's), channels in the order (C, row, column).
-    """
-
-    def __init__(self, r: int, dims: int = 2):
-        super().__init__()
-        check_whole("PixelUnshuffle", r=r)
-        if r < 1 or dims not in (1, 2, 3):
-            raise ValueError(f"PixelUnshuffle: r must be at least 1 and dims 1, 2 or 3, got r {r}, dims {dims}")
-        self.r, self.dims = r, dims
-
-    def extra_repr(self) -> str:
-        return f"r={self.r}, dims={self.dims}"
-
-    def output_shape(self, shape: Shape) -> Shape:
-        c, *size = shape
-        if len(size) != self.dims or any(n % self.r for n in size):
-            raise ValueError(f"{self.name}: r must divide a size of {self.dims} dimensions, got {tuple(size)}")
-        return c * self.r**self.dims, *(n // self.r for n in size)
-
-    def input_shape(self, shape: Shape) -> Shape:
-        c, *size = shape
-        if len(size) != self.dims or c % self.r**self.dims:
-            raise ValueError(f"{self.name}: {c} channels and size {tuple(size)} do not come apart by r")
-        return c // self.r**self.dims, *(n * self.r for n in size)
-
-    def g(self, x: Tensor) -> Tensor:
-        _, c, *size = x.shape
-        out = self.output_shape((c, *size))
-        x = x.view(x.shape[0], c, *(part for n in size for part in (n // self.r, self.r)))  # (B, C, H/r, r, W/r, r)
-        coarse, fine = range(2, 2 + 2 * self.dims, 2), range(3, 3 + 2 * self.dims, 2)
-        return x.permute(0, 1, *fine, *coarse).reshape(x.shape[0], *out)
-
-    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        c, *size = self.input_shape(y.shape[1:])
-        y = y.reshape(y.shape[0], c, *[self.r] * self.dims, *y.shape[2:])  # (B, C, r, r, H/r, W/r)
-        pairs = [dim for i in range(self.dims) for dim in (2 + self.dims + i, 2 + i)]
-        return y.permute(0, 1, *pairs).reshape(y.shape[0], c, *size)
+class PixelUnshuffle(PixelUnshuffleBlock, Bijection):
+    """`blocks.PixelUnshuffleBlock`, on maps of any ``dims``, that can be `inverted` as the others here can."""
 
 
 class PixelShuffle(Inverted):
@@ -775,7 +732,6 @@ class PixelShuffle(Inverted):
 
 # --- Coupling --------------------------------------------------------------------------------------------------------
 
-UNSTEADY = (nn.modules.dropout._DropoutNd, nn.utils.parametrizations._SpectralNorm)  # in training mode
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by the number of a map's dimensions
 
 
@@ -795,10 +751,11 @@ class Split(OverChannels):
     def __init__(self, channels: int, kept: int | None, flip: bool, hidden: int, dims: int, masked: bool = False):
         super().__init__(channels)
         self.kept, self.flip, self.dims = channels // 2 if kept is None else kept, flip, dims
-        if not masked and not 0 < self.kept < channels:
-            raise ValueError(f"{self.name}: kept must be above 0 and below {channels}, got {self.kept}")
-        if dims not in range(4) or hidden < 1:
-            raise ValueError(f"{self.name}: dims must be 0 to 3 and hidden positive, got {dims} and {hidden}")
+        check_positive(self.name, whole=True, hidden=hidden)
+        if not masked:
+            check_positive(self.name, whole=True, most=channels - 1, kept=self.kept)
+        if dims not in range(4):
+            raise ValueError(f"{self.name}: dims must be 0 to 3, got {dims}")
 
     def output_shape(self, shape: Shape) -> Shape:
         super().output_shape(shape)
@@ -864,10 +821,9 @@ class Coupling(Split):
         t: nn.Module | None = None,
     ):
         super().__init__(channels, kept, flip, hidden, dims, masked=mask is not None)
-        if kind not in ("affine", "additive") or not 0 < scale_bound < math.inf:
-            raise ValueError(
-                f"{self.name}: kind must be 'affine' or 'additive', scale_bound positive, got {kind!r}, {scale_bound}"
-            )
+        check_positive(self.name, scale_bound=scale_bound)
+        if kind not in ("affine", "additive"):
+            raise ValueError(f"{self.name}: kind must be 'affine' or 'additive', got {kind!r}")
         self.kind, self.scale_bound = kind, scale_bound
         self.checkerboard = isinstance(mask, str)
         if self.checkerboard and mask != "checkerboard":
@@ -928,9 +884,9 @@ class Coupling(Split):
         return self._whole(stays, moves * log_scale.exp() + shift, mask), None, per_image(log_scale)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        for module in self.modules():
-            if isinstance(module, UNSTEADY) and module.training and getattr(module, "p", 1) > 0:
-                raise ValueError(f"{self.name}: {module} changes from pass to pass, which has no inverse: call eval()")
+        for part in in_training(self):
+            if isinstance(part, UNSTEADY) and getattr(part, "p", 1) > 0:
+                raise ValueError(f"{self.name}: {part} changes from pass to pass, which has no inverse: call eval()")
         stays, moved, mask = self._parts(y)
         log_scale, shift = self._log_scale_and_shift(stays, moved, mask)
         return self._whole(stays, (moved - shift) * torch.exp(-log_scale), mask)
@@ -1014,8 +970,9 @@ class SplineCoupling(Split):
         bound: float = 4.0,
     ):
         super().__init__(channels, kept, flip, hidden, dims)
-        if not 2 <= bins <= 256 or not 0 < bound < math.inf:
-            raise ValueError(f"{self.name}: bins must be 2 to 256, bound positive, got {bins} and {bound}")
+        if bins not in range(2, 257):
+            raise ValueError(f"{self.name}: bins must be 2 to 256, got {bins}")
+        check_positive(self.name, bound=bound)
         self.bins, self.bound = bins, bound
         self.net = coupling_net(self.kept, (channels - self.kept) * (3 * bins - 1), hidden, dims)
 
@@ -1100,19 +1057,18 @@ class Residual(OverChannels):
         super().__init__(in_ch)
         self.out_ch = in_ch if out_ch is None else out_ch
         self.lossy = self.out_ch < in_ch
-        if not 0 < self.out_ch <= in_ch or hidden < 1:
-            raise ValueError(f"{self.name}: out_ch must be 1 to {in_ch}, hidden positive, got {self.out_ch}, {hidden}")
+        check_positive(self.name, whole=True, most=in_ch, out_ch=self.out_ch)
+        check_positive(self.name, whole=True, hidden=hidden, series_terms=series_terms, kernel_size=kernel_size)
+        check_positive(self.name, tolerance=1 if tolerance is None else tolerance)
         if not 0 < lipschitz < 1:
             raise ValueError(f"{self.name}: lipschitz must be above 0 and below 1 to be invertible, got {lipschitz}")
         if norm not in ("exact", "power"):
             raise ValueError(f"{self.name}: norm must be 'exact' or 'power', got {norm!r}")
-        if kernel_size < 1 or kernel_size % 2 == 0 or padding_mode not in ("zeros", "circular"):
+        if kernel_size % 2 == 0 or padding_mode not in ("zeros", "circular"):
             raise ValueError(
                 f"{self.name}: kernel_size must be odd and padding_mode 'zeros' or 'circular', "
                 f"got {kernel_size} and {padding_mode!r}"
             )
-        if series_terms < 1 or tolerance is not None and not tolerance > 0:
-            raise ValueError(f"{self.name}: series_terms and tolerance must be positive")
         size = (size,) * self.dims if isinstance(size, int) else size
         if self.dims and norm == "exact" and (size is None or len(size) != self.dims or min(size) < kernel_size):
             raise ValueError(
@@ -1131,7 +1087,7 @@ class Residual(OverChannels):
         self.power = self.stateful = norm == "power"
         if self.power:
             for i, layer in enumerate(self.layers):
-                self.register_buffer(f"left{i}", torch.randn(len(layer.weight)))
+                self.register_buffer(f"left{i}", torch.randn(layer.weight.shape[0]))
             for _ in range(15):
                 self._iterate()
 
@@ -1193,8 +1149,9 @@ class Residual(OverChannels):
 
     def h(self, x: Tensor, *weights: Tensor) -> Tensor:
         """h(x), (B, in_ch, *), with ``weights`` as they are by default (see `weights`)."""
+        x, *weights = widest(x, *(weights or self.weights()))
         with full_precision(x.device):
-            *_, h = self._layers(x, weights or self.weights())
+            *_, h = self._layers(x, weights)
         return h
 
     def _arriving(self, x: Tensor) -> Tensor:
@@ -1216,7 +1173,7 @@ class Residual(OverChannels):
         exact = math.prod(x.shape[1:]) <= self.exact_below
         # the Jacobian needs a graph, which inference mode refuses to make
         with torch.inference_mode(False), torch.set_grad_enabled(differentiate), full_precision(x.device):
-            x, *weights = (t.clone() if t.is_inference() else t for t in (x, *self.weights()))
+            x, *weights = (t.clone() if t.is_inference() else t for t in widest(x, *self.weights()))
             if not x.shape[0]:
                 return *self._cut(x), no_volume(x)
             h, log_det = (self._exact_log_det if exact else self._estimated_log_det)(x, weights)
@@ -1252,7 +1209,7 @@ class Residual(OverChannels):
             if growth > 1 + 1e-4:
                 raise ValueError(
                     f"{self.name}: the series of the log-determinant diverges: J stretches by {growth:.4f}, so h "
-                    f"has a Lipschitz constant above 1, where {self.lipschitz} was asked for"
+                    f"has a Lipschitz constant above 1, and {self.lipschitz} was asked for"
                 )
             product = following
             total = total + (-1) ** (k + 1) / (k * reached) * per_image(product * v)
@@ -1271,7 +1228,7 @@ class Residual(OverChannels):
         if self.lossy:
             y = torch.cat([y, self.natural_latent(y) if latent is None else latent], dim=1)  # (B, in_ch, *)
         Residual.output_shape(self, y.shape[1:])  # h contracts for maps of its size
-        y, weights = at_least_float32(y), self.weights()
+        y, *weights = widest(y, *self.weights())
 
         def make(y: Tensor, *weights: Tensor) -> Callable[[Tensor], Tensor]:
             return lambda x: y - self.h(x, *weights)
@@ -1327,8 +1284,7 @@ class Concat(OverChannels):
 
     def __init__(self, channels: int, extra: int):
         super().__init__(channels)
-        if extra < 1:
-            raise ValueError(f"{type(self).__name__}: extra must be positive, got {extra}")
+        check_positive(type(self).__name__, whole=True, extra=extra)
         self.extra = extra
         self.constant = nn.Parameter(torch.zeros(extra))
 

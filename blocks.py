@@ -12,12 +12,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.checkpoint import checkpoint
 
 from networks import ConvMLP, Layer, any_size, located, pointwise, unet
 
@@ -31,6 +33,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def no_volume(x: Tensor) -> Tensor:
+    """The log-determinant of a map that keeps volumes: zeros, (B,), in float32 at least."""
+    return torch.zeros(x.shape[0], dtype=at_least_float32(x[:0]).dtype, device=x.device)
+
+
 def exact(x: Tensor) -> Tensor:
     """``x`` in float64, or in float32 on a device that has nothing finer (Apple's)."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
@@ -41,6 +48,16 @@ def check_whole(owner: str, **values: object) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise ValueError(f"{owner}: {name} must be a whole number, got {value!r}")
+
+
+def check_positive(owner: str, whole: bool = False, most: float = math.inf, **values: object) -> None:
+    """Refuse what is no positive, finite number of at most ``most``, or no ``whole`` one, by name."""
+    for name, value in values.items():
+        if whole:
+            check_whole(owner, **{name: value})
+        if not isinstance(value, Real) or not 0 < value <= most or value == math.inf:
+            limit = "" if most == math.inf else f" and at most {most}"
+            raise ValueError(f"{owner}: {name} must be positive{limit}, got {value!r}")
 
 
 # --- Orthogonal mixing -----------------------------------------------------------------------------------------------
@@ -57,11 +74,6 @@ def _mark_as_changed(optimizer: torch.optim.Optimizer, *_) -> None:
 
 
 register_optimizer_step_post_hook(_mark_as_changed)
-
-
-def solved_here() -> dict["Mixing", "Kept"] | None:
-    """What the `solved_once` block around keeps."""
-    return _solved.get()
 
 
 @contextmanager
@@ -81,14 +93,27 @@ def solved_once() -> Iterator[None]:
             _solved.reset(token)
 
 
-@contextmanager
-def solved_as(solved: dict["Mixing", "Kept"] | None) -> Iterator[None]:
-    """Go on with the matrices of a `solved_once` block, in another thread: a GPU's backward pass has one of its own."""
-    token = _solved.set(solved)
-    try:
-        yield
-    finally:
-        _solved.reset(token)
+class _GoingOn:
+    """A context, for any number of entries, that goes on with a `solved_once` block's matrices in whichever thread."""
+
+    def __init__(self, solved: dict["Mixing", "Kept"] | None):
+        self.solved, self.tokens = solved, []
+
+    def __enter__(self) -> None:
+        self.tokens.append(_solved.set(self.solved))
+
+    def __exit__(self, *_) -> None:
+        _solved.reset(self.tokens.pop())
+
+
+def recomputed(block: nn.Module, method: Callable, *arguments):
+    """``method(*arguments)`` of a block, for whose gradient the backward pass computes again what is inside, but W."""
+    with solved_once():
+        for mixing in block.modules():
+            if isinstance(mixing, Mixing):
+                mixing.factors()
+        contexts = nullcontext(), _GoingOn(_solved.get())
+        return checkpoint(method, *arguments, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class Kept(NamedTuple):
@@ -113,15 +138,16 @@ def _is_traced(weight: Tensor) -> bool:
     """Whether this is a compiler's, an exporter's or a transform's pass, or the weights are theirs: nothing to keep."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(weight, nn.Parameter):
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None or weight.is_inference()
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return transformed or weight.is_inference() or torch.autograd.forward_ad._current_level >= 0
 
 
 class Mixing(nn.Module):
     """A learned orthogonal matrix W over the channels of x: ``forward`` is ``W x``, ``inverse`` is ``W^T x``.
 
     W follows from the parameter by some work (a linear solve), so it is kept: with its gradient for the length of a
-    `solved_once` block, without one until the weights change, by whatever torch counts as a change. Who writes to
-    ``weight.data`` in place, behind torch's back, calls ``model.train()`` or ``model.eval()`` after it.
+    `solved_once` block, without one until the weights change, by whatever torch counts as a change. After writing to
+    ``weight.data`` in place, behind torch's back, call ``model.train()`` or ``model.eval()``.
 
     W is made and applied in float64, which no autocast and no TF32 rounds: rounding W to ten bits breaks
     ``W^T W = I``. Next to the networks of a block that costs little.
@@ -195,7 +221,7 @@ LARGEST = 1e7  # entry of a Cayley parameter that counts as it is
 
 
 def cayley(b: Tensor) -> Tensor:
-    """``(I + A)^-1 (I - A)`` in float64, with ``A = B - B^T`` and B, (C, C), scaled back to `LARGEST` where above.
+    """``(I + A)^-1 (I - A)`` in float64, with ``A = B - B^T`` and B, (C, C), scaled back to `LARGEST` if above.
 
     ``I + A`` has no singular value below 1, but beside large entries I would be lost, and of odd size A is singular.
     """
@@ -230,7 +256,7 @@ class _ApplyCayley(torch.autograd.Function):
     """``u = W x`` for x of shape (..., C), with the gradient of B by vectors alone, in the precision of B.
 
     From ``du = -2 M dA M x`` and ``M = (W + I) / 2``: with ``d = W^T du``, ``dA = -(du + d) (u + x)^T / 2``. A product
-    of two C x C matrices less per use than by way of dW, which nobody but a second derivative asks for.
+    of two C x C matrices less per use than by way of dW, which only a second derivative asks for.
     """
 
     @staticmethod
@@ -244,7 +270,7 @@ class _ApplyCayley(torch.autograd.Function):
         x, b, w = ctx.saved_tensors
         w = w.T if ctx.transpose else w
         u, dx = F.linear(x, w), F.linear(du, w.T)
-        left, right = ((part / 2).flatten(0, -2).to(b.dtype) for part in (du + dx, u + x))
+        left, right = ((part / 2).reshape(-1, len(b)).to(b.dtype) for part in (du + dx, u + x))
         if ctx.transpose:  # W^T is the transform of -A
             left, right = right, left
         scale = -2 * LARGEST / b.detach().abs().amax().clamp(min=LARGEST)
@@ -329,7 +355,7 @@ class Surjection(nn.Module):
     stateful = False
 
     def output_shape(self, shape: Shape) -> Shape:
-        """(C, H, W) of y for an x of ``shape``; a ValueError where such an x does not fit."""
+        """(C, H, W) of y for an x of ``shape``; a ValueError if such an x does not fit."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -353,55 +379,72 @@ class Surjection(nn.Module):
         return self.forward_log_det(x)[-1]
 
 
-def sides(owner: str, name: str, size: int | Sequence[int]) -> tuple[int, int]:
+def sides(owner: str, name: str, size: int | Sequence[int], dims: int = 2) -> tuple[int, ...]:
     """(height, width) of a number for both, or of two. Raises ValueError naming the owner's argument."""
-    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2:
-        raise ValueError(f"{owner}: {name} must be a number or a pair (height, width), got {size!r}")
-    check_whole(owner, **{name: pair[0]})
-    check_whole(owner, **{name: pair[1]})
-    return pair
+    each = tuple(size) if isinstance(size, (tuple, list)) else (size,) * dims
+    if len(each) != dims:
+        raise ValueError(f"{owner}: {name} must be a number or {dims}, as in (height, width), got {size!r}")
+    for n in each:
+        check_whole(owner, **{name: n})
+    return each
 
 
 class PixelUnshuffleBlock(Surjection):
     """Pixels into channels, (B, C, H, W) -> (B, C rh rw, H/rh, W/rw): a bijection, nothing learned, latent None.
 
+    The new channels are in the order (C, row, column), as torch has them.
+
     Args:
-        r: the factor on both sides, or (rh, rw).
+        r: the factor on all sides, or (rh, rw).
+        dims: dimensions of a map: (B, C, *) -> (B, C r^dims, */r).
     """
 
     lossy = False
 
-    def __init__(self, r: int | Sequence[int]):
+    def __init__(self, r: int | Sequence[int], dims: int = 2):
         super().__init__()
-        self.rh, self.rw = sides("PixelUnshuffleBlock", "r", r)
-        self.r = self.rh if self.rh == self.rw else (self.rh, self.rw)
-        if min(self.rh, self.rw) < 1:
-            raise ValueError(f"PixelUnshuffleBlock(r={self.r}): r must be at least 1")
+        check_positive(type(self).__name__, whole=True, dims=dims)
+        self.factors = sides(type(self).__name__, "r", r, dims)
+        self.r = self.factors[0] if len(set(self.factors)) == 1 else self.factors
+        check_positive(self.name, r=min(self.factors))
+
+    @property
+    def name(self) -> str:
+        return f"{type(self).__name__}(r={self.r})"
 
     def extra_repr(self) -> str:
         return f"r={self.r}"
 
     def output_shape(self, shape: Shape) -> Shape:
-        c, h, w = shape
-        if h % self.rh or w % self.rw:
-            raise ValueError(f"PixelUnshuffleBlock(r={self.r}): r must divide the size, got {h}x{w}")
-        return c * self.rh * self.rw, h // self.rh, w // self.rw
+        c, *size = shape
+        if len(size) != len(self.factors) or any(n % r for n, r in zip(size, self.factors, strict=True)):
+            found = "x".join(map(str, size))
+            raise ValueError(f"{self.name}: r must divide the size, got {found} for {len(self.factors)} dimensions")
+        return c * math.prod(self.factors), *(n // r for n, r in zip(size, self.factors, strict=True))
+
+    def input_shape(self, shape: Shape) -> Shape:
+        """The shape of x for a y of ``shape``."""
+        c, *size = shape
+        if len(size) != len(self.factors) or c % math.prod(self.factors):
+            raise ValueError(f"{self.name}: {c} channels and size {tuple(size)} do not come apart by r")
+        return c // math.prod(self.factors), *(n * r for n, r in zip(size, self.factors, strict=True))
 
     def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, None]:
-        c, h, w = self.output_shape(tuple(x.shape[1:]))
-        y = x.unflatten(3, (w, self.rw)).unflatten(2, (h, self.rh))  # (B, C, H/rh, rh, W/rw, rw)
-        y = y.permute(0, 1, 3, 5, 2, 4).reshape(x.shape[0], c, h, w)  # torch's pixel_unshuffle fails on an empty batch
+        c, *size = self.output_shape(tuple(x.shape[1:]))
+        pairs = [n for pair in zip(size, self.factors, strict=True) for n in pair]
+        y = x.reshape(x.shape[0], x.shape[1], *pairs)  # (B, C, H/rh, rh, W/rw, rw)
+        coarse, fine = range(2, y.dim(), 2), range(3, y.dim(), 2)
+        y = y.permute(0, 1, *fine, *coarse).reshape(x.shape[0], c, *size)  # torch's fails on an empty batch
         return (y, None) if return_latent else y
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
-        return self(x), None, x.new_zeros(len(x))
+        return self(x), None, no_volume(x)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        b, c, h, w = y.shape
-        c //= self.rh * self.rw
-        x = y.reshape(b, c, self.rh, self.rw, h, w).permute(0, 1, 4, 2, 5, 3)  # (B, C, H/rh, rh, W/rw, rw)
-        return x.reshape(b, c, h * self.rh, w * self.rw)
+        dims, (c, *size) = len(self.factors), self.input_shape(tuple(y.shape[1:]))
+        x = y.reshape(y.shape[0], c, *self.factors, *y.shape[2:])  # (B, C, rh, rw, H/rh, W/rw)
+        pairs = [dim for i in range(2, 2 + dims) for dim in (dims + i, i)]
+        return x.permute(0, 1, *pairs).reshape(y.shape[0], c, *size)
 
 
 class ConvPINNBlock(Surjection):
@@ -443,18 +486,16 @@ class ConvPINNBlock(Surjection):
     ):
         super().__init__()
         self.name = f"ConvPINNBlock({in_ch}->{out_ch})"
-        check_whole(self.name, in_ch=in_ch, out_ch=out_ch, hidden=hidden)
+        check_whole(self.name, in_ch=in_ch, out_ch=out_ch)
+        check_positive(self.name, whole=True, hidden=hidden)
+        check_positive(self.name, scale_bound=scale_bound)
         size = None if feat_size is None else sides(self.name, "feat_size", feat_size)
-        if not isinstance(scale_bound, (int, float)):
-            raise ValueError(f"{self.name}: scale_bound must be a number, got {scale_bound!r}")
         if not 0 < out_ch < in_ch:
             raise ValueError(f"{self.name}: out_ch must be below in_ch and above 0, got out_ch {out_ch}, in_ch {in_ch}")
         if size is not None and size != (1, 1) and (min(size) < 1 or size[0] % 2 or size[1] % 2):
             raise ValueError(f"{self.name}: feat_size must be 1, even or None, got {feat_size}; None fits any size")
         if not isinstance(mix_type, str) or mix_type not in MIXINGS:
             raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
-        if hidden < 1 or not 0 < scale_bound < math.inf:
-            raise ValueError(f"{self.name}: hidden and scale_bound must be positive, got {hidden} and {scale_bound}")
         self.in_ch, self.out_ch, self.feat_size, self.scale_bound = in_ch, out_ch, feat_size, scale_bound
         self.size = size
 
@@ -514,7 +555,7 @@ class ConvPINNBlock(Surjection):
 
     def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
         y = at_least_float32(y)
-        u1 = self.natural_latent(y) if latent is None else latent  # (B, in_ch - out_ch, H, W)
+        u1 = self.natural_latent(y) if latent is None else at_least_float32(latent)  # (B, in_ch - out_ch, H, W)
         log_scale, shift = self._coefficients(u1, y)
         u0 = (y - shift) * torch.exp(-log_scale)  # (B, out_ch, H, W)
         return self.mix.inverse(torch.cat([u0, u1], dim=1))  # (B, in_ch, H, W)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
-from bijections import NOISES, Concat, ConcatNoise, Extract, Shape, no_volume, per_image, statistics_held
-from blocks import Surjection, at_least_float32
+from bijections import NOISES, Concat, ConcatNoise, Extract, Shape, per_image, statistics_held
+from blocks import Surjection, at_least_float32, no_volume
 from models import PINN, SPNN
 
 
@@ -79,7 +79,7 @@ class Density(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x), (B,), of x of (B, *in_shape); in nats."""
         y, latents, log_det = self.terms(x)
-        y = at_least_float32(y).reshape(len(y), *self._base_shape)
+        y = at_least_float32(y).reshape(y.shape[0], *self._base_shape)
         return latents + log_det + per_image(self.base.log_prob(y))
 
     @torch.no_grad()

@@ -51,6 +51,8 @@ class Banach(NamedTuple):
             )
 
     def __call__(self, step: Callable[[Tensor], Tensor], scale: Tensor, x: Tensor) -> Tensor:
+        if x.is_meta:
+            return step(x)
         tail = self.lipschitz / (1 - self.lipschitz)  # the error is at most that times the last step
         rounding = 8 * torch.finfo(x.dtype).eps
         goal = rounding if self.tolerance is None else self.tolerance / tail
@@ -71,7 +73,7 @@ class Banach(NamedTuple):
                 raise ValueError(f"{self.owner}: its inverse is no number, as its weights are infinite or NaN")
             raise ValueError(
                 f"{self.owner}: the inverse does not converge: after {iterations} iterations each step is still "
-                f"{worst:.4f} times the one before, where a Lipschitz constant of {self.lipschitz} was asked for"
+                f"{worst:.4f} times the one before, and a Lipschitz constant of {self.lipschitz} was asked for"
             )
         bound = (tail * length / scale).nan_to_num(0.0).max().item() if len(scale) else 0.0
         if self.report is not None:

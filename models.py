@@ -1,8 +1,7 @@
 """Pseudo-invertible neural networks: a classifier ``g``, its exact pseudo-inverse ``g'``, and back-projection.
 
-A surjective block maps many channels to few, ``y = g(x)``. The channels it drops, ``z``, would complete it to a
-bijection ``G(x) = (g(x), z)``. Its pseudo-inverse puts natural ones back, ``g'(y) = G^-1(y, r(y))`` with ``r`` learned.
-Whatever the weights are, ``g(g'(y)) = y``: that is algebra, and tests/test_laws.py holds every block to it.
+A network is a chain of the blocks of blocks.py, and itself such a surjection. Whatever the weights are,
+``g(g'(y)) = y``: that is algebra, and tests/test_laws.py holds every block and chain to it.
 
 Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042.
 
@@ -12,12 +11,10 @@ Letters: B batch, C channels, H and W size, d classes; x an image, y logits, z a
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import bijections  # noqa: F401  (adds its layers to BLOCKS)
 from blocks import (
@@ -25,31 +22,20 @@ from blocks import (
     CayleyMixing,
     ConvPINNBlock,
     HouseholderMixing,
-    Mixing,
     PixelUnshuffleBlock,
     Shape,
     Surjection,
-    check_whole,
+    check_positive,
+    no_volume,
+    recomputed,
     sides,
-    solved_as,
-    solved_here,
     solved_once,
-)
+)  # fmt: skip
 from checkpoints import Pretrained
-from networks import conv, down, point, shuffle, up
+from networks import MOVING, conv, down, in_training, point, shuffle, up
 
-__all__ = [
-    "BUILT_IN",
-    "PINN",
-    "SPNN",
-    "BackProjection",
-    "CayleyMixing",
-    "Completion",
-    "ConvPINNBlock",
-    "HouseholderMixing",
-    "PixelUnshuffleBlock",
-    "Surjection",
-]
+__all__ = ["BUILT_IN", "PINN", "SPNN", "BackProjection", "CayleyMixing", "Completion", "ConvPINNBlock"]
+__all__ += ["HouseholderMixing", "PixelUnshuffleBlock", "Surjection"]
 
 
 # --- The chain -------------------------------------------------------------------------------------------------------
@@ -96,10 +82,6 @@ class Completion:
         return Completion(self.y[images], [None if a is None else a[images] for a in self.z])
 
 
-# what moves with every pass in training mode, in networks of one's own
-MOVING = (nn.modules.batchnorm._NormBase, nn.utils.parametrizations._SpectralNorm)
-
-
 class PINN(nn.Module):
     """A chain of surjections, itself one: (B, C, H, W) -> (B, C', H', W'), its latents the list of its blocks'.
 
@@ -143,15 +125,9 @@ class PINN(nn.Module):
     def _run(self, block: Surjection, method: Callable, *arguments):
         """``method(*arguments)`` of a block, its activations recomputed in the backward pass if that is asked for."""
         recompute = self.checkpoint_activations and not block.stateful and not torch.compiler.is_compiling()
-        if not (recompute and torch.is_grad_enabled()) or any(isinstance(m, MOVING) for m in block.modules()):
+        if not (recompute and torch.is_grad_enabled()) or any(isinstance(part, MOVING) for part in in_training(block)):
             return method(*arguments)
-        with solved_once():  # W outside of what is recomputed, and in whichever thread that is
-            for mixing in block.modules():
-                if isinstance(mixing, Mixing):
-                    mixing.factors()
-            solved = solved_here()
-            contexts = lambda: (nullcontext(), solved_as(solved))  # noqa: E731
-            return checkpoint(method, *arguments, use_reentrant=False, context_fn=contexts)
+        return recomputed(block, method, *arguments)
 
     def pinv(
         self, y: Tensor, latents: Latents | None = None, return_latents: bool = False
@@ -169,7 +145,7 @@ class PINN(nn.Module):
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Latents, Tensor]:
         """``G(x)`` and ``log |det dG/dx|``: (y, latents, (B,))."""
-        latents, total = [], x.new_zeros(len(x))
+        latents, total = [], no_volume(x)
         for block in self.blocks:
             x, z, log_det = block.forward_log_det(x)
             latents.append(z)
@@ -302,8 +278,6 @@ def built_in_blocks(
         raise ValueError(
             f"SPNN: img_size {img_size} has no built-in architecture ({sorted(BUILT_IN)} have): give layer_channels"
         )
-    if hidden < 1:
-        raise ValueError(f"SPNN: hidden must be positive, got {hidden}")
     settings = {"scale_bound": scale_bound, "mix_type": mix_type, "scale": hidden / 128}
     return BUILT_IN[img_size](num_classes, functools.partial(ConvPINNBlock, **settings))
 
@@ -370,7 +344,7 @@ class SPNN(Pretrained):
         layer_channels: Sequence | None = None,
     ):
         super().__init__()
-        check_whole("SPNN", img_ch=img_ch, num_classes=num_classes, hidden=hidden)
+        check_positive("SPNN", whole=True, img_ch=img_ch, num_classes=num_classes, hidden=hidden)
         h, w = sides("SPNN", "img_size", img_size)
         img_size = h if h == w else (h, w)
         if layer_channels is None:

@@ -7,11 +7,12 @@ import math
 import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from utils import InputError
 
@@ -153,6 +154,20 @@ class ConvMLP(nn.Module):
         return self.net(v.to(self.net[-1].weight.dtype).contiguous()).to(v.dtype)
 
 
+# --- Networks of one's own -------------------------------------------------------------------------------------------
+
+SPECTRAL = nn.utils.parametrizations._SpectralNorm, SpectralNorm  # as a parametrization, and as a hook
+UNSTEADY = nn.modules.dropout._DropoutNd, nn.RReLU, *SPECTRAL  # another function in every pass of training mode
+MOVING = nn.modules.batchnorm._NormBase, *SPECTRAL  # what changes with every pass of training mode
+
+
+def in_training(network: nn.Module) -> Iterator[object]:
+    """The parts of a network that are in training mode, and what is hooked to them."""
+    for module in network.modules():
+        if module.training:
+            yield from (module, *module._forward_pre_hooks.values())
+
+
 # --- Precision -------------------------------------------------------------------------------------------------------
 
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -185,7 +200,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
             if _exact["users"] == 1:
                 _exact["before"] = _switch_tf32(products, False)
     try:
-        with torch.autocast(device.type, enabled=False):
+        has_autocast = torch.amp.is_autocast_available(device.type)  # the meta device has none
+        with torch.autocast(device.type, enabled=False) if has_autocast else nullcontext():
             yield
     finally:
         if on_gpu:

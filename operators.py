@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocks import PixelUnshuffleBlock, Surjection, at_least_float32, exact, solved_once
+from blocks import PixelUnshuffleBlock, Surjection, at_least_float32, exact, no_volume, solved_once
 from images import read_rgb
 from models import PINN, SPNN, BackProjection, Completion
 from networks import networks_in
@@ -233,7 +233,7 @@ class LinearBlock(Surjection):
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, z = self(x, True)
-        return y, z, x.new_full((len(x),), math.log(self.scale) * y[:1].numel())
+        return y, z, no_volume(x) + math.log(self.scale) * y[:1].numel()
 
 
 class Weights(LinearBlock):

@@ -164,7 +164,7 @@ def build(in_shape: Sequence[int], out_shape: Sequence[int], hidden: int) -> SPN
         raise InputError(f"architecture: {error}") from None
     for before, block in zip(model.pinn.blocks, model.pinn.blocks[1:], strict=False):
         if isinstance(before, PixelUnshuffleBlock):
-            n = before.rh * before.rw
+            n = math.prod(before.factors)
             w, one = averages(block.in_ch // n, n), torch.eye(block.in_ch, dtype=torch.float64)
             block.mix.A_unconstrained.copy_(torch.linalg.solve((one + w).T, (one - w).T).T / 2)
             block.s.net[-1].bias[: block.in_ch // n] = math.atanh(max(-math.log(n) / 2 / block.scale_bound, -0.95))
