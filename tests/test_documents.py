@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import random, seeded
-from test_laws import jacobian_log_det
+from rows import jacobian_log_det
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal, TransformedDistribution
 
@@ -31,46 +31,34 @@ def same_as_printed(x: Tensor, again: Tensor) -> None:
     assert [f"{a:.4f}" for a in again.flatten().tolist()] == [f"{a:.4f}" for a in again.flatten().round(decimals=4)]
 
 
-def check_iresnet(model: PINN, x: Tensor) -> None:
+VECTORS = [[1, 2], [3, 4]]
+LINES = [[[1, 2, 3, 4, 5], [-1, -2, -3, -4, -5]], [[1, 2, 0, 4, 5], [-1, -2, 0, -4, -5]]]
+SQUARES = [[[[1, 1, 1], [0, 1, 0], [0, 1, 0]], [[0, 1, 0], [1, 1, 1], [0, 1, 0]]]]
+IRESNETS = {
+    "iResNet.FCN(2, 2)": (lambda: [bi.ResidualFC(2, 2)], VECTORS),
+    "iResNet.Sequential(iResNet.FCN(2, 2), ...)": (lambda: [bi.ResidualFC(2, 2) for _ in range(3)], VECTORS),
+    "iResNet.Conv1d(channel=2, kernel_size=3), then 1, then 3": (
+        lambda: [bi.ResidualConv1d(2, size=5, kernel_size=k) for k in (3, 1, 3)], LINES,
+    ),
+    "iResNet.Conv2d(channel=2, kernel_size=3), six times": (
+        lambda: [bi.ResidualConv2d(2, size=3, kernel_size=3) for _ in range(6)], SQUARES,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build, x", IRESNETS.values(), ids=IRESNETS)
+def test_an_iresnet(build, x):
     """``y, logp, logdet = model(x)``, ``model.inverse(y)``: what every example of the document shows."""
-    model.train()
+    torch.manual_seed(0)
+    x = torch.tensor(x, dtype=torch.float32)
+    model = PINN(build(), x.shape[1:]).train()
     y, logp, logdet = Density(model).terms(x)
     assert y.shape == x.shape and logp.shape == logdet.shape == (len(x),)
     assert torch.equal(logp, torch.zeros(len(x)))  # nothing is dropped
     assert y.requires_grad and logdet.requires_grad and not x.requires_grad  # x need not
     same_as_printed(x, model.pinv(y.detach()))
     torch.testing.assert_close(Density(model).log_prob(x), STANDARD.log_prob(y).flatten(1).sum(1) + logp + logdet)
-    if x[0].numel() <= 64:
-        torch.testing.assert_close(logdet, jacobian_log_det(model, x).float(), rtol=1e-4, atol=1e-5)
-
-
-def test_a_fully_connected_block():
-    """model = iResNet.FCN(2, 2)"""
-    torch.manual_seed(0)
-    check_iresnet(PINN([bi.ResidualFC(2, 2)], (2,)), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-
-
-def test_a_sequence_of_fully_connected_blocks():
-    """iResNet.Sequential(iResNet.FCN(2, 2), iResNet.FCN(2, 2), iResNet.FCN(2, 2))"""
-    torch.manual_seed(0)
-    model = PINN([bi.ResidualFC(2, 2), bi.ResidualFC(2, 2), bi.ResidualFC(2, 2)], (2,))
-    check_iresnet(model, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-
-
-def test_a_one_dimensional_convolutional_network():
-    """iResNet.Conv1d(channel=2, kernel_size=3), then 1, then 3"""
-    torch.manual_seed(0)
-    model = PINN([bi.ResidualConv1d(2, size=5, kernel_size=k) for k in (3, 1, 3)], (2, 5))
-    x = [[[1, 2, 3, 4, 5], [-1, -2, -3, -4, -5]], [[1, 2, 0, 4, 5], [-1, -2, 0, -4, -5]]]
-    check_iresnet(model, torch.tensor(x, dtype=torch.float32))
-
-
-def test_a_two_dimensional_convolutional_network():
-    """iResNet.Conv2d(channel=2, kernel_size=3), six times"""
-    torch.manual_seed(0)
-    model = PINN([bi.ResidualConv2d(2, size=3, kernel_size=3) for _ in range(6)], (2, 3, 3))
-    x = [[[[1, 1, 1], [0, 1, 0], [0, 1, 0]], [[0, 1, 0], [1, 1, 1], [0, 1, 0]]]]
-    check_iresnet(model, torch.tensor(x, dtype=torch.float32))
+    torch.testing.assert_close(logdet, jacobian_log_det(model, x).float(), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -91,33 +79,6 @@ def test_log_p_is_inherited_from_the_features_that_a_block_drops():
     torch.testing.assert_close(chain.pinv(y, z), x)
 
 
-@torch.no_grad()
-def test_layers_that_resize_maps():
-    """nn.PixelUnshuffle and nn.PixelShuffle, and those of one dimension"""
-    image, line = random((2, 3, 4, 6), 1), random((2, 3, 6), 1)
-    assert torch.equal(bi.PixelUnshuffle(2)(image), nn.PixelUnshuffle(2)(image))
-    assert torch.equal(bi.PixelShuffle(2)(nn.PixelUnshuffle(2)(image)), image)
-    assert bi.PixelUnshuffle(3, dims=1)(line).shape == (2, 9, 2)
-    assert torch.equal(bi.PixelShuffle(3, dims=1)(bi.PixelUnshuffle(3, dims=1)(line)), line)
-
-
-@torch.no_grad()
-def test_batch_normalisation():
-    """iResNet.BatchNorm1d()"""
-    layer, x = bi.BatchNorm(3).train(), 4 * random((20, 3), 1, torch.float32) + 2
-    y, _, log_det = layer.forward_log_det(x)
-    torch.testing.assert_close(y, nn.BatchNorm1d(3).train()(x))
-    torch.testing.assert_close(layer.pinv(y), x)
-    torch.testing.assert_close(log_det[0], -((x.var(0, correction=0) + layer.eps).log() / 2).sum())
-
-
-@torch.no_grad()
-def test_an_invertible_1x1_convolution():
-    layer, x = bi.Conv1x1(4), random((2, 4, 3, 5), 1, torch.float32)
-    torch.testing.assert_close(layer.pinv(layer(x)), x)
-    torch.testing.assert_close(layer.log_abs_det(x), torch.zeros(2), rtol=0, atol=1e-4)  # a rotation at first
-
-
 def test_real_nvp():
     """iResNet.Sequential(iResNet.RealNVP(4), iResNet.RealNVP(4)): a chessboard mask, log(s) within [-clip, clip]."""
     torch.manual_seed(0)
@@ -136,17 +97,6 @@ def test_real_nvp():
     anywhere = as_transform(model, (4,))  # input: (*, dim)
     assert anywhere(x.view(2, 1, 1, 4)).shape == (2, 1, 1, 4)
     torch.testing.assert_close(anywhere.log_abs_det_jacobian(x.view(2, 1, 4), None), logdet.view(2, 1))
-
-
-@torch.no_grad()
-def test_real_nvp_with_a_mask_and_networks_of_ones_own():
-    """iResNet.RealNVP(dim, f_log_s, f_t, mask=mask, clip=2)"""
-    f_log_s, f_t, mask = nn.Linear(4, 4), nn.Linear(4, 4), torch.tensor([1.0, 1.0, 0.0, 1.0])
-    model = bi.Coupling(4, s=f_log_s, t=f_t, mask=mask, dims=0, scale_bound=2)
-    x = random((3, 4), 1, torch.float32)
-    moved = x * torch.exp(2 * torch.tanh(f_log_s(x * mask))) + f_t(x * mask)
-    torch.testing.assert_close(model(x), torch.where(mask == 1, x, moved))
-    torch.testing.assert_close(model.pinv(model(x)), x)
 
 
 # --- The library of invertible layers --------------------------------------------------------------------------------
@@ -187,21 +137,6 @@ def test_a_volume_preserving_layer_needs_a_map_and_its_inverse():
     assert torch.equal(y, x.flip(1)) and z is None and torch.equal(log_det, torch.zeros(4, dtype=torch.float64))
     torch.testing.assert_close(jacobian_log_det(Reverse(), x), log_det)
     assert torch.equal(Reverse().inverted()(y), x)
-
-
-@torch.no_grad()
-def test_the_inverse_as_a_module_with_its_own_log_determinant():
-    """invert(output), inv_jacobian_logabsdet(output) and inverted_module()"""
-    torch.manual_seed(0)
-    module = bi.SVDLinear(4).double()
-    module.layers[1].log_scale.copy_(random((4,), 3))
-    x = random((5, 4), 1)
-    inverted_module, output = module.inverted(), module(x)
-    inverse, _, log_det = inverted_module.forward_log_det(output)
-    torch.testing.assert_close(inverse, x)
-    torch.testing.assert_close(log_det, -module.log_abs_det(x))
-    torch.testing.assert_close(inverted_module.pinv(x), output)
-    assert inverted_module.inverted() is module
 
 
 @torch.no_grad()
@@ -256,25 +191,6 @@ def test_the_network_of_the_notebook():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("shape", [(6,), (6, 3, 2)])
-@torch.no_grad()
-def test_linear_layers_on_vectors_and_maps(shape):
-    """OrthogonalTransform, OrthogonalTransform2D, DiagonalLinearTransform, DiagonalLinearTransform2D, and their SVD"""
-    torch.manual_seed(0)
-    x, positions = random((2, *shape), 1), math.prod(shape[1:])
-    for layer in (bi.Orthogonal(6, reflections=6), bi.Diagonal(6), bi.SVDLinear(6, bias=True, reflections=6)):
-        layer = layer.double()
-        for name, parameter in layer.named_parameters():
-            if "log_scale" in name:
-                parameter.copy_(random((6,), 2))
-        y, _, log_det = layer.forward_log_det(x)
-        torch.testing.assert_close(layer.pinv(y), x)
-        expected = 0.0 if isinstance(layer, bi.Orthogonal) else positions * random((6,), 2).sum()
-        torch.testing.assert_close(log_det, torch.full((2,), float(expected)).double())
-        if isinstance(layer, bi.Orthogonal):
-            torch.testing.assert_close(y.flatten(1).norm(dim=1), x.flatten(1).norm(dim=1))
-
-
 @torch.no_grad()
 def test_a_matrix_that_is_not_square_has_its_least_squares_inverse():
     """Reflections, a diagonal and reflections of other sizes: g' is the Moore-Penrose inverse."""
@@ -287,19 +203,6 @@ def test_a_matrix_that_is_not_square_has_its_least_squares_inverse():
     y = random((4, 3), 1)
     torch.testing.assert_close(wide.pinv(y), y @ torch.linalg.pinv(matrix).T)
     torch.testing.assert_close(torch.linalg.svdvals(matrix), random((3,), 2).exp().sort(descending=True).values)
-
-
-@torch.no_grad()
-def test_noise_is_added_and_extracted():
-    """InvertibleConcatNoise: log p of the restored noise is taken off the log-determinant."""
-    torch.manual_seed(0)
-    for noise in (Normal(0.0, 2.0), "uniform", torch.distributions.Bernoulli(0.3)):
-        layer, x = bi.ConcatNoise(3, 2, noise=noise), random((4, 3), 1, torch.float32)
-        y, _, log_det = layer.forward_log_det(x)
-        back, restored = layer.split(y)
-        assert torch.equal(back, x) and torch.equal(layer.pinv(y), x)
-        torch.testing.assert_close(log_det, -layer.noise.log_prob(restored).sum(1))
-        assert not torch.equal(layer(x), y)
 
 
 @torch.no_grad()
@@ -422,20 +325,6 @@ def test_the_networks_of_the_lab(features, n_epoch):
 
 
 @torch.no_grad()
-def test_splitting_along_channels():
-    """Question 5: SplitAlongChannels, forward and inverse. Question 6: InvertibleLayer."""
-    x = torch.randn(2, 16, 7, 7, generator=seeded(0))
-    conv = nn.Conv2d(8, 8, 7, padding=3)
-    layer = bi.Coupling(16, kind="additive", t=conv)
-    first, second = x.chunk(2, dim=1)
-    assert first.shape == second.shape == (2, 8, 7, 7)
-    expected = torch.cat([first, second + conv(first)], dim=1)
-    torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(layer.pinv(expected), x)
-    assert torch.equal(layer.log_abs_det(x), torch.zeros(2))
-
-
-@torch.no_grad()
 def test_how_many_iterations_an_inverse_needs():
     """Question 11: h with constant rho < 1 makes x -> y - h(x) a contraction: log(epsilon) / log(rho) steps."""
     torch.manual_seed(0)
@@ -449,16 +338,6 @@ def test_how_many_iterations_an_inverse_needs():
     assert all(after <= 0.5 * before + 1e-14 for before, after in zip(errors, errors[1:], strict=False))
     needed = math.ceil(math.log(1e-6) / math.log(0.5))
     assert errors[needed] <= 1e-6 * errors[0]
-
-
-@torch.no_grad()
-def test_the_norm_of_a_convolution_is_the_largest_entry_of_its_spectrum():
-    """Question 12: of y -> x * y on circles of N points."""
-    x = random((7,), 1)
-    circulant = torch.stack([x.roll(i) for i in range(7)], dim=1)
-    norm = torch.linalg.matrix_norm(circulant, ord=2)
-    torch.testing.assert_close(torch.fft.fft(x).abs().max(), norm)
-    torch.testing.assert_close(bi.circular_conv_norm(x.view(1, 1, 7), [7]), norm)
 
 
 @torch.no_grad()

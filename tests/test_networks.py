@@ -5,6 +5,7 @@ import pickle
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,17 @@ def test_gradients_are_the_same_bit_for_bit_and_less_is_kept(model, stage):
     assert fewer_bytes < plain_bytes / 2
 
 
+def test_recomputed_for_several_passes_and_for_second_derivatives(model):
+    found, x = [], torch.rand(2, 3, 16, 16).double().requires_grad_()
+    for model.pinn.checkpoint_activations in (False, True):
+        y = model(x)
+        loss, inputs = (y**3).sum() + model.pinv(y + 1).square().sum(), (x, model.pinn.blocks[1].mix.A_unconstrained)
+        once, twice = (torch.autograd.grad(loss, inputs, create_graph=True) for _ in range(2))
+        found.append([*once, *twice, *torch.autograd.grad(sum(g.square().sum() for g in twice), inputs)])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
+
+
 def test_recomputed_in_another_thread_w_is_solved_once(model, monkeypatch):
     """A GPU's backward pass runs in a thread of its own, to which this one's matrices are handed on."""
     solved, solve = [], torch.linalg.inv_ex
@@ -97,14 +109,30 @@ def test_recomputed_in_another_thread_w_is_solved_once(model, monkeypatch):
     assert sorted(solved) == [12, 16]  # the third block reflects
 
 
-def test_training_with_it_gives_the_same_weights(faces, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("loop.plot_curves", lambda *_: None)
-    found = {}
-    for recompute in (False, True):
-        folder = tmp_path / str(recompute)
-        assert train_celeba.main(spnn_arguments(faces, folder, checkpoint_activations=recompute)) == 0
-        found[recompute] = outcome(folder)
-    assert_same(*found.values())
+@pytest.fixture(scope="module")
+def trained(faces, tmp_path_factory):  # noqa: F811
+    """Ends of one training: as it is, with recomputed activations, and in bf16, where no gradient is lost.
+
+    What autocast converts without a gradient it would hand out again for a step that needs one, when the weights of
+    attributes are renewed.
+    """
+    root, missing, clip = tmp_path_factory.mktemp("trained"), [], train.clip_gradients
+
+    def looked_at(model, *rest):
+        missing.append([name for name, p in model.named_parameters() if p.requires_grad and p.grad is None])
+        return clip(model, *rest)
+
+    runs = {"plain": {}, "recomputed": {"checkpoint_activations": True}, "bf16": {"precision": "bf16"}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "clip_gradients", looked_at)
+        for name, options in runs.items():
+            assert train_celeba.main(spnn_arguments(faces, root / name, **options)) == 0
+    assert len(missing) > 30 and not any(missing)
+    return root
+
+
+def test_training_with_it_gives_the_same_weights(trained):
+    assert_same(outcome(trained / "plain"), outcome(trained / "recomputed"))
 
 
 # --- Precision and compilation ---------------------------------------------------------------------------------------
@@ -125,15 +153,22 @@ def test_bf16_is_of_the_networks_alone(model):
     assert (again - x).abs().max() < 1e-5
 
 
-def test_training_in_bf16_takes_other_steps_than_in_float32(faces, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("loop.plot_curves", lambda *_: None)
-    found = {}
-    for precision in ("float32", "bf16"):
-        folder = tmp_path / precision
-        assert train_celeba.main(spnn_arguments(faces, folder, precision=precision)) == 0
-        found[precision] = read_weights(folder / "best_model.pth")
-    changed = [name for name, weight in found["bf16"].items() if not torch.equal(weight, found["float32"][name])]
-    assert changed and all(w.dtype == torch.float32 and w.isfinite().all() for w in found["bf16"].values())
+def test_training_in_bf16_takes_other_steps_than_in_float32(trained):
+    found = {name: read_weights(trained / name / "best_model.pth") for name in ("plain", "bf16")}
+    assert any(not torch.equal(weight, found["plain"][name]) for name, weight in found["bf16"].items())
+    assert all(w.dtype == torch.float32 and w.isfinite().all() for w in found["bf16"].values())
+
+
+@contextmanager
+def switched(backend, newer, older):
+    """torch's switch of TF32 set, the newer one if it has that: it refuses to read the older one afterwards."""
+    name, value = ("fp32_precision", newer) if hasattr(backend, "fp32_precision") else ("allow_tf32", older)
+    before = getattr(backend, name)
+    setattr(backend, name, value)
+    try:
+        yield lambda: getattr(backend, name) == value
+    finally:
+        setattr(backend, name, before)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -146,49 +181,27 @@ def test_full_precision_is_set_back(threads):
             time.sleep(0.001 * (index % 3))
             return products.fp32_precision == "ieee" if hasattr(products, "fp32_precision") else not products.allow_tf32
 
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # autocast of a device that is not there
-            assert all(pool.map(look, range(20)))
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with switched(products, "tf32", True) as unchanged, ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # autocast of a device that is not there
+        assert all(pool.map(look, range(20)))
+        assert unchanged()
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_what_float32_means_is_set_back(threads, monkeypatch):
     """However threads that ask for different things overlap."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cudnn = torch.backends.cudnn
-
-    def switch():
-        return cudnn.conv.fp32_precision if hasattr(cudnn, "conv") else cudnn.allow_tf32
+    cudnn = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
 
     def look(index: int) -> bool:
         with convolutions_in("tf32" if index % 2 else "float32"):
             time.sleep(0.002)
-            return switch() in (("tf32", True) if index % 2 else ("ieee", False))
+            switch = cudnn.fp32_precision if hasattr(cudnn, "fp32_precision") else cudnn.allow_tf32
+            return switch in (("tf32", True) if index % 2 else ("ieee", False))
 
-    before = switch()
-    with ThreadPoolExecutor(threads) as pool:
+    with switched(cudnn, "tf32", True) as unchanged, ThreadPoolExecutor(threads) as pool:
         assert all(pool.map(look, range(20)))
-    assert switch() == before
-
-
-def test_no_gradient_is_lost_in_bf16_where_the_weights_of_attributes_are_renewed(faces, tmp_path, monkeypatch):  # noqa: F811
-    """What autocast converts without a gradient it would hand out again where one is needed."""
-    missing, clip = [], train.clip_gradients
-
-    def looked_at(model, *rest):
-        missing.append([name for name, p in model.named_parameters() if p.requires_grad and p.grad is None])
-        return clip(model, *rest)
-
-    monkeypatch.setattr("loop.plot_curves", lambda *_: None)
-    monkeypatch.setattr(train, "clip_gradients", looked_at)
-    assert train_celeba.main(spnn_arguments(faces, tmp_path / "run", precision="bf16")) == 0
-    assert len(missing) > 10 and not any(missing)
+        assert unchanged()
 
 
 def test_a_resumed_run_keeps_its_precision_where_the_device_has_it():
