@@ -18,9 +18,9 @@ judge against g's logits: a ceiling, for the two disagree about the inputs alrea
 |A x - y|, the root mean square over what is measured, before pictures have 8 bits.
 
 With --edits each method also runs without an edit. By the judge: the share of pictures in which the edited attribute is
-seen, and of inputs in which it was before; the share of the other attributes that differ from the input, and of the
-same ones in the picture without the edit, which is the floor. What contradicts an edit may be set with it:
-Blond_Hair=1+Black_Hair=0.
+seen, and of inputs in which it was before; the share of the other attributes that differ from the input, of the same
+ones in the picture without the edit, which is the floor, and the share that should, for they contradict the edit
+(--contradiction). More can be set with it: Smiling=1+Young=1.
 """
 
 import hashlib
@@ -50,7 +50,6 @@ from DDNM.guided_diffusion.inputs import (
     check_architecture,
     load_lpips,
     load_networks,
-    parse_set,
     read_targets,
 )
 from DDNM.guided_diffusion.results import Record, as_saved, contact_sheet, picture, write_csv
@@ -66,6 +65,7 @@ COLUMNS = {  # figure -> its heading and format
     "judge": ("judge", ".3f"), "judge_balanced": ("judge, balanced", ".3f"), "g": ("g", ".3f"),
     "g_balanced": ("g, balanced", ".3f"), "error": ("error", ".3f"), "before": ("attribute seen before", ".3f"),
     "edited": ("after", ".3f"), "floor": ("others changed without the edit", ".3f"), "changed": ("with it", ".3f"),
+    "followed": ("of them meant", ".3f"),
     "kid": ("KID x100", ".2f"), "fid": ("FID", ".2f"), "consistency": ("|A x - y|", ".1e"), "psnr": ("PSNR", ".2f"),
     "lpips": ("LPIPS", ".3f"), "identity": ("identity", ".3f"), "evaluations": ("evaluations", ".0f"),
     "gradients": ("of them with gradients", ".0f"), "seconds": ("s/image", ".2f"), "memory": ("peak GiB", ".2f"),
@@ -330,7 +330,8 @@ class Measured:
     Attributes:
         inputs, reference: (N, 3, S, S), and (M, F) as ``features`` sees others.
         embedding: measures identity.
-        edits: attributes that the targets have otherwise than the inputs, `parse_set`.
+        edits: attributes that are set, the one that is looked for first.
+        followed: those that followed, (N, d), see `Edits`.
         unedited: what the judge says of the same method's pictures without the edit, (N, d).
     """
 
@@ -341,7 +342,8 @@ class Measured:
     reference: Tensor | None
     lpips: nn.Module | None
     embedding: nn.Module | None
-    edits: dict[int, tuple[float, bool]]
+    edits: Sequence[int]
+    followed: Tensor | None
     unedited: Tensor | None
 
     def of(self, pictures: Tensor, judged: Tensor | None, before: Tensor | None = None) -> dict[str, Figure]:
@@ -372,12 +374,13 @@ class Measured:
             if not self.edits:
                 self.unedited = said
             else:
-                edited = list(self.edits)[:1]
+                edited = self.edits[:1]
                 others = [i for i in range(judged.shape[1]) if i not in self.edits]
                 mean("before", agreement(before[:, edited], judged[:, edited]))
                 mean("edited", agreement(said[:, edited], judged[:, edited]))
-                mean("floor", 1 - agreement(self.unedited[:, others], judged[:, others]))
-                mean("changed", 1 - agreement(said[:, others], judged[:, others]))
+                mean("floor", 1 - agreement(self.unedited[:, others], before[:, others]))
+                mean("changed", 1 - agreement(said[:, others], before[:, others]))
+                mean("followed", self.followed[:, others].double().mean(1))
         if self.features is not None and self.reference is not None:
             fake = seen(self.features, pictures, device)
             found["kid"] = halves(kid(fake, self.reference), count)
@@ -434,9 +437,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 evaluations(networks.prior, guidance, case.steps, **walk.travel)
             except ValueError as error:
                 raise InputError(f"--steps {case.steps}: {error}") from None
-        same = asdict(rule) | asdict(walk) | {"set": what.set, "align": what.align} | networks.fingerprints()
-        same |= {"precision": weights.precision, "compile": weights.compile, "device": device.type}
-        same |= {"operator": what.operator}
+        said = {name: getattr(what, name) for name in ("set", "contradiction", "align", "operator")}
+        said |= {"precision": weights.precision, "compile": weights.compile, "device": device.type}
+        same = asdict(rule) | asdict(walk) | said | networks.fingerprints()
         return evaluate(e, rules, walk, networks, targets, to_json_values(same), world)
 
 
@@ -446,8 +449,7 @@ def evaluate(
 ) -> int:  # fmt: skip
     """Draw what is not drawn yet, measure everything, write the table; the exit status."""
     size, device = networks.image_size, networks.device
-    typical = None if networks.spnn is None else networks.spnn.notes.get("typical_logits")
-    edits = {case.edit: parse_set(assignments(case.edit), networks.attributes, typical) for case in rules}
+    edits = {case.edit: networks.edits(assignments(case.edit), settings["contradiction"]) for case in rules}
     if not world.leads:
         logging.disable(logging.INFO)
     log = get_logger("evaluate", e.out)
@@ -462,12 +464,13 @@ def evaluate(
         rows.append(flat("inputs", measured.of(measured.inputs, said), {}))
         shelf.append(("inputs", measured.inputs))
     for case, guidance in rules.items():
-        own, folder = edited(targets, edits[case.edit]), e.out / "pictures" / case.folder
+        logits, judged, followed = edits[case.edit].apply(targets.logits, targets.judged)
+        own, folder = replace(targets, logits=logits, judged=judged), e.out / "pictures" / case.folder
         costs = draw(case, guidance, walk, networks, own, folder, settings, world, log)
         if measured is None:
             continue
         pictures = torch.stack([load_image(folder / f"{name}.png", size) for name in own.names])
-        measured.targets, measured.edits = own, edits[case.edit]
+        measured.targets, measured.edits, measured.followed = own, list(edits[case.edit].logits), followed
         rows.append(flat(case.name, measured.of(pictures, own.judged, targets.judged), costs))
         shelf.append((case.name, pictures))
         log.info("%s", format_table(rows[-1:], "method", COLUMNS))
@@ -491,24 +494,13 @@ def measures(e: Evaluation, networks: Networks, targets: Targets, log: logging.L
     real = inputs if e.reference is None else torch.stack([load_image(p, size) for p in find_images(e.reference)])
     reference = None if features is None or real is None else seen(features, real, device)
     lpips = load_lpips(device, log, size) if e.lpips and inputs is not None else None
-    measured = Measured(networks, targets, inputs, features, reference, lpips, embedding, {}, None)
+    measured = Measured(networks, targets, inputs, features, reference, lpips, embedding, (), None, None)
     return measured, f"{seen_by} features against {0 if reference is None else len(reference)} pictures"
 
 
 def assignments(edit: str | None) -> list[str]:
     """The parts of ``A=1+B=+4``."""
     return [] if edit is None else re.split(r"\+(?=\w+=)", edit)
-
-
-def edited(targets: Targets, edits: dict[int, tuple[float, bool]]) -> Targets:
-    """Targets with edits of their own."""
-    judged = None if targets.judged is None else targets.judged.clone()
-    targets = replace(targets, logits=targets.logits.clone(), judged=judged)
-    for index, (logit, present) in edits.items():
-        targets.logits[:, index] = logit
-        if judged is not None:
-            judged[:, index] = 1.0 if present else -1.0
-    return targets
 
 
 def write_table(

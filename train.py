@@ -398,8 +398,7 @@ class CelebATrainer:
     def _class_weights(self) -> Tensor | None:
         if self.settings.balance == 0:
             return None
-        source = getattr(self.train.dataset, "source", self.train.dataset)
-        return class_weights(source.labels, self.settings.balance).to(self.run.device)
+        return class_weights(labels_of(self.train), self.settings.balance).to(self.run.device)
 
     def _on_device(self, batch: Batch) -> Batch:
         return tuple(part.to(self.run.device, non_blocking=True) for part in batch)
@@ -480,6 +479,11 @@ class CelebATrainer:
             "accuracy": accuracy_by_attribute(y, labels).mean().item(),
             "balanced_accuracy": balanced_accuracy_by_attribute(y, labels).nanmean().item(),
         }
+
+
+def labels_of(loader: DataLoader) -> Tensor:
+    """All labels that a loader of faces hands out, (N, d)."""
+    return getattr(loader.dataset, "source", loader.dataset).labels
 
 
 @torch.no_grad()

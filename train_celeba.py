@@ -18,6 +18,7 @@ import torch
 from blocks import MIXINGS
 from checkpoints import save_spnn
 from data_loader import ATTRIBUTES, FaceLoader, Loaders, download_dataset, make_loaders
+from DDNM.guided_diffusion.edits import contradictions
 from diagnostics import diagnose, format_table
 from images import grid, save_image
 from logger import get_logger
@@ -31,7 +32,7 @@ from networks import (
     networks_in,
     prepare_networks,
 )
-from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
+from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, labels_of, typical_logits
 from utils import (
     LARGEST_BATCH,
     LARGEST_CREW,
@@ -153,13 +154,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if run.world.leads:  # the others wait: it takes as long as an epoch's validation
                 model = SPNN.from_pretrained(best).to(run.device)
                 model.notes["typical_logits"] = typical_logits(model, run.until_stopped(loaders.val), run.device)
+                model.notes["contradictions"] = contradictions(labels_of(loaders.train), ATTRIBUTES)
                 save_spnn(best, model)
                 report(run, model, loaders.test, machine.diagnose_samples, "forward")
             run.world.wait()
         if task.is_r_opt:
             model = SPNN.from_pretrained(folder / FORWARD_CHECKPOINT)
             log.info("stage 2: %d epochs of %d steps on %s", settings.r_epoch, len(loaders.train), run.device)
-            best = trainer(model, typical_logits=model.notes.get("typical_logits")).optimise_r()
+            kept = {name: model.notes.get(name) for name in ("typical_logits", "contradictions")}
+            best = trainer(model, **kept).optimise_r()
             if run.world.leads:
                 report(run, SPNN.from_pretrained(best), loaders.test, machine.diagnose_samples, "r_opt")
             run.world.wait()

@@ -72,8 +72,8 @@ class Settings(NamedTuple):
         """What decides how the pictures look, but for the weights: a resumed run must have the same."""
         run, walk = self.run, {key: value for key, value in asdict(self.walk).items() if key != "batch_size"}
         more = {"steps": run.steps, "base_rate": run.base_rate, "lpips": run.lpips, "set": self.targets.set,
-                "align": self.targets.align, "operator": self.targets.operator,
-                "precision": self.networks.precision}  # fmt: skip
+                "contradiction": self.targets.contradiction, "align": self.targets.align,
+                "operator": self.targets.operator, "precision": self.networks.precision}  # fmt: skip
         return asdict(self.rule) | walk | more | self.architecture
 
 
@@ -151,6 +151,8 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
     log = get_logger("reconstruct", folder)
     for line in [s.note] * bool(s.note) + [f"skipped: {line}" for line in targets.skipped]:
         log.warning(line)
+    if targets.followed:
+        log.info("--set takes with it, for what contradicts it: %s", targets.followed)
     log.info("%d targets, %d steps, guidance %s, on %s", len(done), count, s.rule.guidance, device)
     if s.rule.through_the_prior:
         log.info("gradients pass through the prior, whose activations are kept%s%s",

@@ -14,8 +14,9 @@ from test_distributed import start_two
 from test_main import assets, tiny_spnn  # noqa: F401  (a fixture)
 
 import evaluate
+from DDNM.guided_diffusion.edits import Edits
 from DDNM.guided_diffusion.inputs import Targets
-from evaluate import Measured, assignments, bootstrap, edited, fid, halves, kid
+from evaluate import Measured, assignments, bootstrap, fid, halves, kid
 from operators import SPNNOperator
 from utils import InputError
 
@@ -149,15 +150,16 @@ def test_what_an_edit_changed_is_told_from_what_the_method_changes_anyway():
     inputs = colours((-1, 1, 1), (1, -1, 1), (-1, -1, -1), (-1, 1, -1))
     said = judge(inputs)
     targets = Targets(list("abcd"), [], said, said, [])
-    measured = Measured(networks, targets, inputs, None, None, None, judge, {}, None)
+    measured = Measured(networks, targets, inputs, None, None, None, judge, (), None, None)
     plain = measured.of(colours((-1, 1, -1), (1, -1, 1), (-1, -1, -1), (-1, 1, -1)), said, said)
     assert "edited" not in plain and plain["judge"][0] == pytest.approx(11 / 12)
-    measured.edits = {0: (3.0, True)}
-    wanted = edited(targets, measured.edits)
-    drawn = measured.of(colours((1, 1, -1), (1, 1, 1), (1, -1, -1), (-1, 1, -1)), wanted.judged, said)
+    notes = {"typical_logits": [[-1.0, 1.0]] * 3, "contradictions": {"r=1": {"b=1": 0.0}}}
+    _, wanted, measured.followed = Edits.parse(["r=+3"], list("rgb"), notes).apply(said, said)
+    measured.edits = [0]
+    drawn = measured.of(colours((1, 1, -1), (1, 1, 1), (1, -1, -1), (-1, 1, -1)), wanted, said)
     values = {key: value for key, (value, _, _) in drawn.items()}
     assert (values["before"], values["edited"]) == (0.25, 0.75)
-    assert (values["floor"], values["changed"]) == pytest.approx((1 / 8, 2 / 8))
+    assert (values["floor"], values["changed"], values["followed"]) == pytest.approx((1 / 8, 2 / 8, 2 / 8))
     assert values["identity"] == pytest.approx((-1 / 3 + 1 / 3 + 1 / 3 + 1) / 4, abs=1e-6)
 
 

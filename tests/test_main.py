@@ -400,6 +400,19 @@ def test_set_takes_typical_logits_for_0_and_1_and_logits_as_they_are(run, finish
     assert any((pictures(folder)[name] != pictures(finished)[name]).any() for name in pictures(folder))
 
 
+def test_what_contradicts_a_set_follows_and_the_log_says_so(run, preset, tmp_path):
+    notes = {"attributes": list(ATTRIBUTES), "typical_logits": [[-90.0, 90.0]] * 40}
+    notes["contradictions"] = {"Bald=1": {"Bangs=0": 0.0}}
+    save_spnn(tmp_path / "odd.pth", tiny_spnn(), notes)
+    bangs = {}
+    for share in ("0", "0.3"):
+        flags = ("--set", "Bald=1", "--contradiction", share)
+        folder = run(share, None, *flags, config=preset(spnn=str(tmp_path / "odd.pth")))
+        bangs[share] = {float(row["Bangs"]) for row in csv.DictReader(open(folder / "logits.csv"))}
+    assert max(bangs["0"]) < 90 and bangs["0.3"] == {90.0}
+    assert "what contradicts it: Bangs (" in (folder / "log.txt").read_text()
+
+
 @pytest.mark.parametrize(
     "assignment, said",
     [

@@ -1,7 +1,6 @@
 """What a run of the sampler starts from: its settings, its networks, and the targets that its images stand for."""
 
 import hashlib
-import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from checkpoints import locate
 from data_loader import ATTRIBUTES
 from DDNM.guided_diffusion.compiled import compile_for_cpu
 from DDNM.guided_diffusion.diffusion import image_generator
+from DDNM.guided_diffusion.edits import CONTRADICTION, Edits
 from DDNM.guided_diffusion.prior import Prior, load_prior
 from DDNM.guided_diffusion.results import read_logits
 from images import find_images, load_detector, load_image
@@ -24,7 +24,7 @@ from loop import World
 from models import SPNN
 from networks import compile_networks, inner_networks, prepare_networks
 from operators import Operator, SPNNOperator, make_operator
-from utils import LARGEST_BATCH, LARGEST_SEED, InputError, file_name, nearest, option
+from utils import LARGEST_BATCH, LARGEST_SEED, InputError, file_name, option
 
 DDNM = Path(__file__).resolve().parents[1]
 CONFIGS, DATASETS = DDNM / "configs", DDNM / "exp" / "datasets"
@@ -58,6 +58,13 @@ class TargetSettings:
                                   "(its weights)")  # fmt: skip
     set: list[str] = option([], "NAME=VALUE: set an attribute of every target; 0 or 1 for the typical logit without "
                             "or with it, or a logit such as +4")  # fmt: skip
+    contradiction: float = option(
+        CONTRADICTION,
+        "--set: another attribute follows if the labels that the SPNN learned from have its state less than this times "
+        "as often beside what is set: a hat takes bangs away; 0: none",
+        0,
+        1,
+    )
     align: bool = option(False, "find the face in each image and cut it as CelebA-HQ does (pip install mtcnn)")
     strict: bool = option(False, "refuse unreadable images instead of skipping them")
 
@@ -110,6 +117,10 @@ class Networks:
     @property
     def image_size(self) -> int:
         return self.operator.in_shape[-1]
+
+    def edits(self, assignments: Sequence[str], contradiction: float) -> Edits:
+        """`Edits` of this run's attributes. Raises InputError."""
+        return Edits.parse(assignments, self.attributes, {} if self.spnn is None else self.spnn.notes, contradiction)
 
     def shown(self, y: Tensor) -> Tensor:
         """Measurements (B, *out_shape) as pictures (B, 3, S, S): as they are if they are pictures, else A+ of them."""
@@ -223,6 +234,7 @@ class Targets:
         logits: (N, *out_shape), what the sampler is given; with an operator A of the images, whatever its shape.
         judged: (N, d), what the judge should see; only its sign counts.
         skipped: a line for each image that cannot be read.
+        followed: attributes that followed --set, and in how many targets.
     """
 
     names: list[str]
@@ -231,6 +243,7 @@ class Targets:
     judged: Tensor | None
     skipped: list[str]
     align: bool = False
+    followed: str = ""
 
     def add_noise(self, deviation: float, seed: int) -> None:
         """Gaussian noise into each target, which depends on the seed and the target's name alone."""
@@ -284,8 +297,7 @@ def read_targets(
     Raises:
         InputError: nothing to read, or an edit that makes no sense.
     """
-    typical = None if networks.spnn is None else networks.spnn.notes.get("typical_logits")
-    edits = parse_set(settings.set, networks.attributes, typical)
+    edits = networks.edits(settings.set, settings.contradiction)
     source = input_path(settings.path_y)
     if source.suffix.lower() == ".csv":
         if networks.spnn is None:
@@ -296,10 +308,9 @@ def read_targets(
         targets = Targets(names[:most], None, logits[:most], logits[:most].clone(), [])
     else:
         targets = _read_images(source, networks, batch_size, world, settings, most)
-    for index, (logit, present) in edits.items():
-        targets.logits[:, index] = logit
-        if targets.judged is not None:
-            targets.judged[:, index] = 1.0 if present else -1.0
+    if edits.logits:
+        targets.logits, targets.judged, followed = edits.apply(targets.logits, targets.judged)
+        targets.followed = edits.told(followed)
     return targets
 
 
@@ -334,37 +345,3 @@ def _read_images(
     _, names, files, logits, judged = map(list, zip(*seen, strict=True))
     judged = None if networks.judge is None else torch.stack(judged)
     return Targets(names, files, torch.stack(logits), judged, skipped, settings.align)
-
-
-def parse_set(
-    assignments: Sequence[str], attributes: Sequence[str], typical: Sequence | None
-) -> dict[int, tuple[float, bool]]:
-    """Attribute index -> its logit and whether it should be present, from ``NAME=VALUE`` strings.
-
-    Args:
-        typical: for each attribute its typical logits (without, with), from config.json; None if it has none.
-
-    Raises:
-        InputError: an attribute that does not exist (with the nearest match), or a value that is no number.
-    """
-    logits = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise InputError(f"--set {assignment}: expected NAME=VALUE, such as Eyeglasses=1")
-        if name not in attributes:
-            raise InputError(f"--set {assignment}: no attribute {name!r}{nearest(name, attributes)}")
-        index = list(attributes).index(name)
-        if value in ("0", "1"):
-            if typical is None:
-                raise InputError(f"--set {assignment}: these weights record no typical logits; give one: {name}=+4")
-            logits[index] = float(typical[index][int(value)]), value == "1"
-        else:
-            try:
-                logit = float(value)
-            except ValueError:
-                logit = math.nan
-            if not torch.tensor(logit).isfinite():  # in float32: 1e99 is none
-                raise InputError(f"--set {assignment}: {value!r} is neither 0, 1 nor a logit such as +4")
-            logits[index] = logit, logit > 0
-    return logits

@@ -1,0 +1,56 @@
+"""Attributes set by name, and what follows them."""
+
+import pytest
+import torch
+
+from DDNM.guided_diffusion.edits import Edits, contradictions
+from utils import InputError
+
+NAMES = ["Hat", "Bangs", "Smiling"]
+TYPICAL = [[-5.0, 4.0], [-3.0, 2.0], [-6.0, 6.0]]
+
+
+def edits(*assignments, contradiction=0.3, **notes):
+    notes = {"typical_logits": TYPICAL, "contradictions": {"Hat=1": {"Bangs=1": 0.1, "Smiling=0": 0.4}}} | notes
+    return Edits.parse(assignments, NAMES, notes, contradiction)
+
+
+def test_contradictions_are_what_labels_seldom_have_together():
+    labels = torch.tensor([[1, 0, 1]] * 3 + [[1, 1, 1]] + [[0, 1, 1]] * 4 + [[0, 0, 1]] * 2).float()
+    # P(bangs) = 1/2, beside a hat 1/4, without one 2/3; everybody smiles: nothing can be said of that
+    assert contradictions(labels, NAMES) == {}
+    labels[3, 1] = 0  # P(bangs) = 2/5, beside a hat 0; P(no bangs) = 3/5, without a hat 1/3 of that; P(hat) = 2/5
+    assert contradictions(labels, NAMES) == {"Bangs=1": {"Hat=1": 0.0}, "Hat=1": {"Bangs=1": 0.0}}
+
+
+def test_what_contradicts_an_edit_gets_its_other_typical_logit_or_stays_beyond_it():
+    logits = torch.tensor([[-1.0, 3.0, -2.0], [2.0, -1.0, 1.0], [2.0, -9.0, 1.0]])
+    said = torch.tensor([[-4.0, 1.0, -1.0], [3.0, -2.0, 1.0], [3.0, 0.5, 1.0]])
+    edited, judged, followed = edits("Hat=1").apply(logits, said)
+    assert torch.equal(edited, torch.tensor([[4.0, -3.0, -2.0], [4.0, -3.0, 1.0], [4.0, -9.0, 1.0]]))
+    assert torch.equal(followed, torch.tensor([[False, True, False], [False] * 3, [False] * 3]))
+    assert torch.equal(judged > 0, torch.tensor([[True, False, False], [True, False, True], [True, True, True]]))
+    assert logits[0, 0] == -1 and said[0, 0] == -4  # what was given stays
+    assert edits("Hat=1").told(followed) == "Bangs (1)"
+
+
+@pytest.mark.parametrize(
+    "of, changed",
+    [
+        (edits("Hat=1", contradiction=0), [0]),
+        (edits("Hat=0"), [0]),
+        (edits("Hat=1", "Bangs=+1"), [0, 1]),
+        (edits("Hat=1", contradiction=0.5), [0, 1, 2]),
+        (edits("Hat=+4", typical_logits=None), [0]),
+        (Edits.parse(["Hat=+4"], NAMES, {}), [0]),
+        (Edits.parse([], NAMES, {}), []),
+    ],
+)
+def test_nothing_else_changes(of, changed):
+    logits = torch.tensor([[-9.0, 3.0, -2.0]])
+    assert (of.apply(logits)[0] != logits)[0].nonzero()[:, 0].tolist() == changed
+
+
+def test_a_logit_beyond_float32_is_refused():
+    with pytest.raises(InputError, match="1e99"):
+        edits("Hat=1e99")
