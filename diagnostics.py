@@ -11,20 +11,19 @@ grows with depth, and float64 beside float32 tells rounding from a mistake.
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blocks import PixelUnshuffleBlock, solved_once
 from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
 from degradations import DEGRADATIONS
 from images import find_images, load_image
-from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
+from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, evaluating, predict
 from models import SPNN, concatenated
 from networks import PRECISIONS, networks_in
 from operators import LinearChain, is_linear, is_network, make_operator
@@ -181,22 +180,9 @@ def _measure_target(model: SPNN, y: Tensor, errors: dict[str, _Error]) -> None:
     errors["natural_latents"].add(concatenated([y_again, *z]), natural)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode inside the block, in its own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 # --- Accuracy --------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> dict:
     """Accuracy of the attributes over a loader of (images (B, C, H, W), labels (B, d) in {0, 1}).
 
@@ -208,14 +194,7 @@ def accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: torch
     Raises:
         ValueError: no images, or another number of labels than logits.
     """
-    logits, labels = [], []
-    with evaluating(model):
-        for images, truth in loader:
-            logits.append(model(images.to(device)).float().cpu())
-            labels.append(truth.cpu())
-    if not logits:
-        raise ValueError("accuracy: no images to measure")
-    logits, labels = torch.cat(logits), torch.cat(labels)
+    logits, labels = predict(model, loader, device)
     plain, balanced = accuracy_by_attribute(logits, labels), balanced_accuracy_by_attribute(logits, labels)
     return {
         "accuracy": plain.mean().item(),

@@ -19,13 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from checkpoints import DTYPES, load_strictly, read_json, read_weights, write_weights
 from data_loader import ATTRIBUTES, CelebAMaskHQ, augmented, batches_from, download_dataset, make_loader
-from logger import get_logger
+from logger import format_table, get_logger
 from loop import DONE, Loop, Run, adam, decaying, open_run
-from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
+from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, predict
 from utils import (
     LARGEST_BATCH,
     LARGEST_CREW,
@@ -153,17 +152,6 @@ def load_judge(path: str | Path) -> Judge:
     return judge.eval()
 
 
-@torch.inference_mode()
-def predict(judge: nn.Module, loader: DataLoader, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits and labels, both (N, C) float32 on the CPU, of everything in a loader, in its order."""
-    judge.eval()
-    logits, labels = [], []
-    for images, truth in loader:
-        logits.append(judge(images.to(device)).float().cpu())
-        labels.append(truth.cpu())
-    return torch.cat(logits), torch.cat(labels)
-
-
 def figures(logits: Tensor, labels: Tensor) -> dict:
     """Accuracy, balanced accuracy and prevalence by attribute, with mean and worst; ready for JSON.
 
@@ -193,19 +181,13 @@ def figures(logits: Tensor, labels: Tensor) -> dict:
     return json_values({**numbers, "by_attribute": by_attribute})
 
 
-def format_table(measured: dict) -> str:
-    """`figures` as lines of text."""
-
-    def line(name: str, *values: float | None) -> str:
-        return f"{name:<20}" + "".join(f"{'-':>12}" if value is None else f"{value:12.4f}" for value in values)
-
-    return "\n".join(
-        [
-            f"{'attribute':<20}{'accuracy':>12}{'balanced':>12}{'prevalence':>12}",
-            *(line(name, *row.values()) for name, row in measured["by_attribute"].items()),
-            line("mean", measured["accuracy_mean"], measured["balanced_accuracy_mean"]),
-            line("worst", measured["accuracy_worst"], measured["balanced_accuracy_worst"]),
-        ]
+def table(measured: dict) -> str:
+    """`figures` as text."""
+    rows = [{"attribute": name, **row} for name, row in measured["by_attribute"].items()]
+    rows += [{"attribute": which, "accuracy": measured[f"accuracy_{which}"],
+              "balanced_accuracy": measured[f"balanced_accuracy_{which}"]} for which in ("mean", "worst")]  # fmt: skip
+    return format_table(
+        rows, "attribute", {name: (name, ".4f") for name in ("accuracy", "balanced_accuracy", "prevalence")}
     )
 
 
@@ -322,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = figures(*predict(judge, make_loader(test, settings.batch_size, machine.workers), device))
     if not machine.evaluate:
         write_json(config_path(out), {**read_json(config_path(out)), "test": measured})
-    print(format_table(measured))
+    print(table(measured))
     get_logger("judge").info("%d test images, weights %s", measured["images"], out)
     return 0
 

@@ -1,10 +1,42 @@
-"""Figures of merit for attribute logits and images. torch only.
+"""What networks say of data, and figures of merit for attribute logits and images. torch only.
 
 Shapes: N images, C attributes. Logits are (N, C) real, labels (N, C) in {0, 1}, images (N, 3, H, W) in [-1, 1].
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode inside the block, in its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Logits and labels, both (N, C) float32 on the CPU, of everything in a loader; the model is in eval mode for it.
+
+    Raises:
+        ValueError: no images.
+    """
+    with evaluating(model):
+        pairs = [(model(images.to(device)).float().cpu(), labels.cpu()) for images, labels in loader]
+    if not pairs:
+        raise ValueError("no images to measure")
+    logits, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
+    return logits, labels
 
 
 def _hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

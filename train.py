@@ -33,7 +33,7 @@ from data_loader import augmented, batches_from, with_batches
 from diagnostics import first_nonfinite
 from images import listed
 from loop import Loop, Run, adam, clip_gradients, decaying
-from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
+from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, predict
 from models import SPNN, concatenated
 from networks import convolutions_in, networks_in
 from utils import option
@@ -486,16 +486,13 @@ def labels_of(loader: DataLoader) -> Tensor:
     return getattr(loader.dataset, "source", loader.dataset).labels
 
 
-@torch.no_grad()
 def typical_logits(model: SPNN, loader: DataLoader, device: torch.device) -> list[list[float]]:
     """For each attribute the median logit of the images without it and of those with it, [d][2].
 
     What "this attribute, set" means to a network: the value that reconstruction takes for ``--set NAME=0`` and ``=1``.
     A class without an image takes the other's, with its sign turned.
     """
-    model.eval()
-    pairs = [(model(x.to(device)).cpu(), labels.cpu()) for x, labels in loader]
-    logits, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
+    logits, labels = predict(model, loader, device)
     typical = []
     for values, present in zip(logits.T, labels.T > 0.5, strict=True):
         without, having = values[~present], values[present]

@@ -10,7 +10,7 @@ from layout import write_layout
 import judge as judge_module
 import loop
 from data_loader import ATTRIBUTES, CelebAMaskHQ
-from judge import Judge, Training, figures, format_table, load_judge, main, one_cycle, train_judge
+from judge import Judge, Training, figures, load_judge, main, one_cycle, table, train_judge
 from loop import Run
 from utils import InputError, Stopped, seed_everything
 
@@ -81,7 +81,7 @@ def test_the_figures_are_those_of_the_file(trained, faces, capsys):
         measured = figures(judge(test.batch(range(len(test)))[0]), test.labels)
     assert measured == record["test"]
     assert main(arguments(faces, trained, "--evaluate")) == 0
-    assert format_table(measured) in capsys.readouterr().out
+    assert table(measured) in capsys.readouterr().out
 
 
 def test_an_existing_judge_is_kept(trained, faces):
@@ -167,5 +167,5 @@ def test_figures_with_an_attribute_of_one_class():
     assert measured["balanced_accuracy_mean"] == 1 and measured["by_attribute"]["Young"]["balanced_accuracy"] is None
     assert len(measured["attributes_of_one_class"]) == 39
     json.dumps(measured, allow_nan=False)
-    assert "Young" in format_table(measured)
+    assert "Young" in table(measured)
     assert figures(torch.zeros(1, 40), torch.zeros(1, 40))["balanced_accuracy_mean"] is None
