@@ -28,7 +28,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, repeat
 from pathlib import Path
@@ -408,8 +408,6 @@ class _Store:
             key = json.dumps([_CACHE_VERSION, name, int(RESAMPLING), [list(map(_state, files)) for files in sources]])
             file = folder / f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
             try:
-                if folder.is_symlink():
-                    raise InputError(f"{folder} is a link, and nothing is written outside the data set")
                 self.bad = kept if (kept := self._kept(file)) is not None else self._write(file)
                 self.file = file
             except (InputError, OSError) as error:
@@ -724,18 +722,6 @@ def make_loaders(
     drop = len(parts["train"]) > batch_size
     train = make_loader(parts["train"], shuffle=True, flip=flip, drop_last=drop, share=share, **common)
     return Loaders(train, make_loader(parts["val"], **common), make_loader(parts["test"], **common))
-
-
-def attribute_indices(names: Iterable[str]) -> list[int]:
-    """Positions of attribute names in `ATTRIBUTES`.
-
-    Raises:
-        InputError: an unknown name, with its nearest match.
-    """
-    names = list(names)
-    if unknown := [name for name in names if name not in ATTRIBUTES]:
-        raise InputError(f"unknown attribute {unknown[0]!r}{nearest(unknown[0], ATTRIBUTES)}")
-    return [ATTRIBUTES.index(name) for name in names]
 
 
 def with_batches(loader: DataLoader, batches: Sequence, workers: int = 0) -> DataLoader:

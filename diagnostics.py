@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blocks import PixelUnshuffleBlock, solved_once
-from data_loader import ATTRIBUTES, CelebAMaskHQ, attribute_indices, make_loader
+from data_loader import ATTRIBUTES, CelebAMaskHQ, make_loader
 from degradations import DEGRADATIONS
 from images import find_images, load_image
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, evaluating, predict
@@ -33,6 +33,7 @@ from utils import (
     LARGEST_SIDE,
     InputError,
     json_values,
+    nearest,
     option,
     parse,
     resolve_device,
@@ -465,7 +466,12 @@ def targets_for(model: SPNN, options: Options) -> tuple[list[str] | None, Iterab
             count = "no" if names is None else len(names)
             raise InputError(f"{where}: {model.num_classes} logits, but {count} attribute names beside it: "
                              "their labels are unknown")  # fmt: skip
-        columns, data = attribute_indices(names), make_loader(CelebAMaskHQ(*split), options.batch_size)
+        if unknown := [name for name in names if name not in ATTRIBUTES]:
+            raise InputError(f"{where}: unknown attribute {unknown[0]!r}{nearest(unknown[0], ATTRIBUTES)}")
+        columns, data = (
+            [ATTRIBUTES.index(name) for name in names],
+            make_loader(CelebAMaskHQ(*split), options.batch_size),
+        )
         return names, ((images, labels[:, columns]) for images, labels in data)
     if names is not None:
         return names, make_loader(CelebAMaskHQ(*split, mask_size=shape[1:]), options.batch_size)

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from utils import InputError, atomic_write, unlinked
+from utils import InputError, atomic_write
 
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -29,9 +29,6 @@ class _Console(logging.Handler):
 class _RunFile(logging.FileHandler):
     """The log of the present run; a type of its own, so that a second call finds it."""
 
-    def _open(self):
-        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=unlinked)
-
     def handleError(self, record: logging.LogRecord) -> None:
         """A full disk costs the line in the file; the console has it. Logging's own way prints a traceback for each."""
         if not isinstance(sys.exc_info()[1], OSError):
@@ -45,7 +42,7 @@ def get_logger(name: str, folder: str | Path | None = None) -> logging.Logger:
     places. Repeated calls add nothing; a new folder takes the place of the one before; ``None`` leaves it as it is.
 
     Raises:
-        InputError: the folder cannot be written, or its log.txt is a link.
+        InputError: the folder cannot be written.
     """
     root = logging.getLogger()
     if not any(isinstance(handler, _Console) for handler in root.handlers):
@@ -103,7 +100,7 @@ class MetricsTable:
             self._write()
         elif self.path is not None:
             try:
-                with open(self.path, "a", newline="", encoding="utf-8", opener=unlinked) as file:
+                with open(self.path, "a", newline="", encoding="utf-8") as file:
                     self._writer(file).writerow(self.rows[-1])
             except OSError as error:
                 raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error

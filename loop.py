@@ -36,7 +36,6 @@ from utils import (
     is_temporary,
     remove_temporaries,
     resolve_device,
-    unlinked,
     write_json,
 )
 
@@ -166,7 +165,7 @@ def locked(folder: Path) -> Iterator[None]:
             if file >= 0:
                 os.close(file)  # its owner removed it between our opening and our locking
             folder.mkdir(parents=True, exist_ok=True)
-            file = unlinked(path, os.O_RDWR | os.O_CREAT)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 if fcntl is not None:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

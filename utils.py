@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import errno
 import hashlib
 import json
 import math
@@ -418,22 +417,6 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-
-
-def unlinked(path: str | Path, flags: int) -> int:
-    """An ``opener`` for `open` if a file is appended to or kept open: no link at the end of the path is followed.
-
-    `atomic_write` puts a file in the place of a link; here a link would have the writing go to another folder.
-
-    Raises:
-        InputError: ``path`` is a link.
-    """
-    try:
-        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise InputError(f"{path} is a link, and nothing is written through one: delete it first") from None
-        raise
 
 
 def is_temporary(path: Path) -> bool:

@@ -224,13 +224,6 @@ def test_save_pretrained_and_back(tmp_path, model):
     assert (tmp_path / "b" / "config.json").read_bytes() == before
 
 
-def test_the_demo_is_one_line_away():
-    folder = checkpoints.ROOT / "DDNM" / "exp" / "logs" / "faces"
-    model = SPNN.from_pretrained(folder)
-    assert model.img_size == 64 and len(model.notes["attributes"]) == model.num_classes == 40
-    assert same(model.state_dict(), SPNN.from_pretrained(folder / "spnn.safetensors").state_dict())
-
-
 @pytest.mark.parametrize("there", ["of another network", "[1]", "{", '{"model_type": "of another tool"}'])
 def test_another_config_in_the_folder_stays(tmp_path, model, there):
     if there == "of another network":
@@ -244,17 +237,7 @@ def test_another_config_in_the_folder_stays(tmp_path, model, there):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_a_failed_write_leaves_the_old_files(tmp_path, model):
-    save_spnn(tmp_path / "m.pth", model)
-    before = (tmp_path / "m.pth").read_bytes(), (tmp_path / "config.json").read_bytes()
-    with pytest.raises(TypeError):
-        save_spnn(tmp_path / "m.pth", model, {"attributes": object()})
-    assert ((tmp_path / "m.pth").read_bytes(), (tmp_path / "config.json").read_bytes()) == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "m.pth"]
-
-
-@pytest.mark.parametrize("img_size", [32, 64, 256])
-@pytest.mark.parametrize("mix_type", ["cayley", "householder"])
+@pytest.mark.parametrize("img_size, mix_type", [(32, "householder"), (64, "cayley"), (256, "householder")])
 def test_published_architectures_are_recognised(img_size, mix_type):
     """By names and shapes, which tensors on the meta device have too."""
     with torch.device("meta"):

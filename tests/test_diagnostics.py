@@ -11,7 +11,7 @@ from helpers import ForgetsShift, random, randomise, seeded, tiny
 import diagnostics
 from blocks import ConvPINNBlock
 from checkpoints import save_spnn
-from data_loader import attribute_indices
+from data_loader import ATTRIBUTES
 from diagnostics import IDENTITIES, IoU, accuracy, diagnose, first_nonfinite, format_table, map_accuracy, penrose
 from models import SPNN
 from utils import InputError
@@ -256,14 +256,17 @@ def test_command(checkpoint, tmp_path, capsys):
     labels = Faces("", "test", 4)
     with torch.no_grad():
         logits = SPNN.from_pretrained(checkpoint)(labels.images / 127.5 - 1)
-    truth = labels.labels[:, attribute_indices(report["attributes"])]
+    truth = labels.labels[:, [ATTRIBUTES.index(name) for name in report["attributes"]]]
     hits = (logits > 0) == (truth > 0.5)
     assert report["accuracy"]["by_attribute"] == pytest.approx(hits.double().mean(0).tolist())
 
 
-def test_command_refuses_unknown_labels(checkpoint, model):
-    save_spnn(checkpoint, model)  # no names
+@pytest.mark.parametrize("notes, said", [
+    ({}, "3 logits, but no attribute names"), ({"attributes": ["Male"]}, "3 logits, but 1 attribute names"),
+    ({"attributes": ["Male", "Smiley", "Young"]}, "unknown attribute 'Smiley', did you mean 'Smiling'"),
+])  # fmt: skip
+def test_command_refuses_unknown_labels(checkpoint, model, notes, said):
     (checkpoint.parent / "config.json").unlink()
-    save_spnn(checkpoint, model)
-    with pytest.raises(InputError, match="3 logits, but no attribute names"):
+    save_spnn(checkpoint, model, notes)
+    with pytest.raises(InputError, match=said):
         diagnostics.main(["--checkpoint", str(checkpoint), "--dataset_path", "anywhere", "--device", "cpu"])

@@ -414,21 +414,8 @@ def test_other_weights_are_refused(monkeypatch):
 
 
 @needs_weights
-@pytest.mark.parametrize("angle", [0, 20])
-def test_a_face_is_found_where_it_was_put(portrait, angle):
-    (whole,) = find_faces(portrait)
-    (found,) = find_faces(placed(portrait, angle))
-    a = np.deg2rad(angle)
-    turn = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
-    expected = (whole.points / 256 * 200 - 100) @ turn + (320, 240)
-    np.testing.assert_allclose(found.points, expected, atol=8)
-    assert np.ptp(found.box[::2]) > 60
-
-
-@needs_weights
-@pytest.mark.parametrize("angle", [-18, 35])
-def test_an_aligned_face_has_level_eyes_where_celeba_hq_has_them(portrait, tmp_path, angle):
-    placed(portrait, angle).save(tmp_path / "a.png")
+def test_an_aligned_face_has_level_eyes_where_celeba_hq_has_them(portrait, tmp_path):
+    placed(portrait, 35).save(tmp_path / "a.png")
     cut = align_face(Image.open(tmp_path / "a.png"))
     (found,) = find_faces(cut)
     eyes = found.points[:2] / cut.width

@@ -83,23 +83,6 @@ def test_a_full_disk_costs_log_lines_and_no_tracebacks(tmp_path, monkeypatch, ca
     assert "hello" in shown and "Traceback" not in shown
 
 
-def test_a_log_or_table_that_is_a_link_is_not_written_through(tmp_path):
-    outside, folder = tmp_path / "outside.txt", tmp_path / "run"
-    folder.mkdir()
-    outside.write_text("epoch\n")
-    for target in (outside, tmp_path / "nowhere.txt"):
-        (folder / "log.txt").symlink_to(target)
-        with pytest.raises(InputError, match="log.txt is a link.*delete it first"):
-            get_logger("run", folder)
-        (folder / "log.txt").unlink()
-    (folder / "metrics.csv").symlink_to(outside)
-    with pytest.raises(InputError, match="metrics.csv is a link"):
-        MetricsTable(folder / "metrics.csv").append({"epoch": 1})
-    MetricsTable(folder / "metrics.csv", [{"epoch": "7"}]).append({"epoch": 8})  # a file in the link's place
-    assert (folder / "metrics.csv").read_text() == "epoch\n7\n8\n" and not (folder / "metrics.csv").is_symlink()
-    assert outside.read_text() == "epoch\n" and not (tmp_path / "nowhere.txt").exists()
-
-
 @pytest.mark.parametrize("text, said", [
     (None, "cannot read metrics"), ("", "to plot"), ("epoch,loss\n", "to plot"), ("epoch,loss\n1,word\n", "to plot"),
     ("epoch,loss\n1,2,3\n", "line 2: 3 values for 2 columns"),

@@ -241,27 +241,6 @@ def stop_after(monkeypatch, steps: int, name: str = "forward"):
     monkeypatch.setattr(loop.Loop, "_make_step", make_step)
 
 
-def test_a_resume_loads_no_image_of_the_batches_that_are_done(faces, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        assert spnn(faces, tmp_path / "run") == 128 + signal.SIGTERM
-    assert load_state(tmp_path / "run" / "train_state.pth")["progress"]["done"] == 4
-    asked, honest = [], train_celeba.make_loaders
-
-    def make_loaders(*args, **kwargs):
-        loaders = honest(*args, **kwargs)
-        source = loaders.train.dataset.source
-        batch = source.batch_uint8
-        source.batch_uint8 = lambda indices: asked.append(len(indices)) or batch(indices)
-        return loaders
-
-    monkeypatch.setattr(train_celeba, "make_loaders", make_loaders)
-    monkeypatch.setattr(train.CelebATrainer, "validate", lambda self, losses: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        spnn(faces, tmp_path / "run", "--resume")
-    assert asked == [4, 4]  # six batches, of which four are done
-
-
 def test_loader_processes_let_the_step_finish(faces, undisturbed, tmp_path, monkeypatch):
     """A scheduler signals every process of a job, and a terminal's Ctrl-C reaches the whole group."""
     honest, count = train.natural_losses, 0

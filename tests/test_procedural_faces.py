@@ -87,7 +87,7 @@ def test_any_size_shows_the_same_face(size):
 
 def test_the_face_is_centred(sampled):
     """The mean face is close to its mirror image: the pose varies around the frontal one."""
-    mean = np.mean([pixels(faces.draw_face(2, i, 24)[0]) for i in range(80)], axis=0)
+    mean = np.mean([pixels(faces.draw_face(2, i, 24)[0]) for i in range(50)], axis=0)
     assert np.abs(mean - mean[:, ::-1]).mean() < 8
 
 
@@ -180,13 +180,13 @@ def classes(changes: dict[str, bool], size: int = 128) -> dict[str, np.ndarray]:
 
 def test_every_class_of_the_masks_is_drawn():
     seen = np.zeros(len(MASK_CLASSES))
-    for index in range(60):
+    for index in range(40):
         _, mask = faces.render_with_mask(*faces.sample_face(0, index), 64)
         assert mask.mode == "P" and mask.size == (64, 64)
         seen += np.bincount(np.asarray(mask).ravel(), minlength=len(MASK_CLASSES)) > 0
     assert {name: n for name, n in zip(MASK_CLASSES, seen, strict=True) if n < 2} == {}
     always = ("background", "skin", "nose", "l_eye", "r_eye", "u_lip", "l_lip", "neck", "cloth")
-    assert all(seen[MASK_CLASSES.index(name)] > 50 for name in always)
+    assert all(seen[MASK_CLASSES.index(name)] > 32 for name in always)
 
 
 def test_left_is_the_persons_own_left():

@@ -84,19 +84,18 @@ def test_both_stages_leave_everything_that_is_promised(finished):
     assert "stage 1" in log and "stage 2" in log and "test split after stage" in log and "done in" in log
 
 
-def test_stage_2_alone_continues_stage_1_and_a_seed_repeats(finished, faces, tmp_path):
+def test_a_seed_repeats_and_stage_2_alone_is_that_of_both(finished, faces, tmp_path):
     assert run(faces, tmp_path, "--is_forward_train", epoch=2) == 0
     one, other = (read_weights(folder / "best_model.pth") for folder in (finished, tmp_path / "run"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert not (tmp_path / "run" / "best_model_r_opt_real.pth").exists()
 
-    forward, kept = (tmp_path / "run" / "best_model.pth").read_bytes(), []
-    for _ in range(2):
-        assert run(faces, tmp_path, "--is_r_opt") == 0
-        kept.append(read_weights(tmp_path / "run" / "best_model_r_opt_real.pth"))
+    forward = (tmp_path / "run" / "best_model.pth").read_bytes()
+    assert run(faces, tmp_path, "--is_r_opt") == 0
+    both, alone = (read_weights(folder / "best_model_r_opt_real.pth") for folder in (finished, tmp_path / "run"))
     assert (tmp_path / "run" / "best_model.pth").read_bytes() == forward
-    assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
-    assert all(torch.equal(kept[0][key], one[key]) == (".r." not in key) for key in one)  # g is left alone
+    assert all(torch.equal(alone[key], both[key]) for key in both)
+    assert all(torch.equal(alone[key], one[key]) == (".r." not in key) for key in one)  # g is left alone
     assert SPNN.from_pretrained(tmp_path / "run" / "best_model_r_opt_real.pth").notes["typical_logits"]
 
 

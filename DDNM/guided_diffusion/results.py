@@ -20,7 +20,7 @@ from images import load_image, to_uint8
 from loop import check_settings, is_empty
 from metrics import agreement, prob_error, psnr
 from operators import Operator
-from utils import InputError, atomic_write, file_name, json_values, nearest, shown, unlinked, write_json
+from utils import InputError, atomic_write, file_name, json_values, nearest, shown, write_json
 
 T = TypeVar("T")
 PICTURES = ("input", "natural", "measured", "reconstruction", "unguided")  # folders of a result folder
@@ -121,7 +121,7 @@ class Record:
 
     def append(self, rows: Sequence[dict]) -> None:
         try:
-            with open(self.path, "ab", buffering=0, opener=unlinked) as file:
+            with open(self.path, "ab", buffering=0) as file:
                 # in one write, so that processes' lines do not mix
                 file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
                 os.fsync(file.fileno())
