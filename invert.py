@@ -132,10 +132,8 @@ class Eval:
 
 
 def check_folder(s: Settings, command: str) -> None:
-    """Raise InputError if the content of a result folder would be lost, or it is a file."""
+    """Raise InputError if the content of a result folder would be lost."""
     begun = FILES[command][0]
-    if s.out.exists() and not s.out.is_dir():
-        raise InputError(f"--out {s.out}: not a folder")
     if s.resume and s.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     if s.resume and not is_empty(s.out) and not (s.out / begun).is_file():

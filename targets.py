@@ -5,7 +5,6 @@ import importlib
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from DDNM.guided_diffusion.guidance import guide
+from DDNM.guided_diffusion.inputs import image_names, load_lpips
 from images import find_images, load_image
 from inversion import FeatureDistance, Loss, perceptual_loss, squared_error
 from logger import get_logger
 from models import SPNN
 from operators import SPNNOperator
 from stylegan import SPACES, Latents, load_generator
-from utils import LARGEST_BATCH, LARGEST_SEED, InputError, file_name, nearest, option
+from utils import LARGEST_BATCH, LARGEST_SEED, InputError, nearest, option
 
 FACES = Path(__file__).resolve().parent / "DDNM" / "exp" / "logs" / "faces"
 READY = ("g", "pinv", "completion-inverse", "stylegan")
@@ -281,11 +281,7 @@ def named_images(data: Path | None, count: int | None) -> dict[str, Path]:
     if data is None:
         raise InputError("--data: this network needs an image or a folder of images")
     paths = find_images(data)[:count]
-    within = data if data.is_dir() else data.parent
-    stems = ["_".join(path.relative_to(within).with_suffix("").parts) for path in paths]
-    twice = {stem for stem, times in Counter(stems).items() if times > 1}  # a.png beside a.jpg
-    named = zip(stems, paths, strict=True)
-    return {file_name(stem + path.suffix if stem in twice else stem): path for stem, path in named}
+    return dict(zip(image_names(paths, data), paths, strict=True))
 
 
 def read_images(data: Path | None, size: int | None, count: int | None) -> tuple[list[str], Tensor | None]:
@@ -359,8 +355,6 @@ def fixed_problems(
 @functools.cache
 def lpips_or_none(device: torch.device, size: int) -> nn.Module | None:
     """LPIPS (Zhang et al. 2018), or None, said in one line, if its weights cannot be had or images are too small."""
-    from DDNM.guided_diffusion.inputs import load_lpips  # imports much, and only this needs it
-
     lpips = load_lpips(device, get_logger("invert"), size)
     return None if lpips is None else lpips.requires_grad_(False)
 

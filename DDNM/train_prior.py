@@ -292,8 +292,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; see ``--help``."""
     settings, machine, _ = parse(__doc__, Training, Machine, argv=argv)
     out = machine.out
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: not a folder")
     torch.set_num_threads(machine.threads)
     with open_run(out, machine.device, machine.save_every, settings.seed) as run:  # a mistake leaves no folder behind
         if run.world.leads:

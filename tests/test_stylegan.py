@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import os
@@ -58,9 +59,12 @@ def by_formula(name, shape, silent=False):
     return torch.from_numpy(np.asarray(u)).float()
 
 
+@functools.lru_cache(maxsize=1)
 def published(resolution, silent=False):
+    """The generator of the figures, in float64."""
     shapes = PUBLISHED["state_dict"][str(resolution)]
-    return {name: by_formula(name, shape, silent) for name, shape in shapes.items()}
+    weights = {name: by_formula(name, shape, silent) for name, shape in shapes.items()}
+    return generator_from_state_dict(weights, resolution).double()
 
 
 def assert_figures(tensor, figures):
@@ -84,7 +88,7 @@ def assert_figures(tensor, figures):
 def test_published_figures(name):
     case = PUBLISHED["cases"][name]
     resolution, seed, silent = case["resolution"], case["seed"], case.get("silent", False)
-    generator = generator_from_state_dict(published(resolution, silent), resolution).double()
+    generator = published(resolution, silent)
     assert generator.layers == 2 * math.log2(resolution) - 2
     if case["kind"] == "mapping":
         rows = torch.tensor(case["z_row_scale"], dtype=torch.float32)[:, None]

@@ -57,6 +57,18 @@ def evaluations(prior, guidance: Guidance, steps: int, travel_length: int = 1, t
     return sum(guidance.recurrences(t) for t, t_next in pairs if t_next < t)
 
 
+def _shape(prior: NoisePredictor, count: int, operator: Operator | None, target: Tensor | None) -> tuple[int, ...]:
+    """Of the prior's images. Raises ValueError if the operator takes others, or the targets fit neither."""
+    shape = (3, prior.image_size, prior.image_size)
+    if operator is not None and tuple(operator.in_shape) != shape:
+        raise ValueError(f"the prior draws images {shape}, the operator measures images {tuple(operator.in_shape)}")
+    if target is not None and len(target) != count:
+        raise ValueError(f"{len(target)} targets for {count} images")
+    if operator is not None and target is not None and tuple(target.shape[1:]) != tuple(operator.out_shape):
+        raise ValueError(f"targets have shape {tuple(target.shape[1:])}, what is measured {tuple(operator.out_shape)}")
+    return shape
+
+
 @torch.no_grad()
 def sample(
     prior: NoisePredictor,
@@ -102,13 +114,7 @@ def sample(
         ValueError: more steps than the prior was trained with, or shapes that differ: of its images and those that the
             operator takes, or of the targets and what it measures, or their number.
     """
-    shape = (3, prior.image_size, prior.image_size)
-    if operator is not None and tuple(operator.in_shape) != shape:
-        raise ValueError(f"the prior draws images {shape}, the operator measures images {tuple(operator.in_shape)}")
-    if target is not None and len(target) != len(generators):
-        raise ValueError(f"{len(target)} targets for {len(generators)} images")
-    if operator is not None and target is not None and tuple(target.shape[1:]) != tuple(operator.out_shape):
-        raise ValueError(f"targets have shape {tuple(target.shape[1:])}, what is measured {tuple(operator.out_shape)}")
+    shape = _shape(prior, len(generators), operator, target)
 
     def noise() -> Tensor:
         drawn = torch.stack([torch.randn(shape, generator=g) for g in generators])
