@@ -279,10 +279,8 @@ class Trainer:
 
 
 def check_folder(machine: Machine) -> None:
-    """Raise InputError if results would be lost, or written elsewhere."""
+    """Raise InputError if results would be lost."""
     out = machine.out
-    if (out / SAMPLES_NAME).is_symlink():  # pictures written, or deleted, through it would be somebody else's
-        raise InputError(f"{out / SAMPLES_NAME} is a link; results are written inside --out only")
     goes_on = machine.resume and (out / STATE_NAME).is_file()
     if not (is_empty(out) or machine.overwrite or goes_on):
         raise InputError(f"--out {out}: not empty; give --resume to continue that run or --overwrite to start anew")

@@ -191,10 +191,7 @@ class Progress(Record):
 
 
 def check_results(folder: Path, resume: bool, overwrite: bool, ask: bool) -> None:
-    """Raises InputError if ``folder`` has results that may neither be replaced nor continued, or writes elsewhere."""
-    for link in (folder / kind for kind in PICTURES):
-        if link.is_symlink():  # pictures written, or deleted, through it would be somebody else's
-            raise InputError(f"{link} is a link; results are written inside {folder} only")
+    """Raises InputError if ``folder`` has results that may neither be replaced nor continued."""
     if is_empty(folder) or overwrite or resume and Progress.file(folder).is_file():
         return
     if ask and sys.stdin.isatty():
