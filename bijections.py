@@ -824,6 +824,8 @@ class Coupling(Split):
         check_positive(self.name, scale_bound=scale_bound)
         if kind not in ("affine", "additive"):
             raise ValueError(f"{self.name}: kind must be 'affine' or 'additive', got {kind!r}")
+        if mask is not None and kept is not None or kind == "additive" and s is not None:
+            raise ValueError(f"{self.name}: a mask stands in place of kept, and s is for kind 'affine': leave one out")
         self.kind, self.scale_bound = kind, scale_bound
         self.checkerboard = isinstance(mask, str)
         if self.checkerboard and mask != "checkerboard":

@@ -220,13 +220,17 @@ class Mixing(nn.Module):
 LARGEST = 1e7  # entry of a Cayley parameter that counts as it is
 
 
+def _shrunk(b: Tensor) -> Tensor:
+    """What scales B back to `LARGEST` if it has larger entries, else 1; a constant to derivatives."""
+    return LARGEST / exact(b.detach().abs().amax()).clamp(min=LARGEST)
+
+
 def cayley(b: Tensor) -> Tensor:
     """``(I + A)^-1 (I - A)`` in float64, with ``A = B - B^T`` and B, (C, C), scaled back to `LARGEST` if above.
 
     ``I + A`` has no singular value below 1, but beside large entries I would be lost, and of odd size A is singular.
     """
-    scale = LARGEST / exact(b.detach().abs().amax()).clamp(min=LARGEST)  # a constant to derivatives
-    scaled = exact(b) * scale
+    scaled = exact(b) * _shrunk(b)
     skew, identity = scaled - scaled.T, torch.eye(len(b), dtype=scaled.dtype, device=b.device)
     w = 2 * torch.linalg.inv_ex(identity + skew).inverse - identity  # = (I + A)^-1 (I - A); _ex never raises
     if b.dtype == torch.float64:  # a step of Newton and Schulz squares what is missing to W^T W = I
@@ -248,8 +252,7 @@ class _Cayley(torch.autograd.Function):
         b, w = ctx.saved_tensors
         m = (w.to(b.dtype).T + torch.eye(len(b), dtype=b.dtype, device=b.device)) / 2
         by_skew = m @ gradient.to(b.dtype) @ m
-        scale = LARGEST / b.abs().amax().clamp(min=LARGEST)
-        return 2 * scale * (by_skew.T - by_skew)
+        return 2 * _shrunk(b).to(b.dtype) * (by_skew.T - by_skew)
 
 
 class _ApplyCayley(torch.autograd.Function):
@@ -273,7 +276,7 @@ class _ApplyCayley(torch.autograd.Function):
         left, right = ((part / 2).reshape(-1, len(b)).to(b.dtype) for part in (du + dx, u + x))
         if ctx.transpose:  # W^T is the transform of -A
             left, right = right, left
-        scale = -2 * LARGEST / b.detach().abs().amax().clamp(min=LARGEST)
+        scale = -2 * _shrunk(b).to(b.dtype)
         db = torch.cat([left, -right]).T @ (scale * torch.cat([right, left]))  # dA - dA^T, in one product
         return dx, db.fill_diagonal_(0), None, None  # of whose diagonal Adam would make steps of rounding errors
 
@@ -317,10 +320,10 @@ class HouseholderMixing(Mixing):
         self.V = nn.Parameter(torch.randn(reflections, channels))
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
-        tiny = torch.finfo(weight.dtype).tiny  # a row of zeros reflects nothing: its v stays 0, and H is I
         v = exact(weight)
-        v = v / v.abs().amax(-1, keepdim=True).clamp(min=tiny)  # rows of any length: their squares would overflow
-        v = v / v.norm(dim=-1, keepdim=True).clamp(min=0.5)
+        size = v.abs().amax(-1, keepdim=True)
+        v = v / torch.where(size > 0, size, 1.0)  # rows of any length: their squares would over- or underflow
+        v = v / v.norm(dim=-1, keepdim=True).clamp(min=0.5)  # a row of zeros stays it and reflects nothing: H is I
         gram = v @ v.T  # (k, k)
         triangle = gram.tril(-1) + torch.diag(gram.diagonal().clamp(min=0.5) / 2)
         identity = torch.eye(len(v), dtype=triangle.dtype, device=triangle.device)

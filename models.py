@@ -360,14 +360,8 @@ class SPNN(Pretrained):
             )
         self.img_size, self.num_classes = img_size, num_classes
         self.notes = {}
-        self.config = {
-            "img_ch": img_ch,
-            "num_classes": num_classes,
-            "hidden": hidden,
-            "scale_bound": scale_bound,
-            "img_size": img_size if h == w else [h, w],
-            "mix_type": mix_type,
-        }
+        self.config = {"img_ch": img_ch, "num_classes": num_classes, "hidden": hidden, "scale_bound": scale_bound}
+        self.config |= {"img_size": img_size if h == w else [h, w], "mix_type": mix_type}
         if layer_channels is not None:
             names = {kind: name for name, kind in BLOCKS.items()}
             self.config["layer_channels"] = [

@@ -289,7 +289,8 @@ def own(*shape: int) -> tuple[nn.Module, nn.Module]:
 def test_coupling_takes_networks_of_your_own(mask, kind):
     """Which see what stays, and by which no more than the rest moves."""
     s, t = own(5, 5) if mask else own(2, 3)
-    layer, x = bi.Coupling(5, kind=kind, mask=mask, s=s, t=t, dims=0, scale_bound=1.5), randn(4, 5).float()
+    nets, x = {"s": s, "t": t} if kind == "affine" else {"t": t}, randn(4, 5).float()
+    layer = bi.Coupling(5, kind=kind, mask=mask, dims=0, scale_bound=1.5, **nets)
     stays = torch.tensor(mask or [1.0, 1.0, 0.0, 0.0, 0.0]).bool()
     v, moves = (x * stays, x) if mask else (x[:, stays], x[:, ~stays])
     moved = (moves * torch.exp(1.5 * torch.tanh(s(v))) if kind == "affine" else moves) + t(v)
@@ -900,6 +901,8 @@ REFUSED = {
     "a mask of halves": (lambda: bi.Coupling(2, mask=[0.5, 1], dims=0), "0 and 1 only"),
     "dimensions": (lambda: PINN([bi.Coupling(4)], (4,)), r"Coupling\(4\): dims is 2"),
     "nothing to move": (lambda: bi.Coupling(4, kept=4), "kept must be positive and at most 3, got 4"),
+    "a mask and a split": (lambda: bi.Coupling(4, kept=1, mask="checkerboard"), "a mask stands in place of kept"),
+    "a scale of none": (lambda: bi.Coupling(4, kind="additive", s=nn.Linear(2, 2)), "s is for kind 'affine'"),
     "a kind": (lambda: bi.Coupling(4, kind="cubic"), "'cubic'"),
     "bins": (lambda: bi.SplineCoupling(4, bins=1), r"SplineCoupling\(4\): bins must be 2 to 256, got 1"),
     "an infinite scale": (lambda: bi.Coupling(4, scale_bound=math.inf), "scale_bound must be positive, got inf"),

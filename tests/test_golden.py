@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import diy16
 
-from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from DDNM.guided_diffusion.ddpm_layout import ddpm_config
 from DDNM.guided_diffusion.prior import prior_from_ddpm
 from DDNM.guided_diffusion.schedule import time_travel_steps
@@ -24,14 +24,7 @@ FIGURES = json.loads((GOLDEN / "figures.json").read_text())
 LAYOUTS = json.loads((GOLDEN / "layouts.json").read_text())
 NETWORKS = [case for case in FIGURES if case.startswith(("spnn", "diy"))]
 RTOL = 2e-4  # of the root mean square; another order of summing makes 1e-5
-CUSTOM = {
-    "diy16_cayley": [
-        (PixelUnshuffleBlock, {"r": 4}),
-        (ConvPINNBlock, {"in_ch": 48, "out_ch": 12, "hidden": 64, "feat_size": 4}),
-        (PixelUnshuffleBlock, {"r": 4}),
-        (ConvPINNBlock, {"in_ch": 192, "out_ch": 7, "hidden": 64, "feat_size": 1}),
-    ]
-}
+CUSTOM = {"diy16_cayley": diy16().config["layer_channels"]}
 
 
 def by_name(name: str, shape) -> torch.Tensor:
