@@ -222,12 +222,12 @@ def train(s: Settings, own: Train, run: Run) -> int:
         raise InputError(f"--network {target.name}: {error}") from None
     weights = {"weights of the network": fingerprint(target.f)}
     given = settings_of(s, own, without=("out", "resume", "overwrite", "buffers", "device"))
-    run.find_state(given | weights, s.resume, s.overwrite)
-    if run.state is None:
-        clear(s.out, "train")
-    log = get_logger("invert", s.out)
     loss = make_loss(target, s, run.device)
     draw = problem_source(target, images, s, loss, run.device)
+    run.find_state(given | weights, s.resume, s.overwrite)
+    if run.state is None:  # and nothing can be refused any more
+        clear(s.out, "train")
+    log = get_logger("invert", s.out)
     count = sum(p.numel() for p in theta.parameters())
     log.info("inverting %s, theta has %s parameters, on %s", target.name, f"{count:,}", run.device)
     peak_gib(run.device, reset=True)

@@ -254,6 +254,8 @@ def test_results_are_kept_unless_asked(here, trained, tmp_path):
     before = (trained / "theta.safetensors").read_bytes()
     with pytest.raises(InputError, match="not empty"):
         main(train_arguments(here, trained))
+    with pytest.raises(InputError, match="--loss vgg: compares images"):  # before anything is deleted
+        main(train_arguments(here, trained, "--overwrite", "--loss", "vgg"))
     assert (trained / "theta.safetensors").read_bytes() == before
     out = tmp_path / "out"
     out.mkdir()
