@@ -475,9 +475,9 @@ def find_judge(path: Path | None, target: Target, device: torch.device, log) -> 
     return None
 
 
-def mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
     """Of the finite ones; None if there is none."""
-    finite = [v for v in values if v is not None and math.isfinite(v)]
+    finite = [v for v in values if math.isfinite(v)]
     return sum(finite) / len(finite) if finite else None
 
 
@@ -547,7 +547,8 @@ def evaluate(s: Settings, own: Eval, run: Run) -> int:
     told = [compared(name, curve, curves[name.partition("landscape")[0] + "optimisation"])
             for name, curve in curves.items() if "landscape" in name]  # fmt: skip
     if len(told) > 1:
-        told.append({"theta": f"mean of {len(told)} seeds", **{k: mean([t[k] for t in told]) for k in LANDSCAPES}})
+        means = {key: None if None in (of := [one[key] for one in told]) else mean(of) for key in LANDSCAPES}
+        told.append({"theta": f"mean of {len(told)} seeds", **means})
     record = {"settings": {**settings_of(s, own), "device": str(run.device)}, "landscapes": told}
     record |= {"thetas": [notes for _, notes in thetas.values()], "methods": rows, "images": by_image}
     write_json(s.out / "results.json", json_values(record))
