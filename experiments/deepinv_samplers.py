@@ -7,14 +7,14 @@ r"""Operators and a prior of this project in deepinv's samplers, beside its own,
         --methods A+ linear DDRM DiffPIR DPIR --out check_points/restored
 
 Each operator (see ``operators.make_operator``) measures the images; each method restores them from that. ``linear`` is
-DDNM in the sampler of this project; DDRM (Kawar et al. 2022), DiffPIR (Zhu et al. 2023), DPS (Chung et al. 2023) and
-DPIR (Zhang et al. 2021), a plug-and-play optimiser, are deepinv's. All have the same prior. ``A+`` is what was
-measured, and nothing else.
+DDNM in the sampler of this project, with ``--noise`` DDNM+ (``untold``: DDNM, not told of the noise); DDRM (Kawar et
+al. 2022), DiffPIR (Zhu et al. 2023), DPS (Chung et al. 2023) and DPIR (Zhang et al. 2021), a plug-and-play optimiser,
+are deepinv's. All have the same prior. ``A+`` is what was measured, and nothing else.
 
-The folder gets table.md, and a sheet for each operator. |A x - y| is the root mean square over what was measured, of
-images in [-1, 1] before they have 8 bits; PSNR and LPIPS are of the pictures; judge is the share of attributes on which
-an independent judge says of them what it says of the originals; seconds are the processor's on a CPU. 95 % intervals of
-the means come of the bootstrap.
+The folder gets table.md, and a sheet for each operator. |A x - y| is the root mean square over what was measured, noise
+aside, of images in [-1, 1] before they have 8 bits; PSNR and LPIPS are of the pictures; judge is the share of
+attributes on which an independent judge says of them what it says of the originals; seconds are the processor's on a
+CPU. 95 % intervals of the means come of the bootstrap.
 """
 
 import sys
@@ -57,6 +57,7 @@ class Settings:
     methods: tuple[str, ...] = option(("A+", "linear", "DDRM", "DiffPIR"), "how it is restored; DPS and DPIR too")
     start: int = option(0, "leave out the first so many images", 0)
     count: int = option(9, "images", 1)
+    noise: float = option(0.0, "in what is measured: its deviation, for images in [-1, 1]", 0, 10)
     steps: int = option(50, "of each sampler; DPIR has 8", 2, 1000)
     eta: float | None = option(0.85, "linear: DDIM's variance; none: the published one", 0, 1)
     batch_size: int = option(16, "images at once", 1)
@@ -78,11 +79,11 @@ class Problem:
     y: Tensor
 
 
-def ddnm(p: Problem) -> Tensor:
+def ddnm(p: Problem, noise: float) -> Tensor:
     # y is linear in images of [0, 1]; the sampler's have twice the range, and the middle at 0
     target = 2 * p.y - p.operator.A(torch.ones(1, *p.operator.in_shape).to(p.y))
     generators = [image_generator(p.s.seed, name) for name in p.names]
-    x = sample(p.prior, generators, p.y.device, p.operator, target, Linear(), steps=p.s.steps, eta=p.s.eta)
+    x = sample(p.prior, generators, p.y.device, p.operator, target, Linear(noise), steps=p.s.steps, eta=p.s.eta)
     return (x + 1) / 2
 
 
@@ -91,7 +92,7 @@ def ddrm(p: Problem) -> Tensor:
 
 
 def diffpir(p: Problem) -> Tensor:
-    physics = as_physics(p.operator, noise_model=GaussianNoise(0.01))  # it divides by the noise
+    physics = as_physics(p.operator, noise_model=GaussianNoise(max(p.s.noise / 2, 0.01)))  # it divides by the noise
     return DiffPIR(as_denoiser(p.prior), L2(), max_iter=p.s.steps, device=p.y.device)(p.y, physics.to(p.y.device))
 
 
@@ -101,11 +102,14 @@ def dps(p: Problem) -> Tensor:
 
 METHODS: dict[str, Callable[[Problem], Tensor]] = {
     "A+": lambda p: p.physics.A_dagger(p.y),
-    "linear": ddnm,
+    "linear": lambda p: ddnm(p, p.s.noise),
+    "untold": lambda p: ddnm(p, 0.0),
     "DDRM": ddrm,
     "DiffPIR": diffpir,
     "DPS": dps,
-    "DPIR": lambda p: DPIR(sigma=0.03, denoiser=as_denoiser(p.prior), device=p.y.device)(p.y, p.physics),
+    "DPIR": lambda p: DPIR(sigma=max(p.s.noise / 2, 0.03), denoiser=as_denoiser(p.prior), device=p.y.device)(
+        p.y, p.physics
+    ),
 }
 
 
@@ -136,15 +140,16 @@ def main(argv: list[str] | None = None) -> int:
 
     lines = ["| operator | method | \\|A x - y\\| | PSNR | LPIPS | judge | s/image |", "|---|---|---|---|---|---|---|"]
     for spec, operator in operators.items():
-        physics = as_physics(operator, noise_model=GaussianNoise(0.0)).to(device)
-        columns = {"original": x}
+        torch.manual_seed(s.seed)
+        physics = as_physics(operator, noise_model=GaussianNoise(s.noise / 2)).to(device)  # of images in [0, 1]
+        columns, measured = {"original": x}, physics((x + 1) / 2)
         for method in s.methods:
             torch.manual_seed(s.seed)  # deepinv's samplers draw from the global generator
             started, restored = clock(), []
             for i in range(0, len(x), s.batch_size):
                 part = slice(i, i + s.batch_size)
-                y = physics.A((x[part] + 1) / 2)
-                restored.append(2 * METHODS[method](Problem(s, operator, physics, prior, names[part], y)) - 1)
+                problem = Problem(s, operator, physics, prior, names[part], measured[part])
+                restored.append(2 * METHODS[method](problem) - 1)
             seconds, drawn = (clock() - started) / len(x), torch.cat(restored)
             columns[method] = seen = as_saved(drawn)[0]
             distance = operator.distance(operator.A(drawn), operator.A(x)).mean().item()
@@ -155,8 +160,8 @@ def main(argv: list[str] | None = None) -> int:
             print(lines[-1], flush=True)
         rows = [[picture(images[i].cpu(), 128) for images in columns.values()] for i in range(min(8, len(x)))]
         contact_sheet(s.out / f"{file_name(spec)}.png", list(columns), rows, names[: len(rows)])
-    note = (f"{len(x)} images, {s.steps} steps, {device}, {torch.get_num_threads()} threads, prior in {s.precision}, "
-            f"torch {torch.__version__}")  # fmt: skip
+    note = (f"{len(x)} images, noise {s.noise}, {s.steps} steps, {device}, {torch.get_num_threads()} threads, prior in "
+            f"{s.precision}, torch {torch.__version__}")  # fmt: skip
     (s.out / "table.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
     print("\n".join([*lines, "", note]))
     return 0

@@ -156,7 +156,9 @@ def legend(width: int) -> Image.Image:
 
 
 @torch.no_grad()
-def reconstruct_faces(operator: ClassOperator, judge: nn.Module, loaders, o: Options, r: Drawing, run: Run) -> None:
+def reconstruct_faces(
+    operator: ClassOperator, judge: nn.Module, loaders, o: Options, s: Fit, r: Drawing, run: Run
+) -> None:
     """Draw faces from the maps of test images; write the table and the sheet."""
     x, masks = first_items(loaders.test, r.count)
     maps = smaller(masks)
@@ -164,7 +166,7 @@ def reconstruct_faces(operator: ClassOperator, judge: nn.Module, loaders, o: Opt
     nlbp = NLBP(nlbp_stop_cond=r.stop, max_move=r.max_move or None, last_bp_step=400)  # the prior finishes, or the rule
     rules = {"unguided": Unguided(), "NLBP": nlbp, "gradient": gradient,
              "NLBP, then gradient": Switched(nlbp, gradient, switch=400)}  # fmt: skip
-    pictures, seconds = drawn({name: (operator, rule) for name, rule in rules.items()}, y, r, run)
+    pictures, seconds = drawn({name: (operator, rule) for name, rule in rules.items()}, y, r, s.precision, run)
     pictures = {"real": x, "g'(map)": operator.pinv(y).clamp(-1, 1), **pictures}
     rows: dict[str, dict] = {}
     seen: dict[str, Tensor] = {}
@@ -202,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(format_table(report))
             write_json(run.folder / "diagnostics.json", report)
             if r.prior is not None:
-                reconstruct_faces(operator, judge, loaders, o, r, run)
+                reconstruct_faces(operator, judge, loaders, o, s, r, run)
         run.world.wait()
     return 0
 

@@ -191,6 +191,7 @@ def test_the_command_fits_measures_and_restores(faces, prior, tmp_path, capsys, 
     assert run(faces, tmp_path, "--resume", "--prior", prior, "--sampling_steps", 2) == 0
     table = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert list(table) == ["g'(y)", "unguided", "NLBP, g", "DPS, g", "DPS, true A"]
+    assert "'DPS, true A': 0." in json.loads((tmp_path / "table.json").read_text())["settings"]["DPS steps"]
     assert set(table["NLBP, g"]) == {"PSNR, dB", "LPIPS", "s/image", "error of A(x'), true A"}
     low, high = table["NLBP, g"]["PSNR, dB"][1:]
     assert low <= table["NLBP, g"]["PSNR, dB"][0] <= high
