@@ -171,14 +171,14 @@ class IterativeOperator(SquaredError):
 def from_physics(physics: Physics, in_shape: Shape) -> Operator:
     """A deepinv physics as an operator on images in [-1, 1]; its targets are what the physics measures, noise aside.
 
-    A linear one is back-projected by its ``A_dagger``: exact where that is a closed form, else to its tolerance. A
+    A linear one is back-projected by its ``A_dagger``: exact if that is a closed form, else to its tolerance. A
     non-linear one by its iterative ``A_dagger``, with a warning.
 
     Args:
         in_shape: (3, H, W) of the images, the prior's.
 
     Raises:
-        ValueError: such images do not fit, with both shapes where the physics tells its own.
+        ValueError: such images do not fit, with both shapes if the physics tells its own.
     """
     name, in_shape = type(physics).__name__, tuple(in_shape)
     own = getattr(physics, "img_size", None)

@@ -74,8 +74,8 @@ class Fit:
     precision: str = option("float32", "of blocks' networks in training, and of the prior's", choices=PRECISIONS)
     seed: int = option(0, "of weights, order and mirroring", 0, LARGEST_SEED)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    overwrite: bool = option(False, "train anew where a trained network is")
-    resume: bool = option(False, "go on where the run in --out was stopped; a finished one is only measured again")
+    overwrite: bool = option(False, "train anew although a trained network is there")
+    resume: bool = option(False, "go on with the run in --out; a finished one is only measured again")
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from train_operator import Fit, Restoring, build, drawn, fit, prepare, run_stage
 from utils import atomic_write, option, parse, run_command, write_json
 
 CLASSES = len(MASK_CLASSES)
-SURE = 5.0  # by how much the logit of a map's class is above the others, where a map is put into logits
-LEAD = 2.0  # by how much at least, where a picture is moved to a map
+SURE = 5.0  # by how much the logit of a map's class is above the others, if a map is put into logits
+LEAD = 2.0  # by how much at least, if a picture is moved to a map
 JUDGE = "map_judge.safetensors"
 
 
