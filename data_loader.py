@@ -98,7 +98,7 @@ _EXPECTED = (
     "list_eval_partition (.txt or .csv), or with images/ and masks/"
 )
 _NO_DATA_SETS = {IMAGE_FOLDER, PART_FOLDER, MASK_FOLDER, "img_align_celeba", "images"}  # thousands of files
-_CACHE_VERSION = 3  # raise it when the way a cached pixel is computed, or kept, changes
+_CACHE_VERSION = 4  # raise it when the way a cached pixel is computed, or kept, changes
 _VALUES = {"1": 1, "+1": 1, "-1": 0, "0": 0, "1.0": 1, "-1.0": 0, "0.0": 0}  # floats: a table with gaps has those
 _UNKNOWN = -1
 

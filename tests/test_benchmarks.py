@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from helpers import tiny
 from torch import nn
 
 from benchmarks import growth, peak_memory, plain, speed, throughput
-from blocks import ConvPINNBlock, PixelUnshuffleBlock
+from blocks import PixelUnshuffleBlock
 from DDNM.guided_diffusion.prior import small_unet
 from models import BUILT_IN, SPNN, concatenated
 from networks import pointwise, unet
@@ -18,13 +19,7 @@ from utils import InputError
 
 def tiny_spnn() -> SPNN:
     torch.manual_seed(speed.SEED)
-    chain = [
-        (PixelUnshuffleBlock, {"r": 4}),
-        (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 2}),
-        (PixelUnshuffleBlock, {"r": 2}),
-        (ConvPINNBlock, {"in_ch": 24, "out_ch": 5, "hidden": 8, "feat_size": 1}),
-    ]
-    return speed.randomise(SPNN(num_classes=5, img_size=8, layer_channels=chain))
+    return speed.randomise(tiny(num_classes=5))
 
 
 @pytest.fixture
@@ -34,7 +29,7 @@ def model():
 
 @torch.no_grad()
 def test_the_plain_passes_are_those_of_the_network(model):
-    x = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float64) * 2 - 1
     y, latents = plain.forward(model, x)
     expected, expected_latents = model(x, return_latents=True)
     torch.testing.assert_close(y.flatten(1), expected, rtol=1e-10, atol=1e-10)
@@ -48,7 +43,7 @@ def test_the_plain_passes_are_those_of_the_network(model):
 
 @torch.no_grad()
 def test_the_closed_form_is_the_plain_formulation(model):
-    x, target = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1, torch.randn(2, 5, dtype=torch.float64)
+    x, target = torch.rand(2, 3, 4, 4, dtype=torch.float64) * 2 - 1, torch.randn(2, 5, dtype=torch.float64)
     for strength in (0.5, 1.0):
         moved = plain.back_project(model, x, target, strength)
         torch.testing.assert_close(model.back_project(x, target, strength), moved, rtol=1e-10, atol=1e-10)
@@ -110,7 +105,7 @@ def test_every_row_computes_the_same_as_the_plain_formulation(tmp_path, small_32
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_losses_and_their_gradients_are_the_plain_ones(model, stage):
-    x, labels = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1, torch.tensor([[0.0, 1, 1, 0, 1], [1, 0, 0, 1, 1]])
+    x, labels = torch.rand(2, 3, 4, 4, dtype=torch.float64) * 2 - 1, torch.tensor([[0.0, 1, 1, 0, 1], [1, 0, 0, 1, 1]])
     settings = Settings()
     if stage == 1:
         expected = plain.stage1_loss(model, x, labels.double(), settings)
@@ -118,7 +113,7 @@ def test_the_losses_and_their_gradients_are_the_plain_ones(model, stage):
         parameters = list(model.parameters())
     else:
         parameters = [p for name, p in model.named_parameters() if ".r." in name]
-        origin = concatenated(model.complete(torch.zeros(1, 3, 8, 8, dtype=torch.float64)).z)
+        origin = concatenated(model.complete(torch.zeros(1, 3, 4, 4, dtype=torch.float64)).z)
         expected = plain.stage2_loss(model, x, settings)
         got = natural_losses(model, x, model(x).detach(), origin, settings)["total"]
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
