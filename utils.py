@@ -176,7 +176,8 @@ def read_yaml(path: str | Path, known: Iterable[str], typed: Iterable[str] = ())
     for key in settings:
         if key not in known:
             raise InputError(f"config {path}: unknown key {shown(key)}{nearest(str(key)[:80], known)}")
-    return {key: value if key in typed else words[key] for key, value in settings.items()}
+    # what is merged in (<<) has no text of its own
+    return {key: value if key in typed else words.get(key, value) for key, value in settings.items()}
 
 
 # --- Settings: dataclasses, from which flags and presets are made -----------------------------------------------------
@@ -279,7 +280,7 @@ class _Flag:
         several = value if isinstance(value, list) and self.many is not None else [value]
         if any(isinstance(each, (list, dict)) or each == "" for each in several):
             raise ArgumentTypeError(f"expected {'values' if self.many else 'one value'}, got {shown(value)}")
-        return [self.word(each) for each in several] if self.many else self.word(value)
+        return [self.word(str(each)) for each in several] if self.many else self.word(str(value))
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         unsaid = self.default is None or self.default is False or self.many is list
