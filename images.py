@@ -35,7 +35,8 @@ from utils import InputError, atomic_write
 Image.init()
 # by content, whatever the suffix says; Pillow knows others, one of which (EPS) runs another program
 _FORMATS = tuple({"JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF"} & Image.OPEN.keys())
-IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS))
+_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS}
+IMAGE_SUFFIXES = tuple(sorted({".tga"} | _SUFFIXES))  # nothing in a TGA says what it is, so its suffix has to
 
 RESAMPLING = Image.Resampling.LANCZOS  # Pillow widens its kernel when it shrinks: antialiased
 _IMAGES, _MASKS = {"CelebA-HQ-img", "images"}, {"CelebAMask-HQ-mask-anno", "masks"}  # side by side in a data set
@@ -107,7 +108,8 @@ def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
         most = 65535 if wide else 1 if image.mode == "F" and high <= 1 else 255
         if not 0 <= low <= high <= most:  # NaN neither
             raise ValueError(f"its values reach from {low:g} to {high:g}, expected 0 to {most}")
-        image = Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
+        clear = values == image.info.get("transparency")
+        image = Image.fromarray(np.where(clear, 255, np.rint(values * (255 / most))).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -125,7 +127,7 @@ def read_picture(path: Path, use: Callable[[Image.Image], T] = Image.Image.copy)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # half a bomb is a large photograph; oddities of the file are no concern
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=(*_FORMATS, *["TGA"] * (path.suffix.lower() == ".tga"))) as image:
                 return use(image)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -198,7 +200,7 @@ def fit(image: Image.Image, size: Size, path: str | Path, resampling: Image.Resa
 def to_pixels(image: Image.Image, size: Size | None, path: str | Path) -> np.ndarray:
     """(3, H, W) uint8, of this size if there is one, see `fit`."""
     image = image if size is None else fit(image, size, path)
-    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+    return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1).copy()
 
 
 def load_image(path: str | Path, size: Size | None = None, align: bool | None = False) -> Tensor:

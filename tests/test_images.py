@@ -44,10 +44,10 @@ def found_in(folder) -> list[str]:
 
 def test_find_images_is_natural_nested_skips_hidden_and_names_the_rest(tmp_path, caplog):
     touch(tmp_path, "10.JPG", "2.jpg", "1.png", "sub/3.webp", "6.jfif", ".hidden.jpg", ".cache/5.jpg", "notes.txt")
-    touch(tmp_path, "a.heic", "b.tga")
+    touch(tmp_path, "a.heic", "b.ico")
     os.symlink(tmp_path, tmp_path / "loop")
     assert found_in(tmp_path) == ["1.png", "2.jpg", "6.jfif", "10.JPG", "sub/3.webp"]
-    assert "left out" in caplog.text and "a.heic, b.tga, notes.txt" in caplog.text
+    assert "left out" in caplog.text and "a.heic, b.ico, notes.txt" in caplog.text
     assert find_images(tmp_path / "10.JPG") == [tmp_path / "10.JPG"]
     for name, said in (("nowhere", "no such file or folder"), ("notes.txt", "not an image"), (".cache", "no images")):
         (tmp_path / ".cache" / "5.jpg").unlink(missing_ok=True)
@@ -111,6 +111,7 @@ def clear(mode: str, colour, **how):
 
 
 DEEP = b"".join(struct.pack(">HHH", *(v * 257 for v in c)) for c in [RED] * 8 + [GREEN] * 8)
+GREY = (b"\0" + b"\0\7" * 8 + b"\x63\x63" * 8) * 8
 LOOKS = {  # how it is written, and what must be seen left and right of the middle, in 8 bits
     "plain.png": saved(halves()),
     "palette.png": saved(halves().quantize()),
@@ -123,6 +124,7 @@ LOOKS = {  # how it is written, and what must be seen left and right of the midd
     "cmyk.tiff": saved(halves("CMYK")),
     "ycbcr.jpg": saved(halves(), quality=100, subsampling=0),
     "alpha.png": saved(halves("RGBA")),
+    "plain.TGA": saved(halves()),
     "sixteen.png": lambda path: png(path, (b"\0" + DEEP) * 8),
     "a png.jpg": saved(halves(), format="PNG"),
     "UPPER.PNG": saved(halves(), format="PNG"),
@@ -137,6 +139,7 @@ LOOKS = {  # how it is written, and what must be seen left and right of the midd
     "clear palette.png": (clear("P", 0, right=1, transparency=b"\0\xff"), 255, GREEN),
     "clear value.png": (clear("L", 7, right=99, transparency=7), 255, 99),
     "clear colour.png": (clear("RGB", RED, right=GREEN, transparency=RED), 255, GREEN),
+    "clear deep.png": (lambda path: png(path, GREY, (16, 8), 16, 0, (b"tRNS", b"\0\7")), 255, 99),
     "bits.png": (saved(halves("1", (0, 0, 0), (255, 255, 255))), 0, 255),
     "grey.png": (saved(halves("L", (9, 9, 9), (99, 99, 99))), 9, 99),
     "black to white.png": (saved(values(0, 65535, np.uint16)), 0, 255),
@@ -212,9 +215,9 @@ def test_what_is_no_picture_is_one_line(tmp_path, name):
 
 
 def networks() -> SimpleNamespace:
-    operator = SimpleNamespace(A=lambda x: x.mean((2, 3)))
-    spnn = SimpleNamespace(img_size=32, notes={})
-    return SimpleNamespace(operator=operator, spnn=spnn, image_size=32, judge=None, attributes=ATTRIBUTES, device="cpu")
+    operator, spnn = SimpleNamespace(A=lambda x: x.mean((2, 3))), SimpleNamespace(img_size=32, notes={})
+    return SimpleNamespace(operator=operator, spnn=spnn, image_size=32, judge=None, attributes=ATTRIBUTES, device="cpu",
+                           edits=lambda *_: SimpleNamespace(logits={}))  # fmt: skip
 
 
 def test_the_reconstruction_command_skips_or_refuses_what_is_no_picture(tmp_path):
