@@ -101,8 +101,6 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         raise InputError("--noise: needs --operator, and steps that add noise: --eta above 0, or none")
     s.rule.build(s.run.steps)  # refuses what it does not know
     inputs.check_architecture(s.architecture)
-    if s.run.resume and s.run.overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
     return s
 
 

@@ -60,7 +60,7 @@ def no_curves(monkeypatch):
     monkeypatch.setattr(command, "plot_curves", lambda table, picture: picture.touch())
 
 
-def arguments(here, command, out, *more):
+def flags(here, command, out, *more):
     own = {
         "train": "--buffers 2 --samples 4 --steps 3 --width 4 --batch_size 4 --lr 1e-2",
         "eval": f"--judge {here / 'judge.safetensors'} --steps 3 6 --theta_steps 3",
@@ -70,18 +70,10 @@ def arguments(here, command, out, *more):
     return [command, *given.split(), *own.split(), *more]
 
 
-def train_arguments(here, out, *more):
-    return arguments(here, "train", out, *more)
-
-
-def eval_arguments(here, out, *more):
-    return arguments(here, "eval", out, *more)
-
-
 @pytest.fixture(scope="module")
 def trained(here):
     out = here / "landscape"
-    assert main(train_arguments(here, out)) == 0
+    assert main(flags(here, "train", out)) == 0
     return out
 
 
@@ -106,7 +98,7 @@ def load_target(network, here):
 
 def test_evaluation_measures_every_method(here, trained, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(eval_arguments(here, out, "--theta", str(trained / "theta.safetensors"))) == 0
+    assert main(flags(here, "eval", out, "--theta", str(trained / "theta.safetensors"))) == 0
     assert {p.name for p in out.iterdir()} == {*command.FILES["eval"], command.SEARCHES}
     record = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in record["methods"]}
@@ -179,9 +171,9 @@ def test_theta_reads_back_and_belongs_to_its_network(here, trained):
 @pytest.mark.parametrize("network, closed", [("pinv", "closed form g(y)"), ("completion-inverse", "closed form G(y)")])
 def test_latents_from_images(here, tmp_path, network, closed):
     theta, out = tmp_path / "theta", tmp_path / "out"
-    assert main(train_arguments(here, theta, "--network", network)) == 0
+    assert main(flags(here, "train", theta, "--network", network)) == 0
     more = ["--network", network, "--theta", str(theta / "theta.safetensors")]
-    assert main(eval_arguments(here, out, *more)) == 0
+    assert main(flags(here, "eval", out, *more)) == 0
     rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())["methods"]}
     assert rows["optimisation, 6 steps"]["error"] < rows["start"]["error"]
     assert "picture_error" not in rows["start"] and 0 <= rows[closed]["judge"] <= 1
@@ -242,8 +234,8 @@ def test_a_network_of_the_users(tmp_path, capsys):
 
 def test_samples_that_break_down_are_named_and_the_run_goes_on(tmp_path):
     out = tmp_path / "out"
-    arguments = ["eval", "--network", "tests.test_invert:broken_below_zero", "--images", "8", "--steps", "30"]
-    assert main([*arguments, "--device", "cpu", "--out", str(out)]) == 0
+    given = ["eval", "--network", "tests.test_invert:broken_below_zero", "--images", "8", "--steps", "30"]
+    assert main([*given, "--device", "cpu", "--out", str(out)]) == 0
     assert "optimisation, 30 steps: " in (out / "log.txt").read_text()
     assert "not finite at step" in (out / "log.txt").read_text()
     record = json.loads((out / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -253,20 +245,20 @@ def test_samples_that_break_down_are_named_and_the_run_goes_on(tmp_path):
 def test_results_are_kept_unless_asked(here, trained, tmp_path):
     before = (trained / "theta.safetensors").read_bytes()
     with pytest.raises(InputError, match="not empty"):
-        main(train_arguments(here, trained))
+        main(flags(here, "train", trained))
     with pytest.raises(InputError, match="--loss vgg: compares images"):  # before anything is deleted
-        main(train_arguments(here, trained, "--overwrite", "--loss", "vgg"))
+        main(flags(here, "train", trained, "--overwrite", "--loss", "vgg"))
     assert (trained / "theta.safetensors").read_bytes() == before
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("kept")
     (out / "sheet.png").write_text("old")
     with pytest.raises(InputError, match="--overwrite"):
-        main(eval_arguments(here, out, "--images", "2"))
-    assert main(eval_arguments(here, out, "--images", "2", "--overwrite")) == 0
+        main(flags(here, "eval", out, "--images", "2"))
+    assert main(flags(here, "eval", out, "--images", "2", "--overwrite")) == 0
     assert (out / "mine.txt").read_text() == "kept" and (out / "sheet.png").read_bytes() != b"old"
     with pytest.raises(InputError, match="File exists"):
-        main(eval_arguments(here, out / "mine.txt"))
+        main(flags(here, "eval", out / "mine.txt"))
 
 
 @pytest.mark.parametrize(
@@ -288,13 +280,13 @@ def test_results_are_kept_unless_asked(here, trained, tmp_path):
 def test_mistakes_are_one_line(here, tmp_path, more, words):
     out = tmp_path / "out"
     with pytest.raises(InputError, match=words) as raised:
-        main(eval_arguments(here, out, *more))
+        main(flags(here, "eval", out, *more))
     assert "\n" not in str(raised.value)
     assert not out.exists()  # refused before anything is written
 
 
 def test_a_judge_that_does_not_fit(here, tmp_path):
-    arguments = eval_arguments(here, tmp_path / "out")
+    arguments = flags(here, "eval", tmp_path / "out")
     where = arguments.index("--judge") + 1
     arguments[where] = str(command.FACES / "judge.safetensors")
     with pytest.raises(InputError, match="64x64 images, not 8x8"):
@@ -407,10 +399,6 @@ def generator(here):
     return g.eval()
 
 
-def find_arguments(here, out, *more):
-    return arguments(here, "find", out, *more)
-
-
 def latent(path):
     return command.read_tensors(path)[0]
 
@@ -418,7 +406,7 @@ def latent(path):
 @pytest.mark.parametrize("space, rows", [("z", 1), ("w", 1), ("w+", 4)])
 def test_the_latent_of_an_image(here, generator, tmp_path, space, rows):
     out = tmp_path / "out"
-    assert main(find_arguments(here, out, "--spaces", space, "--images", "2")) == 0
+    assert main(flags(here, "find", out, "--spaces", space, "--images", "2")) == 0
     images = [f"{i}.{kind}" for i in range(2) for kind in ("png", "safetensors")]
     assert {p.name for p in out.iterdir()} == {*command.FILES["find"], *images} - {"state.safetensors"}
     found = latent(out / "1.safetensors")
@@ -438,7 +426,7 @@ def test_one_space_after_another_and_resumed(here, generator, tmp_path, monkeypa
     """A search that is killed in its second space, and goes on, finds what one that is not finds, noise drawn anew."""
     arguments = ["--spaces", "z", "w", "w+", "--noise", "new", "--save_steps", "4", "--start", "best", "--draws", "5"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main(find_arguments(here, whole, *arguments)) == 0
+    assert main(flags(here, "find", whole, *arguments)) == 0
     saves, save = [], command.save_tensors
 
     def killed(path, tensors, notes):
@@ -449,20 +437,20 @@ def test_one_space_after_another_and_resumed(here, generator, tmp_path, monkeypa
 
     monkeypatch.setattr(command, "save_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
-        main(find_arguments(here, parts, *arguments))
+        main(flags(here, "find", parts, *arguments))
     assert (parts / "state.safetensors").is_file() and not (parts / "0.png").exists()
     monkeypatch.undo()
     with pytest.raises(InputError, match="not empty"):
-        main(find_arguments(here, parts, *arguments))
+        main(flags(here, "find", parts, *arguments))
     with pytest.raises(InputError, match="the run in .* has spaces"):
-        main(find_arguments(here, parts, "--resume", "--spaces", "w+"))
-    assert main(find_arguments(here, parts, *arguments, "--resume")) == 0
+        main(flags(here, "find", parts, "--resume", "--spaces", "w+"))
+    assert main(flags(here, "find", parts, *arguments, "--resume")) == 0
     for i in range(6):
         a, b = (latent(folder / f"{i}.safetensors") for folder in (whole, parts))
         assert all(torch.equal(a[key], b[key]) for key in ("x", "w_plus", "curve"))
         assert len(a["curve"]) == 30
     time = (parts / "0.png").stat().st_mtime_ns
-    assert main(find_arguments(here, parts, *arguments, "--resume")) == 0  # nothing is left to do
+    assert main(flags(here, "find", parts, *arguments, "--resume")) == 0  # nothing is left to do
     assert (parts / "0.png").stat().st_mtime_ns == time
 
 
@@ -494,14 +482,14 @@ def test_the_landscape_of_stylegan(here, generator, tmp_path, capsys, monkeypatc
     out = tmp_path / "out"
     of_stylegan = ["--network", "stylegan", "--weights", str(here / "g.safetensors")]
     for seed in "01":
-        assert main(train_arguments(here, tmp_path / seed, *of_stylegan, "--seed", seed)) == 0
+        assert main(flags(here, "train", tmp_path / seed, *of_stylegan, "--seed", seed)) == 0
     notes = json.loads((tmp_path / "0" / "theta.json").read_text())
     assert notes["network"] == "stylegan w+" and notes["theta"]["shape"] == [20]
     thetas = [str(tmp_path / seed / "theta.safetensors") for seed in "01"]
     monkeypatch.setattr(command, "lpips_or_none", lambda device, size: lambda a, b: (a - b)[:, :1, :1, :1].abs())
     with pytest.raises(InputError, match="landscape of seed 0 is there twice"):
-        main(eval_arguments(here, out, *of_stylegan, "--theta", *thetas[:1] * 2))
-    assert main(eval_arguments(here, out, *of_stylegan, "--theta", *thetas, "--spaces", "z", "w+")) == 0
+        main(flags(here, "eval", out, *of_stylegan, "--theta", *thetas[:1] * 2))
+    assert main(flags(here, "eval", out, *of_stylegan, "--theta", *thetas, "--spaces", "z", "w+")) == 0
     record = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in record["methods"]}
     assert list(rows) == [
@@ -540,7 +528,7 @@ def test_an_evaluation_is_resumed(here, generator, tmp_path, monkeypatch):
     write_weights(here / "of_eval.safetensors", generator.state_dict())
     more = f"--network stylegan --weights {here / 'of_eval.safetensors'} --spaces z w+ --noise new --save_steps 2"
     whole, parts, saves, save = tmp_path / "whole", tmp_path / "parts", [], command.save_tensors
-    assert main(eval_arguments(here, whole, *more.split())) == 0
+    assert main(flags(here, "eval", whole, *more.split())) == 0
 
     def killed(path, tensors, notes):
         save(path, tensors, notes)
@@ -550,40 +538,40 @@ def test_an_evaluation_is_resumed(here, generator, tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "save_tensors", killed)
     with pytest.raises(Killed):
-        main(eval_arguments(here, parts, *more.split()))
+        main(flags(here, "eval", parts, *more.split()))
     monkeypatch.undo()
     with pytest.raises(InputError, match="not empty; give --overwrite, --resume"):
-        main(eval_arguments(here, parts, *more.split()))
+        main(flags(here, "eval", parts, *more.split()))
     with pytest.raises(InputError, match=r"has steps \[3, 6\], not \[7\]"):
-        main(eval_arguments(here, parts, *more.split(), "--resume", "--steps", "7"))
-    assert main(eval_arguments(here, parts, *more.split(), "--resume")) == 0
+        main(flags(here, "eval", parts, *more.split(), "--resume", "--steps", "7"))
+    assert main(flags(here, "eval", parts, *more.split(), "--resume")) == 0
     a, b = (json.loads((folder / "results.json").read_text()) for folder in (whole, parts))
     assert a["images"] == b["images"] and len(a["images"]) == 8 * 6
     monkeypatch.setattr(command, "invert", lambda *args, **kwargs: pytest.fail("searched again"))
-    assert main(eval_arguments(here, parts, *more.split(), "--resume")) == 0
+    assert main(flags(here, "eval", parts, *more.split(), "--resume")) == 0
     rows = zip(json.loads((parts / "results.json").read_text())["methods"], b["methods"], strict=True)
     assert all(row == before for row, before in rows if "optimisation" in row["method"])  # the seconds as well
     other = {name: tensor + 1 for name, tensor in generator.state_dict().items()}
     write_weights(here / "of_eval.safetensors", other)
     with pytest.raises(InputError, match="has weights of the network"):
-        main(eval_arguments(here, parts, *more.split(), "--resume"))
+        main(flags(here, "eval", parts, *more.split(), "--resume"))
 
 
 def test_training_a_landscape_is_resumed(here, tmp_path):
     """Two buffers, then two more, are four."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main(train_arguments(here, whole, "--buffers", "4")) == 0
-    assert main(train_arguments(here, parts)) == 0
+    assert main(flags(here, "train", whole, "--buffers", "4")) == 0
+    assert main(flags(here, "train", parts)) == 0
     with pytest.raises(InputError, match="the run in .* has width 4, not 5"):
-        main(train_arguments(here, parts, "--buffers", "4", "--resume", "--width", "5"))
-    assert main(train_arguments(here, parts, "--buffers", "4", "--resume")) == 0
+        main(flags(here, "train", parts, "--buffers", "4", "--resume", "--width", "5"))
+    assert main(flags(here, "train", parts, "--buffers", "4", "--resume")) == 0
     assert (whole / "theta.safetensors").read_bytes() == (parts / "theta.safetensors").read_bytes()
-    main(train_arguments(here, tmp_path / "other", "--seed", "1"))
+    main(flags(here, "train", tmp_path / "other", "--seed", "1"))
     assert (tmp_path / "other" / "theta.safetensors").read_bytes() != (parts / "theta.safetensors").read_bytes()
     rows = [[row | {"seconds": ""} for row in csv.DictReader(open(f / "metrics.csv"))] for f in (whole, parts)]
     assert rows[0] == rows[1] and len(rows[0]) == 4
     with pytest.raises(InputError, match="holds no run of this command"):  # nor is the folder cleared
-        main(find_arguments(here, parts, "--resume"))
+        main(flags(here, "find", parts, "--resume"))
     assert (parts / "theta.safetensors").is_file()
 
 
@@ -593,11 +581,11 @@ def test_a_morph(here, generator, tmp_path):
         command.save_tensors(tmp_path / f"{i}.safetensors", tensors, {})
     ends = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
     out = tmp_path / "out"
-    assert main(find_arguments(here, out, "--morph", *ends, "--frames", "4")) == 0
+    assert main(flags(here, "find", out, "--morph", *ends, "--frames", "4")) == 0
     assert {p.name for p in out.iterdir()} == {*(f"frame_{i:04d}.png" for i in range(5)), "frames.png"}
     noise = generator.draw_noise(1, torch.Generator().manual_seed(0))
     middle = torch.stack([latent(path)["w_plus"] for path in ends]).mean(0, keepdim=True)
-    assert main(find_arguments(here, out, "--morph", *ends, "--frames", "2", "--overwrite")) == 0
+    assert main(flags(here, "find", out, "--morph", *ends, "--frames", "2", "--overwrite")) == 0
     assert {p.name for p in out.iterdir()} == {*(f"frame_{i:04d}.png" for i in range(3)), "frames.png"}
     assert torch.equal(load_image(out / "frame_0001.png"), as_saved(generator.synthesis(middle, noise))[0][0])
     command.save_tensors(tmp_path / "1.safetensors", {"w_plus": torch.zeros(3, 5)}, {})
@@ -606,7 +594,7 @@ def test_a_morph(here, generator, tmp_path):
         (here / "g.safetensors", "no w_plus"),
     ):
         with pytest.raises(InputError, match=words):
-            main(find_arguments(here, tmp_path / "other", "--morph", ends[0], str(path)))
+            main(flags(here, "find", tmp_path / "other", "--morph", ends[0], str(path)))
 
 
 @pytest.mark.parametrize(
@@ -623,5 +611,5 @@ def test_a_morph(here, generator, tmp_path):
 )
 def test_mistakes_in_finding_are_one_line(here, generator, tmp_path, more, words):
     with pytest.raises(InputError, match=words) as raised:
-        main(find_arguments(here, tmp_path / "out", *more))
+        main(flags(here, "find", tmp_path / "out", *more))
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()

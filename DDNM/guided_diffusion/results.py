@@ -192,6 +192,8 @@ class Progress(Record):
 
 def check_results(folder: Path, resume: bool, overwrite: bool, ask: bool) -> None:
     """Raises InputError if ``folder`` has results that may neither be replaced nor continued."""
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
     if is_empty(folder) or overwrite or resume and Progress.file(folder).is_file():
         return
     if ask and sys.stdin.isatty():
