@@ -348,7 +348,8 @@ def together(parts: Sequence[Found]) -> Found:
     seconds = sum(part.seconds for part in parts)
     if parts[0].curve is None:
         return Found(x, seconds)
-    return Found(x, seconds, torch.cat([p.curve for p in parts], 1).cpu(), torch.cat([p.stopped for p in parts]).cpu())
+    curves, stopped = [part.curve.cpu() for part in parts], [part.stopped.cpu() for part in parts]  # some from files
+    return Found(x, seconds, torch.cat(curves, 1), torch.cat(stopped))
 
 
 class Evaluation:
