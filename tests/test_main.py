@@ -5,11 +5,13 @@ import gc
 import json
 import logging
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from DDNM.guided_diffusion.inputs import image_names
 from DDNM.guided_diffusion.prior import Prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
 from judge import Judge
+from loop import locked
 from models import SPNN
 from operators import SPNNOperator
 from utils import InputError
@@ -764,17 +767,22 @@ def test_resume_begins_where_there_is_nothing_and_keeps_what_is_not_its_own(comm
 
 def test_a_second_run_into_one_folder_is_refused(command, samples, finished):
     """Its own process: a lock does not keep out the process that holds it."""
-    code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\nfrom loop import locked\n"
-        "with locked(Path(sys.argv[2])):\n    print('held', flush=True)\n    time.sleep(600)"
-    )
-    arguments = [sys.executable, "-c", code, str(ROOT), str((samples / "out").resolve())]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as other:
-        try:
-            assert other.stdout.readline() == "held\n"
-            refused(f"another run is writing there .process {other.pid}", command, "out", "--overwrite")
-        finally:
-            other.kill()
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+
+    def hold():
+        with locked((samples / "out").resolve()):
+            held.set()
+            time.sleep(600)
+
+    other = context.Process(target=hold, daemon=True)
+    other.start()
+    try:
+        assert held.wait(60)
+        refused(f"another run is writing there .process {other.pid}", command, "out", "--overwrite")
+    finally:
+        other.kill()
+        other.join()
     assert command("out") == 0  # it ended with its process
     assert tables_of(samples / "out") == tables_of(finished)
 
@@ -793,7 +801,7 @@ def usage(size: int) -> tuple[float, int, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_number_of_images(run, preset, samples, tmp_path, monkeypatch, count):
     """Before: the inputs and the pictures of a whole run, 24 KiB an image at this size. Now: its figures, 1 KiB or so.
 
