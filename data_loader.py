@@ -7,7 +7,8 @@ Layouts that are known, at any depth below the folder that is given::
     CelebAMask-HQ-mask-anno/{0..14}/00000_hair.png    for masks; or masks/0.png, see below
 
     img_align_celeba/000001.jpg ... 202599.jpg    CelebA: split as published
-    list_attr_celeba.txt, list_eval_partition.txt     or Kaggle's .csv of both, with images one folder deeper
+    list_attr_celeba.txt, list_eval_partition.txt     or Kaggle's .csv of both, with images one folder deeper;
+                                                      or img_align_celeba_png/; or in Img/, Anno/ and Eval/
 
     images/0.jpg ...                              any images with masks: split by number
     masks/0.png ...                               palette index = class (see `MASK_CLASSES`), any size
