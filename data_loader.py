@@ -522,29 +522,32 @@ class CelebAMaskHQ(Dataset):
         if not len(rows):
             raise InputError(f"{self.root}: the {split} split of {total} images is empty; 10 images are enough")
         files, labels = [records.files[row] for row in rows], records.labels[rows]
-        folder = self.root / ".cache" if cache else None
-
-        if strict and (missing := [f"{file}: no such file" for file in files if not file.is_file()]):
-            raise InputError(listed(missing, 1))  # before an hour of resizing
-        name = f"{split}_{_named(img_size)}"
-        self._images = _Store(folder, name, [(file,) for file in files], (3, *sides(img_size)), _read_pixels)
-        self._masks = None
+        folder, count = self.root / ".cache" if cache else None, len(files)
+        wrong = {i: f"{file}: no such file" for i, file in enumerate(files) if not file.is_file()}
         if mask_size is None:
             unknown = np.flatnonzero((labels == _UNKNOWN).any(1)).tolist()
-            bad = {i: f"{files[i].name}: attributes unknown" for i in unknown} | self._images.bad
+            wrong = {i: f"{files[i].name}: attributes unknown" for i in unknown} | wrong
         elif "masks" not in parts:
             raise InputError(f"{self.root}: no masks; expected {PART_FOLDER}/ or {MASK_FOLDER}/")
-        else:
-            sources = [(file, *masks) for file, masks in zip(files, mask_files(parts["masks"], files), strict=True)]
-            self._masks = _Store(folder, f"{split}_masks_{_named(mask_size)}", sources, sides(mask_size), read_mask)
-            bad = self._masks.bad | self._images.bad
-        if bad:
-            why = listed([bad[i] for i in sorted(bad)], 1 if strict else 5)
+        why, usable = [wrong[i] for i in sorted(wrong)], [i for i in range(count) if i not in wrong]
+        files, labels, bad = [files[i] for i in usable], labels[usable], dict[int, str]()
+        self._masks = None
+        if files and not (strict and why):  # before an hour of resizing; what is not there takes no room in the cache
+            name = f"{split}_{_named(img_size)}"
+            self._images = _Store(folder, name, [(file,) for file in files], (3, *sides(img_size)), _read_pixels)
+            bad = self._images.bad
+            if mask_size is not None:
+                sources = [(file, *masks) for file, masks in zip(files, mask_files(parts["masks"], files), strict=True)]
+                name = f"{split}_masks_{_named(mask_size)}"
+                self._masks = _Store(folder, name, sources, sides(mask_size), read_mask)
+                bad = self._masks.bad | bad
+            why += [bad[i] for i in sorted(bad)]
+        if why:
             if strict:
-                raise InputError(why)
-            if len(bad) == len(files):
-                raise InputError(f"{parts['images']}: no image of the {split} split can be used: {why}")
-            log.warning("%s split: left out %d of %d images: %s", split, len(bad), len(files), why)
+                raise InputError(listed(why, 1))
+            if len(why) == count:
+                raise InputError(f"{parts['images']}: no image of the {split} split can be used: {listed(why)}")
+            log.warning("%s split: left out %d of %d images: %s", split, len(why), count, listed(why))
         self._rows = np.array([i for i in range(len(files)) if i not in bad])  # item -> row of the stores
         self.paths = [files[i] for i in self._rows]
         self.files = [path.name for path in self.paths]

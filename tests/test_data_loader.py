@@ -181,6 +181,8 @@ def test_bad_images_are_left_out_and_named_or_refused(root, caplog, cache):
         assert all(name in caplog.text for name in ("2.jpg", "3.jpg", "5.jpg"))
         assert dataset.files == [f"{i}.jpg" for i in range(16) if i not in (2, 3, 5)]
         assert torch.equal(dataset[2][0], load_image(folder / "4.jpg", 8))
+    for file in (root / ".cache").glob("train_8_*.npy"):
+        assert len(np.load(file, mmap_mode="r")) == 15  # a part of CelebA is no larger for what it lacks
     for said in ("2.jpg: no such file", r"3.jpg.*and 1 more"):
         with pytest.raises(InputError, match=said):
             CelebAMaskHQ(root, "train", 8, strict=True, cache=cache)
