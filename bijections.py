@@ -21,7 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace, Normal, Uniform, constraints
 
-from blocks import BLOCKS, MIXINGS, PixelUnshuffleBlock, Surjection, at_least_float32, check_positive, exact, no_volume
+from blocks import (
+    BLOCKS,
+    MIXINGS,
+    PixelUnshuffleBlock,
+    Surjection,
+    at_least_float32,
+    check_positive,
+    exact,
+    is_transformed,
+    no_volume,
+)
 from fixed_point import Banach, FixedPoint, norm
 from networks import UNSTEADY, full_precision, in_training
 
@@ -246,6 +256,7 @@ class ActNorm(Affine):
     def __init__(self, channels: int):
         super().__init__(channels)
         self.register_buffer("initialised", torch.tensor(False))
+        self.known = False  # that it is: to ask the buffer in every pass would wait for a GPU
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
@@ -261,9 +272,15 @@ class ActNorm(Affine):
         self.initialised.fill_(True)
 
     def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
-        if x is not None and self.training and not _held.get() and not self.initialised:
-            self.initialise(x)
+        if x is not None and self.training and not self.known and not _held.get():
+            if not self.initialised:
+                self.initialise(x)
+            self.known = True
         return super().coefficients(x)
+
+    def _load_from_state_dict(self, *args) -> None:
+        self.known = False
+        super()._load_from_state_dict(*args)
 
 
 class BatchNorm(Affine):
@@ -343,8 +360,8 @@ class Activation(Bijection):
         y = at_least_float32(y)
         if self.codomain is constraints.real:
             return self.inverse(y)
-        inside, transformed = self.codomain.check(y), torch._C._functorch.peek_interpreter_stack() is not None
-        if y.is_meta or transformed or torch.compiler.is_compiling():  # which cannot refuse
+        inside = self.codomain.check(y)
+        if y.is_meta or is_transformed():
             return self.inverse(torch.where(inside, y, math.nan))
         if not inside.all():
             raise ValueError(f"{self.name}: its inverse takes values of {self.codomain}, got {y[~inside][0].item():g}")

@@ -134,12 +134,16 @@ class Kept(NamedTuple):
         return self.weight is weight and self.state == self.state_of(weight)
 
 
-def _is_traced(weight: Tensor) -> bool:
-    """Whether this is a compiler's, an exporter's or a transform's pass, or the weights are theirs: nothing to keep."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(weight, nn.Parameter):
-        return True
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return transformed or weight.is_inference() or torch.autograd.forward_ad._current_level >= 0
+def is_transformed() -> bool:
+    """Whether this is a compiler's, an exporter's or a torch.func transform's pass: nothing to keep, read or refuse."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tracing or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_passing(weight: Tensor) -> bool:
+    """Whether W of these weights is of no use to a later pass."""
+    stands = isinstance(weight, nn.Parameter) and not weight.is_inference()
+    return is_transformed() or not stands or torch.autograd.forward_ad._current_level >= 0
 
 
 class Mixing(nn.Module):
@@ -166,7 +170,7 @@ class Mixing(nn.Module):
     def factors(self) -> tuple[Tensor, ...]:
         """The factors of W for the weights as they are now."""
         weight = getattr(self, self.weight_name)
-        if _is_traced(weight):
+        if _is_passing(weight):
             return self._factors(weight)
         solved, with_graph = _solved.get(), torch.is_grad_enabled() and weight.requires_grad
         kept = None if solved is None else solved.get(self)
@@ -297,11 +301,11 @@ class CayleyMixing(Mixing):
         self.A_unconstrained = nn.Parameter(torch.zeros(channels, channels))
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
-        return (cayley(weight) if _is_traced(weight) else _Cayley.apply(weight),)
+        return (cayley(weight) if _is_passing(weight) else _Cayley.apply(weight),)
 
     def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
         (w,) = factors
-        if w.requires_grad and not _is_traced(self.A_unconstrained):
+        if w.requires_grad and not _is_passing(self.A_unconstrained):
             return _ApplyCayley.apply(x, self.A_unconstrained, w, transpose)
         return F.linear(x, w.T if transpose else w)
 

@@ -26,6 +26,7 @@ from blocks import (
     Shape,
     Surjection,
     check_positive,
+    is_transformed,
     no_volume,
     recomputed,
     sides,
@@ -124,7 +125,7 @@ class PINN(nn.Module):
 
     def _run(self, block: Surjection, method: Callable, *arguments):
         """``method(*arguments)`` of a block, its activations recomputed in the backward pass if that is asked for."""
-        recompute = self.checkpoint_activations and not block.stateful and not torch.compiler.is_compiling()
+        recompute = self.checkpoint_activations and not block.stateful and not is_transformed()
         if not (recompute and torch.is_grad_enabled()) or any(isinstance(part, MOVING) for part in in_training(block)):
             return method(*arguments)
         return recomputed(block, method, *arguments)

@@ -210,6 +210,8 @@ def test_actnorm_is_set_by_its_first_batch_in_training_mode():
     loaded = bi.ActNorm(3).double()
     loaded.load_state_dict(layer.state_dict())
     assert_close(loaded.train()(3 * x), layer(3 * x))
+    loaded.load_state_dict(bi.ActNorm(3).state_dict())
+    assert_close(loaded(3 * x), y)  # set anew
 
 
 def test_actnorm_is_not_set_by_a_batch_that_does_not_fit():

@@ -22,6 +22,7 @@ from rows import ROWS, jacobian, jacobian_log_det, parts, whole
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, TransformedDistribution, constraints
 from torch.func import functional_call, jvp, stack_module_state, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bijections as bi
@@ -505,6 +506,29 @@ def test_compiles_without_a_break(name, grad, backend):
             compiled = torch.compile(getattr(g, part.method), fullgraph=True, backend=backend)(at)
             torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4 * largest(expected))
             assert torch.equal(part(at), expected)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host reads a value, for which it waits until a GPU has come there."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in FAST if not re.search("residual|bijections", name)])
+def test_no_value_is_read_on_the_way(name):
+    """But that of an iteration, and whether all values are in an activation's range."""
+    g = ROWS[name].ready(torch.float32)
+    refuses = isinstance(g, bi.Activation) and g.codomain is not constraints.real
+    for mode in (g.eval, g.train):
+        for part, at in calls(name, mode(), torch.float32):
+            part(at)  # the first pass may set statistics
+            with Waits() as waits:
+                part(at)
+            assert waits.count == (refuses and part.method == "pinv"), part.method
 
 
 def test_traces_to_the_same_values():

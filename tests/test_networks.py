@@ -84,13 +84,14 @@ def test_gradients_are_the_same_bit_for_bit_and_less_is_kept(model, stage):
     assert fewer_bytes < plain_bytes / 2
 
 
-def test_recomputed_for_several_passes_and_for_second_derivatives(model):
+def test_recomputed_for_several_passes_second_derivatives_and_transforms(model):
     found, x = [], torch.rand(2, 3, 16, 16).double().requires_grad_()
     for model.pinn.checkpoint_activations in (False, True):
         y = model(x)
         loss, inputs = (y**3).sum() + model.pinv(y + 1).square().sum(), (x, model.pinn.blocks[1].mix.A_unconstrained)
         once, twice = (torch.autograd.grad(loss, inputs, create_graph=True) for _ in range(2))
-        found.append([*once, *twice, *torch.autograd.grad(sum(g.square().sum() for g in twice), inputs)])
+        second = torch.autograd.grad(sum(g.square().sum() for g in twice), inputs)
+        found.append([*once, *twice, *second, *torch.func.vjp(model, x)[1](y)])
     for plain, recomputed in zip(*found, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
 
