@@ -1426,11 +1426,10 @@ def inverted(block: str, **arguments) -> Surjection:
     Raises:
         ValueError: no such block, or none that has an inverse.
     """
-    kind = BLOCKS.get(block) if isinstance(block, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, Bijection)):
-        known = sorted(name for name, kind in BLOCKS.items() if isinstance(kind, type) and issubclass(kind, Bijection))
-        raise ValueError(f"Inverted: block must be one of {known}, got {block!r}")
-    return kind(**arguments).inverted()
+    known = {name: kind for name, kind in BLOCKS.items() if isinstance(kind, type) and issubclass(kind, Bijection)}
+    if block not in list(known):
+        raise ValueError(f"Inverted: block must be one of {sorted(known)}, got {block!r}")
+    return known[block](**arguments).inverted()
 
 
 BLOCKS["Inverted"] = inverted

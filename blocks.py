@@ -142,8 +142,9 @@ def is_transformed() -> bool:
 
 def _is_passing(weight: Tensor) -> bool:
     """Whether W of these weights is of no use to a later pass."""
-    stands = isinstance(weight, nn.Parameter) and not weight.is_inference()
-    return is_transformed() or not stands or torch.autograd.forward_ad._current_level >= 0
+    if is_transformed() or not isinstance(weight, nn.Parameter):
+        return True
+    return weight.is_inference() or torch.autograd.forward_ad._current_level >= 0
 
 
 class Mixing(nn.Module):

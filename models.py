@@ -9,7 +9,6 @@ Letters: B batch, C channels, H and W size, d classes; x an image, y logits, z a
 """
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,9 +68,8 @@ class Completion:
     z: Latents
 
     def __sub__(self, other: "Completion") -> "Completion":
-        return Completion(
-            self.y - other.y, [None if a is None else a - b for a, b in zip(self.z, other.z, strict=True)]
-        )
+        z = [None if a is None else a - b for a, b in zip(self.z, other.z, strict=True)]
+        return Completion(self.y - other.y, z)
 
     def moved(self, direction: "Completion", strength: float | Tensor) -> "Completion":
         """``self + strength * direction``; strength is a number, or one per image, (B,)."""
@@ -376,14 +374,12 @@ class SPNN(Pretrained):
 
         Names and shapes decide. scale_bound is in no weight: it is taken to be the published 2.0.
         """
-        last = max((int(name.split(".")[2]) for name in state if re.match(r"pinn\.blocks\.\d+\.t\.", name)), default=0)
-        biases = [name for name in state if re.fullmatch(rf"pinn\.blocks\.{last}\.t\.net\.\d+\.bias", name)]
-        if not biases:
-            return None
-        num_classes = len(state[max(biases, key=lambda name: int(name.split(".")[5]))])
         mix_type = "householder" if any(name.endswith(".mix.V") for name in state) else "cayley"
-        for img_size in (32, 64, 256):
-            config = {"img_ch": 3, "num_classes": num_classes, "hidden": 128, "scale_bound": 2.0}
+        for img_size, head in ((32, 4), (64, 7), (256, 8)):  # the number of the last block
+            logits = state.get(f"pinn.blocks.{head}.t.net.6.bias")
+            if logits is None:
+                continue
+            config = {"img_ch": 3, "num_classes": len(logits), "hidden": 128, "scale_bound": 2.0}
             config |= {"img_size": img_size, "mix_type": mix_type}
             try:
                 with torch.device("meta"):
