@@ -261,30 +261,6 @@ def test_results_are_kept_unless_asked(here, trained, tmp_path):
         main(flags(here, "eval", out / "mine.txt"))
 
 
-@pytest.mark.parametrize(
-    "more, words",
-    [
-        (["--network", "pin"], "did you mean 'pinv'"),
-        (["--network", "no_such_module:f"], "ModuleNotFoundError"),
-        (["--network", "tests.test_invert:no_such_factory"], "AttributeError"),
-        (["--network", "tests.test_invert:nothing"], "in_shape None"),
-        (["--network", "tests.test_invert:mistaken"], r"does not take inputs of shape \(5,\)"),
-        (["--data", "no_such_folder"], "no_such_folder"),
-        (["--spnn", "none.safetensors"], "none.safetensors"),
-        (["--theta", "none.safetensors"], "none.safetensors"),
-        (["--judge", "none.safetensors"], "none.safetensors"),
-        (["--images", "1"], "one image has no other"),
-        (["--device", "abacus"], "no such device"),
-    ],
-)
-def test_mistakes_are_one_line(here, tmp_path, more, words):
-    out = tmp_path / "out"
-    with pytest.raises(InputError, match=words) as raised:
-        main(flags(here, "eval", out, *more))
-    assert "\n" not in str(raised.value)
-    assert not out.exists()  # refused before anything is written
-
-
 def test_a_judge_that_does_not_fit(here, tmp_path):
     arguments = flags(here, "eval", tmp_path / "out")
     where = arguments.index("--judge") + 1
@@ -597,19 +573,24 @@ def test_a_morph(here, generator, tmp_path):
             main(flags(here, "find", tmp_path / "other", "--morph", ends[0], str(path)))
 
 
-@pytest.mark.parametrize(
-    "more, words",
-    [
-        (["--weights", "none.pt"], "none.pt: no such file"),
-        (["--spaces", "w+", "w"], "from z to w to w"),
-        (["--spaces", "v"], "must be one of z, w, w"),
-        (["--network", "g"], "gives no image"),
-        (["--morph", "one.safetensors"], "takes two latents, got 1"),
-        (["--morph", "one.safetensors", "two.safetensors"], "one.safetensors: not a latent"),
-        (["--data", "no_such_image.png"], "no_such_image.png"),
-    ],
-)
-def test_mistakes_in_finding_are_one_line(here, generator, tmp_path, more, words):
+@pytest.mark.parametrize("name, more, words", [
+    ("eval", "--network pin", "did you mean 'pinv'"),
+    ("eval", "--network no_such_module:f", "ModuleNotFoundError"),
+    ("eval", "--network tests.test_invert:no_such_factory", "AttributeError"),
+    ("eval", "--network tests.test_invert:nothing", "in_shape None"),
+    ("eval", "--network tests.test_invert:mistaken", r"does not take inputs of shape \(5,\)"),
+    ("eval", "--images 1", "one image has no other"),
+    ("eval", "--device abacus", "no such device"),
+    *(("eval", f"--{flag} none.safetensors", "none.safetensors") for flag in ("data", "spnn", "theta", "judge")),
+    ("find", "--weights none.pt", "none.pt: no such file"),
+    ("find", "--spaces w+ w", "from z to w to w"),
+    ("find", "--spaces v", "must be one of z, w, w"),
+    ("find", "--network g", "gives no image"),
+    ("find", "--morph one.safetensors", "takes two latents, got 1"),
+    ("find", "--morph one.safetensors two.safetensors", "one.safetensors: not a latent"),
+    ("find", "--data no_such_image.png", "no_such_image.png"),
+])  # fmt: skip
+def test_mistakes_are_one_line(here, generator, tmp_path, name, more, words):
     with pytest.raises(InputError, match=words) as raised:
-        main(flags(here, "find", tmp_path / "out", *more))
-    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+        main(flags(here, name, tmp_path / "out", *more.split()))
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()  # refused before anything is written
