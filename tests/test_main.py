@@ -544,15 +544,16 @@ def test_compile_on_a_cpu_draws_the_same_pictures(run):
 
 def test_results_are_kept_unless_overwriting_and_foreign_files_always(run, assets):
     folder = run()
-    (folder / "mine.txt").write_text("keep")
-    (folder / "input" / "mine.jpg").write_text("keep")
+    mine = [folder / "mine.txt", folder / "sheet_of_mine.png", folder / "input" / "mine.jpg"]
+    for path in mine:
+        path.write_text("keep")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     refused("not empty; give --overwrite", run)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     (folder / "sheet_2.png").write_bytes(b"of an earlier, longer run")
     run("out", assets / "inputs" / "red.png", "--overwrite", "--steps", "1")
     assert names_of(folder) == ["red"] and {path.name for path in folder.glob("*/*.png")} == {"red.png"}
-    assert (folder / "mine.txt").read_text() == (folder / "input" / "mine.jpg").read_text() == "keep"
+    assert [path.read_text() for path in mine] == ["keep"] * 3
     assert not (folder / "sheet_2.png").exists()
 
 

@@ -206,7 +206,15 @@ def check_results(folder: Path, resume: bool, overwrite: bool, ask: bool) -> Non
 def clear_results(folder: Path) -> None:
     """Delete what an earlier run wrote into its result folder, and nothing else."""
     pictures = [f"{kind}/*.png" for kind in PICTURES]
-    files = ("sheet*.png", "results.json", "results.csv", "logits.csv", "log.txt")
+    files = (
+        "sheet.png",
+        "sheet_[0-9].png",
+        "sheet_[0-9][0-9].png",
+        "results.json",
+        "results.csv",
+        "logits.csv",
+        "log.txt",
+    )
     for pattern in (Progress.file(folder).name, *files, *pictures):
         for file in folder.glob(pattern):
             file.unlink()
