@@ -351,6 +351,10 @@ class Activation(Bijection):
         """log |f'(x)|, with y = f(x) at hand."""
         return torch.func.vjp(self.f, x)[1](torch.ones_like(x))[0].abs().log()
 
+    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, None]:
+        y = self.f(at_least_float32(x))
+        return (y, None) if return_latent else y
+
     def forward_log_det(self, x: Tensor) -> Completed:
         x = at_least_float32(x)
         y = self.f(x)

@@ -78,6 +78,16 @@ def jacobian_log_det(g: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([torch.linalg.slogdet(jacobian(g, image)).logabsdet for image in x])
 
 
+class Asinh(bi.Activation):
+    """One of a user's own, whose derivative is left to automatic differentiation."""
+
+    def f(self, x: Tensor) -> Tensor:
+        return torch.asinh(x)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return torch.sinh(y)
+
+
 def flow() -> PINN:
     """A chain of bijections, from maps to vectors."""
     blocks = [
@@ -164,6 +174,7 @@ def bijection_rows() -> list[Row]:
         row("elu", bi.ELU, (3, 2, 2), outputs=above),
         row("elu alpha 2", lambda: bi.ELU(2.0, 0.7), (7,), outputs=above),
         row("selu", bi.SELU, (3, 4), outputs=above),
+        row("an activation of one's own", Asinh, (3, 2), outputs=torch.tanh),
         row("baird", lambda: bi.BairdActivation(4), (4, 3)),
         row("baird, one per entry", lambda: bi.BairdActivation((2, 3, 2)), (2, 3, 2)),
         row("bias", lambda: bi.Bias(6), (6,)),
