@@ -210,8 +210,12 @@ def read_partition(path: str | Path) -> dict[str, int]:
     return splits
 
 
-def _find(root: Path) -> tuple[Path, dict[str, Path]]:
-    """The first folder at or below ``root`` that is a data set (downloads nest it), and its parts."""
+def find_dataset(root: Path) -> tuple[Path, dict[str, Path]]:
+    """The first folder at or below ``root`` that is a data set in one of `LAYOUTS` (downloads nest it), and its parts.
+
+    Raises:
+        InputError: there is none; the message says what is expected and what is missing.
+    """
     if not root.is_dir():
         raise InputError(f"data set {root}: no such folder; unpack an archive first; {_EXPECTED}")
     partial: list[str] = []
@@ -231,15 +235,6 @@ def _find(root: Path) -> tuple[Path, dict[str, Path]]:
     raise InputError(f"data set {root}: " + "; ".join([*partial[:3], _EXPECTED]))
 
 
-def find_dataset(root: str | Path) -> Path:
-    """The folder at or below ``root`` that holds a data set in one of `LAYOUTS` (downloads nest it).
-
-    Raises:
-        InputError: there is none; the message says what is expected and what is missing.
-    """
-    return _find(Path(root))[0]
-
-
 def download_dataset() -> Path:
     """Fetch CelebAMask-HQ from Kaggle (or reuse kagglehub's copy) and return its folder.
 
@@ -257,7 +252,7 @@ def download_dataset() -> Path:
         reason = (str(error) or type(error).__name__)[:300]
         check = "check the network and your Kaggle API credentials"
         raise InputError(f"cannot download {KAGGLE_DATASET}: {reason}; {check}, {advice}") from error
-    return find_dataset(path)
+    return find_dataset(Path(path))[0]
 
 
 def split_indices(n: int, split: str) -> range:
@@ -514,7 +509,7 @@ class CelebAMaskHQ(Dataset):
         cache: bool = True,
         mask_size: Size | None = None,
     ) -> None:
-        self.root, parts = _find(Path(root))
+        self.root, parts = find_dataset(Path(root))
         self.split, self.img_size, self.mask_size = split, img_size, mask_size
         records = read_records(tuple(parts.items()), tuple(map(_state, parts.values())))
         total, wanted = len(records.files), split_indices(len(records.files), split)  # refuses unknown names

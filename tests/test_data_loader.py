@@ -92,7 +92,7 @@ def test_a_download_is_found_where_it_lies_and_its_failures_name_the_flag(monkey
     nested, asked = write_dataset(tmp_path / "versions" / "1" / "CelebAMask-HQ", 1), []
     hub = types.SimpleNamespace(dataset_download=lambda handle: asked.append(handle) or str(tmp_path))
     monkeypatch.setitem(sys.modules, "kagglehub", hub)
-    assert download_dataset() == nested == find_dataset(nested) and asked == ["liusonghua/celebamaskhq"]
+    assert download_dataset() == nested == find_dataset(nested)[0] and asked == ["liusonghua/celebamaskhq"]
     hub.dataset_download = lambda handle: 1 / 0
     with pytest.raises(InputError, match="division by zero.*--dataset_path"):
         download_dataset()
