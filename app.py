@@ -67,14 +67,8 @@ RULES = ("nlbp+gradient", "nlbp", "gradient", "none")
 NAME = "face"  # of every picture: its noise comes of the seed and this
 SHOWN_EVERY = 5  # evaluations of the prior between two pictures of one that is being drawn
 LARGEST_UPLOAD = "10mb"
-COMMAND_ONLY = (
-    *PRESET_ONLY,
-    "base_rate",
-    "contradiction",
-    "lpips",
-    "path_y",
-    "set",
-)  # keys of presets that the page has no use for
+# keys of presets that the page has no use for
+COMMAND_ONLY = (*PRESET_ONLY, "base_rate", "contradiction", "lpips", "path_y", "set")
 
 
 @dataclass(frozen=True)

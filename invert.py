@@ -392,7 +392,10 @@ class Evaluation:
             tensors, notes = {}, {"names": self.problems.names, "spent": 0.0}
         kept = {name: tensor for name, tensor in tensors.items() if name.startswith("x at ")}
         state = {name: tensor for name, tensor in tensors.items() if name not in kept} or None
-        bar.update(len(state["curve"]) - 1 if state else 0)
+        reached = len(state["curve"]) - 1 if state else 0
+        if any(steps < reached and f"x at {steps}" not in kept for steps in self.own.steps):
+            kept, state, reached, notes["spent"] = {}, None, 0, 0.0  # it has gone past what is asked for
+        bar.update(min(reached, max(self.own.steps)))
         for steps in sorted(set(self.own.steps)):
             at = f"x at {steps}"
             parts = descend(self.targets[number], y, x0, self.loss, self.s, steps, self.own.save_steps, state, bar)
@@ -525,7 +528,7 @@ def evaluate(s: Settings, own: Eval, run: Run) -> int:
     names, images = read_images(s.data, target.img_size, s.images)
     problems = fixed_problems(target, names, images, s.images if s.images is not None else 100, s, run.device)
     loss = make_loss(target, s, run.device)
-    log = begin("eval", s, own, target, free=("theta", "theta_steps", "judge"))
+    log = begin("eval", s, own, target, free=("steps", "theta", "theta_steps", "judge"))
     evaluation = Evaluation(targets, problems, s, own, run, loss)
     rows, by_image, curves, shown = [], [], {}, {}
     steps = len(evaluation.batches) * (len(targets) * max(own.steps) + len(thetas) * own.theta_steps)

@@ -518,8 +518,8 @@ def test_an_evaluation_is_resumed(here, generator, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(InputError, match="not empty; give --overwrite, --resume"):
         main(flags(here, "eval", parts, *more.split()))
-    with pytest.raises(InputError, match=r"has steps \[3, 6\], not \[7\]"):
-        main(flags(here, "eval", parts, *more.split(), "--resume", "--steps", "7"))
+    with pytest.raises(InputError, match=r"has seed 0, not 7"):
+        main(flags(here, "eval", parts, *more.split(), "--resume", "--seed", "7"))
     assert main(flags(here, "eval", parts, *more.split(), "--resume")) == 0
     a, b = (json.loads((folder / "results.json").read_text()) for folder in (whole, parts))
     assert a["images"] == b["images"] and len(a["images"]) == 8 * 6
@@ -527,6 +527,13 @@ def test_an_evaluation_is_resumed(here, generator, tmp_path, monkeypatch):
     assert main(flags(here, "eval", parts, *more.split(), "--resume")) == 0
     rows = zip(json.loads((parts / "results.json").read_text())["methods"], b["methods"], strict=True)
     assert all(row == before for row, before in rows if "optimisation" in row["method"])  # the seconds as well
+    assert main(flags(here, "eval", parts, *more.split(), "--resume", "--steps", "3")) == 0
+    fewer = json.loads((parts / "results.json").read_text())["images"]
+    assert fewer == [row for row in b["images"] if "6 steps" not in row["method"]]
+    monkeypatch.undo()
+    assert main(flags(here, "eval", parts, *more.split(), "--resume", "--steps", "2", "6")) == 0  # not kept: anew
+    rows = [row["method"] for row in json.loads((parts / "results.json").read_text())["methods"]]
+    assert {"z, optimisation, 2 steps", "w+, optimisation, 6 steps"} < set(rows)
     other = {name: tensor + 1 for name, tensor in generator.state_dict().items()}
     write_weights(here / "of_eval.safetensors", other)
     with pytest.raises(InputError, match="has weights of the network"):
