@@ -155,6 +155,9 @@ class IterativeOperator(SquaredError):
     ``pinv`` begins with grey, back-projection with the image it moves.
     """
 
+    physics: Physics
+    in_shape: Shape
+    out_shape: Shape
     __init__, A = PhysicsOperator.__init__, PhysicsOperator.A
 
     def pinv(self, y: Tensor) -> Tensor:
