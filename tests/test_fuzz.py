@@ -334,7 +334,7 @@ DAMAGED = {  # of a folder, a file in it and what is done with that
     **{suffix: lambda f, suffix=suffix: image(f, suffix) for suffix in ("png", "jpg", "tiff")},
     "sampling preset": lambda f: preset(f, reconstruct.parse, inputs.CONFIGS / "celeba_hq.yml", "--path_y", "x"),
     "training preset": lambda f: preset(
-        f, train_celeba.read_command, reconstruct.ROOT / "configs" / "faces_64.yml", "--is_r_opt"
+        f, train_celeba.read_command, checkpoints.ROOT / "configs" / "faces_64.yml", "--is_r_opt"
     ),
     "sampling line": lambda f: line(
         f, reconstruct.parse, "--ni --config faces.yml --path_y faces --image_folder out --set Smiling=1 --steps 20 "
