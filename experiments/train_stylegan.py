@@ -1,14 +1,11 @@
-"""Train a small StyleGAN v1: on a painter's faces and the numbers they are drawn from, or against a discriminator.
+"""Train a small StyleGAN v1 against a discriminator, and give one that has lost most kinds of faces another mapping.
 
-    python experiments/train_stylegan.py --minutes 60 --out check_points/stylegan
-    python experiments/train_stylegan.py --objective adversarial --data FOLDER --out check_points/stylegan
+    python experiments/train_stylegan.py --minutes 60 --out check_points/adversarial
+    python experiments/train_stylegan.py --objective components --start check_points/adversarial/stylegan.safetensors \
+        --out check_points/stylegan
 
 The generator is stylegan.py's. Objectives:
 
-    painter      A procedural face is a function of independent uniform numbers. They are the normal distribution's
-                 function of z, scaled as the mapping scales it, so that every z has its face, and G learns to paint it:
-                 the mean absolute difference of pixels and of their slopes, at 16x16 first, then at twice that, up to
-                 the full size. No face can go missing from G(z), as it may in a game against a discriminator.
     components   A new mapping for the generator of --start, whose own has lost most kinds of faces: --count faces are
                  inverted in w+, and w becomes their principal components, normal as z is. Nothing else is trained.
     adversarial  Any images: non-saturating loss, R1 in every 16th step, style mixing, minibatch standard deviation
@@ -37,17 +34,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data_loader import ATTRIBUTES
 from images import find_images, grid, load_image, save_image, to_float, to_uint8
 from inversion import invert
 from loop import DONE, Ema, Loop, Run, open_run
-from procedural_faces import Variation, render, sample_attributes, sample_variation
+from procedural_faces import draw_face
 from stylegan import SLOPE, Equalised, Latents, StyleGAN, load_generator
 from utils import InputError, atomic_write, option, parse, resolve_device, run_command, seed_everything, write_json
 
 BF16, WEIGHTS = torch.bfloat16, "stylegan.safetensors"
-NUMBERS = len(ATTRIBUTES) + len(dataclasses.fields(Variation))  # that a face is drawn from
-UNSEEN = 256  # faces, the last ones, to measure on
 
 
 @dataclasses.dataclass
@@ -55,8 +49,8 @@ class Settings:
     """Settings."""
 
     out: Path = option(Path("check_points/stylegan"), "result folder")
-    objective: Literal["painter", "components", "adversarial"] = option("painter", "see above")
-    data: Path | None = option(None, "folder of images (not for the painter); none: procedural faces, drawn first")
+    objective: Literal["adversarial", "components"] = option("adversarial", "see above")
+    data: Path | None = option(None, "folder of images; none: procedural faces, drawn first")
     start: Path | None = option(None, "weights whose mapping is replaced (components)")
     inversion_steps: int = option(60, "for each face (components)", 1)
     count: int = option(40_000, "procedural faces to draw, or the most images to read", 2)
@@ -86,42 +80,21 @@ class Settings:
 # --- Images ----------------------------------------------------------------------------------------------------------
 
 
-class Given:
-    """Hands out given numbers where the painter asks a generator for uniform ones."""
-
-    def __init__(self, numbers: np.ndarray):
-        self.numbers, self.used = numbers, 0
-
-    def random(self, count: int) -> np.ndarray:
-        self.used += count
-        return self.numbers[self.used - count : self.used]
-
-
-def painted(numbers: np.ndarray, size: int) -> np.ndarray:
-    """The face of `NUMBERS` uniform numbers, (size, size, 3) bytes."""
-    chance = Given(numbers)
-    attributes, variation = sample_attributes(chance), sample_variation(chance)
-    return np.asarray(render(attributes, variation, size).convert("RGB"))
-
-
-def uniform(z: Tensor) -> Tensor:
-    """The painter's numbers (N, `NUMBERS`) in [0, 1] of z (N, d): only z's direction counts, as for the mapping."""
-    return torch.special.ndtr(z.double() * (z.double().square().mean(1, keepdim=True) + 1e-8).rsqrt())[:, :NUMBERS]
-
-
-def faces(s: Settings) -> tuple[Tensor, Tensor]:
-    """z (N, d) and its faces as bytes, (N, 3, S, S); drawn once, and kept in --out."""
-    z = torch.randn(s.count, s.dim, generator=torch.Generator().manual_seed(s.seed))
-    path = s.out / f"faces_{s.count}_{s.size}_of_{s.dim}_{s.seed}.safetensors"  # all that decides which they are
-    if path.is_file():
-        return z, load_file(path)["images"]
+def drawn(count: int, size: int, seed: int) -> Tensor:
+    """Procedural faces as bytes, (N, 3, size, size)."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        drawn = pool.map(partial(painted, size=s.size), uniform(z).numpy(), chunksize=32)
-        drawn = np.stack(list(tqdm(drawn, "faces", s.count, disable=None)))
-    images = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
-    with atomic_write(path) as temporary:
-        save_file({"images": images}, temporary)
-    return z, images
+        faces = pool.map(partial(draw_face, seed, size=size), range(count), chunksize=32)
+        images = [np.asarray(image.convert("RGB")) for image, _ in tqdm(faces, "faces", count, disable=None)]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def kept_faces(s: Settings) -> Tensor:
+    """Procedural faces, drawn once, and kept in --out."""
+    path = s.out / f"faces_{s.count}_{s.size}_{s.seed}.safetensors"  # all that decides which they are
+    if not path.is_file():
+        with atomic_write(path) as temporary:
+            save_file({"images": drawn(s.count, s.size, s.seed)}, temporary)
+    return load_file(path)["images"]
 
 
 def read(folder: Path, s: Settings) -> Tensor:
@@ -135,92 +108,6 @@ def read(folder: Path, s: Settings) -> Tensor:
 
 
 # --- Objectives ------------------------------------------------------------------------------------------------------
-
-
-class Objective:
-    """A generator, and a step of its training.
-
-    Attributes:
-        parts: all that changes, for `loop.Loop`; its "model" is what the weights' average is of.
-    """
-
-    def __init__(self, s: Settings, images: Tensor, run: Run):
-        self.s, self.run, self.images = s, run, images.to(run.device)
-        self.g = StyleGAN(s.size, s.channels, s.dim, s.depth).to(run.device)
-        self.ema = Ema(self.g, s.decay)
-        mapping = list(self.g.g_mapping.parameters())
-        self.groups = [{"params": list(self.g.g_synthesis.parameters()), "times": 1.0},
-                       {"params": mapping, "times": s.mapping_lr}]  # fmt: skip
-        self.precision = partial(torch.autocast, run.device.type, BF16, enabled=s.bf16)
-        self.parts = {"model": self.g, "ema": self.ema.model}
-
-    def pixels(self, chosen: Tensor) -> Tensor:
-        """Images in [-1, 1]."""
-        return to_float(self.images[chosen])
-
-    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for group in optimizer.param_groups:  # the loop sets one rate for all
-            group["lr"] *= group.get("times", 1.0)
-        optimizer.step()
-
-    def figures(self) -> dict[str, float]:
-        """Of the weights' average."""
-        return {}
-
-
-class Painter(Objective):
-    """G(z) is the face that the painter draws of z's numbers."""
-
-    def __init__(self, s: Settings, z: Tensor, images: Tensor, run: Run):
-        super().__init__(s, images, run)
-        self.z, self.count = z.to(run.device), len(z) - min(UNSEEN, len(z) // 2)
-        smaller = [f"{r}x{r}" for r in (4 << i for i in range(2, 20)) if r < s.size]
-        self.heads = nn.ModuleDict({name: Equalised((3, c, 1, 1)) for name, c in
-                                    zip(smaller, s.channels[2:], strict=False)}).to(run.device)  # fmt: skip
-        self.groups[0]["params"] += list(self.heads.parameters())
-        optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
-        self.parts |= {"heads": self.heads, "optimizer": optimizer}
-        self.silence = [torch.zeros(1, *shape, device=run.device) for shape in self.g.noise_shapes]
-
-    def paint(self, z: Tensor, size: int) -> Tensor:
-        """(B, 3, size, size), by the head of that size."""
-        x, rows = None, self.g.spread(self.g.mapping(z)).unbind(1)
-        for i, (name, block) in enumerate(self.g.g_synthesis["blocks"].items()):
-            x = block(x, rows[2 * i : 2 * i + 2], self.silence[2 * i : 2 * i + 2])
-            if name == f"{size}x{size}":
-                return (self.heads[name] if name in self.heads else self.g.g_synthesis["torgb"])(x)
-        raise AssertionError(size)
-
-    def step(self, done: int, progress: float) -> dict[str, Tensor]:
-        """Each size but the last is trained for a share of the time that grows with it."""
-        chosen = torch.randint(self.count, (self.s.batch_size,), device=self.run.device)
-        real, size = self.pixels(chosen), self.s.size
-        begins = 0.55
-        while size > 16 and progress < begins:
-            size, begins = size // 2, begins * 0.4
-        real = F.avg_pool2d(real, self.s.size // size)
-        with self.precision():
-            fake = self.paint(self.z[chosen], size)
-        loss = distance(fake.float(), real)
-        self.update(self.parts["optimizer"], loss)
-        self.ema.update(self.g, done)
-        return {"loss": loss, "size": torch.tensor(float(size))}
-
-    @torch.no_grad()
-    def figures(self) -> dict[str, float]:
-        unseen = torch.arange(self.count, len(self.z), device=self.run.device)
-        g, total = self.ema.model, 0.0
-        for part in unseen.split(64):
-            total += (g(self.z[part], noise=self.silence) - self.pixels(part)).abs().mean((1, 2, 3)).sum().item()
-        return {"unseen_error": total / len(unseen)}
-
-
-def distance(fake: Tensor, real: Tensor) -> Tensor:
-    """Mean absolute difference of pixels, and of the slopes between neighbours (Mathieu et al. 2016)."""
-    off = fake - real
-    return off.abs().mean() + off.diff(dim=2).abs().mean() + off.diff(dim=3).abs().mean()
 
 
 class ResidualDown(nn.Module):
@@ -277,18 +164,39 @@ def mixed_styles(g: StyleGAN, batch: int, share: float, device: torch.device) ->
     return torch.where(own[..., None], first[:, None], second[:, None])
 
 
-class Adversarial(Objective):
-    """G(z) passes for one of the images."""
+class Adversarial:
+    """A generator whose G(z) passes for one of the images, and a step of its training.
+
+    Attributes:
+        parts: all that changes, for `loop.Loop`; its "model" is what the weights' average is of.
+    """
 
     R1_EVERY = 16  # steps
 
     def __init__(self, s: Settings, images: Tensor, run: Run):
-        super().__init__(s, images, run)
+        self.s, self.run, self.images = s, run, images.to(run.device)
+        self.g = StyleGAN(s.size, s.channels, s.dim, s.depth).to(run.device)
         self.d = Discriminator(s.size, s.width).to(run.device)
+        self.ema = Ema(self.g, s.decay)
+        self.precision = partial(torch.autocast, run.device.type, BF16, enabled=s.bf16)
         lazy = self.R1_EVERY / (self.R1_EVERY + 1)  # as many updates an R1 step less, each that much smaller
+        groups = [{"params": list(self.g.g_synthesis.parameters()), "times": 1.0},
+                  {"params": list(self.g.g_mapping.parameters()), "times": s.mapping_lr}]  # fmt: skip
+        optimizer = torch.optim.Adam(groups, betas=(0.0, 0.99))
         self.d_optimizer = torch.optim.Adam(self.d.parameters(), lr=s.lr * lazy, betas=(0.0, 0.99**lazy))
-        optimizer = torch.optim.Adam(self.groups, betas=(0.0, 0.99))
-        self.parts |= {"d": self.d, "d_optimizer": self.d_optimizer, "optimizer": optimizer}
+        self.parts = {"model": self.g, "ema": self.ema.model, "optimizer": optimizer, "d": self.d,
+                      "d_optimizer": self.d_optimizer}  # fmt: skip
+
+    def pixels(self, chosen: Tensor) -> Tensor:
+        """Images in [-1, 1]."""
+        return to_float(self.images[chosen])
+
+    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in optimizer.param_groups:  # the loop sets one rate for all
+            group["lr"] *= group.get("times", 1.0)
+        optimizer.step()
 
     def step(self, done: int, progress: float) -> dict[str, Tensor]:
         """One update of both networks on the same fakes."""
@@ -381,12 +289,6 @@ def save(s: Settings, g: StyleGAN, notes: dict) -> None:
     save_image(grid(images), s.out / "samples.png")
 
 
-def rate(s: Settings, done: int, progress: float) -> float:
-    """The learning rate: up over 100 steps; fitting the painter, down to zero along a cosine."""
-    falling = 0.5 * (1 + math.cos(math.pi * progress)) if s.objective == "painter" else 1.0
-    return s.lr * min(1.0, (done + 1) / 100) * falling
-
-
 def train(s: Settings, run: Run) -> None:
     """Train to the end of the minutes, or of the steps."""
     without = ("out", "save_every", "measure", "samples", "resume", "overwrite", "device")
@@ -396,9 +298,7 @@ def train(s: Settings, run: Run) -> None:
         print(f"{s.out}: this training is finished")
         return
     seed_everything(s.seed)
-    if s.objective == "painter" and (s.data is not None or s.dim < NUMBERS):
-        raise InputError(f"--objective painter: draws its own images (no --data), from --dim {NUMBERS} or more")
-    z, images = faces(s) if s.data is None else (None, read(s.data, s))
+    images = kept_faces(s) if s.data is None else read(s.data, s)
     if s.objective == "components":
         if s.start is None:
             raise InputError("--objective components: give the generator's weights by --start")
@@ -406,7 +306,7 @@ def train(s: Settings, run: Run) -> None:
         save(s, with_components(g, invert_all(g, images, s, run), dim).to(run.device), {"faces": len(images)})
         return
     try:
-        objective = Painter(s, z, images, run) if s.objective == "painter" else Adversarial(s, images, run)
+        objective = Adversarial(s, images, run)
     except ValueError as error:
         raise InputError(f"--size, --channels: {error}") from None
     print(f"{len(images):,} images, generator {sum(p.numel() for p in objective.g.parameters()):,} parameters, on "
@@ -424,11 +324,9 @@ def train(s: Settings, run: Run) -> None:
         steps=s.steps,
         row_every=50,
         parts=objective.parts,
-        rate=partial(rate, s),
+        rate=lambda done, progress: s.lr * min(1.0, (done + 1) / 100),
         axis="step",
-        saved=lambda goes_on: save(
-            s, objective.ema.model, {"steps": loop.done, "seconds": loop.seconds, **objective.figures()}
-        ),
+        saved=lambda goes_on: save(s, objective.ema.model, {"steps": loop.done, "seconds": loop.seconds}),
         minutes=s.minutes,
     )
     loop.train()
@@ -448,14 +346,11 @@ def measure(s: Settings) -> dict:
     device = resolve_device(s.device)
     judge = load_judge(FACES / "judge.safetensors").to(device)
     g, draws = load_generator(s.measure, judge.img_size).to(device), torch.Generator().manual_seed(s.seed)
-    numbers = np.random.default_rng(s.seed).random((2 * s.samples, NUMBERS))
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        drawn = np.stack(list(pool.map(partial(painted, size=judge.img_size), numbers, chunksize=32)))
-    drawn = to_float(torch.from_numpy(drawn).permute(0, 3, 1, 2))
+    faces = to_float(drawn(2 * s.samples, judge.img_size, s.seed))
     z = torch.randn(s.samples, g.dim, generator=draws)
     made = torch.cat([g(part.to(device), noise=g.draw_noise(len(part), draws)).cpu() for part in z.split(50)])
     features, said = [], []
-    for images in (to_float(to_uint8(made)), *drawn.chunk(2)):
+    for images in (to_float(to_uint8(made)), *faces.chunk(2)):
         features.append(torch.cat([JudgeFeatures(judge)(part.to(device)).cpu() for part in images.split(50)]))
         said.append((torch.cat([judge(part.to(device)).cpu() for part in images.split(50)]) > 0).float().mean(0))
     found = {}

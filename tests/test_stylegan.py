@@ -253,39 +253,36 @@ def test_latents_of_another_shape(small):
         StyleGAN(16, (4, 4))
 
 
-def training(tmp_path, objective, *more):
+def training(tmp_path, *more):
     small = ["--size", "16", "--channels", "6,5,4", "--dim", "64", "--depth", "2", "--width", "6", "--batch_size", "4"]
-    return ["--out", str(tmp_path), "--objective", objective, "--count", "6", "--device", "cpu", *small, *more]
+    return ["--out", str(tmp_path), "--count", "6", "--device", "cpu", *small, *more]
 
 
-@pytest.mark.parametrize("objective", ["painter", "adversarial"])
-def test_training_writes_what_load_generator_reads_and_goes_on_where_it_was_stopped(objective, tmp_path, monkeypatch):
+def test_training_writes_what_load_generator_reads_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main(training(whole, objective, "--steps", "4")) == 0
-    kind = {"painter": train_stylegan.Painter, "adversarial": train_stylegan.Adversarial}[objective]
-    step = kind.step
+    assert main(training(whole, "--steps", "4")) == 0
+    step = train_stylegan.Adversarial.step
 
     def asked_to_stop(self, done, progress):
         if done == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, done, progress)
 
-    monkeypatch.setattr(kind, "step", asked_to_stop)
+    monkeypatch.setattr(train_stylegan.Adversarial, "step", asked_to_stop)
     with pytest.raises(Stopped):
-        main(training(parts, objective, "--steps", "4"))
+        main(training(parts, "--steps", "4"))
     monkeypatch.undo()
     with pytest.raises(InputError, match="give --resume"):
-        main(training(parts, objective, "--steps", "4"))
-    assert main(training(parts, objective, "--steps", "4", "--resume")) == 0
+        main(training(parts, "--steps", "4"))
+    assert main(training(parts, "--steps", "4", "--resume")) == 0
     assert (parts / "stylegan.safetensors").read_bytes() == (whole / "stylegan.safetensors").read_bytes()
     written = (whole / "stylegan.safetensors").stat().st_mtime_ns
     with pytest.raises(InputError, match="exists; give --overwrite"):
-        main(training(whole, objective, "--steps", "4"))
-    assert main(training(whole, objective, "--steps", "4", "--resume")) == 0  # and nothing is trained
+        main(training(whole, "--steps", "4"))
+    assert main(training(whole, "--steps", "4", "--resume")) == 0  # and nothing is trained
     assert (whole / "stylegan.safetensors").stat().st_mtime_ns == written
     notes = json.loads((whole / "stylegan.json").read_text())
     assert notes["steps"] == 4 and notes["settings"]["channels"] == [6, 5, 4]
-    assert ("unseen_error" in notes) == (objective == "painter")
     generator = load_generator(whole / "stylegan.safetensors", 16)
     start = generator_from_state_dict(StyleGAN(16, (6, 5, 4), 64, 2).state_dict())
     assert not torch.equal(generator.g_synthesis["torgb"].bias, start.g_synthesis["torgb"].bias)
@@ -294,11 +291,11 @@ def test_training_writes_what_load_generator_reads_and_goes_on_where_it_was_stop
 
 @pytest.mark.parametrize(
     "more, words",
-    [(["--size", "32"], "4 blocks"), (["--dim", "61"], "--dim 62 or more"), (["--data", "x"], "no --data")],
+    [(["--size", "32"], "4 blocks"), (["--data", "x"], "x"), (["--objective", "components"], "by --start")],
 )
 def test_mistakes_in_training_are_one_line(more, words, tmp_path):
     with pytest.raises(InputError, match=words):
-        main(training(tmp_path, "painter", *more))
+        main(training(tmp_path, *more))
 
 
 def test_a_mapping_to_principal_components(small):
@@ -318,21 +315,9 @@ def test_a_mapping_to_principal_components(small):
     torch.testing.assert_close(basis[:4].T * spread[:4] ** 2 / 4 @ basis[:4], torch.cov(flat.T), rtol=1e-6, atol=1e-8)
 
 
-def test_a_face_is_the_numbers_it_is_drawn_from():
-    """The painter's own face from its generator's numbers, and z whose length says nothing."""
-    numbers = np.random.default_rng([3, 5]).random(train_stylegan.NUMBERS)
-    assert np.array_equal(train_stylegan.painted(numbers, 32), np.asarray(draw_face(3, 5, 32)[0].convert("RGB")))
-    z = torch.randn(4000, 128, generator=torch.Generator().manual_seed(0))
-    u = train_stylegan.uniform(z)
-    torch.testing.assert_close(u, train_stylegan.uniform(3 * z), rtol=1e-5, atol=1e-7)
-    levels = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
-    assert (u.flatten().quantile(levels) - levels).abs().max() < 5e-3
-
-
 def test_samples_are_measured_beside_drawn_faces(monkeypatch, capsys):
     """A generator that copies the faces it is held against has their attributes; other faces have not."""
-    numbers = np.random.default_rng(0).random((16, train_stylegan.NUMBERS))
-    faces = np.stack([train_stylegan.painted(row, 64) for row in numbers])
+    faces = [to_float(torch.from_numpy(np.array(draw_face(0, i, 64)[0]))).permute(2, 0, 1) for i in range(8, 16)]
 
     class Copies(torch.nn.Module):
         dim = 5
@@ -342,7 +327,7 @@ def test_samples_are_measured_beside_drawn_faces(monkeypatch, capsys):
 
         def forward(self, z, noise):
             assert z.shape == (8, 5) and noise.shape == (8,)
-            return to_float(torch.from_numpy(faces).permute(0, 3, 1, 2))[8:]
+            return torch.stack(faces)
 
     monkeypatch.setattr(train_stylegan, "load_generator", lambda path, size: Copies())
     assert main(["--measure", "g.safetensors", "--samples", "8", "--device", "cpu"]) == 0
