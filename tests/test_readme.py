@@ -44,7 +44,7 @@ def test_every_flag_named_exists(capsys):
             importlib.import_module(module).main([*command, "--help"])
         assert left.value.code == 0, module
     helps = capsys.readouterr().out
-    for name in ("digits", "deepinv_samplers", "deepinv_physics"):  # they need what not all have
+    for name in ("digits", "identity", "deepinv_samplers", "deepinv_physics"):  # they need what not all have
         helps += (ROOT / f"experiments/{name}.py").read_text()
     helps += "--nproc_per_node --gres --requeue --signal"  # of torchrun and Slurm
     for page in PAGES:
