@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from runs import assets, faces  # noqa: F401  (fixtures)
 
 import loop
 

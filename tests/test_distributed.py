@@ -1,8 +1,6 @@
 """Several processes follow one: the same batches, losses, weights and decisions."""
 
 import csv
-import multiprocessing
-import os
 import socket
 import subprocess
 import sys
@@ -11,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import COMMANDS, faces, prior_arguments, spnn_arguments  # noqa: F401  (a fixture)
-from test_main import assets, figures_of, pictures  # noqa: F401  (a fixture)
+from runs import COMMANDS, figures_of, pictures, prior_arguments, spnn_arguments, start_two
 
 import loop
 import train_celeba
@@ -21,36 +18,9 @@ from checkpoints import read_weights
 from data_loader import EpochBatches, make_loaders
 from DDNM import main, train_prior
 from loop import World, join_world
-from utils import InputError, run_command
+from utils import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def member(rank: int, port: int, command, arguments: list[str], samples: Path, errors: Path) -> None:
-    """A process of a run of two, with the variables that torchrun sets."""
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    main.SAMPLES, sys.stderr = samples, open(errors / f"{rank}.txt", "w", buffering=1)
-    run_command(lambda: command(arguments))
-
-
-def start_two(command, arguments: list[str], folder: Path) -> tuple[list[int], list[str]]:
-    """Exit status and last line of each of two processes; results of DDNM/main.py go below ``folder``."""
-    context = multiprocessing.get_context("forkserver")  # everything is imported once
-    context.set_forkserver_preload(["train_celeba", "train_operator", "DDNM.main", "DDNM.train_prior"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder.mkdir(exist_ok=True)
-    started = [context.Process(target=member, args=(i, port, command, arguments, folder, folder)) for i in (0, 1)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(900)
-        process.kill()
-    last = [(folder / f"{rank}.txt").read_text().strip().rpartition("\n")[2] for rank in (0, 1)]
-    return [process.exitcode for process in started], last
 
 
 def rows(folder: Path, stage: str) -> list[dict[str, float]]:
@@ -63,7 +33,7 @@ def skew(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     return [b - b.T if name.endswith("A_unconstrained") else b for name, b in weights.items()]
 
 
-def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
+def test_two_processes_follow_the_losses_of_one(faces, tmp_path):
     folders = {processes: tmp_path / f"of_{processes}" for processes in (1, 2)}
     assert train_celeba.main(spnn_arguments(faces, folders[1], epoch=2, r_epoch=3)) == 0
     assert start_two(train_celeba.main, spnn_arguments(faces, folders[2], epoch=2, r_epoch=3), tmp_path)[0] == [0, 0]
@@ -82,7 +52,7 @@ def test_two_processes_follow_the_losses_of_one(faces, tmp_path):  # noqa: F811
     assert (folders[2] / "log.txt").read_text().count("stage 1: ") == 1  # one of the two reports
 
 
-def test_two_processes_fit_the_operator_of_one(faces, tmp_path):  # noqa: F811
+def test_two_processes_fit_the_operator_of_one(faces, tmp_path):
     fixed = f"--operator saturation --dataset_path {faces} --img_size 32 --hidden 8 --batch_size 4 --device cpu"
     one, two = (f"{fixed} --steps 4 --r_steps 2 --out {tmp_path / name}".split() for name in ("of_1", "of_2"))
     assert train_operator.main(one) == 0
@@ -93,7 +63,7 @@ def test_two_processes_fit_the_operator_of_one(faces, tmp_path):  # noqa: F811
             assert b[key] == pytest.approx(a[key], rel=1e-4), (stage, key)
 
 
-def test_torchrun_trains_the_prior_of_one_process(faces, tmp_path):  # noqa: F811
+def test_torchrun_trains_the_prior_of_one_process(faces, tmp_path):
     assert train_prior.main(prior_arguments(faces, tmp_path / "of_1", steps=4)) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, "DDNM/train_prior.py", *prior_arguments(faces, tmp_path / "of_2", steps=4)]
@@ -106,7 +76,7 @@ def test_torchrun_trains_the_prior_of_one_process(faces, tmp_path):  # noqa: F81
             assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), key
 
 
-def test_what_one_process_cannot_do_ends_them_all_with_a_line_each(faces, tmp_path):  # noqa: F811
+def test_what_one_process_cannot_do_ends_them_all_with_a_line_each(faces, tmp_path):
     for name, (command, arguments_of) in COMMANDS.items():
         arguments = arguments_of(faces, tmp_path / name)
         (tmp_path / name).write_text("a file, where the leading process needs a folder")
@@ -124,7 +94,7 @@ def test_the_parts_of_a_batch_are_the_batch():
         assert sorted(shares[0] + shares[1]) == sorted(batch)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(faces):  # noqa: F811
+def test_a_batch_that_cannot_be_shared_is_refused(faces):
     with pytest.raises(InputError, match="batch of 5 images cannot be shared evenly by 2"):
         make_loaders(faces, 32, 5, share=(0, 2))
 
@@ -178,7 +148,7 @@ def test_a_process_does_not_wait_forever_for_others_that_were_never_started(monk
     assert "\n" not in str(error.value)
 
 
-def test_two_processes_draw_the_pictures_of_one(assets, tmp_path, monkeypatch):  # noqa: F811
+def test_two_processes_draw_the_pictures_of_one(assets, tmp_path, monkeypatch):
     flags = ["--ni", "--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--base_rate"]
     monkeypatch.setattr(main, "SAMPLES", tmp_path)
     assert main.main([*flags, "--image_folder", "of_1"]) == 0

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_distributed import start_two
-from test_main import assets, tiny_spnn  # noqa: F401  (a fixture)
+from runs import start_two, tiny_spnn
 
 import evaluate
 from DDNM.guided_diffusion.edits import Edits
@@ -22,7 +21,7 @@ from utils import InputError
 
 
 @pytest.fixture
-def run(assets, tmp_path):  # noqa: F811
+def run(assets, tmp_path):
     def run(*flags: str, count: int = 3):
         arguments = ["--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--count", str(count)]
         arguments += ["--out", str(tmp_path / "out"), "--features", "judge", "--batch_size", "2", *flags]
@@ -97,7 +96,7 @@ def test_what_is_drawn_is_not_drawn_again_and_more_images_are_added(run, drawn, 
             run("--methods", "none", "--steps", "2", *flags)
 
 
-def test_an_input_that_changed_is_drawn_again(run, drawn, assets, tmp_path):  # noqa: F811
+def test_an_input_that_changed_is_drawn_again(run, drawn, assets, tmp_path):
     shutil.copytree(assets / "inputs", tmp_path / "inputs")
     flags = ["--methods", "none", "--steps", "2", "--batch_size", "1", "--path_y", str(tmp_path / "inputs")]
     run(*flags)
@@ -108,7 +107,7 @@ def test_an_input_that_changed_is_drawn_again(run, drawn, assets, tmp_path):  # 
     assert drawn == [1]
 
 
-def test_two_processes_draw_what_one_draws(run, assets, tmp_path):  # noqa: F811
+def test_two_processes_draw_what_one_draws(run, assets, tmp_path):
     flags = ["--methods", "none", "nlbp", "--steps", "2", "--batch_size", "1"]
     one = run(*flags)
     arguments = ["--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--count", "3"]

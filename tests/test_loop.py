@@ -1,6 +1,5 @@
 """Runs that are stopped or killed: nothing is lost, and what comes out is what an undisturbed run gives."""
 
-import csv
 import errno
 import functools
 import multiprocessing
@@ -14,84 +13,20 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from layout import write_layout
+from runs import CHAIN, COMMANDS, assert_same, outcome, spnn_arguments
 
 import loop
 import train
 import train_celeba
 import utils
-from checkpoints import read_weights
-from DDNM import train_prior
 from loop import Run, TrainingFailed, check_settings, load_state, locked, save_state, stop_signals
 from utils import InputError, Stopped, remove_temporaries, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE = 32
-CHAIN = [
-    ["PixelUnshuffleBlock", {"r": 4}],
-    ["ConvPINNBlock", {"in_ch": 48, "out_ch": 1, "hidden": 4, "feat_size": 8}],
-    ["PixelUnshuffleBlock", {"r": 2}],
-    ["ConvPINNBlock", {"in_ch": 4, "out_ch": 3, "hidden": 4, "feat_size": 4}],
-    ["PixelUnshuffleBlock", {"r": 4}],
-    ["ConvPINNBlock", {"in_ch": 48, "out_ch": 40, "hidden": 8, "feat_size": 1}],
-]
-SETTINGS = {
-    "layer_channels": CHAIN, "img_size": SIZE, "is_forward_train": True, "is_r_opt": True, "epoch": 2, "r_epoch": 1,
-    "batch_size": 4, "workers": 0, "warmup_steps": 2, "reweight_every": 2, "lr": 1e-3, "r_lr": 1e-3, "device": "cpu",
-    "diagnose_samples": 2, "save_every": 2,
-}  # fmt: skip
 RESULTS = ("best_model.pth", "best_model_r_opt_real.pth")
 TABLES = ("metrics_forward.csv", "metrics_r_opt.csv")
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory):
-    """30 pictures of 32x32 in CelebAMask-HQ's layout: 24 to train on, six batches per epoch."""
-    rng = np.random.default_rng(0)
-    pictures = [(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8), rng.integers(0, 2, 40)) for _ in range(30)]
-    return write_layout(tmp_path_factory.mktemp("faces"), pictures)
-
-
-def spnn_arguments(faces: Path, folder: Path, **changes) -> list[str]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    preset = folder.parent / f"{folder.name}.yml"
-    preset.write_text(yaml.safe_dump({**SETTINGS, **changes}))
-    return ["--config", str(preset), "--dataset_path", str(faces), "--checkpoint_dir", str(folder)]
-
-
-def prior_arguments(faces: Path, folder: Path, steps: int = 12, augment: float = 0.0) -> list[str]:
-    return [
-        "--images", str(faces), "--out", str(folder), "--img_size", str(SIZE), "--channels", "8,16", "--norm_groups",
-        "4", "--attention_size", "0", "--batch_size", "4", "--steps", str(steps), "--warmup", "1", "--log_every", "2",
-        "--save_every", "2", "--samples", "0", "--device", "cpu", "--threads", "1",
-        "--augment", str(augment), "--dropout", str(augment / 5),
-    ]  # fmt: skip
-
-
-COMMANDS = {"spnn": (train_celeba.main, spnn_arguments), "prior": (train_prior.main, prior_arguments)}
-
-
-def outcome(folder: Path) -> dict:
-    """What a run leaves: every weight, and the tables but for the time that was spent."""
-    found = {}
-    for path in sorted([*folder.glob("*.pth"), *folder.glob("*.safetensors")]):
-        if path.name != "train_state.pth":
-            found |= {f"{path.name}/{name}": tensor for name, tensor in read_weights(path).items()}
-    for path in sorted(folder.glob("*.csv")):
-        rows = csv.DictReader(open(path))
-        found[path.name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-    return found
-
-
-def assert_same(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys() and len(one) > 5
-    for name, value in one.items():
-        same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
-        assert same, name
 
 
 @pytest.fixture(scope="module")

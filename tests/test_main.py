@@ -2,7 +2,6 @@
 
 import csv
 import gc
-import json
 import logging
 import math
 import multiprocessing
@@ -22,17 +21,18 @@ import torch
 import yaml
 from helpers import landscape
 from PIL import Image
+from runs import figures_of, pictures, pixels, randomised, record_of, save_judge, tiny_prior, tiny_spnn
 
 import checkpoints
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
-from checkpoints import save_spnn, write_weights
+from checkpoints import save_spnn
 from data_loader import ATTRIBUTES
 from DDNM import main as reconstruct
 from DDNM.guided_diffusion import ddpm_layout, results
 from DDNM.guided_diffusion import inputs as inputs_module
 from DDNM.guided_diffusion.guidance import NLBP
 from DDNM.guided_diffusion.inputs import image_names
-from DDNM.guided_diffusion.prior import Prior, save_prior, small_unet
+from DDNM.guided_diffusion.prior import Prior, save_prior
 from DDNM.guided_diffusion.schedule import Schedule
 from judge import Judge
 from loop import locked
@@ -42,64 +42,6 @@ from utils import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("agreement", "judge_agreement", "prob_error", "psnr", "consistency", "lpips", "seconds", "steps", "seed")
-
-
-def randomised(module, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            fan = max(parameter[0].numel(), 1)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7 / fan**0.5)
-    return module.eval()
-
-
-def tiny_spnn(num_classes: int = 40) -> SPNN:
-    return randomised(
-        SPNN(
-            num_classes=num_classes,
-            img_size=16,
-            layer_channels=[
-                (PixelUnshuffleBlock, {"r": 4}),
-                (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 4}),
-                (PixelUnshuffleBlock, {"r": 4}),
-                (ConvPINNBlock, {"in_ch": 96, "out_ch": num_classes, "hidden": 8, "feat_size": 1}),
-            ],
-        )
-    )
-
-
-def tiny_prior(size: int = 16) -> Prior:
-    torch.manual_seed(0)
-    return Prior(small_unet(size, (4,), unshuffle=2, norm_groups=2, attention_size=0))
-
-
-def save_judge(path, judge, **notes):
-    write_weights(path, judge.state_dict())
-    path.with_suffix(".json").write_text(json.dumps({"architecture": judge.config(), **notes}))
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    """Weights, a config and three plain pictures: red, green and blue."""
-    folder = tmp_path_factory.mktemp("assets")
-    typical = [[-2.5, 3.5]] * 40
-    save_spnn(folder / "spnn.pth", tiny_spnn(), {"attributes": list(ATTRIBUTES), "typical_logits": typical})
-    save_prior(tiny_prior(), folder / "prior")
-    save_judge(folder / "judge.safetensors", randomised(Judge(40, 16, 4), 1), attributes=list(ATTRIBUTES))
-    (folder / "inputs").mkdir()
-    for name, colour in (("red", (220, 20, 20)), ("green", (20, 200, 20)), ("blue", (20, 20, 210))):
-        Image.new("RGB", (16, 16), colour).save(folder / "inputs" / f"{name}.png")
-    settings = {
-        "spnn": str(folder / "spnn.pth"),
-        "prior": str(folder / "prior"),
-        "judge": str(folder / "judge.safetensors"),
-        "steps": 3,
-        "nlbp_stop_cond": 0.02,
-        "lpips": False,
-        "device": "cpu",
-    }
-    (folder / "tiny.yml").write_text(yaml.safe_dump(settings))
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -134,23 +76,6 @@ def preset(assets, tmp_path):
         return path
 
     return preset
-
-
-def record_of(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def figures_of(folder, key="images"):
-    """The figures but for the time they took."""
-    return [{k: v for k, v in image.items() if k != "seconds"} for image in record_of(folder)[key]]
-
-
-def pixels(path):
-    return np.asarray(Image.open(path).convert("RGB")).astype(int)
-
-
-def pictures(folder):
-    return {str(path.relative_to(folder)): pixels(path) for path in folder.glob("*/*.png")}
 
 
 def refused(said, call, *arguments, **keywords):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_loop import assert_same, faces, outcome, spnn_arguments  # noqa: F401  (a fixture)
+from runs import assert_same, outcome, spnn_arguments
 
 import train
 import train_celeba
@@ -111,7 +111,7 @@ def test_recomputed_in_another_thread_w_is_solved_once(model, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(faces, tmp_path_factory):  # noqa: F811
+def trained(faces, tmp_path_factory):
     """Ends of one training: as it is, with recomputed activations, and in bf16, where no gradient is lost.
 
     What autocast converts without a gradient it would hand out again for a step that needs one, when the weights of
@@ -276,7 +276,7 @@ def test_a_convolution_as_a_product_is_the_same(form, kernel, size, is_product, 
 
 
 @pytest.mark.parametrize("epochs, asked", [(2, []), (3, [48])])  # 24 images and their mirror images
-def test_stage_2_asks_g_for_every_picture_once_where_that_pays(faces, tmp_path, monkeypatch, epochs, asked):  # noqa: F811
+def test_stage_2_asks_g_for_every_picture_once_where_that_pays(faces, tmp_path, monkeypatch, epochs, asked):
     computed, compared, honest, compute = [], [], train.natural_losses, train.CelebATrainer._known_logits
 
     def natural_losses(model, x, y, *rest):

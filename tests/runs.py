@@ -1,0 +1,199 @@
+"""Commands that several test files run: their small data, weights and flags, and what a run leaves."""
+
+import csv
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from layout import write_layout
+from PIL import Image
+
+import train_celeba
+from blocks import ConvPINNBlock, PixelUnshuffleBlock
+from checkpoints import read_weights, save_spnn, write_weights
+from data_loader import ATTRIBUTES
+from DDNM import main as reconstruct
+from DDNM import train_prior
+from DDNM.guided_diffusion.prior import Prior, save_prior, small_unet
+from judge import Judge
+from models import SPNN
+from utils import run_command
+
+SIZE = 32
+CHAIN = [
+    ["PixelUnshuffleBlock", {"r": 4}],
+    ["ConvPINNBlock", {"in_ch": 48, "out_ch": 1, "hidden": 4, "feat_size": 8}],
+    ["PixelUnshuffleBlock", {"r": 2}],
+    ["ConvPINNBlock", {"in_ch": 4, "out_ch": 3, "hidden": 4, "feat_size": 4}],
+    ["PixelUnshuffleBlock", {"r": 4}],
+    ["ConvPINNBlock", {"in_ch": 48, "out_ch": 40, "hidden": 8, "feat_size": 1}],
+]
+SETTINGS = {
+    "layer_channels": CHAIN, "img_size": SIZE, "is_forward_train": True, "is_r_opt": True, "epoch": 2, "r_epoch": 1,
+    "batch_size": 4, "workers": 0, "warmup_steps": 2, "reweight_every": 2, "lr": 1e-3, "r_lr": 1e-3, "device": "cpu",
+    "diagnose_samples": 2, "save_every": 2,
+}  # fmt: skip
+
+
+# --- Training ---
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """30 pictures of 32x32 in CelebAMask-HQ's layout: 24 to train on, six batches per epoch."""
+    rng = np.random.default_rng(0)
+    pictures = [(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8), rng.integers(0, 2, 40)) for _ in range(30)]
+    return write_layout(tmp_path_factory.mktemp("faces"), pictures)
+
+
+def spnn_arguments(faces: Path, folder: Path, **changes) -> list[str]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    preset = folder.parent / f"{folder.name}.yml"
+    preset.write_text(yaml.safe_dump({**SETTINGS, **changes}))
+    return ["--config", str(preset), "--dataset_path", str(faces), "--checkpoint_dir", str(folder)]
+
+
+def prior_arguments(faces: Path, folder: Path, steps: int = 12, augment: float = 0.0) -> list[str]:
+    return [
+        "--images", str(faces), "--out", str(folder), "--img_size", str(SIZE), "--channels", "8,16", "--norm_groups",
+        "4", "--attention_size", "0", "--batch_size", "4", "--steps", str(steps), "--warmup", "1", "--log_every", "2",
+        "--save_every", "2", "--samples", "0", "--device", "cpu", "--threads", "1",
+        "--augment", str(augment), "--dropout", str(augment / 5),
+    ]  # fmt: skip
+
+
+COMMANDS = {"spnn": (train_celeba.main, spnn_arguments), "prior": (train_prior.main, prior_arguments)}
+
+
+def outcome(folder: Path) -> dict:
+    """What a run leaves: every weight, and the tables but for the time that was spent."""
+    found = {}
+    for path in sorted([*folder.glob("*.pth"), *folder.glob("*.safetensors")]):
+        if path.name != "train_state.pth":
+            found |= {f"{path.name}/{name}": tensor for name, tensor in read_weights(path).items()}
+    for path in sorted(folder.glob("*.csv")):
+        rows = csv.DictReader(open(path))
+        found[path.name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return found
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys() and len(one) > 5
+    for name, value in one.items():
+        same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        assert same, name
+
+
+# --- Reconstruction ---
+
+
+def randomised(module, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan = max(parameter[0].numel(), 1)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7 / fan**0.5)
+    return module.eval()
+
+
+def tiny_spnn(num_classes: int = 40) -> SPNN:
+    return randomised(
+        SPNN(
+            num_classes=num_classes,
+            img_size=16,
+            layer_channels=[
+                (PixelUnshuffleBlock, {"r": 4}),
+                (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 4}),
+                (PixelUnshuffleBlock, {"r": 4}),
+                (ConvPINNBlock, {"in_ch": 96, "out_ch": num_classes, "hidden": 8, "feat_size": 1}),
+            ],
+        )
+    )
+
+
+def tiny_prior(size: int = 16) -> Prior:
+    torch.manual_seed(0)
+    return Prior(small_unet(size, (4,), unshuffle=2, norm_groups=2, attention_size=0))
+
+
+def save_judge(path, judge, **notes):
+    write_weights(path, judge.state_dict())
+    path.with_suffix(".json").write_text(json.dumps({"architecture": judge.config(), **notes}))
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """Weights, a config and three plain pictures: red, green and blue."""
+    folder = tmp_path_factory.mktemp("assets")
+    typical = [[-2.5, 3.5]] * 40
+    save_spnn(folder / "spnn.pth", tiny_spnn(), {"attributes": list(ATTRIBUTES), "typical_logits": typical})
+    save_prior(tiny_prior(), folder / "prior")
+    save_judge(folder / "judge.safetensors", randomised(Judge(40, 16, 4), 1), attributes=list(ATTRIBUTES))
+    (folder / "inputs").mkdir()
+    for name, colour in (("red", (220, 20, 20)), ("green", (20, 200, 20)), ("blue", (20, 20, 210))):
+        Image.new("RGB", (16, 16), colour).save(folder / "inputs" / f"{name}.png")
+    settings = {
+        "spnn": str(folder / "spnn.pth"),
+        "prior": str(folder / "prior"),
+        "judge": str(folder / "judge.safetensors"),
+        "steps": 3,
+        "nlbp_stop_cond": 0.02,
+        "lpips": False,
+        "device": "cpu",
+    }
+    (folder / "tiny.yml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def record_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def figures_of(folder, key="images"):
+    """The figures but for the time they took."""
+    return [{k: v for k, v in image.items() if k != "seconds"} for image in record_of(folder)[key]]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def pictures(folder):
+    return {str(path.relative_to(folder)): pixels(path) for path in folder.glob("*/*.png")}
+
+
+# --- Processes ---
+
+
+def member(rank: int, port: int, command, arguments: list[str], samples: Path, errors: Path) -> None:
+    """A process of a run of two, with the variables that torchrun sets."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    reconstruct.SAMPLES, sys.stderr = samples, open(errors / f"{rank}.txt", "w", buffering=1)
+    run_command(lambda: command(arguments))
+
+
+def start_two(command, arguments: list[str], folder: Path) -> tuple[list[int], list[str]]:
+    """Exit status and last line of each of two processes; results of DDNM/main.py go below ``folder``."""
+    context = multiprocessing.get_context("forkserver")  # everything is imported once
+    context.set_forkserver_preload(["train_celeba", "train_operator", "DDNM.main", "DDNM.train_prior"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    started = [context.Process(target=member, args=(i, port, command, arguments, folder, folder)) for i in (0, 1)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(900)
+        process.kill()
+    last = [(folder / f"{rank}.txt").read_text().strip().rpartition("\n")[2] for rank in (0, 1)]
+    return [process.exitcode for process in started], last
