@@ -20,6 +20,7 @@ from DDNM.guided_diffusion.guidance import (
     Switched,
     Unguided,
     guide,
+    noise_brought,
     predict_x0,
     unit,
 )
@@ -173,15 +174,36 @@ def test_noise_in_the_target_follows_ddnm_plus(noise, sigma):
     torch.testing.assert_close(covariance, sigma**2 * torch.eye(48, dtype=z.dtype), rtol=0, atol=1e-6 * sigma)
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.02, 1.5])
 @torch.no_grad()
-def test_knowing_the_noise_helps():
+def test_back_projection_is_no_stronger_than_the_noise_it_brings_in_allows(sigma):
+    """Exactly as strong as DDNM+ with a linear operator, image by image with a network."""
+    operator, a, z = make_operator("sr4", (3, 8, 8)), torch.tensor(0.8), torch.zeros(2, 3, 8, 8)
+    x, y = torch.randn(2, 3, 8, 8), torch.randn(2, *operator.out_shape)
+    torch.testing.assert_close(noise_brought(operator, y, 0.3), torch.full((2,), 0.3 / operator.gain))
+    rule = NLBP(1.0, 1.0, nlbp_stop_cond=0.0, max_move=None, noise=0.3)
+    found = [r.towards(operator, y)(Denoiser(gaussian_prior, False), x, 500).settle(z, a, torch.tensor(sigma))[0]
+             for r in (rule, Linear(0.3))]  # fmt: skip
+    torch.testing.assert_close(*found)
+    model, rule, sigma = SPNNOperator(tiny_spnn()), dataclasses.replace(rule, max_move=0.1), torch.tensor(sigma)
+    x, y = images(3), logits(3)
+    together, alone = (rule.towards(model, y[i])(Denoiser(gaussian_prior), x[i], 500).settle(None, a, sigma)[0]
+                       for i in (slice(None), slice(1, 2)))  # fmt: skip
+    torch.testing.assert_close(together[1:2], alone)
+    apart = (together - Denoiser(gaussian_prior)(x, 500)[0]).abs().max()
+    assert apart > 1e-3 if sigma > 0 else apart < 1e-4
+
+
+@pytest.mark.parametrize("told", [Linear, partial(NLBP, 1.0, 1.0, 600, 0.0, None, 0)])
+@torch.no_grad()
+def test_knowing_the_noise_helps(told):
     """Half the error that a target with noise leaves where it is taken at its word."""
     operator, truth = make_operator("sr2", (3, 8, 8)), images(4, seed=3) * 0.3
     y = operator.A(truth) + 0.5 * torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(5))
     errors = []
     for noise in (0.0, 0.5):
         generators = [image_generator(0, name) for name in "abcd"]
-        drawn = sample(gaussian_prior, generators, CPU, operator, y, Linear(noise), steps=50)
+        drawn = sample(gaussian_prior, generators, CPU, operator, y, told(noise), steps=50)
         errors.append((operator.A(drawn) - operator.A(truth)).square().mean().item())
     assert errors[1] < errors[0] / 2
 

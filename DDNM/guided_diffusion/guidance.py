@@ -126,6 +126,8 @@ class NLBP(Once):
         max_move: lambda is halved, at most `HALVINGS` times, until the image moves by at most this (root mean square);
             if it still moves further, the image is left alone. None: no limit.
         last_bp_step: no back-projection at steps below this one: the prior alone finishes the picture. 0: to the end.
+        noise: standard deviation of what the target has, in its unit. Then, as DDNM+ does (`Linear`), a step is no
+            stronger than the noise that it brings into ``x_next = a x0' + c eps + sigma z`` allows: to ``sigma``.
     """
 
     lambda1: float = 1.0
@@ -134,27 +136,45 @@ class NLBP(Once):
     nlbp_stop_cond: float = 0.11
     max_move: float | None = 0.15
     last_bp_step: int = 0
+    noise: float = 0.0
 
     def towards(self, operator: Operator, y: Tensor) -> Steer:
         move = operator.towards(y)
+        brought = noise_brought(operator, y, self.noise) if self.noise else None  # (B,), by lambda = 1
 
         def steer(denoise: Denoiser, x: Tensor, t: int) -> Denoised:
             x0, eps = denoise(x, t)
-            if t >= self.last_bp_step:
-                strength = self.lambda1 if t < self.min_bp_step else self.lambda2
-                project = move(x0)
-                far = operator.distance(project.y, y) > self.nlbp_stop_cond  # (B,)
-                x0 = guide(project, x0, far, strength, self.max_move, denoise.in_range)
-            return Denoised(x0, eps)
+            if t < self.last_bp_step:
+                return Denoised(x0, eps)
+            strength = self.lambda1 if t < self.min_bp_step else self.lambda2
+            project = move(x0)
+            far = operator.distance(project.y, y) > self.nlbp_stop_cond  # (B,)
+
+            def moved(strength: float | Tensor) -> Tensor:
+                return guide(project, x0, far, strength, self.max_move, denoise.in_range)
+
+            if brought is None:
+                return Denoised(moved(strength), eps)
+            return Denoised(x0, eps, settle=lambda z, a, sigma: (moved((sigma / (a * brought)).clamp(max=strength)), z))
 
         return steer
+
+
+def noise_brought(operator: Operator, y: Tensor, noise: float) -> Tensor:
+    """How much of a target's noise back-projection brings into an image, (B,): ``|A+(y + noise z) - A+ y| / |z|``.
+
+    That is its standard deviation in each direction that A measures; for a linear A with one singular value ``gain``
+    it is ``noise / gain``, whatever z is.
+    """
+    z = torch.randn(y.shape[1:], generator=torch.Generator().manual_seed(0)).to(y)
+    return (operator.pinv(y + noise * z) - operator.pinv(y)).flatten(1).norm(dim=1) / z.norm()
 
 
 def guide(
     project: Move,
     x0: Tensor,
     far: Tensor,
-    strength: float,
+    strength: float | Tensor,
     max_move: float | None,
     in_range: Callable[[Tensor], Tensor] = lambda x: x.clamp(-1, 1),
 ) -> Tensor:
@@ -165,7 +185,7 @@ def guide(
 
     Args:
         project: the back-projection of x0.
-        strength: lambda. max_move: see `NLBP`.
+        strength: lambda, a number or one per image, (B,). max_move: see `NLBP`.
 
     Returns:
         x0', (B, 3, H, W).
@@ -177,7 +197,8 @@ def guide(
     for halving in range(HALVINGS + 1):
         if len(images) == 0:
             break
-        proposed = in_range(project(strength / 2**halving, images))
+        part = strength[images] if isinstance(strength, Tensor) else strength
+        proposed = in_range(project(part / 2**halving, images))
         distance = (proposed - x0[images]).square().mean(dim=(1, 2, 3)).sqrt()
         accepted = distance <= max_move  # never for NaN
         moved[images[accepted]] = proposed[accepted]
@@ -316,7 +337,7 @@ class Switched:
 RULES: dict[str, Callable[["RuleSettings"], Guidance]] = {
     "none": lambda s: Unguided(),
     "nlbp": lambda s: NLBP(
-        s.lambda1, s.lambda2, s.min_bp_step, s.nlbp_stop_cond, s.max_move if s.max_move else None, s.last_bp_step
+        s.lambda1, s.lambda2, s.min_bp_step, s.nlbp_stop_cond, s.max_move or None, s.last_bp_step, s.noise
     ),
     "gradient": lambda s: Gradient(s.gradient_scale),
     "clean_gradient": lambda s: Gradient(0.0, s.clean_scale),
@@ -354,7 +375,9 @@ class RuleSettings:
     )
     clean_scale: float = option(0.1, "clean_gradient: step of the gradient on x0", 0, 100)
     mean_scale: float = option(0.005, "tfg: step of its gradient on x0", 0, 100)
-    noise: float = option(0.0, "linear: the target's noise, standard deviation for images in [-1, 1] (DDNM+)", 0, 10)
+    noise: float = option(
+        0.0, "nlbp, linear: the target's noise, standard deviation for images in [-1, 1] (DDNM+)", 0, 10
+    )
     recurrences: int = option(2, "freedom, tfg: how often a step is made between the next two", 1, 100)
     recur_from: int = option(700, "freedom, tfg: from below this step ...", 0, 1000)
     recur_to: int = option(300, "freedom, tfg: ... down to this one", 0, 1000)
