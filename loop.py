@@ -334,6 +334,7 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
             raise
         raise InputError("another process of this run has ended; what it said is the reason") from None
     finally:
+        time.sleep(0.1)  # gloo's thread may still drop a tensor, for which it takes the GIL: a deadlock in torch 2.4
         distributed.destroy_process_group()
 
 
