@@ -349,7 +349,9 @@ class Activation(Bijection):
 
     def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
         """log |f'(x)|, with y = f(x) at hand."""
-        return torch.func.vjp(self.f, x)[1](torch.ones_like(x))[0].abs().log()
+        with torch.inference_mode(False):  # with torch 2.4 a derivative in inference mode is 0
+            x = x.clone() if x.is_inference() else x
+            return torch.func.vjp(self.f, x)[1](torch.ones_like(x))[0].abs().log()
 
     def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, None]:
         y = self.f(at_least_float32(x))
