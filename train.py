@@ -58,6 +58,7 @@ class Settings:
     )
     weight_decay: float = option(0.0, "of convolutions and matrices in stage 1", 0)
     augment: float = option(0.0, "how far training pictures are shifted, scaled, turned and lit: 0 to 1", 0, 1)
+    teach: float = option(0.7, "what the --teachers' answers count in the targets; labels are the rest", 0, 1)
     reweight_every: int = option(100, "steps between two updates of the attributes' weights; 0: all weigh the same", 0)
     r_epoch: int = option(50, "epochs of stage 2", 1)
     r_lr: float = option(1e-4, "learning rate of stage 2", 0)
@@ -147,15 +148,15 @@ def class_weights(labels: Tensor, balance: float) -> Tensor:
 
 
 def bce_by_attribute(logits: Tensor, labels: Tensor, classes: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy of each attribute, averaged over the batch: (B, d), (B, d) in {0, 1} -> (d,).
+    """Binary cross-entropy of each attribute, averaged over the batch: (B, d), (B, d) in [0, 1] -> (d,).
 
     Args:
         classes: `class_weights`; None: all 1.
     """
-    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    if classes is not None:
-        losses = losses * torch.lerp(classes[0], classes[1], labels)
-    return losses.mean(0)
+    absent, present = (None, None) if classes is None else classes
+    return F.binary_cross_entropy_with_logits(
+        logits, labels, weight=absent, pos_weight=None if classes is None else present / absent, reduction="none"
+    ).mean(0)
 
 
 def right_inverse_error(model: SPNN, x: Tensor, y: Tensor) -> Tensor:
@@ -273,6 +274,9 @@ class CelebATrainer:
             part of every batch.
         attributes: names of the d labels.
         notes: what else goes into config.json.
+        teachers: classifiers, images -> logits (B, d), whose mean probability is part of stage 1's targets: what they
+            are unsure of teaches more than a label (Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a
+            Neural Network").
     """
 
     model: SPNN
@@ -282,6 +286,7 @@ class CelebATrainer:
     run: Run
     attributes: Sequence[str]
     notes: dict = field(default_factory=dict)
+    teachers: Sequence[nn.Module] = ()
 
     def train_forward(self) -> Path:
         """Stage 1. Returns the checkpoint of the lowest validation loss, `FORWARD_CHECKPOINT`.
@@ -313,6 +318,7 @@ class CelebATrainer:
         def one_step(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
             x, labels = self._on_device((x, labels))
             x = augmented(x, settings.augment)
+            labels = self._taught(x, labels)
             with self._naming(x, labels):
                 return step(model.train(), optimizer, lambda: parallel(x, labels), settings, run.device)
 
@@ -399,6 +405,15 @@ class CelebATrainer:
         if self.settings.balance == 0:
             return None
         return class_weights(labels_of(self.train), self.settings.balance).to(self.run.device)
+
+    @torch.no_grad()
+    def _taught(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The targets: labels (B, d), and what the teachers say of these very pictures."""
+        if not self.teachers:
+            return labels
+        with networks_in(self.settings.precision, self.run.device):
+            answers = torch.stack([teacher(x).float().sigmoid() for teacher in self.teachers])  # (n, B, d)
+        return labels.lerp(answers.mean(0), self.settings.teach)
 
     def _on_device(self, batch: Batch) -> Batch:
         return tuple(part.to(self.run.device, non_blocking=True) for part in batch)

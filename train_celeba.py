@@ -21,6 +21,7 @@ from data_loader import ATTRIBUTES, FaceLoader, Loaders, download_dataset, make_
 from DDNM.guided_diffusion.edits import contradictions
 from diagnostics import diagnose, format_table
 from images import grid, save_image
+from judge import Judge, load_judge
 from logger import get_logger
 from loop import DONE, Run, check_settings, open_run, outlive_stop_signals
 from models import SPNN
@@ -64,6 +65,7 @@ class Task:
     scale_bound: float = option(2.0, "bound of its log-scales", 1e-6)
     batch_size: int = option(256, "images per step, over all processes", 1, LARGEST_BATCH)
     seed: int = option(0, "of weights, order and mirroring", 0, LARGEST_SEED)
+    teachers: tuple[str, ...] = option((), "weights of classifiers of judge.py, from whose answers g learns as well")
 
     def build(self, layer_channels: list | None) -> SPNN:
         """A fresh SPNN. Raises InputError if the architecture does not fit."""
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         settings = replace(settings, precision=machine.precision or usual_precision(run.state, run.device))
         forward = task.is_forward_train and stage in (None, "forward")
-        model, loaders = prepare(task, settings, machine, chain, run, forward)
+        model, teachers, loaders = prepare(task, settings, machine, chain, run, forward)
         splits = {f"images in its {name} split": len(each.dataset) for name, each in loaders._asdict().items()}
         if run.state is not None:
             check_settings(run.state["settings"], splits, folder)
@@ -146,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 model.pinn.checkpoint_activations = True
             if machine.compile:
                 compile_networks(inner_networks(model), run.device)
-            return CelebATrainer(model, loaders.train, loaders.val, settings, run, ATTRIBUTES, notes)
+            return CelebATrainer(model, loaders.train, loaders.val, settings, run, ATTRIBUTES, notes, teachers)
 
         if forward:
             log.info("stage 1: %d epochs of %d steps on %s", settings.epoch, len(loaders.train), run.device)
@@ -179,8 +181,11 @@ def usual_precision(state: dict | None, device: torch.device) -> str:
 
 def prepare(
     task: Task, settings: Settings, machine: Machine, chain: list | None, run: Run, forward: bool
-) -> tuple[SPNN, Loaders]:
-    """The model of the stage to begin with, and the data. Raises InputError if a stage cannot run in the folder."""
+) -> tuple[SPNN, list[Judge], Loaders]:
+    """The model of the stage to begin with, its teachers, and the data.
+
+    Raises InputError if a stage cannot run in the folder.
+    """
     file = run.folder / FORWARD_CHECKPOINT
     if run.state is None and forward and file.exists() and not machine.overwrite:
         raise InputError(f"{file} exists; give --overwrite or another --checkpoint_dir")
@@ -192,6 +197,7 @@ def prepare(
     model = task.build(chain) if forward else SPNN.from_pretrained(file)
     if task.img_size not in (None, model.img_size):
         raise InputError(f"{file} takes {model.img_size}x{model.img_size} images, but --img_size is {task.img_size}")
+    teachers = load_teachers(task.teachers, model, run.device) if forward else []
     with run.world.leader_first():  # it downloads, and builds the cache
         loaders = make_loaders(
             machine.dataset_path if machine.dataset_path is not None else download_dataset(),
@@ -206,7 +212,19 @@ def prepare(
         )
     for loader in loaders:
         loader.worker_init_fn = outlive_stop_signals
-    return model, loaders
+    return model, teachers, loaders
+
+
+def load_teachers(files: Sequence[str], model: SPNN, device: torch.device) -> list[Judge]:
+    """Classifiers of the model's pictures and attributes. Raises InputError if one is missing or of others."""
+    teachers = [load_judge(file).requires_grad_(False) for file in files]
+    for file, teacher in zip(files, teachers, strict=True):
+        if (teacher.img_size, teacher.num_classes) != (model.img_size, model.num_classes):
+            raise InputError(
+                f"--teachers {file}: tells {teacher.num_classes} attributes of {teacher.img_size}x{teacher.img_size} "
+                f"images, but {model.num_classes} of {model.img_size}x{model.img_size} are trained"
+            )
+    return [teacher.to(device, memory_format=torch.channels_last) for teacher in teachers]
 
 
 def report(run: Run, model: SPNN, loader: FaceLoader, samples: int, stage: str) -> None:

@@ -322,12 +322,33 @@ def test_class_weights_average_to_one_and_at_one_make_both_classes_count_alike()
 
 
 def test_the_classification_loss_is_averaged_by_attribute_and_takes_class_weights():
-    logits, labels = torch.randn(8, 3), torch.randint(2, (8, 3)).float()
+    logits, labels = torch.randn(8, 3), torch.rand(8, 3)  # a teacher's answers are not 0 or 1
     classes = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    each = F.softplus(torch.where(labels > 0, -logits, logits))
-    assert torch.allclose(bce_by_attribute(logits, labels), each.mean(0))
-    expected = torch.where(labels > 0, classes[1] * each, classes[0] * each).mean(0)
+    present, absent = labels * F.softplus(-logits), (1 - labels) * F.softplus(logits)
+    assert torch.allclose(bce_by_attribute(logits, labels), (present + absent).mean(0))
+    expected = (classes[1] * present + classes[0] * absent).mean(0)
     assert torch.allclose(bce_by_attribute(logits, labels, classes), expected)
+
+
+def test_teachers_answers_are_part_of_stage_1s_targets(tmp_path):
+    sure, unsure = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)) for _ in range(2))
+    with torch.no_grad():
+        for parameter in (*sure.parameters(), *unsure.parameters()):
+            parameter.zero_()
+        sure[1].bias.fill_(50.0)  # 1, and the other says 0.5 of everything
+
+    def rows(folder: str, **settings) -> list[dict]:
+        run = trainer(tiny_spnn(), tmp_path / folder, epoch=1, lr=0.0, reweight_every=0, **settings)
+        run.teachers = (sure, unsure)
+        run.train_forward()
+        return list(csv.DictReader(open(tmp_path / folder / "metrics_forward.csv")))
+
+    model, (x, labels) = tiny_spnn(), data(12).tensors
+    for teach in (0.0, 0.5, 1.0):
+        (row,) = rows(f"{teach}", teach=teach)
+        targets = labels + teach * (0.75 - labels)
+        expected = F.binary_cross_entropy_with_logits(model(x), targets, reduction="none").mean(0).sum()
+        assert float(row["train_bce"]) == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_only_weights_of_convolutions_decay():

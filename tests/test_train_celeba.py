@@ -11,11 +11,12 @@ from layout import write_layout
 from PIL import Image
 
 import train_celeba
-from checkpoints import read_weights
+from checkpoints import read_weights, write_weights
 from data_loader import ATTRIBUTES
+from judge import Judge
 from models import SPNN
 from train_celeba import main
-from utils import InputError, run_command
+from utils import InputError, run_command, write_json
 
 CHAIN = [
     ["PixelUnshuffleBlock", {"r": 4}],
@@ -107,6 +108,19 @@ def test_stage_2_needs_stage_1_of_its_own_size(finished, faces, tmp_path):
     with pytest.raises(InputError, match="takes 16x16 images, but --img_size is 8"):
         main(["--config", config, "--dataset_path", str(faces), "--checkpoint_dir", str(finished), "--is_r_opt"])
     assert before == {path.name: path.read_bytes() for path in finished.glob("*.pth")}
+
+
+def test_it_learns_from_teachers_of_its_own_size(finished, faces, tmp_path):
+    for size in (16, 8):
+        file = tmp_path / f"teacher_{size}.safetensors"
+        teacher = Judge(40, size, width=4)
+        write_weights(file, teacher.state_dict(), torch.float32)
+        write_json(file.with_suffix(".json"), {"architecture": teacher.config()})
+    with pytest.raises(InputError, match=r"teacher_8.safetensors: tells 40 attributes of 8x8 images, but 40 of 16x16"):
+        run(faces, tmp_path, "--is_forward_train", "--teachers", str(file))
+    assert run(faces, tmp_path, "--is_forward_train", "--teachers", str(tmp_path / "teacher_16.safetensors")) == 0
+    one, other = (read_weights(folder / "best_model.pth") for folder in (finished, tmp_path / "run"))
+    assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_training_that_fails_is_one_line_and_status_2(faces, tmp_path, capsys):
