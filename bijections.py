@@ -27,13 +27,13 @@ from blocks import (
     PixelUnshuffleBlock,
     Surjection,
     at_least_float32,
-    check_positive,
     exact,
     is_transformed,
     no_volume,
 )
 from fixed_point import Banach, FixedPoint, norm
 from networks import UNSTEADY, full_precision, in_training
+from utils import check_positive
 
 Shape = tuple[int, ...]  # of one image, without B: (C,), (C, L), (C, H, W) or (C, D, H, W)
 Completed = tuple[Tensor, Tensor | None, Tensor]  # y, z and log |det|, (B,)

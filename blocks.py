@@ -9,19 +9,16 @@ Letters: B batch, C channels, H and W size; x input, y output, z a latent, u a m
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from numbers import Real
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.checkpoint import checkpoint
 
 from networks import ConvMLP, Layer, any_size, located, pointwise, unet
+from utils import check_positive, sides
 
 Shape = tuple[int, int, int]  # (C, H, W)
 
@@ -43,26 +40,7 @@ def exact(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
-def check_whole(owner: str, **values: object) -> None:
-    """Refuse what is no whole number, by name: settings come from files."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise ValueError(f"{owner}: {name} must be a whole number, got {value!r}")
-
-
-def check_positive(owner: str, whole: bool = False, most: float = math.inf, **values: object) -> None:
-    """Refuse what is no positive, finite number of at most ``most``, or no ``whole`` one, by name."""
-    for name, value in values.items():
-        if whole:
-            check_whole(owner, **{name: value})
-        if not isinstance(value, Real) or not 0 < value <= most or value == math.inf:
-            limit = "" if most == math.inf else f" and at most {most}"
-            raise ValueError(f"{owner}: {name} must be positive{limit}, got {value!r}")
-
-
 # --- Orthogonal mixing -----------------------------------------------------------------------------------------------
-
-_solved: ContextVar[dict["Mixing", "Kept"] | None] = ContextVar("solved", default=None)  # of this thread alone
 
 
 def _mark_as_changed(optimizer: torch.optim.Optimizer, *_) -> None:
@@ -74,64 +52,6 @@ def _mark_as_changed(optimizer: torch.optim.Optimizer, *_) -> None:
 
 
 register_optimizer_step_post_hook(_mark_as_changed)
-
-
-@contextmanager
-def solved_once() -> Iterator[None]:
-    """Solve every mixing matrix at most once inside the block, gradients included.
-
-    For code that uses g and g' several times between two changes of the weights, as a training step does. Gradients
-    may be taken once. Nested blocks share the outermost one's matrices; threads share none.
-    """
-    outermost = not torch.compiler.is_compiling() and _solved.get() is None  # compiled code keeps nothing
-    if outermost:
-        token = _solved.set({})
-    try:
-        yield
-    finally:
-        if outermost:
-            _solved.reset(token)
-
-
-class _GoingOn:
-    """A context, for any number of entries, that goes on with a `solved_once` block's matrices in whichever thread."""
-
-    def __init__(self, solved: dict["Mixing", "Kept"] | None):
-        self.solved, self.tokens = solved, []
-
-    def __enter__(self) -> None:
-        self.tokens.append(_solved.set(self.solved))
-
-    def __exit__(self, *_) -> None:
-        _solved.reset(self.tokens.pop())
-
-
-def recomputed(block: nn.Module, method: Callable, *arguments):
-    """``method(*arguments)`` of a block, for whose gradient the backward pass computes again what is inside, but W."""
-    with solved_once():
-        for mixing in block.modules():
-            if isinstance(mixing, Mixing):
-                mixing.factors()
-        contexts = nullcontext(), _GoingOn(_solved.get())
-        return checkpoint(method, *arguments, use_reentrant=False, context_fn=lambda: contexts)
-
-
-class Kept(NamedTuple):
-    """The factors of W, and which weights they were made from."""
-
-    weight: Tensor
-    data: Tensor  # the weights' memory: while it is held, no other weights can have its address
-    state: tuple
-    factors: tuple[Tensor, ...]
-
-    @staticmethod
-    def state_of(weight: Tensor) -> tuple:
-        """What changes when the weights do, known without reading them."""
-        memory = weight.untyped_storage()._cdata, weight.storage_offset()  # fake tensors have no data_ptr
-        return memory, weight.stride(), weight.dtype, weight.device, weight._version
-
-    def holds(self, weight: Tensor) -> bool:
-        return self.weight is weight and self.state == self.state_of(weight)
 
 
 def is_transformed() -> bool:
@@ -150,75 +70,26 @@ def _is_passing(weight: Tensor) -> bool:
 class Mixing(nn.Module):
     """A learned orthogonal matrix W over the channels of x: ``forward`` is ``W x``, ``inverse`` is ``W^T x``.
 
-    W follows from the parameter by some work (a linear solve), so it is kept: with its gradient for the length of a
-    `solved_once` block, without one until the weights change, by whatever torch counts as a change. After writing to
-    ``weight.data`` in place, behind torch's back, call ``model.train()`` or ``model.eval()``.
-
     W is made and applied in float64, which no autocast and no TF32 rounds: rounding W to ten bits breaks
     ``W^T W = I``. Next to the networks of a block that costs little.
     """
 
-    weight_name: str
-
-    def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """What applying W needs, in float64, from the parameter."""
+    def product(self, x: Tensor, transpose: bool) -> Tensor:
+        """W x or W^T x for x of shape (..., C), in float64."""
         raise NotImplementedError
 
-    def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
-        """W x or W^T x for x of shape (..., C)."""
-        raise NotImplementedError
-
-    def factors(self) -> tuple[Tensor, ...]:
-        """The factors of W for the weights as they are now."""
-        weight = getattr(self, self.weight_name)
-        if _is_passing(weight):
-            return self._factors(weight)
-        solved, with_graph = _solved.get(), torch.is_grad_enabled() and weight.requires_grad
-        kept = None if solved is None else solved.get(self)
-        if not with_graph and (kept is None or not kept.holds(weight)):
-            kept = self.__dict__.get("_kept")
-        if kept is not None and kept.holds(weight):
-            return kept.factors
-        # tensors made in inference mode could not serve a later forward that records gradients
-        with torch.inference_mode(False), torch.set_grad_enabled(with_graph):
-            kept = Kept(weight, weight.detach(), Kept.state_of(weight), self._factors(weight))
-        self.forget()
-        if not with_graph:
-            self.__dict__["_kept"] = kept
-        elif solved is not None:
-            solved[self] = kept
-        return kept.factors
-
-    def forget(self) -> None:
-        self.__dict__.pop("_kept", None)
-
-    def train(self, mode: bool = True) -> "Mixing":
-        self.forget()
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs) -> "Mixing":
-        self.forget()
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
-
-    def _mix(self, x: Tensor, transpose: bool) -> Tensor:
+    def forward(self, x: Tensor, transpose: bool = False) -> Tensor:
+        """``W x``, or ``W^T x``, over dimension 1 of x, (B, C, ...) -> (B, C, ...)."""
         with torch.autocast("mps", enabled=False) if x.device.type == "mps" else nullcontext():
-            y = self._apply_factors(exact(x).movedim(1, -1), self.factors(), transpose)  # (B, ..., C)
+            y = self.product(exact(x).movedim(1, -1), transpose)  # (B, ..., C)
         return y.movedim(-1, 1).to(at_least_float32(x).dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``W x`` over dimension 1 of x, (B, C, ...) -> (B, C, ...)."""
-        return self._mix(x, transpose=False)
-
     def inverse(self, u: Tensor) -> Tensor:
-        """``W^T u`` over dimension 1 of u, (B, C, ...) -> (B, C, ...)."""
-        return self._mix(u, transpose=True)
+        return self(u, transpose=True)
 
     def matrix(self) -> Tensor:
         """W itself, (C, C): the oracle of the tests, not used by the network."""
-        weight = getattr(self, self.weight_name)
+        (weight,) = self.parameters()
         return self(torch.eye(weight.shape[-1], dtype=at_least_float32(weight).dtype, device=weight.device)).T
 
 
@@ -243,28 +114,11 @@ def cayley(b: Tensor) -> Tensor:
     return w
 
 
-class _Cayley(torch.autograd.Function):
-    """`cayley`, with a gradient in the precision of B, by two products: ``dW = -2 M dA M``, ``M = (W + I) / 2``."""
-
-    @staticmethod
-    def forward(ctx, b: Tensor) -> Tensor:
-        w = cayley(b)
-        ctx.save_for_backward(b, w)
-        return w
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        b, w = ctx.saved_tensors
-        m = (w.to(b.dtype).T + torch.eye(len(b), dtype=b.dtype, device=b.device)) / 2
-        by_skew = m @ gradient.to(b.dtype) @ m
-        return 2 * _shrunk(b).to(b.dtype) * (by_skew.T - by_skew)
-
-
 class _ApplyCayley(torch.autograd.Function):
-    """``u = W x`` for x of shape (..., C), with the gradient of B by vectors alone, in the precision of B.
+    """``u = W x`` for x of shape (..., C) and a constant W, with the gradient of B in the precision of B.
 
-    From ``du = -2 M dA M x`` and ``M = (W + I) / 2``: with ``d = W^T du``, ``dA = -(du + d) (u + x)^T / 2``. A product
-    of two C x C matrices less per use than by way of dW, which only a second derivative asks for.
+    From ``du = -2 M dA M x`` and ``M = (W + I) / 2``: with ``d = W^T du``, ``dA = -(du + d) (u + x)^T / 2``, which has
+    no product of two C x C matrices.
     """
 
     @staticmethod
@@ -276,6 +130,7 @@ class _ApplyCayley(torch.autograd.Function):
     @staticmethod
     def backward(ctx, du: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, b, w = ctx.saved_tensors
+        w = cayley(b) if torch.is_grad_enabled() else w  # a second derivative asks how W follows from B
         w = w.T if ctx.transpose else w
         u, dx = F.linear(x, w), F.linear(du, w.T)
         left, right = ((part / 2).reshape(-1, len(b)).to(b.dtype) for part in (du + dx, u + x))
@@ -289,25 +144,42 @@ class _ApplyCayley(torch.autograd.Function):
 class CayleyMixing(Mixing):
     """``W = (I + A)^-1 (I - A)`` with ``A = B - B^T``, B unconstrained, (C, C) and zero at first (W = I).
 
-    W is orthogonal for every finite B, whatever a step that diverges has left (see `cayley`).
+    W is orthogonal for every finite B, whatever a step that diverges has left (see `cayley`). The published weights
+    were trained with ``(1 + 1e-6) I + A`` on the left, which is orthogonal to 1e-6 only; W agrees with it to rounding.
 
-    The published weights were trained with ``(1 + 1e-6) I + A`` on the left, which is orthogonal to 1e-6 only; the
-    exact transform agrees with it to rounding.
+    W is kept until the weights change, by whatever torch counts as a change. After writing to ``weight.data`` in place,
+    behind torch's back, call ``model.train()`` or ``model.eval()``.
     """
-
-    weight_name = "A_unconstrained"
 
     def __init__(self, channels: int):
         super().__init__()
         self.A_unconstrained = nn.Parameter(torch.zeros(channels, channels))
 
-    def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
-        return (cayley(weight) if _is_passing(weight) else _Cayley.apply(weight),)
+    def solved(self) -> Tensor:
+        """W for the weights as they are now, (C, C), solved once for them; it records no gradients."""
+        b = self.A_unconstrained
+        memory = b.untyped_storage()._cdata, b.storage_offset()  # fake tensors have no data_ptr
+        state = id(b), memory, b.stride(), b.dtype, b.device, b._version  # known without reading a value
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():  # whose tensors could serve no later gradient
+                kept = state, cayley(b), b, b.detach()  # which hold id and memory: no other weights can have them
+            self.__dict__["_kept"] = kept
+        return kept[1]
 
-    def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
-        (w,) = factors
-        if w.requires_grad and not _is_passing(self.A_unconstrained):
-            return _ApplyCayley.apply(x, self.A_unconstrained, w, transpose)
+    def train(self, mode: bool = True) -> "CayleyMixing":
+        self.__dict__.pop("_kept", None)
+        return super().train(mode)
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
+
+    def product(self, x: Tensor, transpose: bool) -> Tensor:
+        b = self.A_unconstrained
+        passing = _is_passing(b)
+        w = cayley(b) if passing else self.solved()
+        if torch.is_grad_enabled() and b.requires_grad and not passing:
+            return _ApplyCayley.apply(x, b, w, transpose)
         return F.linear(x, w.T if transpose else w)
 
 
@@ -318,25 +190,20 @@ class HouseholderMixing(Mixing):
     halved (the compact form of a product of reflections; Joffrain et al. 2006, "UT transform").
     """
 
-    weight_name = "V"
-
     def __init__(self, channels: int, reflections: int = 8):
         super().__init__()
         self.V = nn.Parameter(torch.randn(reflections, channels))
 
-    def _factors(self, weight: Tensor) -> tuple[Tensor, ...]:
-        v = exact(weight)
+    def product(self, x: Tensor, transpose: bool) -> Tensor:
+        v = exact(self.V)
         size = v.abs().amax(-1, keepdim=True)
         v = v / torch.where(size > 0, size, 1.0)  # rows of any length: their squares would over- or underflow
         v = v / v.norm(dim=-1, keepdim=True).clamp(min=0.5)  # a row of zeros stays it and reflects nothing: H is I
         gram = v @ v.T  # (k, k)
         triangle = gram.tril(-1) + torch.diag(gram.diagonal().clamp(min=0.5) / 2)
         identity = torch.eye(len(v), dtype=triangle.dtype, device=triangle.device)
-        return v, torch.linalg.solve_triangular(triangle, identity, upper=False)
-
-    def _apply_factors(self, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
-        v, inner = factors  # V, S^-1
-        return x - F.linear(F.linear(x, v), inner if not transpose else inner.T) @ v
+        inner = torch.linalg.solve_triangular(triangle, identity, upper=False)  # S^-1
+        return x - F.linear(F.linear(x, v), inner.T if transpose else inner) @ v
 
 
 MIXINGS = {"cayley": CayleyMixing, "householder": HouseholderMixing}
@@ -348,9 +215,9 @@ MIXINGS = {"cayley": CayleyMixing, "householder": HouseholderMixing}
 class Surjection(nn.Module):
     """A map onto its outputs, g, with a pseudo-inverse g' that is exact on one side: ``g(g'(y)) = y`` for every y.
 
-    ``forward(x, return_latent=True)`` completes it to the bijection ``G(x) = (y, z)``, and ``pinv(y, z)`` is ``G^-1``,
-    so that ``pinv(*forward(x, True)) = x`` as well. Without a latent, ``pinv(y)`` takes ``natural_latent(y)``. The
-    other order, ``g'(g(x))``, is the projection of x on the natural images and differs from x.
+    ``forward(x, return_latent=True)`` completes it to the bijection ``G(x) = (y, z)``, whose inverse is ``pinv(y, z)``.
+    Without a latent, ``pinv(y)`` takes ``natural_latent(y)``. The other order, ``g'(g(x))``, is the projection of x on
+    the natural images and differs from x.
 
     Attributes:
         lossy: whether something is dropped; if False, the latent is None.
@@ -368,7 +235,8 @@ class Surjection(nn.Module):
 
     def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         """``y = g(x)``, or ``G(x) = (y, z)``."""
-        raise NotImplementedError
+        y, z, _ = self.forward_log_det(x)
+        return (y, z) if return_latent else y
 
     def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
         """``g'(y)``, or ``G^-1(y, latent)``."""
@@ -387,16 +255,6 @@ class Surjection(nn.Module):
         return self.forward_log_det(x)[-1]
 
 
-def sides(owner: str, name: str, size: int | Sequence[int], dims: int = 2) -> tuple[int, ...]:
-    """(height, width) of a number for both, or of two. Raises ValueError naming the owner's argument."""
-    each = tuple(size) if isinstance(size, (tuple, list)) else (size,) * dims
-    if len(each) != dims:
-        raise ValueError(f"{owner}: {name} must be a number or {dims}, as in (height, width), got {size!r}")
-    for n in each:
-        check_whole(owner, **{name: n})
-    return each
-
-
 class PixelUnshuffleBlock(Surjection):
     """Pixels into channels, (B, C, H, W) -> (B, C rh rw, H/rh, W/rw): a bijection, nothing learned, latent None.
 
@@ -411,10 +269,8 @@ class PixelUnshuffleBlock(Surjection):
 
     def __init__(self, r: int | Sequence[int], dims: int = 2):
         super().__init__()
-        check_positive(type(self).__name__, whole=True, dims=dims)
         self.factors = sides(type(self).__name__, "r", r, dims)
         self.r = self.factors[0] if len(set(self.factors)) == 1 else self.factors
-        check_positive(self.name, r=min(self.factors))
 
     @property
     def name(self) -> str:
@@ -437,16 +293,13 @@ class PixelUnshuffleBlock(Surjection):
             raise ValueError(f"{self.name}: {c} channels and size {tuple(size)} do not come apart by r")
         return c // math.prod(self.factors), *(n * r for n, r in zip(size, self.factors, strict=True))
 
-    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, None]:
+    def forward_log_det(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
         c, *size = self.output_shape(tuple(x.shape[1:]))
         pairs = [n for pair in zip(size, self.factors, strict=True) for n in pair]
         y = x.reshape(x.shape[0], x.shape[1], *pairs)  # (B, C, H/rh, rh, W/rw, rw)
         coarse, fine = range(2, y.dim(), 2), range(3, y.dim(), 2)
         y = y.permute(0, 1, *fine, *coarse).reshape(x.shape[0], c, *size)  # torch's fails on an empty batch
-        return (y, None) if return_latent else y
-
-    def forward_log_det(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
-        return self(x), None, no_volume(x)
+        return y, None, no_volume(x)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         dims, (c, *size) = len(self.factors), self.input_shape(tuple(y.shape[1:]))
@@ -468,12 +321,11 @@ class ConvPINNBlock(Surjection):
         in_ch, out_ch: channels, 0 < out_ch < in_ch.
         hidden: width of s, T and R; at least their input's channels, at most 1024.
         scale_bound: largest absolute log-scale. A block's inverse amplifies by at most exp(scale_bound).
-        feat_size: H = W at this block, or (H, W). Even: U-Net like networks; 1: pointwise ones; None: 3x3 ones for any
-            size.
+        feat_size: H = W at this block, or (H, W). Even: U-Net like networks; 1: pointwise; None: 3x3, for any size.
         mix_type: "cayley" or "householder".
         st, r: layers of s and T, and of R (see `ConvMLP`), in place of those that feat_size stands for.
         scale: a factor on their widths.
-        see_place: the first layers of s, T and R also see where on the map they are: what is measured may depend on it.
+        see_place: the first layers of s, T and R also see where on the map they are.
 
     Raises:
         ValueError: out_ch not below in_ch, an odd feat_size above 1, an unknown mix_type.
@@ -494,15 +346,14 @@ class ConvPINNBlock(Surjection):
     ):
         super().__init__()
         self.name = f"ConvPINNBlock({in_ch}->{out_ch})"
-        check_whole(self.name, in_ch=in_ch, out_ch=out_ch)
-        check_positive(self.name, whole=True, hidden=hidden)
+        check_positive(self.name, whole=True, in_ch=in_ch, out_ch=out_ch, hidden=hidden)
         check_positive(self.name, scale_bound=scale_bound)
         size = None if feat_size is None else sides(self.name, "feat_size", feat_size)
-        if not 0 < out_ch < in_ch:
-            raise ValueError(f"{self.name}: out_ch must be below in_ch and above 0, got out_ch {out_ch}, in_ch {in_ch}")
-        if size is not None and size != (1, 1) and (min(size) < 1 or size[0] % 2 or size[1] % 2):
+        if out_ch >= in_ch:
+            raise ValueError(f"{self.name}: out_ch must be below in_ch, got out_ch {out_ch}, in_ch {in_ch}")
+        if size not in (None, (1, 1)) and (size[0] % 2 or size[1] % 2):
             raise ValueError(f"{self.name}: feat_size must be 1, even or None, got {feat_size}; None fits any size")
-        if not isinstance(mix_type, str) or mix_type not in MIXINGS:
+        if mix_type not in MIXINGS:
             raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
         self.in_ch, self.out_ch, self.feat_size, self.scale_bound = in_ch, out_ch, feat_size, scale_bound
         self.size = size
@@ -523,7 +374,7 @@ class ConvPINNBlock(Surjection):
         c, h, w = shape
         if c != self.in_ch:
             raise ValueError(f"{self.name}: in_ch is {self.in_ch}, but {c} channels arrive")
-        if self.size is not None and (h, w) != self.size:
+        if self.size not in (None, (h, w)):
             raise ValueError(f"{self.name}: feat_size is {self.feat_size}, but the map that arrives is {h}x{w}")
         return self.out_ch, h, w
 
@@ -538,13 +389,6 @@ class ConvPINNBlock(Surjection):
     def natural_latent(self, y: Tensor) -> Tensor:
         return torch.tanh(self.r(at_least_float32(y)))  # (B, in_ch - out_ch, H, W)
 
-    def _couple(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y, z and log S."""
-        u = self.mix(x)  # (B, in_ch, H, W)
-        u0, u1 = u[:, : self.out_ch], u[:, self.out_ch :]  # (B, out_ch, H, W), (B, in_ch - out_ch, H, W)
-        log_scale, shift = self._coefficients(u1, u0)
-        return u0 * torch.exp(log_scale) + shift, u1, log_scale  # y: (B, out_ch, H, W)
-
     def _coefficients(self, u1: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
         """log S and t, of the shape of what they move: no sum of what broadcasts."""
         log_scale, shift = self.log_scale(u1), self.shift(u1)
@@ -554,12 +398,11 @@ class ConvPINNBlock(Surjection):
         return log_scale, shift
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, u1, log_scale = self._couple(x)
+        u = self.mix(x)  # (B, in_ch, H, W)
+        u0, u1 = u[:, : self.out_ch], u[:, self.out_ch :]  # (B, out_ch, H, W), (B, in_ch - out_ch, H, W)
+        log_scale, shift = self._coefficients(u1, u0)
+        y = u0 * torch.exp(log_scale) + shift  # (B, out_ch, H, W)
         return y, u1, log_scale.flatten(1).sum(1)  # |det W| = 1
-
-    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        y, u1, _ = self._couple(x)
-        return (y, u1) if return_latent else y
 
     def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
         y = at_least_float32(y)
@@ -569,9 +412,7 @@ class ConvPINNBlock(Surjection):
         return self.mix.inverse(torch.cat([u0, u1], dim=1))  # (B, in_ch, H, W)
 
 
-# --- The registry ---------------------------------------------------------------------------------------------------
-
-BLOCKS: dict[str, Callable[..., Surjection]] = {
+BLOCKS: dict[str, Callable[..., Surjection]] = {  # the registry: what a checkpoint or a preset may name
     "PixelUnshuffleBlock": PixelUnshuffleBlock,
     "ConvPINNBlock": ConvPINNBlock,
 }

@@ -5,8 +5,8 @@
     python checkpoints.py convert best_model.pth best_model.safetensors --dtype float16
 
 A file holds a plain state dict: safetensors, or torch's own format, of which no code is run. The architecture lies
-beside it as JSON, ``{"model": settings, "attributes": names, ...}``. This module knows no network: `Pretrained` gives
-one the methods above.
+beside it as JSON, ``{"model": settings, "attributes": names, ...}``. Of networks this module knows the names and shapes
+of the published ones; `Pretrained` gives one the methods above.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -385,7 +386,19 @@ class Pretrained(nn.Module, huggingface_hub.PyTorchModelHubMixin, library_name="
 
     @classmethod
     def config_of(cls, state: Mapping[str, Tensor]) -> dict | None:
-        """The settings that weights without any belong to, or None."""
+        """The settings of the built-in architecture (hidden 128) that weights belong to, or None.
+
+        Names and shapes decide. scale_bound is in no weight: it is taken to be the published 2.0.
+        """
+        mix_type = "householder" if any(name.endswith(".mix.V") for name in state) else "cayley"
+        for img_size, head in ((32, 4), (64, 7), (256, 8)):  # the number of the last block
+            classes = len(state.get(f"pinn.blocks.{head}.t.net.6.bias", ()))
+            config = {"img_ch": 3, "num_classes": classes, "hidden": 128, "scale_bound": 2.0}
+            config |= {"img_size": img_size, "mix_type": mix_type}
+            with suppress(ValueError), torch.device("meta"):  # no classes, or so many that the last block drops nothing
+                own = cls(**config).state_dict()
+                if {name: tensor.shape for name, tensor in own.items()} == {name: t.shape for name, t in state.items()}:
+                    return config
         return None
 
     @classmethod

@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blocks import PixelUnshuffleBlock, solved_once
 from data_loader import ATTRIBUTES, CelebAMaskHQ, make_loader
 from degradations import DEGRADATIONS
 from images import find_images, load_image
@@ -135,7 +134,7 @@ def penrose(
         model = copy.deepcopy(model).to(device=device, dtype=dtype)
     identities = {**IDENTITIES, **(SYMMETRY if is_linear(model) else {})}
     errors = {name: _Error() for name in (*identities, "norm", "distance", "lost")}
-    with evaluating(model), solved_once(), networks_in(inside, device):
+    with evaluating(model), networks_in(inside, device):
         logits = [_measure_image(model, x.to(device, dtype), errors) for x in images.split(batch_size)]
         if targets is None:
             y = torch.cat(logits)
@@ -265,12 +264,6 @@ def map_accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: t
 # --- The first number that is not finite -----------------------------------------------------------------------------
 
 
-def _block_name(index: int, block) -> str:
-    if isinstance(block, PixelUnshuffleBlock):
-        return f"block {index} PixelUnshuffleBlock(r={block.r})"
-    return f"block {index} {getattr(block, 'name', type(block).__name__)}"
-
-
 @torch.no_grad()
 def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str | None:
     """Where NaN or infinity appears first: in a weight, the images, a block on the way up, or one on the way down.
@@ -292,24 +285,24 @@ def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str
             return f"weight {name}"
     if bad(x):
         return "the images"
-    blocks = list(enumerate(model.pinn.blocks))
-    with evaluating(model), solved_once():
-        for index, block in blocks:
+    blocks = [(f"block {i} {getattr(b, 'name', type(b).__name__)}", b) for i, b in enumerate(model.pinn.blocks)]
+    with evaluating(model):
+        for name, block in blocks:
             x, z = block(x, return_latent=True)
             if bad(z):
-                return f"{_block_name(index, block)}, its latent"
+                return f"{name}, its latent"
             if bad(x):
-                return f"{_block_name(index, block)}, its output"
+                return f"{name}, its output"
         if bad(target):
             return "the target logits"
         y = x if target is None else target.reshape(x.shape)
-        for index, block in reversed(blocks):
+        for name, block in reversed(blocks):
             z = block.natural_latent(y)
             if bad(z):
-                return f"{_block_name(index, block)}, its natural latent"
+                return f"{name}, its natural latent"
             y = block.pinv(y, z)
             if bad(y):
-                return f"{_block_name(index, block)}, its pseudo-inverse"
+                return f"{name}, its pseudo-inverse"
     return None
 
 

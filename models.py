@@ -9,33 +9,21 @@ Letters: B batch, C channels, H and W size, d classes; x an image, y logits, z a
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bijections  # noqa: F401  (adds its layers to BLOCKS)
-from blocks import (
-    BLOCKS,
-    CayleyMixing,
-    ConvPINNBlock,
-    HouseholderMixing,
-    PixelUnshuffleBlock,
-    Shape,
-    Surjection,
-    check_positive,
-    is_transformed,
-    no_volume,
-    recomputed,
-    sides,
-    solved_once,
-)  # fmt: skip
+from blocks import BLOCKS, ConvPINNBlock, PixelUnshuffleBlock, Shape, Surjection, is_transformed, no_volume
 from checkpoints import Pretrained
-from networks import MOVING, conv, down, in_training, point, shuffle, up
+from networks import MOVING, Layer, conv, down, in_training, point, shuffle, unet, up
+from utils import check_positive, sides
 
-__all__ = ["BUILT_IN", "PINN", "SPNN", "BackProjection", "CayleyMixing", "Completion", "ConvPINNBlock"]
-__all__ += ["HouseholderMixing", "PixelUnshuffleBlock", "Surjection"]
+__all__ = ["BUILT_IN", "PINN", "SPNN", "BackProjection", "Completion", "ConvPINNBlock", "PixelUnshuffleBlock"]
 
 
 # --- The chain -------------------------------------------------------------------------------------------------------
@@ -46,13 +34,6 @@ Latents = list[Tensor | None]
 def concatenated(latents: Latents) -> Tensor:
     """All latents of a network as one vector per image, (B, total)."""
     return torch.cat([z.flatten(1) for z in latents if z is not None], dim=1)
-
-
-def _by_image(strength: float | Tensor, like: Tensor) -> float | Tensor:
-    """A strength per image, (B,), shaped to multiply ``like``, (B, ...)."""
-    if not isinstance(strength, Tensor):
-        return strength
-    return strength.to(like).view(-1, *[1] * (like.dim() - 1)) if strength.dim() else strength.to(like)
 
 
 @dataclass(frozen=True)
@@ -67,18 +48,22 @@ class Completion:
     y: Tensor
     z: Latents
 
+    def _each(self, f: Callable[..., Tensor], *others: "Completion") -> "Completion":
+        parts = zip(self.z, *(other.z for other in others), strict=True)
+        return Completion(f(self.y, *(other.y for other in others)), [None if z[0] is None else f(*z) for z in parts])
+
     def __sub__(self, other: "Completion") -> "Completion":
-        z = [None if a is None else a - b for a, b in zip(self.z, other.z, strict=True)]
-        return Completion(self.y - other.y, z)
+        return self._each(torch.sub, other)
 
     def moved(self, direction: "Completion", strength: float | Tensor) -> "Completion":
         """``self + strength * direction``; strength is a number, or one per image, (B,)."""
-        z = [None if a is None else a + _by_image(strength, a) * b for a, b in zip(self.z, direction.z, strict=True)]
-        return Completion(self.y + _by_image(strength, self.y) * direction.y, z)
+        one = not isinstance(strength, Tensor) or not strength.dim()
+        by_image = lambda a: strength if one else strength.to(a).view(-1, *[1] * (a.dim() - 1))  # noqa: E731
+        return self._each(lambda a, b: a + by_image(a) * b, direction)
 
     def __getitem__(self, images) -> "Completion":
         """The same for some images of the batch: an index, a mask or a slice over dimension 0."""
-        return Completion(self.y[images], [None if a is None else a[images] for a in self.z])
+        return self._each(lambda a: a[images])
 
 
 class PINN(nn.Module):
@@ -90,8 +75,7 @@ class PINN(nn.Module):
 
     Attributes:
         checkpoint_activations: whether the backward pass computes what is inside a block again, so that only what goes
-            in and out of blocks is kept for it, far less than what their networks keep; same weights and gradients.
-            (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.)
+            in and out of blocks is kept for it; same weights and gradients (Chen et al. 2016, arXiv 1604.06174).
 
     Raises:
         ValueError: a block that does not fit what reaches it, named with what it got and what it needs.
@@ -122,11 +106,11 @@ class PINN(nn.Module):
         return (x, latents) if return_latents else x
 
     def _run(self, block: Surjection, method: Callable, *arguments):
-        """``method(*arguments)`` of a block, its activations recomputed in the backward pass if that is asked for."""
-        recompute = self.checkpoint_activations and not block.stateful and not is_transformed()
-        if not (recompute and torch.is_grad_enabled()) or any(isinstance(part, MOVING) for part in in_training(block)):
-            return method(*arguments)
-        return recomputed(block, method, *arguments)
+        """``method(*arguments)`` of a block, whose activations the backward pass recomputes if that is asked for."""
+        recompute = self.checkpoint_activations and torch.is_grad_enabled() and not (block.stateful or is_transformed())
+        if recompute and not any(isinstance(part, MOVING) for part in in_training(block)):
+            return checkpoint(method, *arguments, use_reentrant=False)
+        return method(*arguments)
 
     def pinv(
         self, y: Tensor, latents: Latents | None = None, return_latents: bool = False
@@ -204,37 +188,35 @@ class BackProjection:
 # The published networks, for d classes: st are the layers of s and T, r those of R, a ReLU between any two of them.
 
 
+def row(kind: Callable[[int, int], nn.Module], *channels: int) -> list[Layer]:
+    """Layers of one kind, from each number of channels to the next."""
+    return [(kind, before, after) for before, after in pairwise(channels)]
+
+
+def published_head(d: int) -> dict[str, list[Layer]]:
+    """Of the last block of all three, on 1x1."""
+    return {"st": row(point, 1024 - d, 512, 256, 128, d), "r": row(point, d, 128, 256, 512, 1024 - d)}
+
+
 def published_256(d: int, block: Callable[..., ConvPINNBlock]) -> list[Surjection]:
-    """Images of 3x256x256. ``block`` makes a `ConvPINNBlock`."""
+    """Images of 3x256x256. ``block`` makes a `ConvPINNBlock`; `unet` goes down, through twice its width, and up."""
     return [
         PixelUnshuffleBlock(4),
-        block(48, 12,  # on 64x64
-            st=[(conv, 36, 128), (conv, 128, 128), (down, 128, 256), (conv, 256, 256), (up, 256, 128), (conv, 128, 12)],
-            r=[(conv, 12, 128), (conv, 128, 128), (down, 128, 256), (conv, 256, 256), (up, 256, 128), (conv, 128, 36)]),
+        block(48, 12, st=unet(36, 12, 128), r=unet(12, 36, 128)),  # on 64x64
         PixelUnshuffleBlock(4),
-        block(192, 48,  # on 16x16
-            st=[(conv, 144, 256), (conv, 256, 256), (down, 256, 512), (conv, 512, 512), (up, 512, 256),
-                (conv, 256, 48)],
-            r=[(conv, 48, 256), (conv, 256, 256), (down, 256, 512), (conv, 512, 512), (up, 512, 256),
-               (conv, 256, 144)]),
+        block(192, 48, st=unet(144, 48, 256), r=unet(48, 144, 256)),  # on 16x16
         PixelUnshuffleBlock(4),
-        block(768, 192,  # on 4x4
-            st=[(conv, 576, 512), (conv, 512, 512), (down, 512, 1024), (conv, 1024, 1024), (up, 1024, 512),
-                (conv, 512, 192)],
-            r=[(conv, 192, 512), (conv, 512, 512), (down, 512, 1024), (conv, 1024, 1024), (up, 1024, 512),
-               (conv, 512, 576)]),
+        block(768, 192, st=unet(576, 192, 512), r=unet(192, 576, 512)),  # on 4x4
         PixelUnshuffleBlock(4),
-        block(3072, 1024,  # on 1x1
-            st=[(point, 2048, 2048), (point, 2048, 1536), (point, 1536, 1024)],
-            r=[(point, 1024, 1536), (point, 1536, 2048), (point, 2048, 2048)]),
-        published_head(d, block),
-    ]  # fmt: skip
+        block(3072, 1024, st=row(point, 2048, 2048, 1536, 1024), r=row(point, 1024, 1536, 2048, 2048)),  # on 1x1
+        block(1024, d, **published_head(d)),
+    ]
 
 
 def published_64(d: int, block: Callable[..., ConvPINNBlock]) -> list[Surjection]:
     """Images of 3x64x64."""
     twelve = [(conv, 6, 64), (down, 64, 128), (conv, 128, 128), (up, 128, 64), (conv, 64, 6)]
-    six = [(conv, 3, 64), (conv, 64, 64), (conv, 64, 64), (conv, 64, 3)]
+    six = row(conv, 3, 64, 64, 64, 3)
     return [
         PixelUnshuffleBlock(2),
         block(12, 6, st=twelve, r=twelve),  # on 32x32
@@ -245,40 +227,19 @@ def published_64(d: int, block: Callable[..., ConvPINNBlock]) -> list[Surjection
 
 def published_32(d: int, block: Callable[..., ConvPINNBlock]) -> list[Surjection]:
     """Images of 3x32x32."""
-    wide = [(shuffle, 1024, 16), (conv, 16, 128), (conv, 128, 256), (down, 256, 512), (conv, 512, 512),
-            (down, 512, 1024), (down, 1024, 1024)]  # fmt: skip
+    narrow = [(shuffle, 16, 1), *row(conv, 1, 32, 128), (down, 128, 256), (conv, 256, 512), (down, 512, 512)]
+    last = row(down, 512, 1024, 1024)
+    wide = [(shuffle, 1024, 16), *row(conv, 16, 128, 256), (down, 256, 512), (conv, 512, 512), *last]
     return [
         PixelUnshuffleBlock(4),
-        block(48, 32,  # on 8x8
-            st=[(shuffle, 16, 1), (conv, 1, 32), (conv, 32, 128), (down, 128, 256), (conv, 256, 512), (down, 512, 512),
-                (conv, 512, 32)],
-            r=[(conv, 32, 512), (conv, 512, 256), (conv, 256, 128), (conv, 128, 64), (conv, 64, 16)]),
+        block(48, 32, st=[*narrow, (conv, 512, 32)], r=row(conv, 32, 512, 256, 128, 64, 16)),  # on 8x8
         PixelUnshuffleBlock(8),
         block(2048, 1024, st=wide, r=wide),  # on 1x1
-        published_head(d, block),
-    ]  # fmt: skip
-
-
-def published_head(d: int, block: Callable[..., ConvPINNBlock]) -> ConvPINNBlock:
-    """The last block of all three, on 1x1."""
-    return block(1024, d,
-        st=[(point, 1024 - d, 512), (point, 512, 256), (point, 256, 128), (point, 128, d)],
-        r=[(point, d, 128), (point, 128, 256), (point, 256, 512), (point, 512, 1024 - d)])  # fmt: skip
+        block(1024, d, **published_head(d)),
+    ]
 
 
 BUILT_IN = {32: published_32, 64: published_64, 256: published_256}
-
-
-def built_in_blocks(
-    img_size: int, num_classes: int, hidden: int, scale_bound: float, mix_type: str
-) -> list[Surjection]:
-    """The blocks of a published architecture, its widths times hidden / 128. ValueError if img_size has none."""
-    if img_size not in BUILT_IN:
-        raise ValueError(
-            f"SPNN: img_size {img_size} has no built-in architecture ({sorted(BUILT_IN)} have): give layer_channels"
-        )
-    settings = {"scale_bound": scale_bound, "mix_type": mix_type, "scale": hidden / 128}
-    return BUILT_IN[img_size](num_classes, functools.partial(ConvPINNBlock, **settings))
 
 
 def custom_blocks(layer_channels: Sequence, mix_type: str) -> list[Surjection]:
@@ -287,22 +248,15 @@ def custom_blocks(layer_channels: Sequence, mix_type: str) -> list[Surjection]:
     Raises:
         ValueError: an unknown block or argument, or arguments that the block refuses.
     """
-    if not isinstance(layer_channels, Sequence) or isinstance(layer_channels, str) or not layer_channels:
-        raise ValueError(f"layer_channels: expected a list of (block, arguments), got {layer_channels!r}")
     blocks = []
     for index, entry in enumerate(layer_channels):
         try:
             kind, arguments = entry
             kind = BLOCKS[kind] if isinstance(kind, str) else kind
-            arguments = dict(arguments)
+            own = {"mix_type": mix_type} if kind is ConvPINNBlock else {}
+            blocks.append(kind(**{**own, **arguments}))
         except KeyError:
             raise ValueError(f"block {index}: unknown block {entry[0]!r}, known are {sorted(BLOCKS)}") from None
-        except (TypeError, ValueError):
-            raise ValueError(f"block {index}: expected (block, arguments), got {entry!r}") from None
-        if kind is ConvPINNBlock:
-            arguments.setdefault("mix_type", mix_type)
-        try:
-            blocks.append(kind(**arguments))
         except (TypeError, ValueError) as error:
             raise ValueError(f"block {index}: {error}") from None
     return blocks
@@ -316,9 +270,8 @@ class SPNN(Pretrained):
     Args:
         img_ch: channels of an image.
         num_classes: d, the number of logits, of the image or of each of the map's pixels.
-        hidden: width of a built-in architecture's networks; 128 is the published one, others scale it. Custom blocks
-            have their own.
-        scale_bound: bound of the log-scales of a built-in architecture. Custom blocks have their own.
+        hidden: width of a built-in architecture's networks; 128 is the published one, others scale it.
+        scale_bound: bound of a built-in architecture's log-scales. Custom blocks have their own, as they have hidden.
         img_size: H = W, or (H, W). 32, 64 and 256 have a built-in architecture.
         mix_type: "cayley" or "householder"; for custom blocks, that of those which do not name one.
         layer_channels: a custom architecture, a list of (block class or its name, its arguments).
@@ -345,50 +298,27 @@ class SPNN(Pretrained):
         super().__init__()
         check_positive("SPNN", whole=True, img_ch=img_ch, num_classes=num_classes, hidden=hidden)
         h, w = sides("SPNN", "img_size", img_size)
-        img_size = h if h == w else (h, w)
-        if layer_channels is None:
-            blocks = built_in_blocks(img_size, num_classes, hidden, scale_bound, mix_type)
-        else:
+        self.num_classes, self.img_size = num_classes, h if h == w else (h, w)
+        self.config = {"img_ch": img_ch, "num_classes": num_classes, "hidden": hidden, "scale_bound": scale_bound}
+        self.config |= {"img_size": h if h == w else [h, w], "mix_type": mix_type}
+        self.notes = {}
+        if layer_channels is not None:
             blocks = custom_blocks(layer_channels, mix_type)
+            names = {kind: name for name, kind in BLOCKS.items()}
+            entries = [[names.get(kind, getattr(kind, "__name__", kind)), dict(of)] for kind, of in layer_channels]
+            self.config["layer_channels"] = entries
+        elif self.img_size in BUILT_IN:
+            block = functools.partial(ConvPINNBlock, scale_bound=scale_bound, mix_type=mix_type, scale=hidden / 128)
+            blocks = BUILT_IN[self.img_size](num_classes, block)
+        else:
+            known = f"{sorted(BUILT_IN)} have"
+            raise ValueError(f"SPNN: img_size {img_size} has no built-in architecture ({known}): give layer_channels")
         self.pinn = PINN(blocks, (img_ch, h, w))
         c, *size = self.pinn.out_shape
         self.in_shape, self.out_shape = self.pinn.in_shape, (c,) if size == [1, 1] else (c, *size)
         if c != num_classes:
-            raise ValueError(
-                f"block {len(blocks) - 1}: num_classes is {num_classes}, but the chain ends with {c} channels"
-            )
-        self.img_size, self.num_classes = img_size, num_classes
-        self.notes = {}
-        self.config = {"img_ch": img_ch, "num_classes": num_classes, "hidden": hidden, "scale_bound": scale_bound}
-        self.config |= {"img_size": img_size if h == w else [h, w], "mix_type": mix_type}
-        if layer_channels is not None:
-            names = {kind: name for name, kind in BLOCKS.items()}
-            self.config["layer_channels"] = [
-                [kind if isinstance(kind, str) else names.get(kind, kind.__name__), dict(arguments)]
-                for kind, arguments in layer_channels
-            ]
-
-    @classmethod
-    def config_of(cls, state: Mapping[str, Tensor]) -> dict | None:
-        """The settings of the built-in architecture (hidden 128) that weights belong to, or None.
-
-        Names and shapes decide. scale_bound is in no weight: it is taken to be the published 2.0.
-        """
-        mix_type = "householder" if any(name.endswith(".mix.V") for name in state) else "cayley"
-        for img_size, head in ((32, 4), (64, 7), (256, 8)):  # the number of the last block
-            logits = state.get(f"pinn.blocks.{head}.t.net.6.bias")
-            if logits is None:
-                continue
-            config = {"img_ch": 3, "num_classes": len(logits), "hidden": 128, "scale_bound": 2.0}
-            config |= {"img_size": img_size, "mix_type": mix_type}
-            try:
-                with torch.device("meta"):
-                    own = cls(**config).state_dict()
-            except ValueError:  # so many classes that the last block would drop nothing
-                continue
-            if {name: tensor.shape for name, tensor in own.items()} == {name: t.shape for name, t in state.items()}:
-                return config
-        return None
+            last = f"block {len(blocks) - 1}"
+            raise ValueError(f"{last}: num_classes is {num_classes}, but the chain ends with {c} channels")
 
     def _as_map(self, logits: Tensor) -> Tensor:
         if tuple(logits.shape[1:]) != self.out_shape:
@@ -420,15 +350,8 @@ class SPNN(Pretrained):
         return Completion(logits, self.pinn.natural_latents(self._as_map(logits)))
 
     def back_project(self, x: Tensor, target: Tensor, strength: float | Tensor = 1.0) -> Tensor:
-        """Move images x towards logits ``target`` by non-linear back-projection (see `BackProjection`).
+        """x', (B, C, H, W): images x moved towards logits ``target``, (B, *out_shape) (see `BackProjection`).
 
-        Args:
-            x: (B, C, H, W).
-            target: (B, *out_shape).
-            strength: lambda, a number or one per image, (B,). 1 reaches the target, 0 returns x.
-
-        Returns:
-            x', (B, C, H, W).
+        ``strength`` is lambda, a number or one per image, (B,). 1 reaches the target, 0 returns x.
         """
-        with solved_once():
-            return BackProjection(self, x, self.natural(target))(strength)
+        return BackProjection(self, x, self.natural(target))(strength)

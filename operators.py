@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocks import PixelUnshuffleBlock, Surjection, at_least_float32, exact, no_volume, solved_once
+from blocks import PixelUnshuffleBlock, Surjection, at_least_float32, exact, no_volume
 from images import read_rgb
 from models import PINN, SPNN, BackProjection, Completion
 from networks import networks_in
@@ -101,8 +101,7 @@ class SPNNOperator:
             return self.model.pinv(y)
 
     def back_project(self, x: Tensor, y: Tensor, strength: float | Tensor = 1.0) -> Tensor:
-        with solved_once():
-            return self.towards(y)(x)(strength)
+        return self.towards(y)(x)(strength)
 
     def towards(self, y: Tensor) -> Callable[[Tensor], Move]:
         with networks_in("float32", y.device):

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from blocks import solved_once
 from checkpoints import save_spnn
 from data_loader import augmented, batches_from, with_batches
 from diagnostics import first_nonfinite
@@ -231,8 +230,8 @@ def freeze_g(model: SPNN) -> list[nn.Parameter]:
 
 
 def backward(losses_of: Callable[[], dict[str, Tensor]], precision: str, device: torch.device) -> dict[str, Tensor]:
-    """Losses and the gradients of their ``total``; every W is solved once for both."""
-    with solved_once(), convolutions_in(precision):  # g and g' share W and its gradient
+    """Losses and the gradients of their ``total``."""
+    with convolutions_in(precision):
         with networks_in(precision, device):
             losses = losses_of()
         losses["total"].backward()
@@ -445,11 +444,10 @@ class CelebATrainer:
         parts = [keys[i : i + size] for i in range(0, len(keys), size)]
         loader = with_batches(self.train, world.share(parts), self.train.num_workers)
         found: list[Tensor] = []
-        with solved_once():
-            for batch in tqdm(loader, "g of the training images", unit="batch", leave=False, disable=not world.leads):
-                if len(found) < len(parts) // world.size:  # a round in which every process has a batch
-                    self.run.stop_if_asked()
-                found.append(g(self._on_device(batch)[0]).cpu())
+        for batch in tqdm(loader, "g of the training images", unit="batch", leave=False, disable=not world.leads):
+            if len(found) < len(parts) // world.size:  # a round in which every process has a batch
+                self.run.stop_if_asked()
+            found.append(g(self._on_device(batch)[0]).cpu())
         values = torch.cat([y for of_one in world.gather(found) for y in of_one]).to(self.run.device)
         order = [key for rank in range(world.size) for part in parts[rank :: world.size] for key in part]
         rows = {key: row for row, key in enumerate(order)}

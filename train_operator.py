@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from blocks import PixelUnshuffleBlock, solved_once
+from blocks import PixelUnshuffleBlock
 from checkpoints import locate, save_spnn
 from data_loader import Loaders, augmented, batches_from, first_items, make_loaders
 from DDNM.guided_diffusion.diffusion import reconstruct
@@ -196,7 +196,7 @@ def run_stage(
     @torch.no_grad()
     def measure() -> dict[str, float]:
         found = []
-        with solved_once(), networks_in("float32", run.device):
+        with networks_in("float32", run.device):
             for batch in islice(loaders.val, max(1, VALIDATED // s.batch_size)):
                 run.stop_if_asked()
                 found.append(losses(*pair(batch[0], batch[1], False)))

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -81,6 +82,26 @@ def run_command(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def check_positive(owner: str, whole: bool = False, most: float = math.inf, **values: object) -> None:
+    """Refuse what is no positive, finite number of at most ``most``, or no ``whole`` one, by name: files hold them."""
+    for name, value in values.items():
+        if whole and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise ValueError(f"{owner}: {name} must be a whole number, got {value!r}")
+        if not isinstance(value, Real) or not 0 < value <= most or value == math.inf:
+            limit = "" if most == math.inf else f" and at most {most}"
+            raise ValueError(f"{owner}: {name} must be positive{limit}, got {value!r}")
+
+
+def sides(owner: str, name: str, size: int | Sequence[int], dims: int = 2) -> tuple[int, ...]:
+    """(height, width) of a number for both, or of two. Raises ValueError naming the owner's argument."""
+    each = tuple(size) if isinstance(size, (tuple, list)) else (size,) * dims
+    if len(each) != dims:
+        raise ValueError(f"{owner}: {name} must be a number or {dims}, as in (height, width), got {size!r}")
+    for n in each:
+        check_positive(owner, whole=True, **{name: n})
+    return each
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -32,7 +32,6 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from benchmarks import plain  # noqa: E402
-from blocks import solved_once  # noqa: E402
 from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, CelebAMaskHQ, make_loader  # noqa: E402
 from DDNM.guided_diffusion.compiled import compile_for_cpu  # noqa: E402
 from DDNM.guided_diffusion.ddpm_layout import ddpm_unet  # noqa: E402
@@ -185,9 +184,8 @@ def back_projection(args: Options, device: torch.device) -> Iterable[dict]:
         "ours": lambda: BackProjection(prepared, x, goal)(1.0),
     }
     note = f"{args.sampling_size}x{args.sampling_size}, batch {len(x)}, float32"
-    with solved_once():  # around a whole run of the sampler
-        expected, got = ways["plain"](), ways["ours"]()
-        medians = take_turns(ways, device, args.repeats)
+    expected, got = ways["plain"](), ways["ours"]()
+    medians = take_turns(ways, device, args.repeats)
     yield row("back_projection", medians, _distance(expected, got), _size(expected), note)
 
 
@@ -228,9 +226,8 @@ def sampling_step(args: Options, device: torch.device) -> Iterable[dict]:
         "plain": lambda: plain.sampling_step(unet, model, x, target, noise, t, abar, abar_next)
     }
     ways |= {name: lambda prior=prior: ours(prior) for name, prior in priors.items()}
-    with solved_once():  # around a whole run of the sampler
-        results = {name: compute() for name, compute in ways.items()}
-        medians = take_turns(ways, device, args.repeats)
+    results = {name: compute() for name, compute in ways.items()}
+    medians = take_turns(ways, device, args.repeats)
     for name in priors:
         difference, kind = _distance(results["plain"], results[name]), name.removeprefix("ours")
         note = f"{size}x{size}, batch {batch}, prior included, {'bf16' if 'bf16' in kind else 'float32'} prior"

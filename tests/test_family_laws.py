@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bijections as bi
-from blocks import ConvPINNBlock, solved_once
+from blocks import ConvPINNBlock
 from density import Density, as_transform
 from models import PINN
 from networks import conv, down, networks_in
@@ -555,9 +555,9 @@ def test_four_threads_share_a_module(name):
     g = ROWS[name].ready(torch.float32)  # with nothing kept
 
     def work(index: int) -> bool:
-        with torch.set_grad_enabled(bool(index % 2)), solved_once():
-            with networks_in("bf16" if index == 3 else "float32", torch.device("cpu")):
-                found = [part(at) for part, at in calls(name, g, torch.float32)[:2]]
+        precision = networks_in("bf16" if index == 3 else "float32", torch.device("cpu"))
+        with torch.set_grad_enabled(bool(index % 2)), precision:
+            found = [part(at) for part, at in calls(name, g, torch.float32)[:2]]
         return index == 3 or all(torch.equal(a, b) for a, b in zip(found, expected[index % 2], strict=True))
 
     with ThreadPoolExecutor(4) as pool:

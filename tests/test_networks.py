@@ -15,7 +15,6 @@ from runs import assert_same, outcome, spnn_arguments
 import train
 import train_celeba
 from benchmarks.speed import randomise
-from blocks import solved_once
 from checkpoints import read_weights
 from models import SPNN, concatenated
 from networks import (
@@ -60,14 +59,13 @@ def gradients(model: SPNN, stage: int) -> tuple[dict, int]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with solved_once():
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            if stage == 1:
-                loss = forward_losses(model, x, labels, Settings())[0]["total"]
-            else:
-                origin = torch.zeros(1, concatenated(model.complete(x).z).shape[1]).double()
-                loss = natural_losses(model, x, model(x).detach(), origin, Settings())["total"]
-        loss.backward()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        if stage == 1:
+            loss = forward_losses(model, x, labels, Settings())[0]["total"]
+        else:
+            origin = torch.zeros(1, concatenated(model.complete(x).z).shape[1]).double()
+            loss = natural_losses(model, x, model(x).detach(), origin, Settings())["total"]
+    loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sum(kept.values())
 
 
@@ -97,14 +95,13 @@ def test_recomputed_for_several_passes_second_derivatives_and_transforms(model):
 
 
 def test_recomputed_in_another_thread_w_is_solved_once(model, monkeypatch):
-    """A GPU's backward pass runs in a thread of its own, to which this one's matrices are handed on."""
+    """A GPU's backward pass runs in a thread of its own."""
     solved, solve = [], torch.linalg.inv_ex
     monkeypatch.setattr(torch.linalg, "inv_ex", lambda a: solved.append(len(a)) or solve(a))
     model.pinn.checkpoint_activations = True
     x = torch.rand(2, 3, 16, 16).double()
-    with solved_once():
-        y = model(x)
-        loss = y.square().mean() + model.pinv(y).square().mean()
+    y = model(x)
+    loss = y.square().mean() + model.pinv(y).square().mean()
     with ThreadPoolExecutor(1) as other:
         other.submit(loss.backward).result()
     assert sorted(solved) == [12, 16]  # the third block reflects

@@ -1,7 +1,14 @@
 """The sampler: a frozen diffusion prior, steered towards given measurements by a guidance.
 
 Symbols: ``x_t`` the noisy image at step t, ``x0`` the clean image the prior sees in it, ``eps`` the noise it predicts,
-``abar`` the schedule (abar_{-1} = 1), ``y`` the target. B images of shape (3, H, W).
+``abar`` the schedule (abar_{-1} = 1), ``y`` the target. B images of shape (3, H, W). A step of `sample`:
+
+    1  eps = prior(x_t, t)
+    2  x0  = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                                      (guidance.Denoiser)
+    3  x0' = x0 moved towards y                                                               (guidance.Guidance)
+    4  x_next = sqrt(abar_next) x0' + c eps + sqrt(s2) noise  (+ the guidance's correction)   (renoise)
+       a jump back: x_next = sqrt(abar_next) x0' + sqrt(1 - abar_next) noise
+       a recurrence: x_t = sqrt(abar_t / abar_next) x_next + sqrt(1 - abar_t / abar_next) noise, and again from 1
 
 Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), DDNM (Wang et al. 2023) for the walk with its time travel; the
 rules of guidance.py state their own.
@@ -13,7 +20,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from blocks import solved_once
 from DDNM.guided_diffusion.guidance import NLBP, Denoiser, Gradient, Guidance, NoisePredictor, Switched, Unguided
 from DDNM.guided_diffusion.schedule import time_pairs
 from operators import Operator, as_operator
@@ -87,62 +93,44 @@ def sample(
 ) -> Tensor:
     """Draw one image per generator from the prior, steered by ``guidance`` towards ``target``.
 
-    ::
-
-        1  eps = prior(x_t, t)
-        2  x0  = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                          (guidance.Denoiser)
-        3  x0' = x0 moved towards y                                                  (guidance.Guidance)
-        4  x_next = sqrt(abar_next) x0' + c eps + sqrt(s2) noise  (+ the guidance's correction)   (renoise)
-           a jump back: x_next = sqrt(abar_next) x0' + sqrt(1 - abar_next) noise
-           a recurrence: x_t = sqrt(abar_t / abar_next) x_next + sqrt(1 - abar_t / abar_next) noise, and again from 1
-
     Args:
-        prior: ``eps(x_t, t)``, (B, 3, H, W) and a number -> (B, 3, H, W), with its ``schedule`` and ``image_size``.
-        generators: B noise sources on the CPU, see `image_generator`.
-        device: where the networks are.
+        generators: B noise sources on the CPU, see `image_generator`; the networks are on ``device``.
         operator, target: A and y, (B, *out_shape). A rule that needs none ignores them.
-        steps: T_sampling, of the schedule's ``num_diffusion_timesteps``.
-        eta: see `added_variance`.
+        steps: T_sampling, of the schedule's ``num_diffusion_timesteps``. eta: see `added_variance`.
         clip_x0: keep x0 in [-1, 1], before and after it is moved; after the ``linear`` rule it stays as it is.
         on_step: called with (t, x0') after each evaluation of the prior.
 
     Returns:
-        The last x0', (B, 3, H, W); in [-1, 1] if ``clip_x0``, but for ``linear``. An image that a network breaks is
-        not finite, the others are what they are without it.
+        The last x0', (B, 3, H, W). An image that a network breaks is not finite, the others are what they are without.
 
     Raises:
-        ValueError: more steps than the prior was trained with, or shapes that differ: of its images and those that the
-            operator takes, or of the targets and what it measures, or their number.
+        ValueError: more steps than the prior was trained with; operator, targets or their number that do not fit.
     """
-    shape = _shape(prior, len(generators), operator, target)
+    shape, denoise = _shape(prior, len(generators), operator, target), Denoiser(prior, clip_x0)
 
     def noise() -> Tensor:
         drawn = torch.stack([torch.randn(shape, generator=g) for g in generators])
         return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
-    denoise = Denoiser(prior, clip_x0)
     x = x0 = noise()  # (B, 3, H, W)
-    with solved_once():
-        steer = guidance.towards(operator, target)
-        for t, t_next in time_pairs(prior.schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat):
-            abar, abar_next = denoise.abar(t), denoise.abar(t_next)
-            if t_next > t:
-                x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * noise()
-                continue
-            for again in reversed(range(guidance.recurrences(t))):
-                x0, eps, correction, settle = steer(denoise, x, t)  # 1, 2, 3
-                z = noise()
-                if settle is not None:
-                    x0, z = settle(z, abar_next.sqrt(), added_variance(abar, abar_next, eta).sqrt())
-                x_next = renoise(x0, eps, z, abar, abar_next, eta)  # 4
-                if correction is not None:
-                    x_next = x_next + correction
-                if again:
-                    back = abar / abar_next
-                    x_next = back.sqrt() * x_next + (1 - back).sqrt() * noise()
-                x = x_next
-                if on_step is not None:
-                    on_step(t, x0)
+    steer = guidance.towards(operator, target)
+    for t, t_next in time_pairs(prior.schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat):
+        abar, abar_next = denoise.abar(t), denoise.abar(t_next)
+        if t_next > t:
+            x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * noise()
+            continue
+        for again in reversed(range(guidance.recurrences(t))):
+            x0, eps, correction, settle = steer(denoise, x, t)  # 1, 2, 3
+            z = noise()
+            if settle is not None:
+                x0, z = settle(z, abar_next.sqrt(), added_variance(abar, abar_next, eta).sqrt())
+            x = renoise(x0, eps, z, abar, abar_next, eta)  # 4
+            if correction is not None:
+                x = x + correction
+            if again:
+                x = (abar / abar_next).sqrt() * x + (1 - abar / abar_next).sqrt() * noise()
+            if on_step is not None:
+                on_step(t, x0)
     return x0
 
 
@@ -173,7 +161,6 @@ def reconstruct(
     device = next(prior.parameters()).device
     names = [str(i) for i in range(len(logits))] if names is None else names
     generators = [image_generator(seed, name) for name in names]
-    target, operator = logits.to(device), as_operator(spnn)
     guidance = best(steps) if guidance is None else guidance
-    images = sample(prior, generators, device, operator, target, guidance, steps=steps, eta=eta, **settings)
-    return images.to(logits.device)
+    given = as_operator(spnn), logits.to(device), guidance
+    return sample(prior, generators, device, *given, steps=steps, eta=eta, **settings).to(logits.device)
