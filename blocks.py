@@ -122,13 +122,14 @@ class _ApplyCayley(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, b: Tensor, w: Tensor, transpose: bool) -> Tensor:
+    def forward(ctx, x: Tensor, b: Tensor, w: Tensor, transpose: bool, ended: Callable[[], None]) -> Tensor:
         ctx.save_for_backward(x, b, w)
-        ctx.transpose = transpose
+        ctx.transpose, ctx.ended = transpose, ended
         return F.linear(x, w.T if transpose else w)
 
     @staticmethod
-    def backward(ctx, du: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, du: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        torch.autograd.Variable._execution_engine.queue_callback(ctx.ended)  # at the end of the backward pass
         x, b, w = ctx.saved_tensors
         w = cayley(b) if torch.is_grad_enabled() else w  # a second derivative asks how W follows from B
         w = w.T if ctx.transpose else w
@@ -138,7 +139,7 @@ class _ApplyCayley(torch.autograd.Function):
             left, right = right, left
         scale = -2 * _shrunk(b).to(b.dtype)
         db = torch.cat([left, -right]).T @ (scale * torch.cat([right, left]))  # dA - dA^T, in one product
-        return dx, db.fill_diagonal_(0), None, None  # of whose diagonal Adam would make steps of rounding errors
+        return dx, db.fill_diagonal_(0), None, None, None  # of whose diagonal Adam would make steps of rounding errors
 
 
 class CayleyMixing(Mixing):
@@ -147,8 +148,8 @@ class CayleyMixing(Mixing):
     W is orthogonal for every finite B, whatever a step that diverges has left (see `cayley`). The published weights
     were trained with ``(1 + 1e-6) I + A`` on the left, which is orthogonal to 1e-6 only; W agrees with it to rounding.
 
-    W is kept until the weights change, by whatever torch counts as a change. After writing to ``weight.data`` in place,
-    behind torch's back, call ``model.train()`` or ``model.eval()``.
+    W is kept until the weights change, by whatever torch counts as a change, or have had a gradient. After writing to
+    ``weight.data`` in place otherwise, behind torch's back, call ``model.train()`` or ``model.eval()``.
     """
 
     def __init__(self, channels: int):
@@ -167,8 +168,11 @@ class CayleyMixing(Mixing):
             self.__dict__["_kept"] = kept
         return kept[1]
 
-    def train(self, mode: bool = True) -> "CayleyMixing":
+    def forget(self) -> None:
         self.__dict__.pop("_kept", None)
+
+    def train(self, mode: bool = True) -> "CayleyMixing":
+        self.forget()
         return super().train(mode)
 
     def __getstate__(self):
@@ -179,7 +183,7 @@ class CayleyMixing(Mixing):
         passing = _is_passing(b)
         w = cayley(b) if passing else self.solved()
         if torch.is_grad_enabled() and b.requires_grad and not passing:
-            return _ApplyCayley.apply(x, b, w, transpose)
+            return _ApplyCayley.apply(x, b, w, transpose, self.forget)
         return F.linear(x, w.T if transpose else w)
 
 

@@ -153,6 +153,13 @@ def by_data(g):
     g.eval()
 
 
+def by_hand(g):
+    """As by_data, after a backward pass: the oldest step there is."""
+    (g(random((2, 3, 4, 4), 1, torch.float32)).sum() + g.pinv(torch.ones(1, 3)).sum()).backward()
+    for p in g.parameters():
+        p.data -= 0.1 * p.grad
+
+
 def by_no_grad(g):
     with torch.no_grad():
         for p in g.parameters():
@@ -178,6 +185,7 @@ CHANGES = {
     "load_state_dict": by_load_state_dict,
     "load_state_dict(assign)": by_assignment,
     "data": by_data,
+    "hand": by_hand,
     "no_grad": by_no_grad,
     "swapped data": by_swapped_data,
     "double": lambda g: g.double(),
@@ -231,7 +239,7 @@ def test_w_is_solved_once_for_its_weights_with_gradients_and_without(solves):
     g.requires_grad_(False)
     for _ in range(3):
         g(x).sum().backward()
-    assert len(solves) == mixings and x.grad.any()
+    assert len(solves) == mixings and x.grad.any()  # of frozen weights for good
 
 
 def test_w_in_inference_mode_first_then_gradients():
