@@ -1,7 +1,6 @@
 """Pictures are found, read whatever they are, and made square, everywhere alike; faces are cut as CelebA-HQ's."""
 
 import importlib.util
-import os
 import struct
 import warnings
 import zlib
@@ -24,7 +23,6 @@ from images import (
     find_images,
     frame,
     load_image,
-    misalignment,
     save_image,
     to_uint8,
     warn_unaligned,
@@ -44,13 +42,11 @@ def found_in(folder) -> list[str]:
 
 def test_find_images_is_natural_nested_skips_hidden_and_names_the_rest(tmp_path, caplog):
     touch(tmp_path, "10.JPG", "2.jpg", "1.png", "sub/3.webp", "6.jfif", ".hidden.jpg", ".cache/5.jpg", "notes.txt")
-    touch(tmp_path, "a.heic", "b.ico")
-    os.symlink(tmp_path, tmp_path / "loop")
+    touch(tmp_path, "a.heic", "b.ico", "empty/.c.jpg")
     assert found_in(tmp_path) == ["1.png", "2.jpg", "6.jfif", "10.JPG", "sub/3.webp"]
     assert "left out" in caplog.text and "a.heic, b.ico, notes.txt" in caplog.text
     assert find_images(tmp_path / "10.JPG") == [tmp_path / "10.JPG"]
-    for name, said in (("nowhere", "no such file or folder"), ("notes.txt", "not an image"), (".cache", "no images")):
-        (tmp_path / ".cache" / "5.jpg").unlink(missing_ok=True)
+    for name, said in (("nowhere", "no such file or folder"), ("notes.txt", "no images"), ("empty", "no images")):
         with pytest.raises(InputError, match=f"{name}: {said}"):
             find_images(tmp_path / name)
 
@@ -161,21 +157,17 @@ LOOKS = {  # how it is written, and what must be seen left and right of the midd
 }
 
 
-def read(path, size=None) -> torch.Tensor:
-    """In 8 bits, (3, H, W)."""
-    return ((load_image(path, size) + 1) * 127.5).round()
-
-
 @pytest.mark.parametrize("name", LOOKS)
-def test_pictures_of_every_kind_look_as_they_should(tmp_path, name):
+def test_pictures_of_every_kind_look_as_they_should(tmp_path, caplog, name):
     write, *expected = LOOKS[name] if isinstance(LOOKS[name], tuple) else (LOOKS[name], RED, GREEN)
     write(tmp_path / name)
     assert find_images(tmp_path) == [tmp_path / name]
-    image = read(tmp_path / name)
+    image = ((load_image(tmp_path / name) + 1) * 127.5).round()  # in 8 bits
     assert image.shape == (3, 8, 16)
     for x, colour in zip((4, 12), expected, strict=True):
         colour = torch.tensor(colour if isinstance(colour, tuple) else [colour] * 3).float()
         torch.testing.assert_close(image[:, 4, x], colour, atol=12 if name[-3:] == "jpg" else 1, rtol=0)
+    assert ("the first is used" in caplog.text) == name.startswith(("animated", "pages"))
 
 
 def declared(width, height):
@@ -196,16 +188,13 @@ REFUSED = {
     "promised.png": (declared(3000, 3000), "truncated|cannot read"),
     "cut.png": (cut, "truncated"),
     "cut.jpg": (cut, "truncated"),
-    "nothing.jpg": (lambda path: path.touch(), "not a picture"),
-    "text.jpg": (lambda path: path.write_text("no picture"), "not a picture"),
-    "postscript.jpg": (lambda path: path.write_bytes(POSTSCRIPT), "not a picture"),
-    "pipe.jpg": (lambda path: os.mkfifo(path), "not a file"),
-    "missing.jpg": (lambda path: None, "no such file"),
+    "nothing.jpg": (lambda path: path.touch(), "cannot identify"),
+    "text.jpg": (lambda path: path.write_text("no picture"), "cannot identify"),
+    "postscript.jpg": (lambda path: path.write_bytes(POSTSCRIPT), "cannot identify"),
+    "missing.jpg": (lambda path: None, "No such file"),
     # what eight bits cannot hold
     "below.tiff": (saved(values(-0.1, 1, np.float32)), "from -0.1 to 1, expected 0 to 1"),
-    "above.tiff": (saved(values(0, 300, np.float32)), "from 0 to 300, expected 0 to 255"),
     "far above.tiff": (saved(values(0, 70000, np.int32)), "from 0 to 70000, expected 0 to 65535"),
-    "negative.tiff": (saved(values(-5, 9, np.int32)), "from -5 to 9, expected 0 to 255"),
     "nan.tiff": (saved(values(0, np.nan, np.float32)), "from nan to nan"),
 }
 
@@ -221,33 +210,6 @@ def test_what_is_no_picture_is_one_line(tmp_path, name):
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-def networks() -> SimpleNamespace:
-    operator, spnn = SimpleNamespace(A=lambda x: x.mean((2, 3))), SimpleNamespace(img_size=32, notes={})
-    return SimpleNamespace(operator=operator, spnn=spnn, image_size=32, judge=None, attributes=ATTRIBUTES, device="cpu",
-                           edits=lambda *_: SimpleNamespace(logits={}))  # fmt: skip
-
-
-def test_the_reconstruction_command_skips_or_refuses_what_is_no_picture(tmp_path):
-    for name, (write, _) in REFUSED.items():
-        write(tmp_path / name)
-    halves().save(tmp_path / "good.png")
-    found = read_targets(TargetSettings(path_y=str(tmp_path)), networks(), 1)
-    assert found.names == ["good"] and len(found.files) == 1
-    assert all(any(name in line for line in found.skipped) for name in REFUSED.keys() - {"missing.jpg"})
-    with pytest.raises(InputError, match="above.tiff"):
-        read_targets(TargetSettings(path_y=str(tmp_path), strict=True), networks(), 1)
-
-
-@pytest.mark.parametrize("suffix", ["gif", "png", "tiff"])
-def test_of_an_animation_the_first_frame_is_taken_and_said_so(tmp_path, caplog, suffix):
-    animated()(tmp_path / f"a.{suffix}")
-    halves().save(tmp_path / f"b.{suffix}")
-    for name in "ab":
-        load_image(tmp_path / f"{name}.{suffix}")
-    (record,) = caplog.records
-    assert f"a.{suffix}: of several frames or pages, the first is used" in record.getMessage()
-
-
 # --- Sizes and values ------------------------------------------------------------------------------------------------
 
 
@@ -257,17 +219,15 @@ def test_pictures_of_any_shape_are_cropped_to_their_middle(tmp_path, shape):
     image.putpixel((shape[0] // 2, shape[1] // 2), GREEN)
     image.save(tmp_path / "a.png")
     loaded = load_image(tmp_path / "a.png", 16)
-    assert loaded.shape == (3, 16, 16) and loaded.isfinite().all()
-    assert (loaded[1] > loaded[1].min()).any() or min(shape) == 1, "the middle is in it"
+    assert loaded.shape == (3, 16, 16) and ((loaded[1] > loaded[1].min()).any() or min(shape) == 1)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 48), (7, 90)])
 @pytest.mark.parametrize("picture_size", [(100, 100), (300, 120), (178, 218)])
 def test_oblong_sizes_keep_proportions_too(tmp_path, size, picture_size):
     circle(*picture_size).save(tmp_path / "a.png")
-    image = load_image(tmp_path / "a.png", size)
-    assert image.shape == (3, *size)
-    dark = image.mean(0) < 0
+    dark = load_image(tmp_path / "a.png", size).mean(0) < 0
+    assert dark.shape == size
     wide, high = dark[size[0] // 2].sum(), dark[:, size[1] // 2].sum()
     shown = min(int(wide), size[1] - 1), min(int(high), size[0] - 1)  # what is cut off ends at the edge
     assert abs(shown[0] - shown[1]) <= 2 or size[1] - 1 in shown or size[0] - 1 in shown
@@ -296,15 +256,6 @@ def test_uint8_round_trip_and_save(tmp_path):
     every = torch.arange(256)
     assert torch.equal(to_uint8(every.float().div(127.5).sub(1)), every.to(torch.uint8))
     assert to_uint8(torch.tensor([-9.0, 9.0, float("nan")])).tolist() == [0, 255, 0]
-    with pytest.raises(ValueError, match="expected"):
-        save_image(image[None], tmp_path / "c.png")
-
-
-def test_a_grid_puts_images_side_by_side():
-    pictures = torch.stack([torch.full((3, 2, 2), float(i)) for i in range(3)])
-    sheet = images.grid(pictures, columns=2)
-    assert sheet.shape == (3, 4, 4)
-    assert sheet[0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 1, 1], [2, 2, 1, 1]]
 
 
 def test_celeba_is_framed_as_celeba_hq(tmp_path):
@@ -340,7 +291,7 @@ def face(points: np.ndarray) -> Face:
 def portrait() -> Image.Image:
     """A drawn face; the detector takes some of them for one."""
     plain = {**dict.fromkeys(ATTRIBUTES, False), "Male": True, "Young": True, "No_Beard": True, "Brown_Hair": True}
-    return faces.render(plain, faces.sample_variation(np.random.default_rng(1)), 256)
+    return faces.render(plain, faces.sample_variation(np.random.default_rng(1)), 256)[0]
 
 
 def placed(image: Image.Image, angle: float, size: int = 200) -> Image.Image:
@@ -431,7 +382,6 @@ def test_an_aligned_face_has_level_eyes_where_celeba_hq_has_them(portrait, tmp_p
     eyes = found.points[:2] / cut.width
     assert abs(eyes[0, 1] - eyes[1, 1]) < 0.02
     assert 0.44 < eyes[:, 1].mean() < 0.51 and abs(eyes[:, 0].mean() - 0.5) < 0.03
-    assert misalignment(cut) < 0.12 < 0.3 < misalignment(Image.open(tmp_path / "a.png"))
     image = load_image(tmp_path / "a.png", 32, align=True)
     assert image.shape == (3, 32, 32)
     assert (image - load_image(tmp_path / "a.png", 32)).abs().mean() > 0.1
@@ -464,9 +414,12 @@ def test_only_a_picture_far_from_the_frame_is_warned_of(portrait, tmp_path, capl
 
 @needs_weights
 def test_the_reconstruction_command_aligns_its_targets(portrait, tmp_path):
+    operator, spnn = SimpleNamespace(A=lambda x: x.mean((2, 3))), SimpleNamespace(img_size=32, notes={})
+    networks = SimpleNamespace(operator=operator, spnn=spnn, image_size=32, judge=None, attributes=ATTRIBUTES,
+                               device="cpu", edits=lambda *_: SimpleNamespace(logits={}))  # fmt: skip
     placed(portrait, 18).save(tmp_path / "a.png")
     Image.new("RGB", (200, 200), "grey").save(tmp_path / "b.png")
-    targets = read_targets(TargetSettings(path_y=str(tmp_path), align=True), networks(), 1)
+    targets = read_targets(TargetSettings(path_y=str(tmp_path), align=True), networks, 1)
     expected = load_image(tmp_path / "a.png", 32, align=True).mean((1, 2))
     assert targets.names == ["a"] and torch.equal(targets.logits[0], expected)
     assert len(targets.skipped) == 1 and "b.png: no face found" in targets.skipped[0]
@@ -474,6 +427,4 @@ def test_the_reconstruction_command_aligns_its_targets(portrait, tmp_path):
 
 def test_suppression_keeps_the_best_of_what_overlaps():
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10], [2, 2, 6, 6]])
-    scores = torch.tensor([0.8, 0.9, 0.7, 0.6])
-    assert images._keep(boxes, scores, 0.5).tolist() == [1, 2, 3]  # 9/11 of the union with the first; 16/100
-    assert images._keep(boxes, scores, 0.5, of_smaller=True).tolist() == [1, 2]
+    assert images._keep(boxes, torch.tensor([0.8, 0.9, 0.7, 0.6]), 0.5).tolist() == [1, 2]

@@ -292,7 +292,7 @@ def test_a_linear_chain_is_exported(spec, tmp_path):
         ("grey*grey", r"takes images of shape \(3, H, W\), got \(1, 4, 8\)"),
         ("sr2*inpaint:MASK", "must divide the size"),
         ("inpaint:MASK*sr2", "mask is 4x8, the images it would cover are 2x4"),
-        ("inpaint:nowhere.png", "no such file"),
+        ("inpaint:nowhere.png", "No such file"),
         ("", "no such operator"),
     ],
 )

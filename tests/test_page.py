@@ -214,7 +214,7 @@ def test_what_is_no_picture_is_said(tab, tmp_path):
     (tmp_path / "x.png").write_text("no picture")
     open_tab(tab, "Edit")
     tab.set_input_files("input[type=file]", str(tmp_path / "x.png"))
-    tab.wait_for_selector("text=not a picture")
+    tab.wait_for_selector("text=cannot identify")
 
 
 @pytest.mark.page
