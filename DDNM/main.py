@@ -82,25 +82,24 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     kinds = (Run, inputs.NetworkSettings, inputs.TargetSettings, RuleSettings, inputs.WalkSettings)
     s = Settings(*parse_settings(__doc__, *kinds, argv=argv, extra=inputs.PRESET_ONLY, presets=inputs.CONFIGS))
     words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    said, spec = s.rule.guidance, s.targets.operator
     if s.run.published_rule:
         own = {"--max_move", "--last_bp_step", "--eta", "--clip_x0"}
-        if asked := words & (own if s.rule.guidance in ("none", "nlbp", "auto") else own | {"--guidance"}):
+        own |= set() if said in ("none", "nlbp", "auto") else {"--guidance"}
+        if asked := words & own:
             raise InputError(f"--published_rule: has its own {min(asked)}; leave out one of the two")
-        kind = "none" if s.rule.guidance == "none" else "nlbp"
-        rule = replace(s.rule, guidance=kind, max_move=0.0, last_bp_step=0)
+        rule = replace(s.rule, guidance="none" if said == "none" else "nlbp", max_move=0.0, last_bp_step=0)
         s = s._replace(rule=rule, walk=replace(s.walk, clip_x0=False, eta=None))
-    said, spec = s.rule.guidance, s.targets.operator
     # a preset's rule is for what the preset measures: attributes, or its own operator
-    if said == "auto" or "--operator" in words and not {"--guidance", "--published_rule"} & words:
+    elif said == "auto" or "--operator" in words and "--guidance" not in words:
         rule = "nlbp" if spec is None or is_network(spec) else "linear"
         s = s._replace(rule=replace(s.rule, guidance=rule))
         if said not in ("auto", rule):
             s = s._replace(note=f"--operator {spec}: guidance {rule}, not {said}, which the preset has for what it "
                                 "measures itself; --guidance decides")  # fmt: skip
-    if s.rule.noise and (s.targets.operator is None or s.walk.eta == 0):
+    if s.rule.noise and (spec is None or s.walk.eta == 0):
         raise InputError("--noise: needs --operator, and steps that add noise: --eta above 0, or none")
     s.rule.build(s.run.steps)  # refuses what it does not know
-    inputs.check_architecture(s.architecture)
     return s
 
 

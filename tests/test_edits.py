@@ -51,6 +51,11 @@ def test_nothing_else_changes(of, changed):
     assert (of.apply(logits)[0] != logits)[0].nonzero()[:, 0].tolist() == changed
 
 
-def test_a_logit_beyond_float32_is_refused():
-    with pytest.raises(InputError, match="1e99"):
-        edits("Hat=1e99")
+@pytest.mark.parametrize("assignment, notes, said", [
+    ("Hta=1", {}, "no attribute 'Hta', did you mean 'Hat'"), ("hat=1", {}, "did you mean 'Hat'"), ("hat", {}, "'Hat'"),
+    *((f"Hat={value}", {}, f"{value}' is neither 0, 1 nor a logit") for value in ("maybe", "nan", "inf", "1e99", "")),
+    ("Hat=1", {"typical_logits": None}, r"record no typical logits; give one: Hat=\+4"),
+])  # fmt: skip
+def test_an_edit_that_makes_no_sense_is_refused(assignment, notes, said):
+    with pytest.raises(InputError, match=f"--set {assignment}: .*{said}"):
+        edits(assignment, **notes)

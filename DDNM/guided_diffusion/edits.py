@@ -70,23 +70,18 @@ class Edits:
         typical = None if typical is None else torch.tensor(typical)
         logits = {}
         for assignment in assignments:
-            name, equals, value = assignment.partition("=")
-            if not equals:
-                raise InputError(f"--set {assignment}: expected NAME=VALUE, such as Eyeglasses=1")
+            name, _, value = assignment.partition("=")
             if name not in names:
                 raise InputError(f"--set {assignment}: no attribute {name!r}{nearest(name, names)}")
             index = list(names).index(name)
-            if value in ("0", "1"):
-                if typical is None:
-                    raise InputError(f"--set {assignment}: these weights record no typical logits; give one: {name}=+4")
-                logits[index] = typical[index, int(value)].item()
-            else:
-                try:
-                    logits[index] = float(value)
-                except ValueError:
-                    logits[index] = math.nan
-                if not torch.tensor(logits[index]).isfinite():  # in float32: 1e99 is none
-                    raise InputError(f"--set {assignment}: {value!r} is neither 0, 1 nor a logit such as +4")
+            if value in ("0", "1") and typical is None:
+                raise InputError(f"--set {assignment}: these weights record no typical logits; give one: {name}=+4")
+            try:
+                logits[index] = typical[index, int(value)].item() if value in ("0", "1") else float(value)
+            except ValueError:
+                logits[index] = math.nan
+            if not torch.tensor(logits[index]).isfinite():  # in float32: 1e99 is none
+                raise InputError(f"--set {assignment}: {value!r} is neither 0, 1 nor a logit such as {name}=+4")
         return cls(logits, names, typical, notes.get("contradictions", {}), contradiction)
 
     def apply(self, logits: Tensor, judged: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:

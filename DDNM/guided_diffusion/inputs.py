@@ -85,13 +85,6 @@ class WalkSettings:
         return {"travel_length": self.travel_length, "travel_repeat": self.travel_repeat}
 
 
-def check_architecture(said: dict) -> None:
-    """Raises InputError if what a preset says of the prior (`PRESET_ONLY`) makes no sense."""
-    size = said.get("prior_image_size", 1)
-    if not isinstance(said.get("prior_model", {}), dict) or type(size) is not int or not 1 <= size <= 4096:
-        raise InputError("config: prior_model must be a mapping, prior_image_size a whole number to 4096")
-
-
 # --- Networks --------------------------------------------------------------------------------------------------------
 
 
@@ -178,25 +171,24 @@ def load_networks(
         attributes = spnn.notes.get("attributes") or (ATTRIBUTES if spnn.num_classes == len(ATTRIBUTES) else [])
         if len(attributes) != spnn.num_classes:
             raise InputError(f"{settings.spnn}: config.json does not name its {spnn.num_classes} attributes")
+        prepare_networks(spnn, device)
     autocast = torch.bfloat16 if settings.precision == "bf16" else None
     image_size = architecture.get("prior_image_size", spnn and spnn.img_size)
     prior = load_prior(
         prior_source, architecture.get("prior_model"), image_size, autocast, True, settings.checkpoint_activations
     )
+    size = prior.image_size
+    if spnn is not None and size != spnn.img_size:
+        raise InputError(f"the prior draws {size}x{size} images, not {spnn.img_size}x{spnn.img_size} as the SPNN takes")
     if operator is not None:
-        measures = make_operator(operator, (3, prior.image_size, prior.image_size))
+        measures = make_operator(operator, (3, size, size))
         if isinstance(measures, SPNNOperator):
             prepare_networks(measures.model, device)
     judge = None if settings.judge is None else load_judge(from_ddnm(settings.judge))
-    size = prior.image_size if spnn is None else spnn.img_size
-    for what, other in {"prior draws": prior.image_size, "judge takes": judge and judge.img_size}.items():
-        if other is not None and other != size:
-            taken = "the SPNN takes" if spnn is not None else "the prior draws"
-            raise InputError(f"the {what} {other}x{other} images, not {size}x{size} as {taken}")
+    if judge is not None and judge.img_size != size:
+        raise InputError(f"the judge takes {judge.img_size}x{judge.img_size} images, not {size}x{size}")
     if judge is not None and spnn is not None and list(judge.attributes) != list(attributes):
         raise InputError(f"the judge's {judge.num_classes} attributes are not the SPNN's {spnn.num_classes}")
-    if spnn is not None:
-        prepare_networks(spnn, device)
     for network in filter(None, (spnn, prior, judge)):
         network.to(device).eval().requires_grad_(False)
     if settings.compile and device.type == "cpu":
@@ -267,18 +259,15 @@ def input_path(path_y: str) -> Path:
 
 
 def image_names(paths: Sequence[Path], top: Path) -> list[str]:
-    """A name for each image's results: its path below ``top`` without suffix; with it, or a number, if two meet."""
-    top = top if top.is_dir() else top.parent
-    relative = [path.relative_to(top) for path in paths]
+    """A name for each image's results: its path below ``top`` without suffix; with it if two meet."""
+    relative = [path.relative_to(top if top.is_dir() else top.parent) for path in paths]
     names = [file_name("__".join(r.with_suffix("").parts)) for r in relative]
-    count = Counter(names)
-    names = [n if count[n] == 1 else file_name("__".join(r.parts)) for n, r in zip(names, relative, strict=True)]
-    apart: dict[str, None] = {}  # a set that keeps its order
-    for name in names:
-        number = 1
-        while (unique := name if number == 1 else f"{name}_{number}") in apart:
-            number += 1
-        apart[unique] = None
+    count, apart = Counter(names), dict[str, None]()  # a set that keeps its order
+    for name, r in zip(names, relative, strict=True):
+        name = name if count[name] == 1 else file_name("__".join(r.parts))
+        while name in apart:
+            name += "_"
+        apart[name] = None
     return list(apart)
 
 

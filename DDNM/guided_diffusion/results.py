@@ -6,27 +6,24 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from images import load_image, to_uint8
+from images import load_image, to_picture, to_uint8
 from loop import check_settings, is_empty
 from metrics import agreement, prob_error, psnr
 from operators import Operator
 from utils import InputError, atomic_write, file_name, json_values, nearest, shown, write_json
 
-T = TypeVar("T")
 PICTURES = ("input", "natural", "measured", "reconstruction", "unguided")  # folders of a result folder
-SHEET_ROWS = 10  # rows on a page of the sheet: a stranger reads one page
+SHEET_ROWS = 50  # nobody reads a thousand, and their pictures are held at once
 SIDE = 160  # of its pictures
-SHEET_LIMIT = 100  # rows of all pages: nobody reads a thousand, and their pictures are held at once
 
 
 @dataclass
@@ -96,49 +93,41 @@ class Record:
     def __init__(self, path: Path, settings: dict, otherwise: str = "start anew with --overwrite") -> None:
         self.path, self.settings, self.otherwise = path, settings, otherwise
 
-    def read(self, of: Callable[[dict], T]) -> list[T]:
-        """What ``of`` makes of each line; a last one that a kill cut short is left out.
+    def read(self) -> list[dict]:
+        """The lines; a last one that a kill cut short is left out.
 
         Raises:
             InputError: another run's settings, or a file that is no record.
         """
         try:
-            with open(self.path, encoding="utf-8") as file:
-                check_settings(json.loads(file.readline())["settings"], self.settings, self.path.parent, self.otherwise)
-                return [of(json.loads(line)) for line in file if line.endswith("\n")]
-        except InputError:
-            raise
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            header, *rows = [json.loads(line) for line in self.path.read_text().splitlines(True) if line[-1] == "\n"]
+            settings = header["settings"]
+        except (ValueError, TypeError) as error:
             raise InputError(f"{self.path}: damaged ({type(error).__name__}); {self.otherwise}") from None
+        check_settings(settings, self.settings, self.path.parent, self.otherwise)
+        return rows
 
     def begin(self, rows: Sequence[dict]) -> None:
         """Write the file anew."""
         lines = (json.dumps(row) + "\n" for row in ({"settings": self.settings}, *rows))
         with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.write_text("".join(lines))
 
     def append(self, rows: Sequence[dict]) -> None:
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                # in one write, so that processes' lines do not mix
-                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
+        with open(self.path, "ab", buffering=0) as file:
+            # in one write, so that processes' lines do not mix
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            os.fsync(file.fileno())
 
 
 class Progress(Record):
     """progress.jsonl, with a line for each image, written after its pictures."""
 
-    def __init__(self, folder: Path, settings: dict) -> None:
-        super().__init__(self.file(folder), settings)
-        self.folder = folder
+    NAME = "progress.jsonl"
 
-    @staticmethod
-    def file(folder: Path) -> Path:
-        return folder / "progress.jsonl"
+    def __init__(self, folder: Path, settings: dict) -> None:
+        super().__init__(folder / self.NAME, settings)
+        self.folder = folder
 
     def finished(self, names: Sequence[str], targets: Tensor) -> list[Finished | None]:
         """For each name the image that an earlier run finished, None if it did not; the others are forgotten.
@@ -146,45 +135,42 @@ class Progress(Record):
         Finished is what has its line, the same target, (N, *out_shape), and pictures that are what was written: by
         their SHA-256. Raises InputError as `read`.
         """
-        wanted = dict(zip(names, targets, strict=True))
+        rows, wanted = {row["name"]: row for row in self.read()}, dict(zip(names, targets, strict=True))
 
-        def of(row: dict) -> tuple[dict, Finished] | None:
-            target = wanted.get(row["name"])
-            if target is None or not torch.allclose(torch.tensor(row["target"]), self._target(target), 1e-4, 1e-4):
-                return None  # not asked for any more, or its input is another
-            if any(self._digest(kind, row["name"]) != digest for kind, digest in row["pictures"].items()):
-                return None
-            unguided, logits = row["unguided"] and Figures(**row["unguided"]), torch.tensor(row["logits"])
-            return row, Finished(row["name"], Figures(**row["figures"]), unguided, logits, tuple(row["pictures"]))
+        def holds(row: dict) -> bool:
+            target = torch.tensor(row["target"])
+            return torch.allclose(target, self._target(wanted[row["name"]]), 1e-4, 1e-4) and all(
+                self._digest(kind, row["name"]) == digest for kind, digest in row["pictures"].items()
+            )
 
-        found = {one.name: (row, one) for row, one in filter(None, self.read(of))}
-        self.begin([row for row, _ in found.values()])
-        return [found[name][1] if name in found else None for name in names]
+        rows = {name: row for name, row in rows.items() if name in wanted and holds(row)}
+        self.begin(list(rows.values()))
+        return [
+            Finished(
+                name, Figures(**row["figures"]), row["unguided"] and Figures(**row["unguided"]),
+                torch.tensor(row["logits"]), tuple(row["pictures"]),
+            ) if (row := rows.get(name)) else None
+            for name in names
+        ]  # fmt: skip
 
     def add(self, entries: Sequence[tuple[Finished, Tensor]]) -> None:
         """Add images with their targets, whose pictures are written."""
-        self.append([self._row(entry, target) for entry, target in entries])
+        self.append([
+            asdict(entry) | {
+                "pictures": {kind: self._digest(kind, entry.name) for kind in entry.pictures},
+                "target": self._target(target).tolist(), "logits": entry.logits.tolist(),
+            }
+            for entry, target in entries
+        ])  # fmt: skip
 
     def _digest(self, kind: str, name: str) -> str | None:
-        try:
-            return hashlib.sha256((self.folder / kind / f"{name}.png").read_bytes()).hexdigest()
-        except OSError:
-            return None
+        file = self.folder / kind / f"{name}.png"
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
     @staticmethod
     def _target(target: Tensor) -> Tensor:
         """Logits as they are; of another measurement the means of 256 parts: rounding is not the same everywhere."""
         return target if target.ndim == 1 else F.adaptive_avg_pool1d(target.flatten()[None], 256)[0]
-
-    def _row(self, entry: Finished, target: Tensor) -> dict:
-        return {
-            "name": entry.name,
-            "pictures": {kind: self._digest(kind, entry.name) for kind in entry.pictures},
-            "figures": asdict(entry.figures),
-            "unguided": None if entry.unguided is None else asdict(entry.unguided),
-            "target": self._target(target).tolist(),
-            "logits": entry.logits.tolist(),
-        }
 
 
 # --- The folder -------------------------------------------------------------------------------------------------------
@@ -192,30 +178,22 @@ class Progress(Record):
 
 def check_results(folder: Path, resume: bool, overwrite: bool, ask: bool) -> None:
     """Raises InputError if ``folder`` has results that may neither be replaced nor continued."""
+    resumable = (folder / Progress.NAME).is_file()
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    if is_empty(folder) or overwrite or resume and Progress.file(folder).is_file():
+    if is_empty(folder) or overwrite or resume and resumable:
         return
     if ask and sys.stdin.isatty():
         if input(f"{folder} has results. Replace them? [y/N] ").strip().lower() in ("y", "yes"):
             return
-    hint = " or --resume" if Progress.file(folder).is_file() else ""
+    hint = " or --resume" if resumable else ""
     raise InputError(f"{folder} is not empty; give --overwrite{hint} or another folder")
 
 
 def clear_results(folder: Path) -> None:
     """Delete what an earlier run wrote into its result folder, and nothing else."""
-    pictures = [f"{kind}/*.png" for kind in PICTURES]
-    files = (
-        "sheet.png",
-        "sheet_[0-9].png",
-        "sheet_[0-9][0-9].png",
-        "results.json",
-        "results.csv",
-        "logits.csv",
-        "log.txt",
-    )
-    for pattern in (Progress.file(folder).name, *files, *pictures):
+    files = (Progress.NAME, "sheet.png", "results.json", "results.csv", "logits.csv", "log.txt")
+    for pattern in (*files, *(f"{kind}/*.png" for kind in PICTURES)):
         for file in folder.glob(pattern):
             file.unlink()
 
@@ -252,22 +230,20 @@ def measure(
     pictures, finite = as_saved(images)
     if targets.ndim == 2:
         logits = torch.where(finite[:, None], operator.A(pictures), math.nan)
-        measured = {"agreement": agreement(logits, targets), "prob_error": prob_error(logits, targets)}
+        columns = {"agreement": agreement(logits, targets), "prob_error": prob_error(logits, targets)}
     else:
         logits = images.new_zeros(len(images), 0)
-        measured = {"consistency": operator.distance(operator.A(images), targets)}
-    by_judge = None
+        columns = {"consistency": operator.distance(operator.A(images), targets)}
     if judge is not None and judge_targets is not None:
-        by_judge = agreement(torch.where(finite[:, None], judge(pictures), math.nan), judge_targets)
+        by_judge = torch.where(finite[:, None], judge(pictures), math.nan)
+        columns["judge_agreement"] = agreement(by_judge, judge_targets)
     figures = []
     for i, name in enumerate(names):
-        f = Figures(name, **{key: values[i].item() for key, values in measured.items()}, **common)
-        if by_judge is not None:
-            f = replace(f, judge_agreement=by_judge[i].item())
+        values = {key: column[i].item() for key, column in columns.items()}
         if inputs[i] is not None and finite[i]:
             pair = pictures[i : i + 1], inputs[i][None].to(images.device)
-            f = replace(f, psnr=psnr(*pair).item(), lpips=None if lpips is None else lpips(*pair).item())
-        figures.append(f)
+            values |= {"psnr": psnr(*pair).item(), "lpips": None if lpips is None else lpips(*pair).item()}
+        figures.append(Figures(name, **values, **common))
     return figures, logits
 
 
@@ -306,27 +282,23 @@ def read_logits(path: Path, attributes: Sequence[str]) -> tuple[list[str], Tenso
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = list(csv.reader(file)) or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not readable as a table: {error}") from None
     wanted = ["name", *attributes]
-    if not rows:
-        raise InputError(f"{path}: no rows; expected the columns name and {len(attributes)} attributes")
-    for column in header:
-        if column not in wanted:
-            raise InputError(f"{path}: unknown column {shown(column)}{nearest(column[:80], attributes)}")
-    if sorted(header) != sorted(wanted):
-        absent = [column for column in wanted if column not in header]
-        raise InputError(f"{path}: column {absent[0]!r} is missing" if absent else f"{path}: a column is there twice")
+    if not rows or sorted(header) != sorted(wanted):
+        unknown = [shown(c) + nearest(c[:80], wanted) for c in header if c not in wanted]
+        said = f"; unknown {unknown[0]}" if unknown else ""
+        raise InputError(f"{path}: expected the columns name and {len(attributes)} attributes, and rows{said}")
     values: dict[str, list[float]] = {}
     for line, row in enumerate(filter(None, rows), start=2):
         try:
             said = dict(zip(header, row, strict=True))
-            name = said["name"]
             numbers = [float(said[a]) for a in attributes]
+            if not torch.tensor(numbers).isfinite().all():  # in float32: 1e99 is none
+                raise ValueError
         except ValueError:
-            raise InputError(f"{path}, line {line}: expected a name and {len(attributes)} numbers") from None
-        if not torch.tensor(numbers).isfinite().all():  # in float32: 1e99 is none
-            raise InputError(f"{path}, line {line}: a value is not finite")
+            raise InputError(f"{path}, line {line}: expected a name and {len(attributes)} finite numbers") from None
+        name = said["name"]
         if name in ("", ".", "..") or file_name(name) != name or name in values:  # it names the result's file
             raise InputError(f"{path}, line {line}: name {shown(name)} must be a file name, and each one's own")
         values[name] = numbers
@@ -337,19 +309,12 @@ def read_logits(path: Path, attributes: Sequence[str]) -> tuple[list[str], Tenso
 
 _INK, _PALE, _WRONG = (30, 32, 38), (236, 238, 242), (214, 60, 50)
 _ROWS, _COLUMNS = 4, 10
-
-
 _font = ImageFont.load_default
 
 
-def picture(image: Tensor | None, side: int) -> Image.Image:
-    """An image (3, H, W) in [-1, 1] for a sheet; a blank one for None."""
-    if image is None:
-        blank = Image.new("RGB", (side, side), _PALE)
-        ImageDraw.Draw(blank).text((side / 2, side / 2), "no picture", _INK, _font(side // 10), anchor="mm")
-        return blank
-    pixels = to_uint8(image).permute(1, 2, 0).contiguous().numpy()
-    shown = Image.fromarray(pixels)
+def picture(image: Tensor, side: int) -> Image.Image:
+    """An image (3, H, W) in [-1, 1] for a sheet."""
+    shown = to_picture(image)
     whole = side // shown.width  # small pictures grow by a whole factor first, so that their pixels stay square
     if whole > 1:
         shown = shown.resize((shown.width * whole, shown.height * whole), Image.Resampling.NEAREST)
@@ -408,62 +373,39 @@ def contact_sheet(
         page.save(temporary)
 
 
-def write_sheet(
-    folder: Path,
-    headings: Sequence[str],
-    rows: Sequence[Sequence[Image.Image]],
-    captions: Sequence[str],
-    attributes: Sequence[str] = (),
-) -> list[Path]:
-    """The sheet, with a key to the shades of the attributes if there are any.
-
-    Returns:
-        The pages, sheet.png, sheet_2.png ..., of `SHEET_ROWS` rows each.
-    """
-    key = _key(attributes, sum(each.width + 16 for each in rows[0]) + 16) if attributes else None
-    pages = []
-    for start in range(0, len(rows), SHEET_ROWS):
-        part = slice(start, start + SHEET_ROWS)
-        pages.append(folder / (f"sheet_{start // SHEET_ROWS + 1}.png" if start else "sheet.png"))
-        contact_sheet(pages[-1], headings, rows[part], captions[part], key)
-    return pages
-
-
 def write_results(
     folder: Path, settings: dict, done: Sequence[Finished], targets: Tensor, attributes: Sequence[str], size: int, log
 ) -> None:
-    """The tables of the finished images, whose targets are (N, d), and the sheet of the first `SHEET_LIMIT`."""
+    """The tables of the finished images, whose targets are (N, d), and the sheet of the first `SHEET_ROWS`."""
     figures = [entry.figures for entry in done]
     unguided = [entry.unguided for entry in done if entry.unguided is not None]
     record = {"settings": settings, "images": [asdict(f) for f in figures], "mean": mean_figures(figures)}
+    log.info("mean: %s", Figures("", **record["mean"]).caption)
     if unguided:
         record["unguided"] = {"images": [asdict(f) for f in unguided], "mean": mean_figures(unguided)}
+        log.info("unguided, same noise: %s", Figures("", **record["unguided"]["mean"]).caption)
     record = json_values(record)
     write_json(folder / "results.json", record)
     write_csv(folder / "results.csv", record["images"])
 
-    def saved(kind: str, entry: Finished) -> Tensor | None:
-        return load_image(folder / kind / f"{entry.name}.png", size) if kind in entry.pictures else None
+    def saved(kind: str, entry: Finished) -> Image.Image:
+        return picture(load_image(folder / kind / f"{entry.name}.png", size), SIDE)
 
-    shown = done[:SHEET_LIMIT]
+    shown, footer = done[:SHEET_ROWS], None
     if attributes:
         write_logits(folder / "logits.csv", [entry.name for entry in done], attributes, targets)
-        beside = "input" if "input" in shown[0].pictures else "natural"
-        headings = ["input" if beside == "input" else "g'(y), in one pass",
-                    f"{len(attributes)} logits, all that is used", "reconstruction", "its attributes"]  # fmt: skip
+        beside, heading = ("input",) * 2 if "input" in shown[0].pictures else ("natural", "g'(y), in one pass")
+        headings = [heading, f"{len(attributes)} logits, all that is used", "reconstruction", "its attributes"]
         rows = [
-            [picture(saved("input" if "input" in entry.pictures else "natural", entry), SIDE), _shades(target, SIDE),
-             picture(saved("reconstruction", entry), SIDE), _shades(entry.logits, SIDE, target)]
-            for entry, target in zip(shown, targets, strict=False)
-        ]  # fmt: skip
+            [saved(beside, entry), _shades(y, SIDE), saved("reconstruction", entry), _shades(entry.logits, SIDE, y)]
+            for entry, y in zip(shown, targets, strict=False)
+        ]
+        footer = _key(attributes, sum(each.width + 16 for each in rows[0]) + 16)
     else:
         headings = [kind for kind in PICTURES if kind in shown[0].pictures]
-        rows = [[picture(saved(kind, entry), SIDE) for kind in headings] for entry in shown]
+        rows = [[saved(kind, entry) for kind in headings] for entry in shown]
     captions = [f"{entry.name}   {entry.figures.caption}" for entry in shown]
-    pages = write_sheet(folder, headings, rows, captions, attributes)
-    log.info("mean: %s", Figures("", **mean_figures(figures)).caption)
-    if unguided:
-        log.info("unguided, same noise: %s", Figures("", **mean_figures(unguided)).caption)
+    contact_sheet(folder / "sheet.png", headings, rows, captions, footer)
     if len(done) > len(shown):
         log.info("the sheet shows the first %d of %d images", len(shown), len(done))
-    log.info("%s", ", ".join(str(page) for page in pages))
+    log.info("%s", folder / "sheet.png")
