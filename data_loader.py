@@ -57,7 +57,7 @@ from images import (
     to_pixels,
     upright_size,
 )
-from utils import InputError, atomic_write, nearest
+from utils import InputError, atomic_write, nearest, write_json
 
 ATTRIBUTES: tuple[str, ...] = (
     "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips", "Big_Nose",
@@ -99,7 +99,7 @@ _EXPECTED = (
     "list_eval_partition (.txt or .csv), or with images/ and masks/"
 )
 _NO_DATA_SETS = {IMAGE_FOLDER, PART_FOLDER, MASK_FOLDER, "img_align_celeba", "images"}  # thousands of files
-_CACHE_VERSION = 4  # raise it when the way a cached pixel is computed, or kept, changes
+_CACHE_VERSION = 5  # raise it when the way a cached pixel is computed, or kept, changes
 _VALUES = {"1": 1, "+1": 1, "-1": 0, "0": 0, "1.0": 1, "-1.0": 0, "0.0": 0}  # floats: a table with gaps has those
 _UNKNOWN = -1
 
@@ -122,22 +122,9 @@ def _is_csv(path: Path) -> bool:
 
 def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     """Line numbers and words of a table: separated by commas in a .csv, by any white space elsewhere."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read annotations: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: annotations are not UTF-8 text (byte {error.start})") from None
-    split = (lambda line: [word.strip() for word in next(csv.reader([line.strip()]))]) if _is_csv(path) else str.split
-    rows = []
-    for i, line in enumerate(lines, start=1):
-        try:
-            rows += [(i, split(line))] if line.strip() else []
-        except csv.Error as error:
-            raise InputError(f"{path}, line {i}: {error}") from None
-    if not rows:
-        raise InputError(f"{path}: empty; expected the attribute names, then one row for each image")
-    return rows
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    split = (lambda line: next(csv.reader([line.strip()], skipinitialspace=True))) if _is_csv(path) else str.split
+    return [(i, split(line)) for i, line in enumerate(lines, start=1) if line.strip()]
 
 
 def read_annotations(path: str | Path) -> Annotations:
@@ -150,48 +137,42 @@ def read_annotations(path: str | Path) -> Annotations:
     Raises:
         InputError: with the file and the line, for anything else.
     """
-    path, count = Path(path), None
-    rows, comma = _read_rows(path), _is_csv(path)
+    path = Path(path)
+    rows, comma = iter(_read_rows(path)), _is_csv(path)
 
     def wrong(line: int, what: str) -> NoReturn:
         raise InputError(f"{path}, line {line}: {what}")
 
-    if not comma:
-        at, words = rows.pop(0)
-        if len(words) != 1 or not words[0].isdecimal():
-            wrong(at, f"expected the number of images, got {' '.join(words)[:40]!r}")
-        count = words[0]
-    if not rows:
-        wrong(at + 1, "expected the 40 attribute names, the file ends here")
-    at, names = rows.pop(0)
-    names = names[1:] if comma else names
-    for name in () if comma else names:
+    count = None if comma else " ".join(next(rows, (1, [""]))[1])
+    at, names = next(rows, (2, []))
+    names = names[comma:]
+    missing = [name for name in ATTRIBUTES if name not in names]
+    for name in [] if comma else names:
         if name not in ATTRIBUTES:
             wrong(at, f"unknown attribute {name!r}{nearest(name, ATTRIBUTES)}")
-    if missing := [name for name in ATTRIBUTES if name not in names]:
-        wrong(at, f"{40 - len(missing)} attribute names, expected 40; missing {', '.join(missing)}")
+    if missing:
+        wrong(at, f"expected the 40 attribute names; missing {', '.join(missing)}")
     if len(set(names)) < len(names):
         wrong(at, "an attribute is named twice")
 
     columns = [names.index(name) for name in ATTRIBUTES]
     values_of = {**_VALUES, "": _UNKNOWN} if comma else _VALUES
-    labels, files = np.zeros((len(rows), 40), dtype=np.int8), dict[str, int]()
-    for row, (at, (file, *values)) in enumerate(rows):
+    labels, files = list[list[int]](), dict[str, int]()
+    for at, (file, *values) in rows:
         if len(values) != len(names):
             wrong(at, f"{file} has {len(values)} values, expected {len(names)}")
         if file in files:
             wrong(at, f"{file} is listed twice, first on line {files[file]}")
-        if not re.fullmatch(r"(?!\.\.?$)[^/\\\0]{1,80}", file):
-            wrong(at, f"{file[:80]!r} is not a plain file name")
+        if Path(file).name != file:
+            wrong(at, f"{file!r} is not a plain file name")
         files[file] = at
         try:
-            labels[row] = [values_of[values[column]] for column in columns]
+            labels.append([values_of[values[column]] for column in columns])
         except KeyError as error:
-            name = next(n for n, column in zip(ATTRIBUTES, columns, strict=True) if values[column] == error.args[0])
-            wrong(at, f"{name} of {file} is {error.args[0]!r}, expected 1 or -1")
+            wrong(at, f"{file} has the value {error}, expected 1 or -1")
     if count is not None and count.lstrip("0") != str(len(files)):
-        raise InputError(f"{path}: the count says {count[:18]} images, the file lists {len(files)}")
-    return Annotations(list(files), labels)
+        raise InputError(f"{path}: the count says {count[:18]!r} images, the file lists {len(files)}")
+    return Annotations(list(files), np.array(labels, dtype=np.int8).reshape(-1, 40))
 
 
 def read_partition(path: str | Path) -> dict[str, int]:
@@ -241,17 +222,15 @@ def download_dataset() -> Path:
     Raises:
         InputError: kagglehub, its credentials or the network is missing.
     """
-    advice = f"or fetch {KAGGLE_DATASET} by hand and pass its folder with --dataset_path"
     try:
         import kagglehub
-    except ImportError:
-        raise InputError(f"kagglehub is not installed: pip install kagglehub, {advice}") from None
-    try:
+
         path = kagglehub.dataset_download(KAGGLE_DATASET)
     except Exception as error:  # network, credentials and quota all have types of their own
-        reason = (str(error) or type(error).__name__)[:300]
-        check = "check the network and your Kaggle API credentials"
-        raise InputError(f"cannot download {KAGGLE_DATASET}: {reason}; {check}, {advice}") from error
+        raise InputError(
+            f"cannot download {KAGGLE_DATASET}: {str(error)[:300]}; pip install kagglehub, check the network and your "
+            "Kaggle API credentials, or fetch it by hand and pass its folder with --dataset_path"
+        ) from error
     return find_dataset(Path(path))[0]
 
 
@@ -375,7 +354,7 @@ def read_mask(files: Sequence[Path], size: Size) -> np.ndarray:
 class _Store:
     """N arrays (*shape) uint8, each read from some files; kept in one memory-mapped file if that can be written.
 
-    The file is an array as NumPy writes it, followed by JSON: why which rows could not be read.
+    Beside it lies JSON: why which rows could not be read.
 
     Args:
         folder: for the file; None to read anew at every access. What was kept of an earlier state of the files, by
@@ -398,13 +377,14 @@ class _Store:
     ) -> None:
         self.name, self.sources, self.shape, self.read = name, sources, shape, read
         self.file: Path | None = None
-        self.bad: dict[int, str] = {}
         self._map: np.ndarray | None = None  # opened once in a process: a pickled memory map would be a full copy
         if folder is not None:
             key = json.dumps([_CACHE_VERSION, name, int(RESAMPLING), [list(map(_state, files)) for files in sources]])
             file = folder / f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
             try:
-                self.bad = kept if (kept := self._kept(file)) is not None else self._write(file)
+                if not file.is_file():
+                    self._write(file)
+                self.bad = {int(i): why for i, why in json.loads(file.with_suffix(".json").read_text()).items()}
                 self.file = file
             except (InputError, OSError) as error:
                 log.warning("no cache of resized images, every epoch reads the originals: %s", error)
@@ -423,20 +403,8 @@ class _Store:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             yield from pool.map(read, sources)
 
-    def _kept(self, file: Path) -> dict[int, str] | None:
-        """Unreadable rows of a complete file, or None without one."""
-        try:
-            kept = np.load(file, mmap_mode="r", allow_pickle=False)
-            if kept.shape != (len(self.sources), *self.shape) or kept.dtype != np.uint8:
-                return None
-            with open(file, "rb") as notes:
-                notes.seek(kept.offset + kept.nbytes)
-                return {int(i): str(why) for i, why in json.load(notes).items()}
-        except (OSError, ValueError, AttributeError, EOFError):
-            return None
-
-    def _write(self, file: Path) -> dict[int, str]:
-        """Make the file, in place of one of an earlier state; its unreadable rows."""
+    def _write(self, file: Path) -> None:
+        """Make the file, in place of one of an earlier state."""
         bad, nothing = {}, np.zeros(self.shape, dtype=np.uint8)
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.sources), *self.shape)}
         with (
@@ -451,26 +419,21 @@ class _Store:
                         bad[i], row = row, nothing
                     out.write(row.tobytes())
                     progress.update()
-            out.write(json.dumps(bad).encode())
-        for old in file.parent.glob(f"{self.name}_*.npy"):
-            if re.fullmatch(rf"{self.name}_[0-9a-f]{{16}}", old.stem) and old != file:
+            write_json(file.with_suffix(".json"), bad)
+        for old in file.parent.glob(f"{self.name}_*"):
+            if re.fullmatch(rf"{self.name}_[0-9a-f]{{16}}\.(npy|json)", old.name) and old.stem != file.stem:
                 old.unlink()
-        return bad
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_map": None}
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
         """(B, *shape) uint8."""
-        if self.file is not None:
-            try:
-                if self._map is None:
-                    self._map = np.load(self.file, mmap_mode="r", allow_pickle=False)
-                return torch.from_numpy(self._map[rows])
-            except (OSError, ValueError) as error:  # deleted, or replaced after the images changed, before it was open
-                log.warning("no cache of resized images any more, the originals are read: %s", error)
-                self.file = None
-        return torch.from_numpy(np.stack([self.read(self.sources[row], self.shape[-2:]) for row in rows]))
+        if self.file is None:
+            return torch.from_numpy(np.stack([self.read(self.sources[row], self.shape[-2:]) for row in rows]))
+        if self._map is None:
+            self._map = np.load(self.file, mmap_mode="r", allow_pickle=False)
+        return torch.from_numpy(self._map[rows])
 
 
 def _read_pixels(files: Sequence[Path], size: Size) -> np.ndarray:
@@ -633,10 +596,6 @@ class _Batched(Dataset):
         return *self.source.batch_uint8(indices), torch.tensor(flips)
 
 
-def _as_is(batch: RawBatch) -> RawBatch:
-    return batch
-
-
 class FaceLoader(DataLoader):
     """A loader whose bytes go to ``device`` and become images there: mirrored if marked, and in [-1, 1]."""
 
@@ -673,7 +632,7 @@ def make_loader(
         _Batched(source),
         batch_sampler=EpochBatches(len(source), batch_size, shuffle, flip, drop_last, seed, share),
         num_workers=workers,
-        collate_fn=_as_is,
+        collate_fn=tuple,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(seed),  # or the loader draws worker seeds from the global one
