@@ -12,20 +12,17 @@ With ``--masks`` the classes of what is seen are written too, the 19 of CelebAMa
 palette pictures masks/0.png ... Left is the person's own left, as there. A beard is skin; lenses belong to the glasses,
 eyes and brows behind them do not.
 
-Rules for the names that are not drawn as such, or that depend on others:
+Rules for the names that are not drawn as such, or that depend on others (see `EXCLUSIVE` too):
 
 * Attractive: Young, and none of Bags_Under_Eyes, Big_Nose, Chubby, Double_Chin.
 * No_Beard: none of 5_o_Clock_Shadow, Goatee, Mustache. If none of these holds and No_Beard does not hold either, a
   full beard is drawn on cheeks and jaw. Only men have beards or sideburns.
-* At most one of the four hair colours holds; with none of them the hair is red, or the head is bald.
-* Straight_Hair (light streaks) and Wavy_Hair (scalloped outline) exclude each other; with neither the hair is smooth
-  and matt.
-* Bald excludes every hair colour and cut, and a hat; hat, bangs and a receding hairline exclude one another; Chubby
-  excludes Oval_Face; a necktie excludes a necklace.
+* With none of the four hair colours the hair is red, or the head is bald; neither straight nor wavy it is smooth and
+  matt.
 
 ::
 
-    python procedural_faces.py --out DIR --count N --size S --seed K [--masks] [--overwrite] [--sheet FILE.png]
+    python procedural_faces.py --out DIR --count N --size S --seed K [--masks] [--overwrite]
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, MASK_CLASSES, MASK_FOLDER
@@ -142,38 +139,7 @@ def sample_attributes(rng: np.random.Generator) -> dict[str, bool]:
     if not a["No_Beard"] and chance["No_Beard"] > 0.38:  # between the two bounds: a full beard only
         if not any([decide(name, 0.42) for name in BEARDS]):
             a[BEARDS[int(chance["Goatee"] * 1e4) % 3]] = True
-    a["Attractive"] = _attractive(a)
-    return a
-
-
-def _attractive(a: dict[str, bool]) -> bool:
-    return a["Young"] and not any(a[name] for name in UNATTRACTIVE)
-
-
-def flip_attribute(attributes: dict[str, bool], name: str) -> dict[str, bool]:
-    """The same attributes with ``name`` flipped, and only those others changed that would contradict it.
-
-    Raises:
-        KeyError: when ``name`` is none of `ATTRIBUTES`.
-    """
-    a = dict(attributes)
-    a[name] = not a[name]
-    if name == "Attractive":  # by its rule: age decides, and the four faults go
-        a["Young"] = a[name]
-        if a[name]:
-            a.update(dict.fromkeys(UNATTRACTIVE, False))
-    if a[name]:
-        for pair in EXCLUSIVE:
-            if name in pair:
-                a[pair[pair[0] == name]] = False
-    elif name in BEARDS and not any(a[other] for other in BEARDS):
-        a["No_Beard"] = True  # else the last beard to go would leave a full one
-    if a["Sideburns"] or not a["No_Beard"]:
-        if name == "Male":
-            a.update(dict.fromkeys((*BEARDS, "Sideburns"), False), No_Beard=True)
-        else:
-            a["Male"] = True
-    a["Attractive"] = _attractive(a)
+    a["Attractive"] = young and not any(a[name] for name in UNATTRACTIVE)
     return a
 
 
@@ -955,12 +921,7 @@ def draw_earrings(c: Canvas, f: Face) -> None:
 # ---------------------------------------------------------------- pictures
 
 
-def render(attributes: dict[str, bool], variation: Variation, size: int) -> Image.Image:
-    """The picture of `render_with_mask`."""
-    return render_with_mask(attributes, variation, size)[0]
-
-
-def render_with_mask(attributes: dict[str, bool], variation: Variation, size: int) -> tuple[Image.Image, Image.Image]:
+def render(attributes: dict[str, bool], variation: Variation, size: int) -> tuple[Image.Image, Image.Image]:
     """Draw the face with these attributes, ``size`` pixels square, RGB; and what is seen there. Free of chance.
 
     Returns:
@@ -1013,12 +974,12 @@ def draw_face(seed: int, index: int, size: int) -> tuple[Image.Image, dict[str, 
         ValueError: when seed or index is negative, or ``size`` is below `SMALLEST_SIZE`.
     """
     attributes, variation = sample_face(seed, index)
-    return render(attributes, variation, size), attributes
+    return render(attributes, variation, size)[0], attributes
 
 
 def _write_face(index: int, out: Path, seed: int, size: int, masks: bool) -> str:
     attributes, variation = sample_face(seed, index)
-    image, mask = render_with_mask(attributes, variation, size)
+    image, mask = render(attributes, variation, size)
     image.save(out / IMAGE_FOLDER / f"{index}.jpg", quality=95, subsampling=0)
     if masks:
         mask.save(out / MASK_FOLDER / f"{index}.png")
@@ -1038,12 +999,11 @@ def write_dataset(
 
     procedural_faces.json says what was drawn, and that it was: only such a folder is ever overwritten. With
     ``overwrite`` the numbered pictures and the annotation are replaced; anything else in the folder stays. The files do
-    not depend on ``workers``, processes that draw. On Linux they are forks, quick to start; elsewhere they import the
-    script that calls this, which has to do so below ``if __name__ == "__main__":``.
+    not depend on ``workers``, processes that draw. On Linux they are forks; elsewhere they import the script that calls
+    this, which has to do so below ``if __name__ == "__main__":``.
 
     Raises:
-        InputError: ``out`` is a file, cannot be written, or holds something and ``overwrite`` is not set; a process
-            that draws ends before its time.
+        InputError: ``out`` holds something and ``overwrite`` is not set; a process that draws ends before its time.
     """
     out = Path(out)
     _prepare_folder(out, overwrite, {"count": count, "size": size, "seed": seed}, masks)
@@ -1067,59 +1027,20 @@ def write_dataset(
 def _prepare_folder(out: Path, overwrite: bool, settings: dict, masks: bool) -> None:
     """Make the folders for the pictures, without those of an earlier run (beyond a smaller count they would linger)."""
     folders = {IMAGE_FOLDER: "*.jpg", MASK_FOLDER: "*.png"}
-    try:
-        if out.is_dir() and any(out.iterdir()):
-            if not overwrite:
-                raise InputError(f"--out {out}: not empty; name another folder, or replace its faces with --overwrite")
-            for folder in (out / name for name in folders):
-                if folder.is_symlink() or folder.exists() and not (out / MARK).is_file():
-                    # real photographs have the same names
-                    raise InputError(f"--out {out}: its pictures were not drawn here ({MARK} is missing); name another")
-        (out / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
-        if masks:
-            (out / MASK_FOLDER).mkdir(exist_ok=True)
-        write_json(out / MARK, settings)  # before the first picture: an interrupted run may be replaced too
-        (out / ANNOTATION_FILE).unlink(missing_ok=True)
-        for old in (old for name, pattern in folders.items() for old in (out / name).glob(pattern)):
-            if old.stem.isdecimal():
-                old.unlink()
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot write there: {error.strerror}") from None
-
-
-def sheet_attributes(name: str) -> dict[str, bool]:
-    """A plain face without ``name``, on which it can be seen: a man for beards, a woman for make-up, and so on."""
-    a = dict.fromkeys(ATTRIBUTES, False)
-    men = {*BEARDS, "Sideburns", "No_Beard", "Bald", "Receding_Hairline", "Wearing_Necktie", "Bushy_Eyebrows"}
-    man = name in men or name == "Double_Chin"
-    a.update(Male=man, Young=True, No_Beard=True, Attractive=True, Brown_Hair=name not in HAIR_COLOURS)
-    return flip_attribute(a, name) if a[name] else a
-
-
-def contact_sheet(path: str | Path, size: int = 104, seed: int = 0, columns: int = 5) -> None:
-    """Write a PNG that shows each attribute on a pair of faces, without and with it, all else equal.
-
-    ``size`` is the width of a face in pixels, ``columns`` the number of pairs in a row.
-
-    Raises:
-        InputError: ``path`` cannot be written.
-    """
-    label, gap = 20, 10
-    rows = -(-len(ATTRIBUTES) // columns)
-    cell = (2 * size + 2 + gap, size + label + gap)
-    sheet = Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + gap), WHITE)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for i, name in enumerate(ATTRIBUTES):
-        without = sheet_attributes(name)
-        variation = sample_variation(np.random.default_rng([seed, i]))
-        # short hair on men and long on women keeps the pairs easy to read
-        variation = dataclasses.replace(variation, hair_length=0.6)
-        x, y = gap + (i % columns) * cell[0], gap + (i // columns) * cell[1]
-        draw.text((x, y), name, fill=INK, font=font)
-        for k, attributes in enumerate((without, flip_attribute(without, name))):
-            sheet.paste(render(attributes, variation, size), (x + k * (size + 2), y + label))
-    with atomic_write(path) as file:
-        sheet.save(file, format="PNG")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise InputError(f"--out {out}: not empty; name another folder, or replace its faces with --overwrite")
+        if not (out / MARK).is_file() and any((out / name).exists() for name in folders):
+            # real photographs have the same names
+            raise InputError(f"--out {out}: its pictures were not drawn here ({MARK} is missing); name another")
+    (out / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
+    if masks:
+        (out / MASK_FOLDER).mkdir(exist_ok=True)
+    write_json(out / MARK, settings)  # before the first picture: an interrupted run may be replaced too
+    (out / ANNOTATION_FILE).unlink(missing_ok=True)
+    for old in (old for name, pattern in folders.items() for old in (out / name).glob(pattern)):
+        if old.stem.isdecimal():
+            old.unlink()
 
 
 @dataclasses.dataclass
@@ -1133,15 +1054,12 @@ class Options:
     workers: int | None = option(None, "processes; none: one for each core", 1, 1024)
     overwrite: bool = option(False, "replace the faces in a folder that is not empty")
     masks: bool = option(False, "also write the mask of each face, 19 classes")
-    sheet: Path | None = option(None, "also write a contact sheet of the 40 attributes, a PNG")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; see ``--help``."""
     (o, _) = parse("Draw labelled faces in the layout of CelebAMask-HQ.", Options, argv=argv)
     write_dataset(o.out, o.count, o.size, o.seed, o.workers, o.overwrite, o.masks)
-    if o.sheet is not None:
-        contact_sheet(o.sheet)
     return 0
 
 
