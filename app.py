@@ -16,15 +16,13 @@ import shlex
 import sys
 import tempfile
 import threading
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from DDNM.guided_diffusion.diffusion import image_generator, sample
@@ -39,7 +37,7 @@ from DDNM.guided_diffusion.inputs import (
     load_networks,
     read_targets,
 )
-from images import can_align, load_image, to_float, to_uint8
+from images import can_align, load_image, to_float, to_picture, to_uint8
 from utils import InputError, option, parse, resolve_device, run_command
 
 GROUPS = {
@@ -94,28 +92,20 @@ class Wish:
 
     def link(self) -> str:
         """As the query of a link."""
-        content = json.dumps([[round(y, 4) for y in self.logits], self.seed, self.steps, self.rule]).encode()
-        return "?state=" + base64.urlsafe_b64encode(zlib.compress(content)).decode()
+        content = json.dumps([[round(y, 4) for y in self.logits], self.seed, self.steps, self.rule])
+        return "?state=" + base64.urlsafe_b64encode(content.encode()).decode()
 
     @classmethod
     def from_link(cls, state: str, ranges: Sequence[tuple[float, float]]) -> "Wish":
         """Raises InputError: no state of this page, whose sliders have these ranges."""
         try:
-            unpack = zlib.decompressobj()
-            content = json.loads(unpack.decompress(base64.urlsafe_b64decode(state.encode()), 100_000))
-            logits, seed, steps, rule = content
+            logits, seed, steps, rule = json.loads(base64.urlsafe_b64decode(state.encode()))
             wish = cls(tuple(map(float, logits)), int(seed), int(steps), str(rule))
-        except (ValueError, TypeError, OverflowError, RecursionError, zlib.error):
+            inside = [low <= y <= high for y, (low, high) in zip(wish.logits, ranges, strict=True)]
+            if not all(inside) or wish.rule not in RULES or not 1 <= wish.steps <= 1000 or not 0 <= wish.seed < 2**31:
+                raise ValueError
+        except (ValueError, TypeError, OverflowError, RecursionError):
             raise InputError("the link holds no state of this page") from None
-        if (
-            len(wish.logits) != len(ranges)
-            or wish.rule not in RULES
-            or not 1 <= wish.steps <= 1000
-            or not 0 <= wish.seed < 2**31
-        ):
-            raise InputError("the link is of another page")
-        if not all(low <= y <= high for y, (low, high) in zip(wish.logits, ranges, strict=True)):
-            raise InputError("the link holds a logit beyond its slider")
         return wish
 
 
@@ -136,19 +126,13 @@ class Studio:
         typical = networks.spnn.notes.get("typical_logits") or [[-8.0, 8.0]] * len(self.attributes)
         self.typical = [(round(without, 1), round(present, 1)) for without, present in typical]
         targets = read_targets(TargetSettings(path_y=page.faces), networks, 16)
-        self.faces = {
-            name: tuple(round(y, 1) for y in logits.tolist())
-            for name, logits in zip(targets.names, targets.logits, strict=True)
-        }
+        rows = [tuple(round(y, 1) for y in logits) for logits in targets.logits.tolist()]
+        self.faces = dict(zip(targets.names, rows, strict=True))
         self.range = []  # of each slider: well beyond the typical values and those of the faces
-        for values in zip(*self.typical_by_side(), *self.faces.values(), strict=True):
+        for values in zip(*zip(*self.typical, strict=True), *rows, strict=True):
             reach = max(values) - min(values)
             self.range.append((round(min(values) - reach / 2, 1), round(max(values) + reach / 2, 1)))
         self.size = networks.spnn.img_size
-
-    def typical_by_side(self) -> Iterator[tuple[float, ...]]:
-        """Typical logits of every attribute without it, then with it."""
-        return zip(*self.typical, strict=True)
 
     def changed(self, change: str, logits: Sequence[float]) -> list[float]:
         """The sliders after a button of `CHANGES`; the others stay."""
@@ -250,14 +234,12 @@ STYLE = """
 def data_uri(image: Tensor) -> str:
     """(3, S, S) in [-1, 1] as a PNG inside the page."""
     out = io.BytesIO()
-    Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().numpy()).save(out, format="PNG")
+    to_picture(image).save(out, format="PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def figure(image: Tensor | None, caption: str, save: str | None = None) -> str:
+def figure(image: Tensor, caption: str, save: str | None = None) -> str:
     """A picture with its caption, which is its text for a screen reader too; and a link that saves it."""
-    if image is None:
-        return f'<figure class="pic"><figcaption>{escape(caption)}</figcaption></figure>'
     uri = data_uri(image)
     link = f' · <a download="{escape(save)}.png" href="{uri}">save</a>' if save is not None else ""
     return (f'<figure class="pic"><img src="{uri}" alt="{escape(caption)}">'
@@ -319,10 +301,6 @@ def wish_of(values: Sequence) -> Wish:
     return Wish(tuple(map(float, logits)), int(seed or 0), int(steps), rule)
 
 
-def strip(figures: Sequence[str]) -> str:
-    return f'<div class="strip">{"".join(figures)}</div>'
-
-
 class Events:
     """What answers the controls, with HTML. Those that draw are generators; an InputError goes to the visitor."""
 
@@ -366,7 +344,7 @@ class Events:
         wish, studio = wish_of(values), self.studio
         for share, image in studio.draw(wish):
             if share < 1:
-                yield figure(image, f"x0 after {share:.0%}"), figure(None, ""), ""
+                yield figure(image, f"x0 after {share:.0%}"), "", ""
         before, after = torch.tensor(portrait), studio.seen(image)[0]
         kept = [i for i, y in enumerate(wish.logits) if abs(y - portrait[i]) <= 0.051]
         flipped = [studio.attributes[i].replace("_", " ") for i in kept if (before[i] > 0) != (after[i] > 0)]
@@ -375,29 +353,32 @@ class Events:
         yield (figure(image, "the edited face", "edited"), figure(studio.natural(wish.logits), "g'(y)", "natural"),
                f"<p>{escape(told)}</p>" + verdicts(studio, image, wish.logits) + recipe(studio, wish))  # fmt: skip
 
+    def strip(self, wishes: Iterable[tuple[str, Wish]]) -> Iterator[str]:
+        """Pictures side by side, each with what is said of it and how well it fits its target."""
+        done = []
+        for caption, wish in wishes:
+            image = self.studio.picture(wish)
+            fits = agreement(self.studio, image, wish.logits)
+            done.append(figure(image, f"{caption}: {fits}", caption.replace(" ", "_")))
+            yield f'<div class="strip">{"".join(done)}</div>'
+
     def compare(self, *values) -> Iterator[str]:
-        wish, done = wish_of(values), []
-        for rule in RULES[::-1]:
-            image = self.studio.picture(replace(wish, rule=rule))
-            done.append(figure(image, f"{rule}: {agreement(self.studio, image, wish.logits)}", rule))
-            yield strip(done)
+        wish = wish_of(values)
+        return self.strip((rule, replace(wish, rule=rule)) for rule in RULES[::-1])
 
     def walk(self, start: list[float] | None, count: float, *values) -> Iterator[str]:
         if start is None:
             raise InputError("keep a start first: set the sliders and press 'These sliders are the start'")
-        wish, done = wish_of(values), []
-        for k in range(int(count)):
-            share = k / (int(count) - 1)
-            logits = tuple(a + share * (b - a) for a, b in zip(start, wish.logits, strict=True))
-            image = self.studio.picture(replace(wish, logits=logits))
-            done.append(figure(image, f"{share:.0%} of the way", f"walk_{k}"))
-            yield strip(done)
+        wish, shares = wish_of(values), [k / (count - 1) for k in range(int(count))]
+        between = [[a + t * (b - a) for a, b in zip(start, wish.logits, strict=True)] for t in shares]
+        return self.strip(
+            (f"{t:.0%} of the way", replace(wish, logits=tuple(logits)))
+            for t, logits in zip(shares, between, strict=True)
+        )
 
     def seeds(self, count: float, *values) -> Iterator[str]:
-        wish, done = wish_of(values), []
-        for seed in range(wish.seed, wish.seed + int(count)):
-            done.append(figure(self.studio.picture(replace(wish, seed=seed)), f"seed {seed}", f"seed_{seed}"))
-            yield strip(done)
+        wish = wish_of(values)
+        return self.strip((f"seed {wish.seed + k}", replace(wish, seed=wish.seed + k)) for k in range(int(count)))
 
 
 # --- The page --------------------------------------------------------------------------------------------------------
@@ -508,24 +489,21 @@ def build(studio: Studio):
         edited = [r.edited, r.edit_natural, r.edit_told]
         event = r.start_editing.click(told(events.edit), [r.portrait, *c.wishes], edited, **busy)
         r.stop_editing.click(None, cancels=[event])
-        r.start_comparing.click(events.compare, c.wishes, r.compared, **busy)
+        r.start_comparing.click(told(events.compare), c.wishes, r.compared, **busy)
         r.keep_start.click(lambda *y: (list(y), "<p>The start is kept. Now move the sliders.</p>"), c.logits,
                            [r.start_of_walk, r.walked])  # fmt: skip
         r.start_walking.click(told(events.walk), [r.start_of_walk, r.how_many, *c.wishes], r.walked, **busy)
-        r.start_seeds.click(events.seeds, [r.how_many, *c.wishes], r.walked, **busy)
+        r.start_seeds.click(told(events.seeds), [r.how_many, *c.wishes], r.walked, **busy)
     return page
 
 
 def given_flags(argv: Sequence[str] | None) -> list[str]:
     """The words of the page's command line that the reconstruction command takes too."""
-    own = {f"--{each.name}" for each in fields(Page)}
-    words, kept = list(sys.argv[1:] if argv is None else argv), []
-    while words:
-        word = words.pop(0)
-        takes = kept if word.split("=")[0] not in own else []
-        takes.append(word)
-        while words and not words[0].startswith("--"):
-            takes.append(words.pop(0))
+    own, kept, takes = {f"--{each.name}" for each in fields(Page)}, [], True
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.startswith("--"):
+            takes = word.split("=")[0] not in own
+        kept += [word] * takes
     return kept
 
 
