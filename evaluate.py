@@ -47,7 +47,6 @@ from DDNM.guided_diffusion.inputs import (
     Targets,
     TargetSettings,
     WalkSettings,
-    check_architecture,
     load_lpips,
     load_networks,
     read_targets,
@@ -139,15 +138,8 @@ class Counted(nn.Module):
 # --- Drawing ---------------------------------------------------------------------------------------------------------
 
 
-def contents(targets: Targets) -> list[str]:
-    """What tells each target from another of its name: of its file, or of its row of logits."""
-    said = targets.logits.numpy() if targets.files is None else [file.read_bytes() for file in targets.files]
-    return [hashlib.sha256(bytes(one)).hexdigest()[:16] for one in said]
-
-
-def costs_of(record: Record) -> dict[str, float]:
+def costs_of(batches: Sequence[dict]) -> dict[str, float]:
     """Evaluations and gradients of a batch; seconds of an image, and |A x - y| in it; the largest memory."""
-    batches = record.read(dict)
     images = sum(len(batch["images"]) for batch in batches)
     costs = {key: fmean(batch[key] for batch in batches) for key in ("evaluations", "gradients")}
     costs |= {"seconds": sum(b["seconds"] for b in batches) / images, "memory": max(b["memory"] for b in batches)}
@@ -165,8 +157,10 @@ def draw(
     FOLDER.jsonl beside the pictures has a line per batch, with what was in its images, and its costs.
     """
     record = Record(folder.parent / f"{folder.name}.jsonl", settings, otherwise="take another --out")
-    prior, content = Counted(networks.prior), contents(targets)
-    kept = record.read(dict) if record.path.is_file() else []
+    # what tells each target from another of its name: its file, or its row of logits
+    said = targets.logits.numpy() if targets.files is None else [file.read_bytes() for file in targets.files]
+    content = [hashlib.sha256(bytes(one)).hexdigest()[:16] for one in said]
+    kept = record.read() if record.path.is_file() else []
     world.wait()
     if world.leads:
         record.begin(kept)  # without a line that was cut
@@ -175,10 +169,8 @@ def draw(
     parts = [slice(i, i + walk.batch_size) for i in range(0, len(targets.names), walk.batch_size)]
     todo = [p for p in parts if any(there.get(n) != c for n, c in zip(targets.names[p], content[p], strict=True))]
     own = world.share(todo)
-    total = evaluations(prior, guidance, case.steps, **walk.travel) * len(own)
-    with tqdm(
-        total=total, desc=case.name, unit="step", leave=False, dynamic_ncols=True, disable=not world.leads
-    ) as bar:
+    total, prior = evaluations(networks.prior, guidance, case.steps, **walk.travel), Counted(networks.prior)
+    with tqdm(total=total * len(own), desc=case.name, unit="step", leave=False, disable=not world.leads) as bar:
         for part in own:
             names, target = targets.names[part], targets.logits[part].to(networks.device)
             peak_gib(networks.device, reset=True)
@@ -203,7 +195,7 @@ def draw(
                 "gradients": prior.gradients, "seconds": seconds, "memory": peak_gib(networks.device), **cost,
             }])  # fmt: skip
     world.wait()
-    return costs_of(record)
+    return costs_of(record.read())
 
 
 # --- Features --------------------------------------------------------------------------------------------------------
@@ -306,9 +298,7 @@ def bootstrap(of: Callable[[Tensor], float], count: int, draws: int = DRAWS) -> 
 
 def mean_of(values: Tensor) -> Figure:
     """The mean over images of one figure of each, (N,)."""
-    drawn = torch.randint(len(values), (DRAWS, len(values)), generator=torch.Generator().manual_seed(0))
-    means, ends = values.double()[drawn].mean(1).float().double(), torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return values.double().mean().item(), *means.nanquantile(ends).tolist()  # as `bootstrap`, without its loop
+    return bootstrap(lambda i: values[i].double().mean().item(), len(values))
 
 
 def halves(of: Callable[[Tensor], float], count: int, draws: int = 50) -> Figure:
@@ -403,10 +393,9 @@ class Measured:
 def flat(name: str, figures: dict, costs: dict) -> dict:
     row: dict = {"method": name}
     for column in COLUMNS:
-        value, *interval = figures.get(column, (costs.get(column),))
-        row[column] = value
+        row[column], *interval = figures.get(column, (costs.get(column), None, None))
         if column not in ("consistency", "evaluations", "gradients", "seconds", "memory"):
-            row[f"{column}_low"], row[f"{column}_high"] = interval if interval else (None, None)
+            row[f"{column}_low"], row[f"{column}_high"] = interval
     return json_values(row)
 
 
@@ -426,7 +415,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = dict.fromkeys(Case.of(m, n, edit) for n in e.steps for m in e.methods for edit in edits)
     rules = {case: replace(rule, guidance=case.method).build(case.steps) for case in cases}  # refuses unknown ones
     architecture = {key: value for key, value in others.items() if key in PRESET_ONLY}
-    check_architecture(architecture)
     with join_world(weights.device) as (world, device), locked(e.out) if world.leads else nullcontext():
         networks = load_networks(weights, architecture, device, what.operator)
         targets = read_targets(what, networks, walk.batch_size, world, most=e.count)
@@ -465,7 +453,10 @@ def evaluate(
         shelf.append(("inputs", measured.inputs))
     for case, guidance in rules.items():
         logits, judged, followed = edits[case.edit].apply(targets.logits, targets.judged)
-        own, folder = replace(targets, logits=logits, judged=judged), e.out / "pictures" / case.folder
+        own, folder = (
+            replace(targets, logits=logits, judged=judged),
+            e.out / "pictures" / case.folder,
+        )
         costs = draw(case, guidance, walk, networks, own, folder, settings, world, log)
         if measured is None:
             continue

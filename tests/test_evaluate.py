@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import shutil
 from types import SimpleNamespace
 
@@ -16,7 +15,6 @@ import evaluate
 from DDNM.guided_diffusion.edits import Edits
 from DDNM.guided_diffusion.inputs import Targets
 from evaluate import Measured, assignments, bootstrap, fid, halves, kid
-from operators import SPNNOperator
 from utils import InputError
 
 
@@ -192,27 +190,6 @@ def test_fid_is_that_of_two_normal_distributions():
     (m, c), (n, d) = ((x.mean(0), np.cov(x.numpy().T)) for x in (a, b))
     roots = np.linalg.eigvals(c @ d).real ** 0.5  # of a product of positive matrices: the trace of its root
     assert fid(a, b) == pytest.approx(((m - n).square().sum() + np.trace(c + d) - 2 * roots.sum()).item(), rel=1e-5)
-
-
-def test_an_image_that_is_not_finite_is_named_and_the_others_go_on(run, monkeypatch, caplog, tmp_path):
-    honest = SPNNOperator.loss
-
-    def loss(self, said, y):
-        return torch.where((y[:, 0] - green).abs() < 1e-4, math.nan, 1.0) * honest(self, said, y)
-
-    colour = torch.tensor((20.0, 200, 20)).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
-    with torch.no_grad():
-        green = tiny_spnn()(colour)[0, 0]
-    flags = ["--methods", "gradient", "--steps", "3", "--batch_size", "3"]
-    run(*flags)
-    before = {name: np.asarray(Image.open(tmp_path / "out" / "pictures" / "gradient_3" / f"{name}.png"))
-              for name in ("blue", "green", "red")}  # fmt: skip
-    monkeypatch.setattr(SPNNOperator, "loss", loss)
-    run(*flags, "--out", str(tmp_path / "broken"))
-    assert "gradient, 3 steps: not finite: green" in caplog.text
-    for name, picture in before.items():
-        again = np.asarray(Image.open(tmp_path / "broken" / "pictures" / "gradient_3" / f"{name}.png"))
-        assert (again == picture).all() == (name != "green")
 
 
 @pytest.mark.parametrize(

@@ -76,13 +76,8 @@ def architectures(draw):
             block(most=12)
     if channels > 1 and (channels > 12 or not any("in_ch" in a for _, a in layers)):
         block(most=8)
-    return {
-        "img_ch": img_ch,
-        "num_classes": channels,
-        "img_size": img_size,
-        "mix_type": draw(mixings),
-        "layer_channels": layers,
-    }
+    return {"img_ch": img_ch, "num_classes": channels, "img_size": img_size, "mix_type": draw(mixings),
+            "layer_channels": layers}  # fmt: skip
 
 
 # Relative errors of float32, near usual outputs and 50 times as far out, as in test_laws.CHAIN for chains of the same
@@ -113,6 +108,19 @@ def test_random_architectures_hold_every_law(examples, dtype):
 
 
 NONSENSE = st.sampled_from([0, -1, 1.5, "3", None, [], float("nan"), float("inf"), True, {}])
+WRONG = {  # of a block
+    "in_ch": ["4", None],
+    "out_ch": [0, -2, "1", None, 0.5],
+    "feat_size": [3, 5, 64, 0, -2, "2", 1.5],
+    "mix_type": ["", "Cayley", 3, None, []],
+    "hidden": [0, -1, 1.5, "3", None, float("nan")],
+    "scale_bound": [0, -1, "3", None, [], float("nan"), float("inf")],
+    "unknown": [0, None],
+}
+CHAINS = [
+    [], "text", 5, [5], [("Nothing", {})], [("ConvPINNBlock", 3)], [(3, {})], [("PixelUnshuffleBlock", {"r": 0})],
+    [("PixelUnshuffleBlock", {"r": "2"})], [("PixelUnshuffleBlock", {"r": 7})],
+]  # fmt: skip
 
 
 @st.composite
@@ -121,30 +129,16 @@ def misfits(draw):
     architecture = draw(architectures())
     layers = architecture["layer_channels"]
     blocks = [i for i, (name, _) in enumerate(layers) if name == "ConvPINNBlock"]
-    index = draw(st.sampled_from(blocks)) if blocks else 0
-    name, arguments = layers[index]
     kind = draw(st.sampled_from(["block", "chain", "network"]))
     if kind == "block" and blocks:
-        key = draw(st.sampled_from(["in_ch", "out_ch", "hidden", "scale_bound", "feat_size", "mix_type", "unknown"]))
-        if key == "out_ch":
-            value = draw(st.sampled_from([arguments["in_ch"], arguments["in_ch"] + 1, 0, -2, "1", None, 0.5]))
-        elif key == "in_ch":
-            value = draw(st.sampled_from([arguments["in_ch"] + 1, arguments["out_ch"], "4", None]))
-        elif key == "feat_size":
-            value = draw(st.sampled_from([3, 5, 64, 0, -2, "2", 1.5]))
-        elif key == "mix_type":
-            value = draw(st.sampled_from(["", "Cayley", 3, None, []]))
-        elif key == "hidden":
-            value = draw(st.sampled_from([0, -1, 1.5, "3", None, float("nan")]))
-        else:
-            value = draw(st.sampled_from([0, -1, "3", None, [], float("nan"), float("inf")]))
+        index, key = draw(st.sampled_from(blocks)), draw(st.sampled_from(list(WRONG)))
+        name, arguments = layers[index]
+        ins, outs = arguments["in_ch"], arguments["out_ch"]
+        value = draw(st.sampled_from(WRONG[key] + {"in_ch": [ins + 1, outs], "out_ch": [ins, ins + 1]}.get(key, [])))
         layers[index] = (name, {**arguments, key: value})
     elif kind == "chain":
-        architecture["layer_channels"] = draw(
-            st.sampled_from([[], "text", 5, [5], [("Nothing", {})], [("ConvPINNBlock", 3)], [(3, {})], layers[:-1] * 2,
-                             [*layers, ("PixelUnshuffleBlock", {"r": 2})], [("PixelUnshuffleBlock", {"r": 0})],
-                             [("PixelUnshuffleBlock", {"r": "2"})], [("PixelUnshuffleBlock", {"r": 7})]])
-        )  # fmt: skip
+        longer = [layers[:-1] * 2, [*layers, ("PixelUnshuffleBlock", {"r": 2})]]
+        architecture["layer_channels"] = draw(st.sampled_from(CHAINS + longer))
     elif kind == "network":
         key = draw(st.sampled_from(["img_ch", "num_classes", "img_size"]))
         larger = [] if key == "img_size" else [architecture[key] + 1]  # a larger image may end at a map, and fit
@@ -187,29 +181,22 @@ TOKENS = [b"", b"\0", b"\xff", b"\n", b"-1", b"1e999", b"nan", b"999999999999999
 @st.composite
 def damage(draw):
     """A function that damages bytes: bits turned, parts cut, doubled, moved or put in."""
-    steps = draw(
-        st.lists(
-            st.tuples(st.integers(0, 5), st.floats(0, 1), st.floats(0, 1), st.sampled_from(TOKENS), st.integers(0, 7)),
-            min_size=1,
-            max_size=4,
-        )
-    )
+    share = st.floats(0, 1)
+    step = st.tuples(st.integers(0, 5), share, share, st.sampled_from(TOKENS), st.integers(0, 7))
+    steps = draw(st.lists(step, min_size=1, max_size=4))
 
     def apply(content: bytes) -> bytes:
         for kind, where, to, token, bit in steps:
             i, j = sorted((int(where * len(content)), int(to * len(content))))
-            if kind == 0 and i < len(content):
-                content = content[:i] + bytes([content[i] ^ 1 << bit]) + content[i + 1 :]
-            elif kind == 1:
-                content = content[:i]
-            elif kind == 2:
-                content = content[:i] + content[min(j, i + 40) :]
-            elif kind == 3:
-                content = content[:i] + token + content[i:]
-            elif kind == 4:
-                content = content[:j] + content[i : i + 60] + content[j:]
-            else:
-                content = content[:i] + token + content[i + len(token) :]
+            turned = bytes([content[i] ^ 1 << bit]) if i < len(content) else b""
+            content = [
+                content[:i] + turned + content[i + 1 :],
+                content[:i],
+                content[:i] + content[min(j, i + 40) :],
+                content[:i] + token + content[i:],
+                content[:j] + content[i : i + 60] + content[j:],
+                content[:i] + token + content[i + len(token) :],
+            ][kind]
         return content
 
     return apply
@@ -336,14 +323,10 @@ DAMAGED = {  # of a folder, a file in it and what is done with that
     "training preset": lambda f: preset(
         f, train_celeba.read_command, checkpoints.ROOT / "configs" / "faces_64.yml", "--is_r_opt"
     ),
-    "sampling line": lambda f: line(
-        f, reconstruct.parse, "--ni --config faces.yml --path_y faces --image_folder out --set Smiling=1 --steps 20 "
-        "--eta 0.5 --seed 7 --no-clip_x0",
-    ),
-    "training line": lambda f: line(
-        f, train_celeba.read_command, "--dataset_path data --is_forward_train --img_size 64 --lr 1e-3 --epoch 2 "
-        "--batch_size 8 --mix_type cayley --checkpoint_dir out",
-    ),
+    "sampling line": lambda f: line(f, reconstruct.parse, "--ni --config faces.yml --path_y faces --set Smiling=1 "
+                                    "--steps 20 --eta 0.5 --seed 7 --no-clip_x0"),
+    "training line": lambda f: line(f, train_celeba.read_command, "--dataset_path data --is_forward_train --lr 1e-3 "
+                                    "--img_size 64 --epoch 2 --batch_size 8 --mix_type cayley --checkpoint_dir out"),
 }  # fmt: skip
 
 
