@@ -46,7 +46,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file, on the CPU: .safetensors, or anything ``torch.save`` wrote.
 
     A dict that wraps one state dict (``{"model": {...}, "epoch": 3}``) is unwrapped, `PREFIXES` that all names share
-    are taken off, and residual blocks of older versions get today's names. No code in the file is run.
+    are taken off. No code in the file is run.
 
     Raises:
         InputError: no such file, a damaged one, one that would run code, or no state dict of plain, finite tensors.
@@ -72,7 +72,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise InputError(f"weights {path}: {name} is no plain tensor of real numbers ({found})")
         if not tensor.isfinite().all():
             raise InputError(f"weights {path}: {name} holds NaN or infinity")
-    return _todays_residual(_without_prefixes(state))
+    return _without_prefixes(state)
 
 
 def _load(path: Path) -> Any:
@@ -107,27 +107,6 @@ def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state.pop("n_averaged", None)  # the counter of torch's AveragedModel, no weight
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
-_OLD_RESIDUAL = re.compile(r"(|.*\.)h\.([024])\.parametrizations\.weight\.")
-
-
-def _todays_residual(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state with the residual blocks of versions that parametrized their weights as blocks have them now.
-
-    Of power iterations, which always scaled a weight to its bound, it takes the weight over its norm: still above it.
-    """
-    for name in [name for name in state if name.endswith(".original") and _OLD_RESIDUAL.match(name)]:
-        owner, i = _OLD_RESIDUAL.match(name).groups()
-        old, new = f"{owner}h.{i}.", f"{owner}layers.{int(i) // 2}."
-        weight, bias = state.pop(name), state.pop(f"{old}bias", None)
-        left = state.pop(f"{old}parametrizations.weight.0._u", None)
-        state.pop(f"{old}parametrizations.weight.0._v", None)
-        if left is not None:
-            state[f"{owner}left{int(i) // 2}"] = left
-            weight = weight / (weight.flatten(1).T @ left).norm()
-        state |= {f"{new}weight": weight} | ({} if bias is None else {f"{new}bias": bias})
     return state
 
 
@@ -234,14 +213,11 @@ def save_spnn(path: str | Path, model: "Pretrained", notes: Mapping | None = Non
     path = Path(path)
     text = json.dumps({**(model.notes if notes is None else notes), "model": model.config}, indent=2) + "\n"
     target, own = path.parent / "config.json", path.with_suffix(".json")
-    if target.is_file():
-        try:
-            there = read_config(target) or {}
-        except InputError:
-            there = {}
-        if any(there.get(key) != json.loads(text).get(key) for key in ("model", "attributes")):
-            target = own
-    with atomic_write(own if own.is_file() else target) as temporary:
+    there: dict = {}
+    with suppress(InputError):  # it is somebody else's
+        there = read_json(target) if target.is_file() else json.loads(text)
+    same = all(there.get(key) == json.loads(text).get(key) for key in ("model", "attributes"))
+    with atomic_write(target if same and not own.is_file() else own) as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_weights(path, model.state_dict())
 

@@ -10,7 +10,6 @@ and judge_training/ with table, curves, log and state, from which ``--resume`` g
 """
 
 import copy
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,38 +21,24 @@ from torch.nn import functional as F
 
 from checkpoints import DTYPES, load_strictly, read_json, read_weights, write_weights
 from data_loader import ATTRIBUTES, CelebAMaskHQ, augmented, batches_from, download_dataset, make_loader
-from logger import format_table, get_logger
+from logger import MetricsTable, format_table, get_logger
 from loop import DONE, Loop, Run, adam, decaying, open_run
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, predict
-from utils import (
-    LARGEST_BATCH,
-    LARGEST_CREW,
-    LARGEST_SEED,
-    LARGEST_SIDE,
-    LARGEST_WIDTH,
-    InputError,
-    json_values,
-    option,
-    parse,
-    resolve_device,
-    run_command,
-    seed_everything,
-    write_json,
-)
+from utils import InputError, json_values, option, parse, resolve_device, run_command, seed_everything, write_json
 
 
 @dataclass(frozen=True)
 class Training:
     """Training."""
 
-    img_size: int = option(64, "side of the images", 8, LARGEST_SIDE)
-    width: int = option(32, "channels of the first stage", 1, LARGEST_WIDTH)
+    img_size: int = option(64, "side of the images", 8, 4096)
+    width: int = option(32, "channels of the first stage", 1)
     epochs: int = option(12, "passes over the training split", 1)
-    batch_size: int = option(128, "images per step", 1, LARGEST_BATCH)
+    batch_size: int = option(128, "images per step", 1)
     lr: float = option(2e-3, "peak learning rate", 1e-8, 1)
     weight_decay: float = option(0.0, "of convolutions and matrices", 0)
     augment: float = option(0.0, "how far training pictures are shifted, scaled, turned and lit: 0 to 1", 0, 1)
-    seed: int = option(0, "of weights, order and mirroring", 0, LARGEST_SEED)
+    seed: int = option(0, "of weights, order and mirroring", 0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +48,7 @@ class Machine:
     out: Path = option(..., "weights file, .safetensors or .pth")
     dataset_path: Path | None = option(None, "data set folder (default: download from Kaggle)")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    workers: int = option(0, "loader processes", 0, LARGEST_CREW)
+    workers: int = option(0, "loader processes", 0, 1024)
     dtype: str = option("float32", "of the stored weights", choices=DTYPES)
     strict: bool = option(False, "refuse unreadable images instead of leaving them out")
     overwrite: bool = option(False, "replace an existing weights file")
@@ -122,11 +107,6 @@ def _conv(channels: int, out: int, stride: int = 1, kernel: int = 3) -> tuple[nn
     return convolution, nn.BatchNorm2d(out), nn.ReLU(inplace=True)
 
 
-def config_path(weights: str | Path) -> Path:
-    """The JSON beside a weights file."""
-    return Path(weights).with_suffix(".json")
-
-
 def load_judge(path: str | Path) -> Judge:
     """The judge saved at ``path``, in float32 on the CPU, in eval mode, built from the JSON beside its weights.
 
@@ -135,10 +115,8 @@ def load_judge(path: str | Path) -> Judge:
     Raises:
         InputError: a file is missing or malformed, or weights and architecture do not fit.
     """
-    path, file = Path(path), config_path(path)
-    if not path.is_file():
-        raise InputError(f"judge {path}: no such file; train one with: python judge.py --out {path}")
-    content, state = read_json(file), read_weights(path)
+    path, file = Path(path), Path(path).with_suffix(".json")
+    state, content = read_weights(path), read_json(file)
     try:
         with torch.device("meta"):  # what it asks for is held against the file before it costs memory
             judge = Judge(**content["architecture"])
@@ -159,23 +137,16 @@ def figures(logits: Tensor, labels: Tensor) -> dict:
         logits, labels: (N, 40), labels in {0, 1}. An attribute of one class only has no balanced accuracy (None) and
             stays out of its mean.
     """
-    rows = {
-        "accuracy": accuracy_by_attribute(logits, labels),  # (C,)
-        "balanced_accuracy": balanced_accuracy_by_attribute(logits, labels),  # (C,), NaN if there is one class
-        "prevalence": labels.mean(0),  # (C,)
-    }
-    accuracy, balanced = rows["accuracy"], rows["balanced_accuracy"]
-    known = balanced.isfinite()
-    worst = int(balanced.nan_to_num(math.inf).argmin())
+    accuracy = accuracy_by_attribute(logits, labels)  # (C,)
+    balanced = balanced_accuracy_by_attribute(logits, labels)  # (C,), NaN if there is one class
+    rows = {"accuracy": accuracy, "balanced_accuracy": balanced, "prevalence": labels.mean(0)}
     numbers = {
         "images": len(labels),
         "bce": F.binary_cross_entropy_with_logits(logits, labels).item(),
         "accuracy_mean": accuracy.mean().item(),
         "accuracy_worst": accuracy.min().item(),
         "balanced_accuracy_mean": balanced.nanmean().item(),
-        "balanced_accuracy_worst": balanced[worst].item(),
-        "balanced_accuracy_worst_attribute": ATTRIBUTES[worst] if known.any() else None,
-        "attributes_of_one_class": [name for name, there in zip(ATTRIBUTES, known, strict=True) if not there],
+        "balanced_accuracy_worst": balanced[balanced.nan_to_num(math.inf).argmin()].item(),
     }
     by_attribute = {name: {key: row[i].item() for key, row in rows.items()} for i, name in enumerate(ATTRIBUTES)}
     return json_values({**numbers, "by_attribute": by_attribute})
@@ -183,12 +154,11 @@ def figures(logits: Tensor, labels: Tensor) -> dict:
 
 def table(measured: dict) -> str:
     """`figures` as text."""
+    names = "accuracy", "balanced_accuracy", "prevalence"
     rows = [{"attribute": name, **row} for name, row in measured["by_attribute"].items()]
-    rows += [{"attribute": which, "accuracy": measured[f"accuracy_{which}"],
-              "balanced_accuracy": measured[f"balanced_accuracy_{which}"]} for which in ("mean", "worst")]  # fmt: skip
-    return format_table(
-        rows, "attribute", {name: (name, ".4f") for name in ("accuracy", "balanced_accuracy", "prevalence")}
-    )
+    rows += [{"attribute": which, **{name: measured.get(f"{name}_{which}") for name in names}}
+             for which in ("mean", "worst")]  # fmt: skip
+    return format_table(rows, "attribute", {name: (name, ".4f") for name in names})
 
 
 def one_cycle(progress: float) -> float:
@@ -211,11 +181,8 @@ def begin(train: CelebAMaskHQ, width: int) -> Judge:
     prevalence = train.labels.mean(0)  # (C,)
     with torch.no_grad():  # so the first steps are not spent on learning them
         judge.head[-1].bias.copy_(torch.logit(prevalence, eps=1e-3))
-    log = get_logger("judge")
-    log.info("%d training images, %.3f M parameters", len(train), sum(p.numel() for p in judge.parameters()) / 1e6)
-    rare = [name for name, share in zip(ATTRIBUTES, prevalence.tolist(), strict=True) if not 0.01 <= share <= 0.99]
-    if rare:
-        log.warning("present in fewer than 1 %% or more than 99 %% of the training images: %s", ", ".join(rare))
+    parameters = sum(p.numel() for p in judge.parameters()) / 1e6
+    get_logger("judge").info("%d training images, %.3f M parameters", len(train), parameters)
     return judge
 
 
@@ -279,11 +246,11 @@ def train_command(settings: Training, machine: Machine, root: Path) -> None:
             return
         judge = train_judge(train, val, settings, run, machine.workers)
         write_weights(machine.out, judge.state_dict(), DTYPES[machine.dtype])
-        with open(folder / "metrics_judge.csv", newline="") as table:
-            history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(table)]
+        rows = MetricsTable(folder / "metrics_judge.csv").rows
+        history = [{name: float(value) for name, value in row.items()} for row in rows]
         record = {"architecture": judge.config(), "attributes": list(ATTRIBUTES), "history": history}
         record["training"] = {**used, "dtype": machine.dtype, "device": run.device.type, "torch": torch.__version__}
-        write_json(config_path(machine.out), record)
+        write_json(machine.out.with_suffix(".json"), record)
         run.finish()  # and not before: a finished run writes nothing any more
 
 
@@ -303,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     judge = load_judge(out).to(device)  # what is measured is the file, rounding of its weights included
     measured = figures(*predict(judge, make_loader(test, settings.batch_size, machine.workers), device))
     if not machine.evaluate:
-        write_json(config_path(out), {**read_json(config_path(out)), "test": measured})
+        record = out.with_suffix(".json")
+        write_json(record, {**read_json(record), "test": measured})
     print(table(measured))
     get_logger("judge").info("%d test images, weights %s", measured["images"], out)
     return 0

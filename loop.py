@@ -29,15 +29,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from logger import MetricsTable, get_logger, plot_curves, tensorboard_events
-from utils import (
-    InputError,
-    Stopped,
-    atomic_write,
-    is_temporary,
-    remove_temporaries,
-    resolve_device,
-    write_json,
-)
+from utils import InputError, Stopped, atomic_write, is_temporary, remove_temporaries, resolve_device, write_json
 
 try:
     import fcntl
@@ -160,36 +152,28 @@ def locked(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / LOCK_NAME
     try:
-        file = -1
-        while file < 0 or not (path.exists() and os.path.samestat(os.fstat(file), os.stat(path))):
-            if file >= 0:
-                os.close(file)  # its owner removed it between our opening and our locking
-            folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                if fcntl is not None:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                owner = os.read(file, 100).decode(errors="replace").strip()
-                os.close(file)
-                raise InputError(f"{folder}: another run is writing there ({owner or 'just started'})") from None
-            except OSError as error:
-                log.warning("%s cannot be locked (%s): see to it that no other run writes there", folder, error)
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        if fcntl is None:  # Windows deletes no file that is open
-            os.close(file)
-        path.unlink(missing_ok=True)  # while still locked
-        if fcntl is not None:
-            os.close(file)
-        with suppress(OSError):  # not empty: there are results
-            for empty in made:
-                empty.rmdir()
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise InputError(f"{folder}: another run is writing there ({file.read().strip()})") from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): see to it that no other run writes there", folder, error)
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the folder is not empty: there are results; or Windows, where the file is open
+                path.unlink()
+                for empty in made:
+                    empty.rmdir()
 
 
 # --- Processes -------------------------------------------------------------------------------------------------------
@@ -392,23 +376,14 @@ def clip_gradients(module: nn.Module, limit: float, loss: Tensor | None = None) 
         FloatingPointError: names the first weight or gradient that is not finite. Nothing is scaled: that would spread
             NaN to all of them.
     """
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    try:
-        norm = nn.utils.clip_grad_norm_([p for _, p in trained], limit, error_if_nonfinite=loss is not None)
-    except RuntimeError as error:
-        if "non-finite" not in str(error):
-            raise
-    else:
-        if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError("the loss; its gradients are finite")
-        return norm
-    for name, parameter in trained:
-        if not parameter.isfinite().all():
-            raise FloatingPointError(f"weight {name}")
-    for name, parameter in trained:
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            raise FloatingPointError(f"the gradient of {name}")
-    raise FloatingPointError("the norm of the gradients, each of which is finite")
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if loss is None or loss.isfinite():
+        with suppress(RuntimeError):  # the norm is not finite
+            return nn.utils.clip_grad_norm_(trained.values(), limit, error_if_nonfinite=loss is not None)
+    gradients = {f"the gradient of {name}": p.grad for name, p in trained.items() if p.grad is not None}
+    found = {f"weight {name}": p for name, p in trained.items()} | gradients
+    culprit = next((name for name, of in found.items() if not of.isfinite().all()), None)
+    raise FloatingPointError(culprit or "the loss, or the norm of gradients that are each finite")
 
 
 # --- The loop --------------------------------------------------------------------------------------------------------

@@ -46,17 +46,7 @@ from networks import PRECISIONS, networks_in
 from operators import LinearOperator, Operator, PictureOperator, SPNNOperator
 from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, Settings, freeze_g, lr_factor, natural_losses, origin_latents
 from train import step as training_step
-from utils import (
-    LARGEST_BATCH,
-    LARGEST_SEED,
-    LARGEST_SIDE,
-    InputError,
-    option,
-    parse,
-    run_command,
-    seed_everything,
-    write_json,
-)
+from utils import InputError, option, parse, run_command, seed_everything, write_json
 
 
 @dataclass(frozen=True)
@@ -65,14 +55,14 @@ class Fit:
 
     steps: int = option(1000, "of stage 1", 1)
     r_steps: int = option(100, "of stage 2", 0)
-    batch_size: int = option(16, "images per step", 1, LARGEST_BATCH)
+    batch_size: int = option(16, "images per step", 1)
     hidden: int = option(24, "width of the coupling networks", 1)
     lr: float = option(2e-3, "of Adam in stage 1; a third of it in stage 2", 0)
     lambda_data: float = option(10.0, "weight of the loss between g(x) and what is measured", 0)
     lambda_img_rec: float = option(1.0, "weight of |g'(y) - x|^2", 0)
     augment: float = option(0.0, "how far training pictures are shifted, scaled, turned and lit: 0 to 1", 0, 1)
     precision: str = option("float32", "of blocks' networks in training, and of the prior's", choices=PRECISIONS)
-    seed: int = option(0, "of weights, order and mirroring", 0, LARGEST_SEED)
+    seed: int = option(0, "of weights, order and mirroring", 0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     overwrite: bool = option(False, "train anew although a trained network is there")
     resume: bool = option(False, "go on with the run in --out; a finished one is only measured again")
@@ -85,7 +75,7 @@ class Options:
     operator: str = option(..., "lens, saturation, jpeg, or package.module:function")
     dataset_path: Path = option(..., "faces, in a layout of data_loader.py")
     out: Path = option(..., "folder for weights, tables and pictures")
-    img_size: int = option(64, "side of the images", 2, LARGEST_SIDE)
+    img_size: int = option(64, "side of the images", 2, 4096)
     judge: Path | None = option(None, "weights of judge.py: which attributes it still tells in what is restored")
     dps_step: float | None = option(
         None, "DPS: step of the gradient; none: the best of 0.01, 0.03, 0.1, 0.3 on four validation images (PSNR)", 0

@@ -24,7 +24,7 @@ import torch
 import yaml
 
 # bounds that settings of several commands share: beyond them is a slip of the finger
-LARGEST_SEED = 2**63 - 1  # what PyTorch's generators take
+MOST = LARGEST_SEED = 2**63 - 1  # of any whole number: beyond it PyTorch only knows tracebacks
 LARGEST_SIDE = 4096  # of an image, in pixels
 LARGEST_WIDTH = 1 << 16  # channels of a layer
 LARGEST_BATCH = 100_000
@@ -120,17 +120,14 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(name)
+    cuda, mps = torch.cuda.device_count(), int(torch.backends.mps.is_available())
     try:
         device = torch.device(name)
+        if (device.index or 0) < {"cpu": 1, "cuda": cuda, "mps": mps}.get(device.type, 0):
+            return device
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"--device {name}: no such device; use auto, cpu, cuda, cuda:N or mps")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: {torch.cuda.device_count()} CUDA devices found; use --device cpu or auto")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError(f"--device {name}: MPS is not available here; use --device cpu or auto")
-    return device
+        pass
+    raise InputError(f"--device {name}: not here, {cuda} CUDA devices found; use auto, cpu, cuda, cuda:N or mps")
 
 
 def peak_gib(device: torch.device, reset: bool = False) -> float:
@@ -187,29 +184,25 @@ def read_yaml(path: str | Path, known: Iterable[str], typed: Iterable[str] = ())
         raise InputError(f"config {path}: no such file")
     try:
         content = path.read_text(encoding="utf-8")
-        settings, words = yaml.load(content, _OnceLoader), yaml.load(content, yaml.BaseLoader)
+        settings, words = yaml.load(content, _OnceLoader) or {}, yaml.load(content, yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:  # ValueError: the 99th day of a month
         raise InputError(f"config {path}: not readable as YAML: {' '.join(str(error).split())[:300]}") from None
-    settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise InputError(f"config {path}: expected 'key: value' lines, got a {type(settings).__name__}")
     known = typed.union(known)
-    for key in settings:
-        if key not in known:
-            raise InputError(f"config {path}: unknown key {shown(key)}{nearest(str(key)[:80], known)}")
+    if (key := next((key for key in settings if key not in known), None)) is not None:
+        raise InputError(f"config {path}: unknown key {shown(key)}{nearest(str(key)[:80], known)}")
     # what is merged in (<<) has no text of its own
     return {key: value if key in typed else words.get(key, value) for key, value in settings.items()}
 
 
 # --- Settings: dataclasses, from which flags and presets are made -----------------------------------------------------
 
-MOST = 10**9  # steps, epochs, images, ...: the bound of whole numbers that have none of their own
-
 
 def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
     """An argparse type: an ``int`` or ``float`` within [low, high]; NaN and infinity are refused.
 
-    A whole number without ``high`` is at most `MOST`: beyond 64 bits PyTorch only knows tracebacks.
+    A whole number without ``high`` is at most `MOST`.
     """
 
     def read(text: str):

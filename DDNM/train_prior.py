@@ -35,18 +35,7 @@ from DDNM.guided_diffusion.schedule import Schedule
 from images import find_images, grid, listed, load_image, save_image, to_float, to_uint8
 from loop import STATE_NAME, Ema, Loop, Run, adam, clip_gradients, is_empty, open_run
 from networks import compile_networks
-from utils import (
-    LARGEST_BATCH,
-    LARGEST_CREW,
-    LARGEST_SEED,
-    LARGEST_SIDE,
-    LARGEST_WIDTH,
-    InputError,
-    option,
-    parse,
-    run_command,
-    seed_everything,
-)
+from utils import InputError, option, parse, run_command, seed_everything
 
 SAMPLES_NAME = "samples"
 SAMPLE_STEPS = 50  # of the pictures at each save
@@ -58,13 +47,13 @@ class Training:
     """Network and training. A resumed run must have the same."""
 
     split: Literal["all", "train"] = option("all", "train: the first 80 % by number, as SPNN and judge see them")
-    img_size: int = option(64, "image size; images are cropped in the middle and resized to it", 1, LARGEST_SIDE)
+    img_size: int = option(64, "image size; images are cropped in the middle and resized to it", 1, 4096)
     unshuffle: int = option(2, "pixel-unshuffle factor before the U-Net", 1)
-    channels: tuple[int, ...] = option((48, 96, 144), "width of each level", 1, LARGEST_WIDTH)
+    channels: tuple[int, ...] = option((48, 96, 144), "width of each level", 1)
     layers: int = option(1, "residual blocks per level", 1, 100)
     attention_size: int = option(8, "attention where the feature map is this small", 0)
     norm_groups: int = option(16, "groups of the normalisation", 1)
-    batch_size: int = option(64, "images per step, over all processes", 1, LARGEST_BATCH)
+    batch_size: int = option(64, "images per step, over all processes", 1)
     lr: float = option(4e-4, "learning rate after warm-up", 0)
     warmup: int = option(100, "steps of linear warm-up", 0)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "of the learning rate, to the end")
@@ -78,7 +67,7 @@ class Training:
     )
     dropout: float = option(0.0, "inside residual blocks", 0, 1)
     precision: Literal["float32", "bf16"] = option("float32", "of the network's arithmetic")
-    seed: int = option(0, "of the weights and every draw", 0, LARGEST_SEED)
+    seed: int = option(0, "of the weights and every draw", 0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +81,7 @@ class Machine:
     steps: int = option(2500, "optimiser steps", 1)
     minutes: float | None = option(None, "end by this many minutes of training, learning rate included", 0.01)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    threads: int = option(os.cpu_count() or 1, "CPU threads, each with a part of the batch", 1, LARGEST_CREW)
+    threads: int = option(os.cpu_count() or 1, "CPU threads, each with a part of the batch", 1, 1024)
     compile: bool = option(False, "translate the network with torch.compile; takes a minute at first")
     save_every: int = option(500, "steps between saved states", 1)
     log_every: int = option(25, "steps between rows of metrics.csv", 1)
@@ -278,34 +267,25 @@ class Trainer:
             save_image(grid(pictures), machine.out / SAMPLES_NAME / f"step_{self.loop.done:06d}.png")
 
 
-def check_folder(machine: Machine) -> None:
-    """Raise InputError if results would be lost."""
-    out = machine.out
-    goes_on = machine.resume and (out / STATE_NAME).is_file()
-    if not (is_empty(out) or machine.overwrite or goes_on):
-        raise InputError(f"--out {out}: not empty; give --resume to continue that run or --overwrite to start anew")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see ``--help``."""
     settings, machine, _ = parse(__doc__, Training, Machine, argv=argv)
-    out = machine.out
+    out, size = machine.out, settings.batch_size
     torch.set_num_threads(machine.threads)
     with open_run(out, machine.device, machine.save_every, settings.seed) as run:  # a mistake leaves no folder behind
-        if run.world.leads:
-            check_folder(machine)
+        goes_on = machine.overwrite or machine.resume and (out / STATE_NAME).is_file()
+        if run.world.leads and not (goes_on or is_empty(out)):
+            raise InputError(f"--out {out}: not empty; give --resume to continue that run or --overwrite to start anew")
         run.world.wait()
-        if settings.batch_size % run.world.size:
-            raise InputError(f"a batch of {settings.batch_size} cannot be shared evenly by {run.world.size} processes")
+        if size % run.world.size:
+            raise InputError(f"a batch of {size} cannot be shared evenly by {run.world.size} processes")
         images = Images(machine.images, settings.img_size, run.device, settings.split)
         run.find_state({**asdict(settings), "images": len(images)}, machine.resume, machine.overwrite)
         trainer = Trainer(settings, machine, images, run)
         stale = ("metrics.csv", "curves.png", "log.txt", f"{SAMPLES_NAME}/step_*.png")
         log = run.begin("train_prior", asdict(settings) | asdict(machine), stale)
-        parameters = sum(p.numel() for p in trainer.prior.parameters())
-        log.info(
-            "%d images, %s parameters, %s, torch %s", len(images), f"{parameters:,}", run.device, torch.__version__
-        )
+        parameters = sum(p.numel() for p in trainer.prior.parameters()) / 1e6
+        log.info("%d images, %.2f M parameters, %s, torch %s", len(images), parameters, run.device, torch.__version__)
         trainer.loop.train()
         log.info("done: %d steps, %.1f minutes; %s", trainer.loop.done, trainer.loop.seconds / 60, out)
     return 0

@@ -22,10 +22,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from benchmarks.speed import SIZES, Common, images, network, randomise, record, seconds  # noqa: E402
+from benchmarks.speed import SIZES, Common, images, network, randomise, record, seconds, stage_losses  # noqa: E402
+from logger import format_table  # noqa: E402
 from models import SPNN, BackProjection  # noqa: E402
 from networks import prepare_networks  # noqa: E402
-from train import Settings, backward, forward_losses  # noqa: E402
+from train import Settings, backward  # noqa: E402
 from utils import option, parse, peak_gib, resolve_device, run_command, write_json  # noqa: E402
 
 TASKS = ("back_projection", "stage1")
@@ -68,23 +69,16 @@ def task(name: str, model: SPNN, batch: int, device: torch.device) -> Callable[[
     """What is timed: one back-projection, or one forward and backward of stage 1."""
     x = images(batch, model.img_size, device)
     if name == "stage1":
-        labels = torch.zeros(batch, model.num_classes, device=device)
-        model.train()
+        losses_of = stage_losses(1, model.train(), x, torch.zeros(batch, model.num_classes, device=device), Settings())
 
         def step() -> None:
             model.zero_grad(set_to_none=True)
-            backward(lambda: forward_losses(model, x, labels, Settings())[0], "float32", device)
+            backward(losses_of, "float32", device)
 
         return step
-    target = torch.randn(batch, model.num_classes).to(device)
     with torch.no_grad():
-        goal = model.natural(target)
-
-    @torch.no_grad()
-    def project() -> None:
-        BackProjection(model, x, goal)(1.0)
-
-    return project
+        goal = model.natural(torch.randn(batch, model.num_classes).to(device))
+    return torch.no_grad()(lambda: BackProjection(model, x, goal)(1.0))
 
 
 def measure(name: str, size: int, batch: int, depth: int | None, args: Options) -> dict:
@@ -114,27 +108,19 @@ def measure(name: str, size: int, batch: int, depth: int | None, args: Options) 
     }  # fmt: skip
 
 
-def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """The a of ``y ~ x^a``, least squares on logarithms."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
 def fits(rows: Sequence[dict], args: Options) -> list[str]:
     """One sentence per fit."""
     lines = []
     for name in TASKS:
-        plain = [r for r in rows if r["task"] == name and r["depth"] is None]
-        for size in args.sizes:
-            line = [r for r in plain if r["size"] == size]
+        own = [r for r in rows if r["task"] == name]
+        groups = [(f"{size}x{size}", "batch", "batch", 1, {"size": size, "depth": None}) for size in args.sizes]
+        groups += [(f"batch {batch}", "pixels", "size", 2, {"batch": batch, "depth": None}) for batch in args.batches]
+        for what, variable, key, power, fixed in groups:
+            line = [r for r in own if fixed.items() <= r.items()]
             if len(line) > 1:
-                a = exponent([r["batch"] for r in line], [r["seconds"] for r in line])
-                lines.append(f"{name}, {size}x{size}: seconds ~ batch^{a:.2f}")
-        for batch in args.batches:
-            line = [r for r in plain if r["batch"] == batch]
-            if len(line) > 1:
-                b = exponent([r["size"] ** 2 for r in line], [r["seconds"] for r in line])
-                lines.append(f"{name}, batch {batch}: seconds ~ pixels^{b:.2f}")
-        line = [r for r in rows if r["task"] == name and r["depth"] is not None]
+                x, y = (np.log([r[k] for r in line]) for k in (key, "seconds"))
+                lines.append(f"{name}, {what}: seconds ~ {variable}^{np.polyfit(power * x, y, 1)[0]:.2f}")
+        line = [r for r in own if r["depth"] is not None]
         if len(line) > 1:
             slope, start = np.polyfit([r["depth"] for r in line], [r["seconds"] for r in line], 1)
             lines.append(f"{name}, depth n: seconds ~ {start:.3g} + {slope:.3g} n")
@@ -143,16 +129,11 @@ def fits(rows: Sequence[dict], args: Options) -> list[str]:
 
 def table(rows: Sequence[dict]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| task | size | batch | added blocks | seconds | peak GiB | most of the time |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        kind, share = max(r["shares"].items(), key=lambda item: item[1])
-        depth, peak = "" if r["depth"] is None else r["depth"], f"{r['peak_gib']:.2f}"
-        cells = (r["task"], r["size"], r["batch"], depth, f"{r['seconds']:.3g}", peak, f"{kind}, {share:.0%}")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    shares = {f"share_{kind}": (kind, ".0%") for kind in (*KINDS, "memory traffic")}
+    columns = {"size": ("size", ".0f"), "batch": ("batch", ".0f"), "depth": ("added blocks", ".0f"),
+               "seconds": ("seconds", ".3g"), "peak_gib": ("peak GiB", ".2f"), **shares}  # fmt: skip
+    flat = [{**r, **{f"share_{kind}": share for kind, share in r["shares"].items()}} for r in rows]
+    return format_table(flat, "task", columns)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

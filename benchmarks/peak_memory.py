@@ -23,10 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
+from benchmarks.speed import stage_losses  # noqa: E402
 from models import SPNN  # noqa: E402
-from networks import networks_in  # noqa: E402
-from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
-from utils import LARGEST_WIDTH, option, parse, run_command, write_json  # noqa: E402
+from train import Settings, adam, backward  # noqa: E402
+from utils import option, parse, run_command, write_json  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -44,44 +44,30 @@ class PeakMemory(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: weakref.WeakSet = weakref.WeakSet()
 
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
+    def _add(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, size)
-
-    def _remove(self, size: int) -> None:
-        self.now -= size
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            if storage not in self._known:
+                self._known.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
         return result
 
 
 def two_steps(stage: int, model: SPNN, batch: int, precision: str) -> None:
     """Two steps of a stage, as `train.CelebATrainer` takes them: Adam's state is there in the second."""
-    settings = Settings()
-    if stage == 2:
-        freeze_g(model)
-        origin = origin_latents(model)
+    settings = Settings(precision=precision)
+    x, labels = torch.rand(batch, *model.pinn.in_shape), torch.rand(batch, model.num_classes)
+    losses_of = stage_losses(stage, model, x, labels, settings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adam(trained, settings.lr, CPU)
     for _ in range(2):
-        x, labels = torch.rand(batch, *model.pinn.in_shape), torch.rand(batch, model.num_classes)
         optimizer.zero_grad(set_to_none=True)
-        if stage == 1:
-            backward(lambda x=x, labels=labels: forward_losses(model, x, labels, settings)[0], precision, CPU)
-        else:
-            with torch.no_grad(), networks_in(precision, CPU):
-                y = model(x)
-            backward(lambda x=x, y=y: natural_losses(model, x, y, origin, settings), precision, CPU)
+        backward(losses_of, precision, CPU)
         nn.utils.clip_grad_norm_(trained, settings.grad_clip)
         optimizer.step()
 
@@ -108,7 +94,7 @@ class Options:
         ("float32", "bf16"), "of the networks inside blocks; tf32 takes what float32 takes",
         choices=("float32", "bf16"),
     )  # fmt: skip
-    hidden: int = option(128, "width of the networks", 1, LARGEST_WIDTH)
+    hidden: int = option(128, "width of the networks", 1)
     json: Path | None = option(None, "also write the figures there")
 
 

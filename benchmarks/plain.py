@@ -100,7 +100,7 @@ def stage1_loss(model: SPNN, x: Tensor, labels: Tensor, settings: Settings) -> T
     )
 
 
-def stage2_loss(model: SPNN, x: Tensor, settings: Settings) -> Tensor:
+def stage2_loss(model: SPNN, x: Tensor, labels: Tensor, settings: Settings) -> Tensor:
     """Four passes: g(x), g'(y), G of that for its logits and latents, and G(0) for the origin's latents."""
     y, _ = forward(model, x)
     natural = inverse(model, y)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,21 +41,11 @@ from DDNM.guided_diffusion.guidance import NLBP, Denoiser  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior  # noqa: E402
 from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
 from models import SPNN, BackProjection  # noqa: E402
-from networks import prepare_networks  # noqa: E402
+from networks import networks_in, prepare_networks  # noqa: E402
 from operators import SPNNOperator  # noqa: E402
 from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
 from train import step as take_step  # noqa: E402
-from utils import (  # noqa: E402
-    LARGEST_CREW,
-    LARGEST_SIDE,
-    LARGEST_WIDTH,
-    InputError,
-    option,
-    parse,
-    resolve_device,
-    run_command,
-    write_json,
-)
+from utils import InputError, option, parse, resolve_device, run_command, write_json  # noqa: E402
 
 SEED = 0
 STEP = (500, 490)  # t and the next one, of a sampling step
@@ -67,9 +58,9 @@ class Common:
     """Measuring."""
 
     repeats: int = option(5, "timed runs of each", 1)
-    hidden: int = option(128, "width of the networks", 1, LARGEST_WIDTH)
+    hidden: int = option(128, "width of the networks", 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    threads: int | None = option(None, "of PyTorch on the CPU (default: its own choice)", 1, LARGEST_CREW)
+    threads: int | None = option(None, "of PyTorch on the CPU (default: its own choice)", 1, 1024)
     json: Path | None = option(None, "also write the figures there")
 
 
@@ -83,9 +74,9 @@ class Options(Common):
     sampling_batch: int = option(1, "images", 1)
     training_batch: int = option(8, "images per step", 1)
     images: int = option(1000, "of the loader's row", 10)
-    image_side: int = option(1024, "their size", 8, LARGEST_SIDE)
-    workers: int = option(2, "loader processes", 0, LARGEST_CREW)
-    prior_channels: int = option(128, "of the U-Net", 32, LARGEST_WIDTH)
+    image_side: int = option(1024, "their size", 8)
+    workers: int = option(2, "loader processes", 0, 1024)
+    prior_channels: int = option(128, "of the U-Net", 32)
 
 
 # --- Measuring -------------------------------------------------------------------------------------------------------
@@ -123,8 +114,10 @@ def row(name: str, medians: dict[str, float], difference: float, scale: float, n
 
 def record(options: Common, rows: Iterable[dict], table: Callable[[Sequence[dict]], str], **more) -> dict:
     """Take measured rows one after the other, with what their figures need beside them; print them as a table."""
-    kept = {**provenance(resolve_device(options.device)), **more, "settings": asdict(options), "rows": []}
-    print(f"{kept['machine']}, {kept['device']}, torch {kept['torch']}, {kept['date']}", flush=True)
+    device, date = resolve_device(options.device), datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    kept = {"machine": machine(device), "device": str(device), "torch": torch.__version__, "date": date, "seed": SEED,
+            **more, "settings": asdict(options), "rows": []}  # fmt: skip
+    print(f"{kept['machine']}, {device}, torch {torch.__version__}, {date}", flush=True)
     for measured in rows:
         kept["rows"].append(measured)
         print(table([measured]).splitlines()[-1], file=sys.stderr, flush=True)
@@ -132,6 +125,16 @@ def record(options: Common, rows: Iterable[dict], table: Callable[[Sequence[dict
             write_json(options.json, kept)
     print(table(kept["rows"]))
     return kept
+
+
+def machine(device: torch.device) -> str:
+    """The hardware in a few words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return f"{[*models, platform.processor() or platform.machine()][0]}, {torch.get_num_threads()} threads"
 
 
 # --- Networks and inputs ---------------------------------------------------------------------------------------------
@@ -196,25 +199,19 @@ def sampling_step(args: Options, device: torch.device) -> Iterable[dict]:
     model, schedule = network(size, args.hidden, device), Schedule()
     prepared = prepare_networks(copy.deepcopy(model), device)
     unet = published_unet(size, args.prior_channels).to(device)
-    priors = {
-        "ours": Prior(copy.deepcopy(unet), channels_last=True),
-        "ours, bf16": Prior(copy.deepcopy(unet), torch.bfloat16, channels_last=True),
-    }
-    if device.type == "cpu":
-        for name, plainly in tuple(priors.items()):
-            prior = copy.deepcopy(plainly)
-            try:
-                hint = compile_for_cpu(prior)
-            except InputError as error:
-                print(f"no row for --compile: {error}", file=sys.stderr)
-                break
-            if (hint == "bf16") == ("bf16" in name):
+    priors = {name: Prior(copy.deepcopy(unet), autocast, channels_last=True)
+              for name, autocast in {"ours": None, "ours, bf16": torch.bfloat16}.items()}  # fmt: skip
+    try:
+        for name, prior in copy.deepcopy(priors).items() if device.type == "cpu" else ():
+            if (compile_for_cpu(prior) == "bf16") == ("bf16" in name):
                 priors[f"{name}, compiled"] = prior
+    except InputError as error:
+        print(f"no row for --compile: {error}", file=sys.stderr)
     clean, noise = images(batch, size, device), torch.randn(batch, 3, size, size).to(device)
     t, t_next = STEP
-    x = schedule.add_noise(clean, noise, t)
-    target = torch.randn(batch, model.num_classes).to(device)
     abar, abar_next = schedule.abar(t).to(device), schedule.abar(t_next).to(device)
+    x = abar.sqrt() * clean + (1 - abar).sqrt() * noise
+    target = torch.randn(batch, model.num_classes).to(device)
     # every image, the whole way: what the plain step does
     steer = NLBP(nlbp_stop_cond=0.0, max_move=None).towards(SPNNOperator(prepared), target)
 
@@ -234,89 +231,50 @@ def sampling_step(args: Options, device: torch.device) -> Iterable[dict]:
         yield row("sampling_step", medians, difference, _size(results["plain"]), note, kind)
 
 
-def stage1(args: Options, device: torch.device) -> Iterable[dict]:
-    """Losses, backward, clipping and Adam; reconstruction term included."""
-    labels = (torch.rand(args.training_batch, len(ATTRIBUTES)) < 0.5).float().to(device)
-    yield _training_row(
-        "stage1",
-        args,
-        device,
-        lambda model, x: plain.stage1_loss(model, x, labels, Settings()),
-        lambda model, x: forward_losses(model, x, labels, Settings())[0],
-        lambda model: list(model.parameters()),
-    )
+def stage_losses(
+    stage: int, model: SPNN, x: Tensor, labels: Tensor, settings: Settings
+) -> Callable[[], dict[str, Tensor]]:
+    """The losses of a step of training on one batch; in stage 2 what g gives is known from a run's start."""
+    if stage == 1:
+        return lambda: forward_losses(model, x, labels, settings)[0]
+    freeze_g(model)
+    with torch.no_grad(), networks_in(settings.precision, x.device):
+        y = model(x)
+    return partial(natural_losses, model, x, y, origin_latents(model), settings)
 
 
-def stage2(args: Options, device: torch.device) -> Iterable[dict]:
-    """Losses, backward, clipping and Adam on the r-networks; what g gives is known from a run's start."""
-    known: dict[SPNN, tuple[Tensor, Tensor]] = {}
+def training(stage: int, args: Options, device: torch.device) -> Iterable[dict]:
+    """Losses, backward, clipping and Adam (in stage 2 on the r-networks), each way on its own copy of the network.
 
-    @torch.no_grad()
-    def only_r(model: SPNN) -> list[nn.Parameter]:
-        freeze_g(model)
-        known[model] = model(images(args.training_batch, args.training_size, device)), origin_latents(model)
-        return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    yield _training_row(
-        "stage2",
-        args,
-        device,
-        lambda model, x: plain.stage2_loss(model, x, Settings()),
-        lambda model, x: natural_losses(model, x, *known[model], Settings()),
-        only_r,
-    )
-
-
-def _training_row(
-    name: str,
-    args: Options,
-    device: torch.device,
-    plain_loss: Callable[[SPNN, Tensor], Tensor],
-    our_losses: Callable[[SPNN, Tensor], dict[str, Tensor]],
-    trained: Callable[[SPNN], list[nn.Parameter]],
-) -> dict:
-    """Both ways of a training step, each on its own copy of the network; compared at the first one."""
-    x = images(args.training_batch, args.training_size, device)
+    They are compared at the first step.
+    """
+    settings, x = Settings(), images(args.training_batch, args.training_size, device)
     start = network(args.training_size, args.hidden, device).train()
     models = {"plain": start, "ours": prepare_networks(copy.deepcopy(start), device)}
-    weights = {kind: trained(model) for kind, model in models.items()}
-    optimizers = {
-        "plain": torch.optim.Adam(weights["plain"], lr=1e-6),
-        "ours": adam(weights["ours"], 1e-6, device),
-    }
+    labels = (torch.rand(len(x), start.num_classes) < 0.5).float().to(device)
+    losses_of = {kind: stage_losses(stage, model, x, labels, settings) for kind, model in models.items()}
+    weights = {kind: [p for p in model.parameters() if p.requires_grad] for kind, model in models.items()}
+    optimizers = {"plain": torch.optim.Adam(weights["plain"], lr=1e-6), "ours": adam(weights["ours"], 1e-6, device)}
 
     def plain_backward() -> Tensor:
-        loss = plain_loss(models["plain"], x)
+        loss = (plain.stage1_loss if stage == 1 else plain.stage2_loss)(start, x, labels, settings)
         loss.backward()
         return loss.detach()
 
-    def our_backward() -> Tensor:
-        return backward(lambda: our_losses(models["ours"], x), "float32", device)["total"].detach()
-
-    ways = {"plain": plain_backward, "ours": our_backward}
-
-    def step(kind: str) -> None:
-        if kind == "ours":
-            take_step(models[kind], optimizers[kind], lambda: our_losses(models[kind], x), Settings(), device)
-            return
-        optimizers[kind].zero_grad(set_to_none=True)
+    def plain_step() -> None:
+        optimizers["plain"].zero_grad(set_to_none=True)
         plain_backward()
-        nn.utils.clip_grad_norm_(weights[kind], 1.0)
-        optimizers[kind].step()
+        nn.utils.clip_grad_norm_(weights["plain"], 1.0)
+        optimizers["plain"].step()
 
-    loss, own = ways["plain"](), ways["ours"]()
-    gradients = {
-        kind: torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        for kind, parameters in weights.items()
-    }
-    size = gradients["plain"].norm()
-    apart = ((gradients["plain"] - gradients["ours"]).norm() / size).item()
-    note = (
-        f"{args.training_size}x{args.training_size}, batch {len(x)}; difference of the loss is relative; "
-        f"gradients {apart:.1e} apart, relative"
-    )
-    medians = take_turns({kind: lambda kind=kind: step(kind) for kind in models}, device, args.repeats)
-    return row(name, medians, ((loss - own).abs() / loss.abs()).item(), loss.item(), note)
+    loss, own = plain_backward(), backward(losses_of["ours"], "float32", device)["total"].detach()
+    gradients = [torch.cat([p.grad.flatten() for p in each if p.grad is not None]) for each in weights.values()]
+    apart = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+    note = (f"{args.training_size}x{args.training_size}, batch {len(x)}; difference of the loss is relative; "
+            f"gradients {apart:.1e} apart, relative")  # fmt: skip
+    our_step = partial(take_step, models["ours"], optimizers["ours"], losses_of["ours"], settings, device)
+    medians = take_turns({"plain": plain_step, "ours": our_step}, device, args.repeats)
+    yield row(f"stage{stage}", medians, ((loss - own).abs() / loss.abs()).item(), loss.item(), note)
 
 
 def loader(args: Options, device: torch.device) -> Iterable[dict]:
@@ -326,21 +284,14 @@ def loader(args: Options, device: torch.device) -> Iterable[dict]:
         root = Path(temporary)
         write_jpegs(root, args.images, args.image_side)
         source = CelebAMaskHQ(root, "all", size)  # builds the cache
-        ours = make_loader(source, 32, args.workers)
+        decoding = plain.Images(source.paths, source.labels, size)
         # `fork`ed once, as ours: starting processes is not what is measured
-        ways = {
-            "plain": DataLoader(
-                plain.Images(source.paths, source.labels, size), 32, num_workers=args.workers,
-                persistent_workers=args.workers > 0,
-            ),
-            "ours": ours,
-        }  # fmt: skip
-        worst = max(_distance(a[0], b[0]) for a, b in zip(*ways.values(), strict=True))
-        medians = take_turns(
-            {name: lambda batches=batches: [x.shape for x, _ in batches] for name, batches in ways.items()},
-            torch.device("cpu"),
-            min(args.repeats, 3),
-        )
+        keep = args.workers > 0
+        loaders = {"plain": DataLoader(decoding, 32, num_workers=args.workers, persistent_workers=keep),
+                   "ours": make_loader(source, 32, args.workers)}  # fmt: skip
+        worst = max(_distance(a[0], b[0]) for a, b in zip(*loaders.values(), strict=True))
+        ways = {name: lambda batches=batches: [x.shape for x, _ in batches] for name, batches in loaders.items()}
+        medians = take_turns(ways, torch.device("cpu"), min(args.repeats, 3))
     note = f"second epoch of {args.images} {args.image_side}x{args.image_side} JPEGs at {size}, {args.workers} workers"
     yield row("loader", medians, worst, 1.0, note)
 
@@ -369,29 +320,6 @@ def _size(a: Tensor) -> float:
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
-def machine(device: torch.device) -> str:
-    """The hardware in a few words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def provenance(device: torch.device) -> dict:
-    """What a figure needs beside it."""
-    return {
-        "machine": machine(device),
-        "device": str(device),
-        "torch": torch.__version__,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "seed": SEED,
-    }
-
-
 def table(rows: Sequence[dict]) -> str:
     """The rows as a Markdown table."""
     lines = ["| what | plain | here | ratio | largest difference |", "|---|---|---|---|---|"]
@@ -411,7 +339,8 @@ def _time(value: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     options, _ = parse(__doc__, Options, argv=argv)
     threads, device = torch.get_num_threads(), resolve_device(options.device)
-    rows = {row.__name__: row for row in (back_projection, sampling_step, stage1, stage2, loader)}
+    measurements = back_projection, sampling_step, partial(training, 1), partial(training, 2), loader
+    rows = dict(zip(ROW_NAMES, measurements, strict=True))
 
     def measured() -> Iterable[dict]:
         for name in options.rows:

@@ -23,20 +23,24 @@ sys.path.insert(0, str(ROOT))  # the command runs from any folder
 import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from benchmarks.speed import SIZES, Common, images, network, published_unet, record, seconds  # noqa: E402
+from benchmarks.speed import (  # noqa: E402
+    SIZES,
+    Common,
+    images,
+    network,
+    published_unet,
+    record,
+    seconds,
+    stage_losses,
+)  # fmt: skip
 from DDNM.guided_diffusion.diffusion import image_generator, sample  # noqa: E402
-from DDNM.guided_diffusion.guidance import NLBP, Unguided  # noqa: E402
+from DDNM.guided_diffusion.guidance import NLBP, Guidance, Unguided  # noqa: E402
 from DDNM.guided_diffusion.prior import Prior  # noqa: E402
-from networks import (  # noqa: E402
-    PRECISIONS,
-    compile_networks,
-    inner_networks,
-    networks_in,
-    prepare_networks,
-)
+from logger import format_table  # noqa: E402
+from networks import PRECISIONS, compile_networks, inner_networks, prepare_networks  # noqa: E402
 from operators import SPNNOperator  # noqa: E402
-from train import Settings, adam, forward_losses, freeze_g, natural_losses, origin_latents, step  # noqa: E402
-from utils import LARGEST_WIDTH, option, parse, peak_gib, resolve_device, run_command  # noqa: E402
+from train import Settings, adam, step  # noqa: E402
+from utils import option, parse, peak_gib, resolve_device, run_command  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Options(Common):
     batches: tuple[int, ...] = option((1, 16, 64), "images drawn at once", 1)
     steps: int = option(100, "of the sampler", 1, 1000)
     timed_steps: int = option(5, "that are timed of them", 1, 1000)
-    prior_channels: int = option(128, "of the U-Net", 32, LARGEST_WIDTH)
+    prior_channels: int = option(128, "of the U-Net", 32)
     checkpoint_activations: bool = option(False, "as in training")
     compile: bool = option(False, "the SPNN's networks and the U-Net through torch.compile")
 
@@ -79,16 +83,7 @@ def training(args: Options, device: torch.device, rate: float, stage: int, preci
     x = images(args.training_batch, args.img_size, device)
     labels = (torch.rand(len(x), model.num_classes) < 0.5).float().to(device)
     settings = Settings(precision=precision)
-    if stage == 1:
-
-        def losses_of() -> dict:
-            return forward_losses(model, x, labels, settings)[0]
-
-    else:
-        freeze_g(model)
-        with torch.no_grad(), networks_in(precision, device):
-            y = model(x)
-        losses_of = partial(natural_losses, model, x, y, origin_latents(model), settings)
+    losses_of = stage_losses(stage, model, x, labels, settings)
     if args.checkpoint_activations:
         model.pinn.checkpoint_activations = True
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -99,13 +94,8 @@ def training(args: Options, device: torch.device, rate: float, stage: int, preci
         compile_networks(inner_networks(model), device)
     peak_gib(device, reset=True)
     median = median_seconds(run, device, args.repeats)
-    return {
-        "what": f"stage {stage}, {precision}",
-        "batch": len(x),
-        "images_per_second": len(x) / median,
-        "peak_gib": peak_gib(device),
-        "matrix_rate_share": count / median / rate,
-    }
+    return {"what": f"stage {stage}, {precision}", "batch": len(x), "images_per_second": len(x) / median,
+            "peak_gib": peak_gib(device), "matrix_rate_share": count / median / rate}  # fmt: skip
 
 
 @torch.no_grad()
@@ -116,46 +106,32 @@ def sampling(args: Options, device: torch.device, rate: float, batch: int) -> di
     prior = Prior(unet, torch.bfloat16, channels_last=True)
     target = torch.randn(batch, model.num_classes).to(device)
     generators = [image_generator(0, str(i)) for i in range(batch)]
-    always = NLBP(nlbp_stop_cond=0.0, max_move=None)
+    draw = partial(sample, prior, generators, device, SPNNOperator(model), target)
 
-    def draw(steps: int, guidance=Unguided()) -> None:  # noqa: B008
-        sample(prior, generators, device, SPNNOperator(model), target, guidance, steps=steps)
-
-    def a_step(cost: Callable[[Callable[[], object]], float], **guided) -> float:
+    def a_step(cost: Callable[[Callable[[], object]], float], rule: Guidance) -> float:
         """What one more step costs, whatever is paid once per run; a step costs the same wherever it is."""
-        short, long = (cost(partial(draw, n, **guided)) for n in (args.timed_steps, 2 * args.timed_steps))
+        short, long = (cost(partial(draw, rule, steps=n)) for n in (args.timed_steps, 2 * args.timed_steps))
         return (long - short) / args.timed_steps
 
-    guided = {"guidance": always}
-    count = a_step(operations, **guided)
+    always = NLBP(nlbp_stop_cond=0.0, max_move=None)
+    count = a_step(operations, always)
     if args.compile:
         compile_networks([unet, *inner_networks(model)], device)
     peak_gib(device, reset=True)
     timed = partial(median_seconds, device=device, repeats=args.repeats)
-    plain, with_nlbp = a_step(timed), a_step(timed, **guided)
-    return {
-        "what": "sampling, bf16 prior",
-        "batch": batch,
-        "seconds_per_image": with_nlbp * args.steps / batch,
-        "against_unguided": with_nlbp / plain,
-        "back_projection_share": 1 - plain / with_nlbp,
-        "peak_gib": peak_gib(device),
-        "matrix_rate_share": count / with_nlbp / rate,
-    }
+    plain, with_nlbp = a_step(timed, Unguided()), a_step(timed, always)
+    return {"what": "sampling, bf16 prior", "batch": batch, "seconds_per_image": with_nlbp * args.steps / batch,
+            "against_unguided": with_nlbp / plain, "back_projection_share": 1 - plain / with_nlbp,
+            "peak_gib": peak_gib(device), "matrix_rate_share": count / with_nlbp / rate}  # fmt: skip
 
 
 def table(rows: Sequence[dict]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| what | batch | rate | of the matrix rate | against unguided | peak |", "|---|---|---|---|---|---|"]
-    for r in rows:
-        if "images_per_second" in r:
-            speed, ratio = f"{r['images_per_second']:.3g} images/s", ""
-        else:
-            speed = f"{r['seconds_per_image']:.3g} s/image"
-            ratio = f"{r['against_unguided']:.2f}x, NLBP {r['back_projection_share']:.0%}"
-        cells = r["what"], r["batch"], speed, f"{r['matrix_rate_share']:.0%}", ratio, f"{r['peak_gib']:.1f} GiB"
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    return format_table(rows, "what", {
+        "batch": ("batch", ".0f"), "images_per_second": ("images/s", ".3g"), "seconds_per_image": ("s/image", ".3g"),
+        "matrix_rate_share": ("of the matrix rate", ".0%"), "against_unguided": ("times unguided", ".2f"),
+        "back_projection_share": ("of it NLBP", ".0%"), "peak_gib": ("peak GiB", ".1f"),
+    })  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

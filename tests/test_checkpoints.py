@@ -15,7 +15,6 @@ import torch
 from helpers import diy12, random, randomise, seeded, tiny
 from torch import nn
 
-import bijections as bi
 import checkpoints
 from checkpoints import hub_file, load_strictly, locate, read_weights, save_spnn, write_weights
 from models import SPNN
@@ -51,26 +50,6 @@ def test_what_is_written_is_read(tmp_path, state, name):
     loaded = read_weights(tmp_path / name)
     assert same(loaded, {**state, "shared": state["a.bias"]}) and all(t.is_contiguous() for t in loaded.values())
     assert os.listdir(tmp_path) == [name]
-
-
-@pytest.mark.parametrize("norm", ["exact", "power"])
-def test_residual_blocks_of_older_versions_are_read(tmp_path, norm):
-    """Their h was a Sequential with parametrized weights; that of a power iteration always went to its bound."""
-    block = randomise(bi.ResidualConv1d(3, hidden=4, norm=norm, size=5), seeded(0))
-    state, weights, old = block.state_dict(), block.weights()[::2], {"pinn.first": torch.zeros(1)}
-    for i in range(3):
-        name = f"pinn.block.h.{2 * i}."
-        weight = state[f"layers.{i}.weight"]
-        old |= {f"{name}parametrizations.weight.original": weight, f"{name}bias": state[f"layers.{i}.bias"]}
-        if norm == "power":
-            left = state[f"left{i}"] / state[f"left{i}"].norm()
-            old |= {f"{name}parametrizations.weight.0.{n}": v for n, v in (("_u", left), ("_v", torch.zeros(9)))}
-            weights[i] = weight / (weight.flatten(1).T @ left).norm() * 0.9 ** (1 / 3) / (3**0.5)
-    write_weights(tmp_path / "w.pth", old)
-    state = {k.removeprefix("pinn.block."): v for k, v in read_weights(tmp_path / "w.pth").items() if k != "pinn.first"}
-    block.load_state_dict(state)
-    for a, b in zip(block.weights()[::2], weights, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_half_the_size_or_a_named_overflow(tmp_path, state):
@@ -363,7 +342,7 @@ def test_a_generator_comes_from_the_hub(hub):
         load_generator("me/nothing", **hub.options)
 
 
-def test_what_the_hub_cannot_give_is_one_clear_line(hub, tmp_path):
+def test_what_the_hub_cannot_give_is_one_clear_line(hub, tmp_path, monkeypatch):
     (hub.files / "me" / "empty").mkdir(parents=True)
     assert hub_file("me/empty", "nothing.json", **hub.options) is None
     nowhere = {**hub.options, "endpoint": "http://127.0.0.1:9", "etag_timeout": 0.1}
@@ -377,12 +356,9 @@ def test_what_the_hub_cannot_give_is_one_clear_line(hub, tmp_path):
         with pytest.raises(InputError, match=said) as error:
             SPNN.from_pretrained(source, **options)
         assert "\n" not in str(error.value)
-    with pytest.MonkeyPatch.context() as patch:  # without the pauses between the client's attempts
-        patch.setattr("time.sleep", lambda seconds: None)
-        with pytest.raises(
-            InputError, match="not in the cache, and the hub cannot be reached: .*127.0.0.1|Connection refused"
-        ):
-            SPNN.from_pretrained("me/other", **nowhere)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # without the pauses between the client's attempts
+    with pytest.raises(InputError, match="not in the cache, and the hub cannot be reached: "):
+        SPNN.from_pretrained("me/other", **nowhere)
 
 
 def test_published_files_that_are_missing_are_named_all_at_once(tmp_path, monkeypatch):
@@ -392,17 +368,10 @@ def test_published_files_that_are_missing_are_named_all_at_once(tmp_path, monkey
     with pytest.raises(InputError) as error:
         locate("yamitehr/SPNN", "mine.pth", "celeba_hq.ckpt")
     message = str(error.value)
-    assert message.startswith("2 weight files could not be found")
+    assert message.startswith("2 weight files could not be found") and "OFFLINE" in message
     for known in checkpoints.KNOWN:
         hub = f"https://huggingface.co/{known.repo}/resolve/main/{known.filename}"
-        for text in (
-            known.filename,
-            str(tmp_path / known.manual_path),
-            hub,
-            *known.mirrors,
-            known.sha256 or "",
-            "OFFLINE",
-        ):
+        for text in (known.filename, str(tmp_path / known.manual_path), hub, *known.mirrors, known.sha256 or ""):
             assert text in message
     with pytest.raises(InputError, match="^1 weight file could not"):
         SPNN.from_pretrained("yamitehr/SPNN")

@@ -26,6 +26,7 @@ from DDNM.guided_diffusion.schedule import Schedule
 from utils import InputError
 
 DDPM, SIZE = FIGURES["unet_tiny"]["model"], FIGURES["unet_tiny"]["image_size"]
+MODEL = "diffusion_pytorch_model.safetensors"
 STEPS = torch.arange(1000)
 
 
@@ -69,12 +70,9 @@ def test_steps_may_be_numbers_and_the_dtype_is_the_inputs():
     assert prior(x.double(), 7).dtype == torch.float64
     with pytest.raises(ValueError, match="t must be"):
         prior(x, torch.tensor([1, 2, 3]))
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 16, 8), (2, 1, 16, 16), (3, 16, 16)])
-def test_another_image_size_is_refused(shape):
-    with pytest.raises(ValueError, match=r"\(B, 3, 16, 16\)"):
-        Prior(small())(torch.zeros(shape), 0)
+    for shape in ((2, 3, 16, 8), (2, 1, 16, 16), (3, 16, 16)):
+        with pytest.raises(ValueError, match=r"\(B, 3, 16, 16\)"):
+            prior(torch.zeros(shape), 0)
 
 
 @torch.no_grad()
@@ -93,27 +91,21 @@ def test_the_noise_is_the_first_half_if_variance_is_predicted_too():
     assert torch.equal(Prior(unet)(x, 3), unet(x, 3).sample[:, :3])
 
 
-@pytest.mark.parametrize("unet, said", [
-    (plain(4, 4), "3 k\\^2"), (plain(3, 4), "3 k\\^2"), (plain(size=None), "square sample_size"),
-    (plain(time_embedding_type="fourier"), "must take time steps"),
-    (plain(time_embedding_type="learned", num_train_timesteps=10), "must know all 1000 steps, not 10"),
-    (plain(center_input_sample=True), "must not centre"),
-    (plain(num_class_embeds=10), "class-conditional"), (plain(class_embed_type="timestep"), "class-conditional"),
+@pytest.mark.parametrize("build, options, said", [
+    (plain, {"channels": 4, "predicted": 4}, "3 k\\^2"), (plain, {"predicted": 4}, "3 k\\^2"),
+    (plain, {"size": None}, "square sample_size"), (plain, {"time_embedding_type": "fourier"}, "must take time steps"),
+    (plain, {"time_embedding_type": "learned", "num_train_timesteps": 10}, "must know all 1000 steps, not 10"),
+    (plain, {"center_input_sample": True}, "must not centre"), (plain, {"num_class_embeds": 10}, "class-conditional"),
+    (plain, {"class_embed_type": "timestep"}, "class-conditional"),
+    (small, {"size": 10}, "divisible by 4"), (small, {"channels": (8, 10)}, "divisible by"),
 ])  # fmt: skip
-def test_other_networks_are_no_prior(unet, said):
+def test_other_networks_are_no_prior(build, options, said):
     with pytest.raises(ValueError, match=said):
-        Prior(unet)
-
-
-def test_small_unets_that_cannot_be_built_are_refused():
-    with pytest.raises(ValueError, match="divisible by 4"):
-        small(size=10)
-    with pytest.raises(ValueError, match="multiples of norm_groups"):
-        small(channels=(8, 10))
+        Prior(build(**options))
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("schedule", [Schedule(), Schedule.from_betas([0.1, 0.3, 0.999])], ids=["linear", "other"])
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule(betas=[0.1, 0.3, 0.999])], ids=["linear", "other"])
 def test_a_true_prediction_of_any_kind_gives_the_noise(kind, schedule):
     """With the true target in the network's place the noise comes back (v: Salimans and Ho 2022, section 4)."""
     prior = Prior(small(), prediction_type=kind, schedule=schedule).double()
@@ -132,7 +124,7 @@ def test_a_picture_is_predicted_from_nothing_but_noise(kind):
     """abar_{T-1} = 0: x0 = (x - sqrt(1 - abar) eps) / sqrt(abar) is still the picture that the network predicts."""
     betas = DDPMScheduler(rescale_betas_zero_snr=True).betas
     assert betas[-1] == 1
-    prior = Prior(small(), prediction_type=kind, schedule=Schedule.from_betas(betas))
+    prior = Prior(small(), prediction_type=kind, schedule=Schedule(betas=betas))
     x, picture = noisy(), noisy().flip(0).clamp(-1, 1)
     prior.predict = lambda x, t: picture if kind == "sample" else -picture
     abar = prior.schedule.abar(999)
@@ -143,37 +135,29 @@ def test_a_picture_is_predicted_from_nothing_but_noise(kind):
 # --- Gradients -------------------------------------------------------------------------------------------------------
 
 
-def gradient(prior, x, t=300):
+def gradient(prior):
     """d/dx of a number made of eps, and the bytes that autograd kept for it."""
-    kept = []
-    x = x.clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda a: kept.append(a.numel() * a.element_size()) or a, lambda a: a
-    ):
-        value = (prior(x, t) * noisy().to(x)).sum()
+    kept, x = [], noisy().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda a: kept.append(a.nbytes) or a, lambda a: a):
+        value = (prior(x, 300) * noisy()).sum()
     return torch.autograd.grad(value, x)[0], sum(kept)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_gradients_go_through_a_frozen_prior_to_its_image(tmp_path, kind):
     save_prior(Prior(small(), prediction_type=kind), tmp_path)
-    prior, x = load_prior(tmp_path).double(), noisy().double()
-    found, _ = gradient(prior, x)
-    step = 1e-5 * noisy().roll(1, 2).double()
-    value = lambda x: (prior(x, 300) * noisy().double()).sum()  # noqa: E731
-    expected = (value(x + step) - value(x - step)).item() / 2
-    assert (found * step).sum().item() == pytest.approx(expected, rel=1e-5)
+    prior, x = load_prior(tmp_path).double(), noisy().double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: prior(x, 300), x, fast_mode=True)
     assert all(p.grad is None and not p.requires_grad for p in prior.parameters())
 
 
 def test_recomputing_gives_the_same_gradient_from_less_memory(tmp_path):
     save_prior(Prior(small()), tmp_path)
-    exact, kept = gradient(load_prior(tmp_path), noisy())
-    prior = copy.deepcopy(load_prior(tmp_path, recompute=True))
-    again, less = gradient(prior, noisy())
+    exact, kept = gradient(load_prior(tmp_path))
+    again, less = gradient(copy.deepcopy(load_prior(tmp_path, recompute=True)))
     torch.testing.assert_close(again, exact, rtol=1e-5, atol=1e-6)
     assert less < 0.7 * kept
-    rounded, _ = gradient(load_prior(tmp_path, autocast=torch.bfloat16, recompute=True), noisy())
+    rounded, _ = gradient(load_prior(tmp_path, autocast=torch.bfloat16, recompute=True))
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).norm() < 0.05 * exact.norm()
 
 
@@ -189,7 +173,7 @@ def test_a_saved_prior_is_loaded_in_float32(tmp_path, dtype, tolerance):
     assert (loaded.prediction_type, loaded.schedule) == ("v_prediction", prior.schedule)
     torch.testing.assert_close(loaded(noisy(), 300), prior(noisy(), 300), rtol=tolerance, atol=tolerance)
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
-    stored = read_weights(tmp_path / "prior" / "diffusion_pytorch_model.safetensors")
+    stored = read_weights(tmp_path / "prior" / MODEL)
     assert all(v.dtype == (dtype or torch.float32) for v in stored.values())
     with pytest.raises(InputError, match="16x16 images, not 64"):
         load_prior(tmp_path / "prior", image_size=64)
@@ -200,13 +184,11 @@ def test_folders_with_the_old_attention_names_are_read(tmp_path):
     """google/ddpm-ema-celebahq-256 was published before diffusers renamed them."""
     prior = Prior(small())
     save_prior(prior, tmp_path)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
-    old = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))
-    state = read_weights(file)
-    for new, name in old:
-        state = {key.replace(f".{new}.", f".{name}."): value for key, value in state.items()}
+    state = read_weights(tmp_path / MODEL)
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        state = {key.replace(f".{new}.", f".{old}."): value for key, value in state.items()}
     assert any(".proj_attn." in key for key in state)
-    write_weights(file, state)
+    write_weights(tmp_path / MODEL, state)
     torch.testing.assert_close(load_prior(tmp_path)(noisy(), 500), prior(noisy(), 500), rtol=1e-5, atol=1e-5)
 
 
@@ -220,7 +202,7 @@ def test_what_diffusers_writes_is_read(tmp_path, options, pipeline):
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="sample")
     if pipeline:
         DDPMPipeline(unet, DDPMScheduler.from_config(scheduler.config)).save_pretrained(tmp_path)
-        (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        (tmp_path / "unet" / MODEL).unlink()
         unet.save_pretrained(tmp_path / "unet", **options)
     else:
         unet.save_pretrained(tmp_path, **options)
@@ -262,7 +244,7 @@ def test_a_schedulers_settings_are_honoured(tmp_path, settings):
     ({"prediction_type": "flow"}, "prediction_type must be one of"),
     ({"rescale_betas_zero_snr": True}, "says nothing of a picture"),
     ({"trained_betas": [0.1, 2.0]}, "betas must be"),
-    ({"beta_start": -1.0}, "beta_start"),
+    ({"beta_start": -1.0}, "betas must be"),
     ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 1000}, "trained_betas are 2, num_train_timesteps 1000"),
     ({"_class_name": "ScoreSdeVeScheduler"}, "not known to add noise as DDPM does"),
     ({"timestep_type": "continuous", "prediction_type": "v_prediction"}, "takes noise levels, not steps"),
@@ -276,48 +258,29 @@ def test_settings_that_cannot_be_honoured_are_refused(tmp_path, settings, said):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-def test_pipelines_of_other_kinds_are_refused(tmp_path):
-    DDPMPipeline(plain(), DDPMScheduler()).save_pretrained(tmp_path)
-    index, config = tmp_path / "model_index.json", tmp_path / "unet" / "config.json"
-    said = json.loads(index.read_text())
-    index.write_text(json.dumps({**said, "vqvae": ["diffusers", "VQModel"]}))
-    with pytest.raises(InputError, match="draws latents"):
-        load_prior(tmp_path)
-    index.write_text(json.dumps(said))
-    (tmp_path / "scheduler" / "scheduler_config.json").unlink()
-    with pytest.raises(InputError, match="has no scheduler/scheduler_config.json"):
-        load_prior(tmp_path)
-    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "UNet2DConditionModel"}))
-    with pytest.raises(InputError, match="its network is a UNet2DConditionModel"):
-        load_prior(tmp_path)
+def changed(name, **change):
+    """Of a folder: a JSON file in it says something else."""
+    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
 
 
-def test_a_folder_that_does_not_fit_is_refused(tmp_path):
-    save_prior(Prior(small()), tmp_path)
-    file, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
-    state, said = read_weights(file), json.loads(config.read_text())
-    for change, words in [
-        ({"block_out_channels": "4"}, "no network"),
-        ({"layers_per_block": 2}, "missing down_blocks"),
-    ]:
-        config.write_text(json.dumps(said | change))
-        with pytest.raises(InputError, match=words):
-            load_prior(tmp_path)
-    config.write_text(json.dumps(said))
-    write_weights(file, {**state, "foreign.weight": torch.ones(1)})
-    with pytest.raises(InputError, match="unexpected foreign.weight"):
-        load_prior(tmp_path)
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(InputError, match="damaged"):
-        load_prior(tmp_path)
-    file.unlink()
-    with pytest.raises(InputError, match="has none of diffusion_pytorch_model.safetensors"):
-        load_prior(tmp_path)
-    config.unlink()
-    with pytest.raises(InputError, match="has neither config.json nor unet/config.json"):
-        load_prior(tmp_path)
-    with pytest.raises(InputError, match="not a hub id"):
-        load_prior(tmp_path / "nothing" / "here")
+@pytest.mark.parametrize("harm, said", [
+    (changed("model_index.json", vqvae=["diffusers", "VQModel"]), "draws latents"),
+    (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), "has no scheduler/scheduler_config"),
+    (changed("unet/config.json", _class_name="UNet2DConditionModel"), "its network is a UNet2DConditionModel"),
+    (changed("unet/config.json", block_out_channels="4"), "no network"),
+    (changed("unet/config.json", layers_per_block=2), "missing down_blocks"),
+    (lambda folder: write_weights(folder / "unet" / MODEL, plain().state_dict() | {"foreign.weight": torch.ones(1)}),
+     "unexpected foreign.weight"),
+    (lambda folder: (folder / "unet" / MODEL).write_bytes(b"damaged"), "damaged"),
+    (lambda folder: (folder / "unet" / MODEL).unlink(), f"has none of {MODEL}"),
+    (lambda folder: (folder / "unet" / "config.json").unlink(), "has neither config.json nor unet/config.json"),
+    (lambda folder: folder.rename(f"{folder}s"), "not a hub id"),
+])  # fmt: skip
+def test_a_folder_that_is_no_prior_is_refused(tmp_path, harm, said):
+    DDPMPipeline(plain(), DDPMScheduler()).save_pretrained(tmp_path / "prior")
+    harm(tmp_path / "prior")
+    with pytest.raises(InputError, match=said):
+        load_prior(tmp_path / "prior")
 
 
 def test_a_file_in_the_published_layout(tmp_path):
@@ -330,13 +293,12 @@ def test_a_file_in_the_published_layout(tmp_path):
             assert torch.equal(load_prior(path, *settings)(noisy(size=SIZE), 10), expected)
     for change, said in [
         ({"attn_resolutions": []}, "unexpected"), ({"ch": 64}, "has shape"), ({"resamp_with_conv": False}, "resamp"),
-        ({"ch_mult": None}, "makes no network"), ({"ch_mult": [1] * 9}, "divisible"), ("simple", "makes no network"),
+        ({"ch_mult": None}, "makes no network"), ({"ch_mult": [1] * 9}, "divisible"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=f"prior .*celeba.ckpt: .*{said}"):
-            load_prior(path, DDPM | change if isinstance(change, dict) else change, SIZE)
-    for key in ("ch", "attn_resolutions"):
-        with pytest.raises(InputError, match=f"makes no network .*{key}"):
-            load_prior(path, {k: v for k, v in DDPM.items() if k != key}, SIZE)
+            load_prior(path, DDPM | change, SIZE)
+    with pytest.raises(InputError, match="makes no network .*'ch'"):
+        load_prior(path, {k: v for k, v in DDPM.items() if k != "ch"}, SIZE)
     write_weights(path, {k: v for k, v in state.items() if ".attn" not in k})
     with pytest.raises(InputError, match="give image_size"):
         load_prior(path)

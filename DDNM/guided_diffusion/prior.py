@@ -4,6 +4,7 @@ B batch, H = W image size, k the pixel-unshuffle factor (1 for most priors).
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -72,27 +73,22 @@ class Prior(nn.Module):
         super().__init__()
         if prediction_type not in PREDICTIONS:
             raise ValueError(f"a prior's prediction_type must be one of {PREDICTIONS}, got {prediction_type!r}")
-        config: Any = unet.config
-        channels, predicted, size = config.in_channels, config.out_channels, config.sample_size
-        k = round((channels / 3) ** 0.5)
-        if 3 * k**2 != channels or predicted not in (channels, 2 * channels):
-            raise ValueError(
-                f"a prior's U-Net needs 3 k^2 input channels and as many, or twice as many, output channels; "
-                f"got {channels} and {predicted}"
-            )
-        if isinstance(size, Sequence) and len(set(size)) == 1:
-            size = size[0]
-        if not isinstance(size, int):
-            raise ValueError(f"a prior's U-Net needs a square sample_size in its configuration, got {size}")
-        if config.class_embed_type is not None or config.num_class_embeds is not None:
-            raise ValueError("a prior's U-Net must not be class-conditional: no class is known here")
-        if config.center_input_sample:
-            raise ValueError("a prior's U-Net must not centre its input: images are in [-1, 1] here")
-        if config.time_embedding_type == "fourier":
-            raise ValueError("a prior's U-Net must take time steps; this one takes noise levels (fourier embedding)")
-        known = config.num_train_timesteps if config.time_embedding_type == "learned" else None
-        if known is not None and known < schedule.num_diffusion_timesteps:
-            raise ValueError(f"a prior's U-Net must know all {schedule.num_diffusion_timesteps} steps, not {known}")
+        c: Any = unet.config
+        k, size = math.isqrt(c.in_channels // 3), c.sample_size
+        size = size[0] if isinstance(size, Sequence) and len(set(size)) == 1 else size
+        known = c.num_train_timesteps if c.time_embedding_type == "learned" else None
+        wrong = {  # an image is in [-1, 1] here, a step a whole number, and no class is known
+            f"needs 3 k^2 input channels and as many, or twice as many, output channels, not {c.in_channels} and "
+            f"{c.out_channels}": c.in_channels != 3 * k**2 or c.out_channels not in (c.in_channels, 2 * c.in_channels),
+            f"needs a square sample_size, not {size}": not isinstance(size, int),
+            "must not be class-conditional": c.class_embed_type is not None or c.num_class_embeds is not None,
+            "must not centre its input": c.center_input_sample,
+            "must take time steps, not noise levels (fourier embedding)": c.time_embedding_type == "fourier",
+            f"must know all {schedule.num_diffusion_timesteps} steps, not {known}":
+                known is not None and known < schedule.num_diffusion_timesteps,
+        }  # fmt: skip
+        if any(wrong.values()):
+            raise ValueError(f"a prior's U-Net {next(why for why, holds in wrong.items() if holds)}")
         self.unet, self.unshuffle, self.image_size = unet, k, size * k
         self.autocast, self.channels_last = autocast, channels_last
         self.prediction_type, self.schedule = prediction_type, schedule
@@ -185,23 +181,17 @@ def small_unet(
         dropout: inside residual blocks, in training.
 
     Raises:
-        ValueError: a size or width that does not divide.
+        ValueError: a size that does not divide by ``unshuffle`` and the levels, or a width by ``norm_groups``.
     """
     levels = len(channels)
-    if levels == 0 or unshuffle < 1 or image_size % (unshuffle * 2 ** (levels - 1)) != 0:
-        raise ValueError(
-            f"image size {image_size} must be divisible by {unshuffle * 2 ** max(0, levels - 1)} "
-            f"(unshuffle {unshuffle}, {levels} levels)"
-        )
-    if any(c <= 0 or c % norm_groups for c in channels):
-        raise ValueError(f"channels {tuple(channels)} must be positive multiples of norm_groups ({norm_groups})")
+    if image_size % (whole := unshuffle * 2 ** (levels - 1)) != 0:
+        raise ValueError(f"image size {image_size} must be divisible by {whole} ({unshuffle=}, {levels} levels)")
     size = image_size // unshuffle
     attends = [size // 2**i <= attention_size for i in range(levels)]
-    colours = 3 * unshuffle**2
     return UNet2DModel(
         sample_size=size,
-        in_channels=colours,
-        out_channels=colours,
+        in_channels=3 * unshuffle**2,
+        out_channels=3 * unshuffle**2,
         block_out_channels=tuple(channels),
         layers_per_block=layers,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
@@ -256,9 +246,8 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
     if weights.name == SHARDS_NAME:
         names = set(read_json(weights).get("weight_map", {}).values())
         parts = [part for name in sorted(names) if (part := get(inside + Path(name).name)) is not None]
-    scheduler = get(SCHEDULER_NAME) if not pipeline else get(f"scheduler/{SCHEDULER_NAME}")
-    if scheduler is None and folder.is_dir():
-        scheduler = get(f"scheduler/{SCHEDULER_NAME}")
+    names = SCHEDULER_NAME, f"scheduler/{SCHEDULER_NAME}"
+    scheduler = first(get, names[1:] if pipeline else names if folder.is_dir() else names[:1])
     if scheduler is None and pipeline:
         raise InputError(f"has no scheduler/{SCHEDULER_NAME}, which says what its network predicts")
     try:
@@ -304,7 +293,7 @@ def read_scheduler(path: Path | None) -> tuple[str, Schedule]:
         if schedule.config.beta_schedule == "linear" and not betas.keys() & {"trained_betas", "rescale_betas_zero_snr"}:
             start, end, steps = (schedule.config[key] for key in ("beta_start", "beta_end", "num_train_timesteps"))
             return predicts, Schedule(start, end, steps)  # in float64
-        return predicts, Schedule.from_betas(schedule.betas)
+        return predicts, Schedule(betas=schedule.betas)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"{path}: no schedule: {' '.join(str(error).split())[:200]}") from None
 

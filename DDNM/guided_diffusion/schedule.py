@@ -5,7 +5,6 @@ Notation (DDPM, Ho et al. 2020): ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,55 +12,34 @@ from torch import Tensor
 SMALLEST_ABAR = 2.0**-30  # if a schedule ends in pure noise, abar = 0: eps -> x_0 divides by its root
 
 
-@dataclass(frozen=True, eq=False)
 class Schedule:
-    """Linear betas from ``beta_start`` to ``beta_end`` over ``num_diffusion_timesteps`` steps (DDPM, section 4).
+    """Betas: linear ones (DDPM, section 4) over ``num_diffusion_timesteps`` steps, or others.
 
-    Any other betas come by `from_betas`. The cumulative product is taken in float64 and stored in float32, so it is the
-    same on every machine. Two schedules are equal if their betas are.
+    The cumulative product is taken in float64 and stored in float32, so it is the same on every machine. Two schedules
+    are equal if their betas are.
+
+    Args:
+        betas: (T,), in place of linear ones: cosine, scaled-linear, trained, with a last step of pure noise, ...
 
     Attributes:
         betas: (T,), float32.
         linear: whether the three numbers say all.
 
     Raises:
-        ValueError: not ``0 < beta_start <= beta_end < 1``, or fewer than one step.
+        ValueError: no betas, or one outside (0, 1]; only the last may be 1.
     """
 
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    num_diffusion_timesteps: int = 1000
-    betas: Tensor = field(init=False, repr=False)
-    linear: bool = field(init=False, default=True)
-    _abar: Tensor = field(init=False, repr=False)  # (T + 1,), float32; entry 0 belongs to t = -1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}")
-        if self.num_diffusion_timesteps < 1:
-            raise ValueError(f"num_diffusion_timesteps must be at least 1, got {self.num_diffusion_timesteps}")
-        self._set(torch.linspace(self.beta_start, self.beta_end, self.num_diffusion_timesteps, dtype=torch.float64))
-
-    def _set(self, betas: Tensor) -> None:
-        abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
-        object.__setattr__(self, "betas", betas.float())
-        object.__setattr__(self, "_abar", abar.clamp_min(SMALLEST_ABAR).float())
-
-    @classmethod
-    def from_betas(cls, betas: Sequence[float] | Tensor) -> "Schedule":
-        """The schedule of these betas, (T,): cosine, scaled-linear, trained, with a last step of pure noise, ...
-
-        Raises:
-            ValueError: no betas, or one outside (0, 1]; only the last may be 1.
-        """
+    def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, num_diffusion_timesteps: int = 1000,
+                 betas: Sequence[float] | Tensor | None = None) -> None:  # fmt: skip
+        self.beta_start, self.beta_end, self.linear = beta_start, beta_end, betas is None
+        if betas is None:
+            betas = torch.linspace(beta_start, beta_end, num_diffusion_timesteps, dtype=torch.float64)
         betas = torch.as_tensor(betas, dtype=torch.float64)
         if betas.ndim != 1 or not len(betas) or not (betas > 0).all() or not (betas[:-1] < 1).all() or betas[-1] > 1:
             raise ValueError("betas must be numbers in (0, 1), at least one; the last may be 1")
-        schedule = cls(num_diffusion_timesteps=len(betas))
-        for name, value in (("beta_start", betas[0].item()), ("beta_end", betas[-1].item()), ("linear", False)):
-            object.__setattr__(schedule, name, value)
-        schedule._set(betas)
-        return schedule
+        self.betas, self.num_diffusion_timesteps = betas.float(), len(betas)
+        abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+        self._abar = abar.clamp_min(SMALLEST_ABAR).float()  # (T + 1,); entry 0 belongs to t = -1
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Schedule) and torch.equal(self.betas, other.betas)
@@ -81,23 +59,11 @@ class Schedule:
         Raises:
             ValueError: a step outside -1 ... T - 1 (a tensor's are looked at on the CPU only), or not an integer.
         """
-        last = self.num_diffusion_timesteps - 1
-        if isinstance(t, int) and not isinstance(t, bool):
-            if not -1 <= t <= last:
-                raise ValueError(f"t must be in -1 ... {last}, got {t}")
-            return self._abar[t + 1]
-        t = torch.as_tensor(t)
-        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-            raise ValueError(f"t must be an integer, got {t.dtype}")
+        t, last = torch.as_tensor(t), self.num_diffusion_timesteps - 1
         # a GPU is not waited for
-        if t.device.type == "cpu" and t.numel() > 0 and (t.min() < -1 or t.max() > last):
-            raise ValueError(f"t must be in -1 ... {last}, got {t.min().item()} ... {t.max().item()}")
+        if t.is_floating_point() or t.device.type == "cpu" and ((t < -1) | (t > last)).any():
+            raise ValueError(f"t must be in -1 ... {last}, whole numbers, got {t.tolist()}")
         return self._abar.to(t.device)[t.long() + 1]
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """``sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise`` (DDPM, equation 4), with t an integer or of shape (B,)."""
-        abar = self.abar(t).to(device=x0.device, dtype=x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))  # (B or 1, 1, 1, 1)
-        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise  # (B, C, H, W)
 
 
 def sampling_timesteps(num_diffusion_timesteps: int, num_sampling_steps: int) -> list[int]:
@@ -132,9 +98,8 @@ def time_travel_steps(num_steps: int, travel_length: int = 1, travel_repeat: int
     Raises:
         ValueError: an argument below 1.
     """
-    for name, value in (("num_steps", num_steps), ("travel_length", travel_length), ("travel_repeat", travel_repeat)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    if min(num_steps, travel_length, travel_repeat) < 1:
+        raise ValueError(f"must be at least 1 each, got {num_steps=}, {travel_length=}, {travel_repeat=}")
     jumps_left = dict.fromkeys(range(0, num_steps - travel_length, travel_length), travel_repeat - 1)
     walk, index = [], num_steps
     while index > 0:
