@@ -304,21 +304,22 @@ def restore(
     rules |= {name: (each, Gradient(steps[name])) for name, each in gradients.items()}
     pictures, seconds = drawn(rules, y, r, s.precision, run)
     pictures = {"g'(y)": operator.pinv(y).clamp(-1, 1), **pictures}
-    rows = figures(pictures, x, lambda images: true.distance(function(images), y), seconds, o, run)
+    rows = figures(pictures, x, seconds, run.device, o.judge)
+    for name, images in pictures.items():
+        rows[name]["error of A(x'), true A"] = mean_of(true.distance(function(images), y))
     settings = {**asdict(o), **asdict(r), "what g is wrong by": wrong, "DPS steps": steps}
     write_report(run.folder, rows, {"input": x, "measured": y, **pictures}, settings)
 
 
 def figures(
-    pictures: dict[str, Tensor], x: Tensor, error: Callable[[Tensor], Tensor], seconds: dict, o: Options, run: Run
+    pictures: dict[str, Tensor], x: Tensor, seconds: dict, device: torch.device, judge_file: Path | None
 ) -> dict[str, dict]:
-    """By method: how near pictures are to the originals x, (N, 3, H, W), and ``error``, (N,), of what they measure."""
-    lpips = load_lpips(run.device, get_logger("train_operator"), o.img_size)
-    judge = None if o.judge is None else load_judge(o.judge).to(run.device).eval()
+    """By method: how near pictures are to the originals x, (N, 3, H, W), means with intervals."""
+    lpips = load_lpips(device, get_logger("train_operator"), x.shape[-1])
+    judge = None if judge_file is None else load_judge(judge_file).to(device)
     rows: dict[str, dict] = {}
     for name, images in pictures.items():
-        rows[name] = {"PSNR, dB": mean_of(psnr(images, x)), "s/image": seconds.get(name),
-                      "error of A(x'), true A": mean_of(error(images))}  # fmt: skip
+        rows[name] = {"PSNR, dB": mean_of(psnr(images, x)), "s/image": seconds.get(name)}
         if lpips is not None:
             rows[name]["LPIPS"] = mean_of(lpips(images, x).flatten())
         if judge is not None:

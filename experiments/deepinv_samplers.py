@@ -33,16 +33,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.guidance import Linear
-from DDNM.guided_diffusion.inputs import from_ddnm, image_names, load_lpips
+from DDNM.guided_diffusion.inputs import from_ddnm, image_names
 from DDNM.guided_diffusion.prior import Prior, load_prior
 from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture
 from deepinv_bridge import as_denoiser, as_physics
-from evaluate import mean_of
 from images import find_images, load_image
-from judge import load_judge
-from logger import get_logger
-from metrics import agreement, psnr
+from logger import format_table
 from operators import LinearChain, make_operator
+from train_operator import figures
 from utils import InputError, file_name, nearest, option, parse, resolve_device, run_command
 
 
@@ -113,12 +111,6 @@ METHODS: dict[str, Callable[[Problem], Tensor]] = {
 }
 
 
-def interval(values: Tensor, digits: int) -> str:
-    """The mean of one figure per image, (N,), with its 95 % interval."""
-    mean, low, high = mean_of(values)
-    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     """The command; see ``--help``."""
@@ -133,16 +125,14 @@ def main(argv: list[str] | None = None) -> int:
     operators = {spec: make_operator(spec, (3, size, size)) for spec in s.operators}
     files = find_images(s.images)[s.start : s.start + s.count]
     names, x = image_names(files, s.images), torch.stack([load_image(file, size) for file in files]).to(device)
-    judge = None if s.judge is None else load_judge(from_ddnm(s.judge)).to(device)
+    judge = None if s.judge is None else Path(from_ddnm(s.judge))
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     s.out.mkdir(parents=True, exist_ok=True)
-    lpips = load_lpips(device, get_logger("restore", s.out), size)
-
-    lines = ["| operator | method | \\|A x - y\\| | PSNR | LPIPS | judge | s/image |", "|---|---|---|---|---|---|---|"]
+    found: list[dict] = []
     for spec, operator in operators.items():
         torch.manual_seed(s.seed)
         physics = as_physics(operator, noise_model=GaussianNoise(s.noise / 2)).to(device)  # of images in [0, 1]
-        columns, measured = {"original": x}, physics((x + 1) / 2)
+        columns, errors, seconds, measured = {"original": x}, {}, {}, physics((x + 1) / 2)
         for method in s.methods:
             torch.manual_seed(s.seed)  # deepinv's samplers draw from the global generator
             started, restored = clock(), []
@@ -150,20 +140,21 @@ def main(argv: list[str] | None = None) -> int:
                 part = slice(i, i + s.batch_size)
                 problem = Problem(s, operator, physics, prior, names[part], measured[part])
                 restored.append(2 * METHODS[method](problem) - 1)
-            seconds, drawn = (clock() - started) / len(x), torch.cat(restored)
-            columns[method] = seen = as_saved(drawn)[0]
-            distance = operator.distance(operator.A(drawn), operator.A(x)).mean().item()
-            figures = [f"{distance:.1e}", interval(psnr(seen, x), 1)]
-            figures.append("" if lpips is None else interval(lpips(seen, x).flatten(), 3))
-            figures.append("" if judge is None else interval(agreement(judge(seen), judge(x)), 3))
-            lines.append(f"| {spec} | {method} | {' | '.join(figures)} | {seconds:.2f} |")
-            print(lines[-1], flush=True)
-        rows = [[picture(images[i].cpu(), 128) for images in columns.values()] for i in range(min(8, len(x)))]
-        contact_sheet(s.out / f"{file_name(spec)}.png", list(columns), rows, names[: len(rows)])
+            seconds[method], drawn = (clock() - started) / len(x), torch.cat(restored)
+            columns[method] = as_saved(drawn)[0]
+            errors[method] = operator.distance(operator.A(drawn), operator.A(x)).mean().item()
+        made = {method: columns[method] for method in s.methods}
+        rows = figures(made, x, seconds, device, judge)
+        found += [{"": f"{spec}, {name}", "A x - y": errors[name], **row} for name, row in rows.items()]
+        sheet = [[picture(images[i].cpu(), 128) for images in columns.values()] for i in range(min(8, len(x)))]
+        contact_sheet(s.out / f"{file_name(spec)}.png", list(columns), sheet, names[: len(sheet)])
     note = (f"{len(x)} images, noise {s.noise}, {s.steps} steps, {device}, {torch.get_num_threads()} threads, prior in "
             f"{s.precision}, torch {torch.__version__}")  # fmt: skip
-    (s.out / "table.md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
-    print("\n".join([*lines, "", note]))
+    names = dict.fromkeys(name for row in found for name in row if name)
+    shown = {name: (name, ".1e" if name == "A x - y" else ".3g") for name in names}
+    text = f"{format_table(found, '', shown)}\n\n{note}\n"
+    (s.out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
     return 0
 
 

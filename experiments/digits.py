@@ -10,13 +10,13 @@ training are its test. An inverse starts from everything a network keeps: the fe
 SPNN, which has none, the logits and the latents.
 """
 
-import argparse
 import functools
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
@@ -28,10 +28,22 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bijections import Coupling, PixelUnshuffle, ResidualConv2d
+from logger import format_table
 from models import PINN, SPNN
-from utils import atomic_write, number, run_command
+from utils import option, parse, run_command
 
 DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings."""
+
+    data: Literal["digits", "mnist"] = option("digits")
+    out: Path = option(Path("experiments/results"), "folder of table and picture")
+    epochs: int = option(40, "over the 500 digits", 1)
+    seeds: int = option(3, "runs of each network", 1)
+    parameters: int | None = option(None, "budget of each network (digits: 20000, mnist: 40000)", 1)
 
 
 @dataclass(frozen=True)
@@ -87,19 +99,13 @@ class Classifier(nn.Module):
         return self.head(self.features(x).flatten(1))
 
 
-class Plain(nn.Module):
+def plain(layout: Layout, hidden: int) -> nn.Module:
     """Four 3x3 convolutions with ReLUs: no inverse."""
-
-    def __init__(self, layout: Layout, hidden: int):
-        super().__init__()
-        channels = [layout.channels, *[hidden] * DEPTH]
-        layers = [PixelUnshuffle(layout.r)]
-        for before, after in zip(channels, channels[1:], strict=False):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
-        self.net = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    channels = [layout.channels, *[hidden] * DEPTH]
+    layers = [PixelUnshuffle(layout.r)]
+    for before, after in zip(channels, channels[1:], strict=False):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 class ResNet(nn.Module):
@@ -150,7 +156,7 @@ def spnn(layout: Layout, hidden: int) -> SPNN:
 
 
 NETWORKS: dict[str, Callable[[Layout, int], nn.Module]] = {
-    "plain CNN": lambda layout, hidden: Classifier(Plain(layout, hidden), hidden * layout.map**2),
+    "plain CNN": lambda layout, hidden: Classifier(plain(layout, hidden), hidden * layout.map**2),
     "ResNet": lambda layout, hidden: Classifier(ResNet(layout, hidden), layout.size**2),
     "i-RevNet": lambda layout, hidden: Classifier(i_revnet(layout, hidden), layout.size**2),
     "i-ResNet": lambda layout, hidden: Classifier(i_resnet(layout, hidden), layout.size**2),
@@ -199,77 +205,67 @@ def fit(model: nn.Module, x: Tensor, labels: Tensor, epochs: int) -> None:
     model.eval()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", choices=LAYOUTS, default="digits")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder of table and picture")
-    parser.add_argument("--epochs", type=number(int, 1), default=40)
-    parser.add_argument("--seeds", type=number(int, 1), default=3)
-    parser.add_argument(
-        "--parameters", type=number(int, 1), help="budget of each network (digits: 20000, mnist: 40000)"
-    )
-    return parser
+def measure(name: str, s: Settings, images: Tensor, labels: Tensor) -> tuple[dict, dict[str, Tensor]]:
+    """A network's figures over the seeds, and, with the first one's weights, its way from a 3 to an 8."""
+    layout = LAYOUTS[s.data]
+    build = functools.partial(NETWORKS[name], layout)
+    width = width_of_size(build, layout.parameters if s.parameters is None else s.parameters)
+    accuracies, errors, seconds, strips = [], [], [], {}
+    for seed in range(s.seeds):
+        torch.manual_seed(seed)
+        train, test = torch.randperm(len(images)).tensor_split([500])
+        model, start = build(width), time.process_time()
+        fit(model, images[train], labels[train], s.epochs)
+        seconds.append(time.process_time() - start)
+        with torch.no_grad():
+            accuracies.append((model(images[test]).argmax(1) == labels[test]).double().mean().item())
+            if name == "plain CNN":
+                continue
+            x = images[test][:500]
+            errors.append((decode(model, encode(model, x)) - x).abs().max().item())
+            if seed == 0:
+                first, last = (images[test[labels[test] == digit][:1]] for digit in (3, 8))
+                t = torch.linspace(0, 1, 9)
+                codes = zip(encode(model, first), encode(model, last), strict=True)
+                between = [torch.lerp(a, b, t.view(-1, *[1] * (a.ndim - 1))) for a, b in codes]
+                strips = {"pixels": torch.lerp(first, last, t.view(-1, 1, 1, 1)), name: decode(model, between)}
+    mean = sum(accuracies) / len(accuracies)
+    row = {"network": name, "parameters": sum(p.numel() for p in trained(model)),
+           "accuracy": (mean, min(accuracies), max(accuracies)), "error": max(errors, default=None),
+           "seconds": sum(seconds) / len(seconds)}  # fmt: skip
+    return row, strips
 
 
-def main() -> None:
-    args = build_parser().parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+COLUMNS = {"parameters": ("parameters", ".0f"), "accuracy": ("test accuracy (least to most)", ".3f"),
+           "error": ("worst inversion error", ".1e"), "seconds": ("training, CPU seconds", ".1f")}  # fmt: skip
 
-    layout = LAYOUTS[args.data]
-    budget = layout.parameters if args.parameters is None else args.parameters
-    images, labels = load(args.data)
-    rows = [
-        "| network | parameters | test accuracy | worst inversion error | training, CPU seconds |",
-        "|---|---|---|---|---|",
-    ]
-    strips: dict[str, Tensor] = {}
-    for name, network in NETWORKS.items():
-        build = functools.partial(network, layout)
-        accuracies, errors, seconds = [], [], []
-        width = width_of_size(build, budget)
-        for seed in range(args.seeds):
-            torch.manual_seed(seed)
-            order = torch.randperm(len(images))
-            train, test = order[:500], order[500:]
-            model = build(width)
-            start = time.process_time()
-            fit(model, images[train], labels[train], args.epochs)
-            seconds.append(time.process_time() - start)
-            with torch.no_grad():
-                x = images[test]
-                accuracies.append((model(x).argmax(1) == labels[test]).double().mean().item())
-                if name == "plain CNN":
-                    continue
-                x = x[:500]
-                errors.append((decode(model, encode(model, x)) - x).abs().max().item())
-                if seed == 0:
-                    first, last = (images[test[labels[test] == digit][:1]] for digit in (3, 8))
-                    t = torch.linspace(0, 1, 9)[:, None]
-                    strips["pixels"] = (1 - t[..., None, None]) * first + t[..., None, None] * last
-                    codes = zip(encode(model, first), encode(model, last), strict=True)
-                    between = [(1 - t) * a.flatten(1) + t * b.flatten(1) for a, b in codes]
-                    shapes = [part.shape[1:] for part in encode(model, first)]
-                    strips[name] = decode(model, [b.view(9, *s) for b, s in zip(between, shapes, strict=True)])
-        size = sum(p.numel() for p in trained(model))
-        worst = f"{max(errors):.1e}" if errors else "no inverse"
-        spread = f"{sum(accuracies) / len(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})"
-        rows.append(f"| {name} | {size} | {spread} | {worst} | {sum(seconds) / len(seconds):.1f} |")
-        print("\n".join(rows if len(rows) == 3 else rows[-1:]), flush=True)
-    with atomic_write(args.out / f"{args.data}_table.md") as temporary:
-        temporary.write_text("\n".join(rows) + "\n")
+
+def main() -> int:
+    s, _ = parse(__doc__, Settings)
+    s.out.mkdir(parents=True, exist_ok=True)
+    images, labels = load(s.data)
+    rows, strips = [], {}
+    for name in NETWORKS:
+        row, own = measure(name, s, images, labels)
+        rows.append(row)
+        strips |= own
+        print(format_table([row], "network", COLUMNS).splitlines()[-1], file=sys.stderr)
+    table = format_table(rows, "network", COLUMNS)
+    print(table)
+    (s.out / f"{s.data}_table.md").write_text(f"{table}\n")
 
     figure, axes = plt.subplots(len(strips), 9, figsize=(9, 1.15 * len(strips)))
-    for row, (name, strip) in zip(axes, strips.items(), strict=True):
-        for ax, image in zip(row, strip, strict=True):
+    for line, (name, strip) in zip(axes, strips.items(), strict=True):
+        for ax, image in zip(line, strip, strict=True):
             ax.imshow(image[0].nan_to_num(), cmap="gray_r", vmin=-1, vmax=1)
             ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     figure.suptitle("From a 3 to an 8, in each network's code; pixels: their mean, for comparison", fontsize=10)
     figure.tight_layout()
-    picture = args.out / f"{args.data}_interpolation.png"
-    with atomic_write(picture) as temporary:
-        figure.savefig(temporary, dpi=100)
+    picture = s.out / f"{s.data}_interpolation.png"
+    figure.savefig(picture, dpi=100)
     print(f"Picture: {picture}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ numbers 0...16, spread by uniform noise, so theirs is an upper bound of the bits
 et al., arXiv 1511.01844, section 3.1); a uniform guess needs log2(17) = 4.09.
 """
 
-import argparse
 import copy
 import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -37,9 +37,20 @@ from bijections import ActNorm, Conv1x1, PixelUnshuffle, Sigmoid, SplineCoupling
 from blocks import ConvPINNBlock
 from density import Density
 from models import PINN
-from utils import atomic_write, number, run_command
+from utils import option, parse, run_command
 
 LEVELS = 17  # grey levels of the digits
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings."""
+
+    out: Path = option(Path("experiments/results"), "folder of the pictures")
+    steps: int = option(800, "training steps of each chain", 1)
+    seed: int = option(0, "of weights, data and draws", 0, 2**32 - 2)  # what scikit-learn takes, with the next one
+
+
 NOISE = {"two moons": 0.05, "two circles": 0.04, "swiss roll": 0.04, "eight blobs": 0.12}  # standard deviations
 
 
@@ -88,14 +99,8 @@ def digits_chain(depth: int, hidden: int) -> PINN:
     return PINN([*blocks, View((16, 2, 2), (64,)), ActNorm(64)], (1, 8, 8))
 
 
-def fit(
-    density: Density,
-    batch: Callable[[], Tensor],
-    steps: int,
-    lr: float,
-    decay: float = 0.0,
-    watch: Callable[[], float] | None = None,
-) -> None:
+def fit(density: Density, batch: Callable[[], Tensor], steps: int, lr: float, decay: float = 0.0,
+        watch: Callable[[], float] | None = None) -> None:  # fmt: skip
     """Maximum likelihood by AdamW, its rate up for a tenth of the steps, then down to 0 along a cosine.
 
     With ``watch``, a loss on other data, the weights are in the end those of the step, of each 50, where it was least.
@@ -140,7 +145,7 @@ def pixel_bits(train: Tensor, test: Tensor) -> float:
     return -share.log2().gather(1, test.long().flatten(1).T).mean().item()
 
 
-def planes(args: argparse.Namespace) -> None:
+def planes(args: Settings) -> None:
     names = list(NOISE)
     figure, axes = plt.subplots(4, len(names), figsize=(2.4 * len(names), 9.9))
     for column, name in enumerate(names):
@@ -177,24 +182,17 @@ def planes(args: argparse.Namespace) -> None:
     for ax, label in zip(axes[:, 0], labels, strict=True):
         ax.set_ylabel(label, fontsize=10)
     figure.tight_layout()
-    with atomic_write(args.out / "toy_density.png") as temporary:
-        figure.savefig(temporary, dpi=80)
+    figure.savefig(args.out / "toy_density.png", dpi=80)
 
 
-def digits(args: argparse.Namespace) -> None:
+def digits(args: Settings) -> None:
     torch.manual_seed(args.seed)
     start = time.process_time()
     levels = torch.tensor(datasets.load_digits().images, dtype=torch.float32)[:, None]  # (1797, 1, 8, 8)
     train, stop, test = levels[torch.randperm(len(levels))].split([1200, 200, 397])
     density = Density(digits_chain(depth=3, hidden=48))
-    fit(
-        density,
-        lambda: spread(train[torch.randint(len(train), (128,))]),
-        args.steps,
-        lr=2e-3,
-        decay=0.01,
-        watch=lambda: digits_bits(density, stop, draws=3),
-    )
+    fit(density, lambda: spread(train[torch.randint(len(train), (128,))]), args.steps, lr=2e-3, decay=0.01,
+        watch=lambda: digits_bits(density, stop, draws=3))  # fmt: skip
     seconds = time.process_time() - start
     found, alone = digits_bits(density, test, draws=10), pixel_bits(train, test)
     print(f"| digits | {found:.3f} | - | - | {seconds:.0f} |")
@@ -206,27 +204,18 @@ def digits(args: argparse.Namespace) -> None:
         ax.axis("off")
     figure.suptitle(f"held-out digits above, samples below ({found:.2f} bits per dimension)", fontsize=10)
     figure.tight_layout()
-    with atomic_write(args.out / "digits.png") as temporary:
-        figure.savefig(temporary, dpi=80)
+    figure.savefig(args.out / "digits.png", dpi=80)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder of the pictures")
-    parser.add_argument("--steps", type=number(int, 1), default=800, help="training steps of each chain")
-    # what scikit-learn takes, with the next one
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 2), default=0)
-    return parser
-
-
-def main() -> None:
-    args = build_parser().parse_args()
+def main() -> int:
+    args, _ = parse(__doc__, Settings)
     args.out.mkdir(parents=True, exist_ok=True)
     print("| data | bits per dimension, held out | least possible | largest error of g g' | CPU seconds |")
     print("|---|---|---|---|---|")
     planes(args)
     digits(args)
     print(f"Pictures: {args.out / 'toy_density.png'}, {args.out / 'digits.png'}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 from helpers import random, seeded
+from runs import tiny_prior
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import segmentation
 
 import diagnostics
-import loop
 from data_loader import MASK_CLASSES
 from DDNM.guided_diffusion.inputs import NetworkSettings, load_networks
-from DDNM.guided_diffusion.prior import Prior, save_prior
+from DDNM.guided_diffusion.prior import save_prior
 from models import SPNN
 from procedural_faces import write_dataset
 from train_operator import build
@@ -61,13 +60,10 @@ def test_faces_and_masks_move_together():
     assert still is x and (y.argmax(1) == segmentation.smaller(masks)).all()
 
 
-def test_the_experiment_runs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "plot_curves", lambda table, picture: None)
+def test_the_experiment_runs(tmp_path, capsys):
     faces, out, prior = tmp_path / "faces", tmp_path / "out", tmp_path / "prior"
     write_dataset(faces, 20, 32, seed=0, workers=1, masks=True)
-    unet = UNet2DModel(32, 3, 3, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
-    save_prior(Prior(unet), prior)
+    save_prior(tiny_prior(32), prior)
     argv = ["--dataset_path", faces, "--out", out, "--size", 32, "--hidden", 8, "--augment", 1, "--batch_size", 4,
             "--device", "cpu", "--steps", 2, "--r_steps", 1, "--judge_steps", 2, "--seed", 1]  # fmt: skip
     assert segmentation.main([str(word) for word in argv]) == 0

@@ -6,23 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
 from helpers import random, randomise, seeded
+from runs import tiny_prior
 
 import degradations
 import diagnostics
-import loop
 import train_operator
-from DDNM.guided_diffusion.prior import Prior, save_prior
+from DDNM.guided_diffusion.prior import save_prior
 from degradations import DEGRADATIONS, find_function, measured_shape
 from models import SPNN
-from operators import LinearOperator
 from procedural_faces import write_dataset
 from train_operator import PictureOperator, averages, build
 from utils import InputError
-
-ROOT = Path(__file__).parents[1]
-
 
 # --- Measurements ----------------------------------------------------------------------------------------------------
 
@@ -59,53 +54,28 @@ def test_jpeg_is_what_pillow_writes_and_reads():
     assert (coarse - F.avg_pool2d(x, 2)).square().mean() > 2 * (fine - F.avg_pool2d(x, 2)).square().mean()
 
 
-def halves(x):
-    return x[..., ::2, ::2].clamp(-0.5, 0.5)
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("lense", "no such measurement.*did you mean 'lens'"),
-        ("no_such_module:f", "No module named"),
-        ("degradations:nothing", "has no attribute"),
-    ],
-)
-def test_an_unknown_measurement_is_one_line(name, message):
+@pytest.mark.parametrize("function, message", [
+    ("lense", "no such measurement.*did you mean 'lens'"), ("no_such_module:f", "No module named"),
+    ("degradations:nothing", "has no attribute"),
+    (lambda x: x, r"\(3, 8, 8\) holds no fewer numbers than \(3, 8, 8\)"),
+    (lambda x: x.mean(), r"of images \(2, 3, 8, 8\).*it makes \(\)"),
+    (lambda x: x[..., :3, :3], r"sides divide theirs, it makes \(2, 3, 3, 3\)"),
+    (lambda x: F.avg_pool2d(x, 2).log(), "finite"), (lambda x: None, "it makes NoneType"),
+    (lambda x: degradations.saturation(x[..., :2, :2]), r"cannot measure images \(3, 8, 8\): [^\n]*$"),
+])  # fmt: skip
+def test_a_measurement_that_no_network_can_fit_is_one_line(function, message):
     with pytest.raises(InputError, match=message):
-        find_function(name)
-
-
-@pytest.mark.parametrize(
-    "function, message",
-    [
-        (lambda x: x, r"\(3, 8, 8\) holds no fewer numbers than \(3, 8, 8\)"),
-        (lambda x: x.mean(), r"of images \(2, 3, 8, 8\).*it makes \(\)"),
-        (lambda x: x[..., :3, :3], r"sides divide theirs, it makes \(2, 3, 3, 3\)"),
-        (lambda x: F.avg_pool2d(x, 2).log(), "finite"),
-        (lambda x: None, "it makes NoneType"),
-        (lambda x: degradations.saturation(x[..., :2, :2]), r"cannot measure images \(3, 8, 8\): [^\n]*$"),
-    ],
-)
-def test_a_measurement_that_no_network_can_fit_is_refused(function, message):
-    with pytest.raises(InputError, match=message):
-        measured_shape(function, (3, 8, 8))
+        measured_shape(find_function(function) if isinstance(function, str) else function, (3, 8, 8))
 
 
 # --- The network -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "in_shape, out_shape",
-    [
-        ((3, 16, 16), (3, 8, 8)),
-        ((3, 16, 24), (3, 4, 6)),
-        ((3, 64, 64), (19, 16, 16)),
-        ((3, 15, 10), (3, 5, 5)),  # odd, and another factor on each side
-        ((3, 12, 12), (1, 2, 2)),
-        ((3, 8, 8), (1, 8, 8)),  # no smaller at all: grey, say
-    ],
-)
+@pytest.mark.parametrize("in_shape, out_shape", [
+    ((3, 16, 24), (3, 4, 6)), ((3, 64, 64), (19, 16, 16)), ((3, 12, 12), (1, 2, 2)),
+    ((3, 15, 10), (3, 5, 5)),  # odd, and another factor on each side
+    ((3, 8, 8), (1, 8, 8)),  # no smaller at all: grey, say
+])  # fmt: skip
 def test_a_chain_leads_to_any_map_and_keeps_the_law(in_shape, out_shape):
     g = randomise(build(in_shape, out_shape, 8).double(), seeded(0))
     assert g.out_shape == out_shape
@@ -126,9 +96,8 @@ def test_averages_come_first_in_an_orthogonal_matrix(channels, places):
     torch.testing.assert_close(w @ w.T, torch.eye(len(w), dtype=w.dtype))
     x = random((channels, places), seed=0)
     torch.testing.assert_close((w @ x.flatten())[:channels], x.mean(1) * places**0.5)
-    assert (
-        torch.linalg.svdvals(torch.eye(len(w), dtype=w.dtype) + w).min() > 0.1
-    )  # within reach of the Cayley transform
+    least = torch.linalg.svdvals(torch.eye(len(w), dtype=w.dtype) + w).min()
+    assert least > 0.1  # within reach of the Cayley transform
 
 
 @pytest.mark.parametrize("by", [2, 4])
@@ -140,20 +109,13 @@ def test_a_network_starts_as_averages_and_their_pseudo_inverse(by):
 
 
 def test_distances_of_pictures():
-    operator = PictureOperator(build((3, 8, 8), (3, 4, 4), 8))
-    linear = LinearOperator(halves, halves, (3, 8, 8), (3, 4, 4))
     a, b = (random((2, 3, 4, 4), seed=seed) for seed in (0, 1))
-    torch.testing.assert_close(operator.distance(a, b), linear.distance(a, b))
-    torch.testing.assert_close(operator.loss(a, b), linear.loss(a, b))
+    mean = (a - b).square().mean((1, 2, 3))
+    torch.testing.assert_close(PictureOperator(None).distance(a, b), mean.sqrt())
+    torch.testing.assert_close(PictureOperator(None).loss(a, b), mean / 2)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """The picture of the curves takes longer than the training."""
-    monkeypatch.setattr(loop, "plot_curves", lambda table, picture: None)
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +128,7 @@ def faces(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def prior(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prior")
-    torch.manual_seed(0)
-    unet = UNet2DModel(16, 3, 3, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
-    save_prior(Prior(unet), folder)
+    save_prior(tiny_prior(), folder)
     return folder
 
 
@@ -182,10 +141,7 @@ def run(faces: Path, out: Path, *more, operator: str = "lens") -> int:
 def test_the_command_fits_measures_and_restores(faces, prior, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_operator, "load_lpips", lambda *_: lambda a, b: (a - b).abs().mean((1, 2, 3)))
     assert run(faces, tmp_path) == 0
-    assert (
-        len((tmp_path / "metrics_forward.csv").read_text().splitlines()) == 2
-        and (tmp_path / "metrics_r_opt.csv").is_file()
-    )
+    assert len((tmp_path / "metrics_forward.csv").read_text().splitlines()) == 2
     with pytest.raises(InputError, match="exists; give --overwrite, --resume"):
         run(faces, tmp_path)
     assert run(faces, tmp_path, "--resume", "--prior", prior, "--sampling_steps", 2) == 0
