@@ -85,8 +85,6 @@ def _load(path: Path) -> Any:
         if start != b"PK" and start[:1] != pickle.PROTO:  # tar archives too: torch < 2.6 runs code in them
             raise pickle.UnpicklingError("not in torch's format")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"weights {path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch.load and safetensors raise almost anything on damaged bytes
         reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split()) or type(error).__name__
         raise InputError(

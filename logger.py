@@ -29,20 +29,12 @@ class _Console(logging.Handler):
 class _RunFile(logging.FileHandler):
     """The log of the present run; a type of its own, so that a second call finds it."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk costs the line in the file; the console has it. Logging's own way prints a traceback for each."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
 
 def get_logger(name: str, folder: str | Path | None = None) -> logging.Logger:
     """A logger that writes to the console and, when ``folder`` is given, appends to ``folder/log.txt``.
 
     The handlers hang on the root logger, so warnings of other modules (an unreadable image, say) reach the same
     places. Repeated calls add nothing; a new folder takes the place of the one before; ``None`` leaves it as it is.
-
-    Raises:
-        InputError: the folder cannot be written.
     """
     root = logging.getLogger()
     if not any(isinstance(handler, _Console) for handler in root.handlers):
@@ -50,19 +42,13 @@ def get_logger(name: str, folder: str | Path | None = None) -> logging.Logger:
         console.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
         root.addHandler(console)
     if folder is not None:
-        file = Path(folder).resolve() / "log.txt"
-        present = [handler for handler in root.handlers if isinstance(handler, _RunFile)]
-        if [Path(handler.baseFilename) for handler in present] != [file] or not file.exists():  # or was deleted since
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                handler = _RunFile(file, encoding="utf-8")
-            except OSError as error:
-                raise InputError(f"cannot write {file}: {error.strerror or error}") from error
-            handler.setFormatter(logging.Formatter(_FORMAT))
-            for old in present:
-                root.removeHandler(old)
-                old.close()
-            root.addHandler(handler)
+        for old in [handler for handler in root.handlers if isinstance(handler, _RunFile)]:
+            root.removeHandler(old)
+            old.close()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = _RunFile(Path(folder) / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter(_FORMAT))
+        root.addHandler(file)
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     return logger
@@ -77,7 +63,7 @@ class MetricsTable:
             None keeps the rows of an existing file.
 
     Raises:
-        InputError: the file exists and is no table, or cannot be written.
+        InputError: the file is no table.
     """
 
     def __init__(self, path: str | Path | None, rows: Sequence[Mapping[str, str]] | None = None) -> None:
@@ -99,11 +85,8 @@ class MetricsTable:
         if new:
             self._write()
         elif self.path is not None:
-            try:
-                with open(self.path, "a", newline="", encoding="utf-8") as file:
-                    self._writer(file).writerow(self.rows[-1])
-            except OSError as error:
-                raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                self._writer(file).writerow(self.rows[-1])
 
     def _writer(self, file: TextIO) -> csv.DictWriter:
         return csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
@@ -123,10 +106,7 @@ def _text(value: object) -> str:
 
 def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and rows; the last line is left out if an interruption has cut it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read metrics: {error}") from None
+    text = path.read_text(encoding="utf-8")
     columns, *lines = csv.reader(text[: text.rfind("\n") + 1].splitlines() or [""])
     for i, line in enumerate(lines, start=2):
         if len(line) != len(columns):
@@ -196,7 +176,7 @@ def plot_curves(table: str | Path, picture: str | Path) -> None:
     of several methods, loss_NAME. Positive values over a wide range get a log axis.
 
     Raises:
-        InputError: the table is missing, empty or malformed, or the picture cannot be written.
+        InputError: the table is empty or malformed.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and no display is needed
     from matplotlib.figure import Figure

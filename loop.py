@@ -102,13 +102,11 @@ def load_state(path: Path) -> dict:
     """What `save_state` wrote, on the CPU; no code in the file is run.
 
     Raises:
-        InputError: a file that cannot be read, a damaged one, or one of another version.
+        InputError: a damaged file, or one of another version.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state.get("version", 1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged file can raise almost anything
         raise InputError(f"{path}: damaged, or not a training state ({type(error).__name__})") from None
     if version != STATE_VERSION:
@@ -147,16 +145,12 @@ def locked(folder: Path) -> Iterator[None]:
     loader workers would inherit the other kind (``flock``), and outlive a killed run with it for seconds.
 
     Raises:
-        InputError: another run holds it, or the folder cannot be written.
+        InputError: another run holds it. OSError: the folder cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / LOCK_NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
-    with file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
