@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
 import safetensors.torch
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from utils import InputError, InputErrors, atomic_write, run_command
 
 ROOT = Path(__file__).resolve().parent
+M = TypeVar("M", bound=nn.Module)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
@@ -163,6 +164,25 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | Pa
     state = {name: _converted(path, name, tensor, own[name].dtype) for name, tensor in state.items()}
     if not any(tensor.is_meta for tensor in own.values()):
         module.load_state_dict(state)
+
+
+def built(build: Callable[[], M], state: Mapping[str, Tensor], path: Path) -> M:
+    """What ``build`` makes, with these weights; it is held against them before it costs memory.
+
+    Raises:
+        InputError: as `load_strictly`, or it makes nothing.
+    """
+    try:
+        with torch.device("meta"):
+            load_strictly(build(), state, path)
+        model = build()
+    except InputError:
+        raise
+    except Exception as error:  # whatever malformed settings give
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputError(f"weights {path}: the settings beside it make no network: {reason}") from None
+    load_strictly(model, state, path)
+    return model
 
 
 def read_json(path: Path) -> dict:
@@ -405,17 +425,7 @@ class Pretrained(nn.Module, huggingface_hub.PyTorchModelHubMixin, library_name="
                 f"weights {path}: config.json is missing beside it, and these are no built-in architecture's weights: "
                 f"copy it, or {path.stem}.json, from where the weights come from"
             )
-        try:
-            with torch.device("meta"):
-                frame = cls(**content["model"])
-            load_strictly(frame, state, path)
-            model = cls(**content["model"])
-        except InputError:
-            raise
-        except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"weights {path}: the settings beside it make no network: {reason}") from None
-        load_strictly(model, state, path)
+        model = built(lambda: cls(**content["model"]), state, path)
         model.notes = {key: value for key, value in content.items() if key != "model"}
         return model.eval()
 

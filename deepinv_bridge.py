@@ -183,21 +183,19 @@ def from_physics(physics: Physics, in_shape: Shape) -> Operator:
     Raises:
         ValueError: such images do not fit, with both shapes if the physics tells its own.
     """
-    name, in_shape = type(physics).__name__, tuple(in_shape)
-    own = getattr(physics, "img_size", None)
-    if own is not None and tuple(own) != in_shape:
-        raise ValueError(f"{name} measures images of shape {tuple(own)}, these have {in_shape}")
+    name, in_shape, linear = type(physics).__name__, tuple(in_shape), isinstance(physics, LinearPhysics)
+    own, why = tuple(getattr(physics, "img_size", None) or in_shape), ""
     like = next((buffer for buffer in physics.buffers() if buffer.is_floating_point()), torch.zeros(()))
     grey = torch.full((1, *in_shape), 0.5, dtype=like.dtype, device=like.device)
     try:
         y = physics.A(grey)
-        back = physics.A_dagger(y) if isinstance(physics, LinearPhysics) else grey
+        fits = isinstance(y, Tensor) and (not linear or physics.A_dagger(y).shape == grey.shape)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"{name} does not take images of shape {in_shape}: {error}") from None
-    if not isinstance(y, Tensor) or back.shape != grey.shape:
-        found = tuple(back.shape[1:]) if isinstance(y, Tensor) else f"{len(y)} measurements"
-        raise ValueError(f"{name}: of images of shape {in_shape} it makes {found}")
-    if isinstance(physics, LinearPhysics):
+        fits, why = False, f": {error}"
+    if not fits or own != in_shape:
+        other = f", but of {own}" if own != in_shape else why
+        raise ValueError(f"{name} does not take images of shape {in_shape}{other}")
+    if linear:
         return PhysicsOperator(physics, in_shape, tuple(y.shape[1:]))
     warnings.warn(
         f"{name} is not linear: it is inverted by iteration, which is no closed form and may miss its target; an SPNN "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checkpoints import DTYPES, load_strictly, read_json, read_weights, write_weights
+from checkpoints import DTYPES, built, read_json, read_weights, write_weights
 from data_loader import ATTRIBUTES, CelebAMaskHQ, augmented, batches_from, download_dataset, make_loader
 from logger import MetricsTable, format_table, get_logger
 from loop import DONE, Loop, Run, adam, decaying, open_run
@@ -115,18 +115,10 @@ def load_judge(path: str | Path) -> Judge:
     Raises:
         InputError: a file is missing or malformed, or weights and architecture do not fit.
     """
-    path, file = Path(path), Path(path).with_suffix(".json")
-    state, content = read_weights(path), read_json(file)
-    try:
-        with torch.device("meta"):  # what it asks for is held against the file before it costs memory
-            judge = Judge(**content["architecture"])
-        attributes = tuple(content.get("attributes", ATTRIBUTES[: judge.num_classes]))
-    except Exception as error:  # whatever a malformed one gives
-        raise InputError(f"judge {path}: {file} holds no architecture of a judge: {repr(error)[:300]}") from None
-    load_strictly(judge, state, path)
-    judge = Judge(**content["architecture"])
-    load_strictly(judge, state, path)
-    judge.attributes = attributes
+    path = Path(path)
+    state, content = read_weights(path), read_json(path.with_suffix(".json"))
+    judge = built(lambda: Judge(**content["architecture"]), state, path)
+    judge.attributes = tuple(content.get("attributes", ATTRIBUTES[: judge.num_classes]))
     return judge.eval()
 
 

@@ -1,9 +1,6 @@
 """deepinv in both directions; skipped without it (pip install -r requirements-deepinv.txt)."""
 
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from deepinv_bridge import as_denoiser, as_physics, as_prior, from_physics  # no
 from operators import GREY, KnownPixels, LinearChain, LinearOperator, make_operator  # noqa: E402
 from utils import InputError  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 SHAPE = (3, 8, 12)
 MASK = torch.rand(8, 12, generator=torch.Generator().manual_seed(0)) > 0.4
 OURS = {
@@ -164,7 +160,7 @@ def test_a_non_linear_physics_is_inverted_by_iteration_and_says_so():
 
 
 @pytest.mark.parametrize("build, said", [
-    (lambda: Demosaicing((3, 8, 8)), r"Demosaicing measures images of shape \(3, 8, 8\), these have \(3, 8, 12\)"),
+    (lambda: Demosaicing((3, 8, 8)), r"Demosaicing does not take .*\(3, 8, 12\), but of \(3, 8, 8\)"),
     (lambda: Inpainting((3, 8, 12), torch.ones(3, 8, 6)), r"Inpainting does not take images of shape \(3, 8, 12\)"),
     (lambda: Decolorize(channels=4), r"Decolorize does not take images of shape \(3, 8, 12\)"),
     (Haze, r"Haze does not take images of shape \(3, 8, 12\)"),  # it takes two more pictures
@@ -196,16 +192,3 @@ def test_a_denoiser_as_a_prior_gives_the_noise_back(t):
     x = double(2, 3, 8, 8)
     torch.testing.assert_close(prior(x, t), gaussian_prior(x, torch.tensor(t)), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(prior(x, torch.tensor([t, t])), prior(x, t))
-
-
-@pytest.mark.parametrize("command, sheet", [
-    (["deepinv_samplers.py", "--operators", "sr4", "--methods", "A+", "linear", "DDRM", "DiffPIR"], "sr4.png"),
-    (["deepinv_physics.py"], "sheet.png"),
-], ids=["samplers", "physics"])  # fmt: skip
-@pytest.mark.slow
-def test_an_example_runs(command, sheet, tmp_path):
-    faces = ["--images", "DDNM/exp/datasets/faces", "--count", "2", "--steps", "3", "--out", str(tmp_path)]
-    run = [sys.executable, f"experiments/{command[0]}", *command[1:], *faces]
-    shown = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert "A x - y" in shown.stdout and (tmp_path / sheet).stat().st_size > 5000

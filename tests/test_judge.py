@@ -76,7 +76,7 @@ def test_training_learns_what_can_be_seen_and_the_figures_are_those_of_the_file(
 
 
 @pytest.mark.parametrize("text, said", [
-    (None, "judge.json"), ("{", "judge.json"), ("{}", "judge.json"), ('{"architecture": {"depth": 3}}', "judge.json"),
+    (None, "judge.json"), ("{", "judge.json"), ("{}", "no network"), ('{"architecture": {"depth": 3}}', "no network"),
     ('{"architecture": {"num_classes": 40, "img_size": 16, "width": 4}}', "judge.safetensors"),
 ])  # fmt: skip
 def test_what_is_no_judge_is_refused(tmp_path, trained, text, said):

@@ -5,7 +5,6 @@ import pickle
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -135,8 +134,6 @@ def test_training_with_it_gives_the_same_weights(trained):
 
 # --- Precision and compilation ---------------------------------------------------------------------------------------
 
-CPU = torch.device("cpu")
-
 
 def test_bf16_is_of_the_networks_alone(model):
     """The blocks' values stay float32, the completion's round trip as exact; what s, t and r give is coarser."""
@@ -157,49 +154,27 @@ def test_training_in_bf16_takes_other_steps_than_in_float32(trained):
     assert all(w.dtype == torch.float32 and w.isfinite().all() for w in found["bf16"].values())
 
 
-@contextmanager
-def switched(backend, newer, older):
-    """torch's switch of TF32 set, the newer one if it has that: it refuses to read the older one afterwards."""
-    name, value = ("fp32_precision", newer) if hasattr(backend, "fp32_precision") else ("allow_tf32", older)
-    before = getattr(backend, name)
-    setattr(backend, name, value)
-    try:
-        yield lambda: getattr(backend, name) == value
-    finally:
-        setattr(backend, name, before)
-
-
 @pytest.mark.parametrize("threads", [1, 4])
-def test_full_precision_is_set_back(threads):
-    """However threads overlap that ask for it, as autograd's own does while this one waits."""
-    products = torch.backends.cuda.matmul
+@pytest.mark.parametrize("products", [True, False], ids=["products", "convolutions"])
+def test_a_switch_is_set_back_however_threads_overlap_that_ask_for_it(products, threads, monkeypatch):
+    """As autograd's own does while this one waits."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backend = torch.backends.cuda.matmul if products else getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+    newer = hasattr(backend, "fp32_precision")  # torch refuses to read the older switch afterwards
+    name, tf32, exact = ("fp32_precision", "tf32", "ieee") if newer else ("allow_tf32", True, False)
+    monkeypatch.setattr(backend, name, tf32)
 
     def look(index: int) -> bool:
-        with full_precision(SimpleNamespace(type="cuda")):
+        wanted = tf32 if index % 2 and not products else exact
+        asked = convolutions_in("tf32" if index % 2 else "float32")
+        with full_precision(SimpleNamespace(type="cuda")) if products else asked:
             time.sleep(0.001 * (index % 3))
-            return products.fp32_precision == "ieee" if hasattr(products, "fp32_precision") else not products.allow_tf32
+            return getattr(backend, name) == wanted
 
-    with switched(products, "tf32", True) as unchanged, ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
+    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # autocast of a device that is not there
         assert all(pool.map(look, range(20)))
-        assert unchanged()
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-def test_what_float32_means_is_set_back(threads, monkeypatch):
-    """However threads that ask for different things overlap."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cudnn = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
-
-    def look(index: int) -> bool:
-        with convolutions_in("tf32" if index % 2 else "float32"):
-            time.sleep(0.002)
-            switch = cudnn.fp32_precision if hasattr(cudnn, "fp32_precision") else cudnn.allow_tf32
-            return switch in (("tf32", True) if index % 2 else ("ieee", False))
-
-    with switched(cudnn, "tf32", True) as unchanged, ThreadPoolExecutor(threads) as pool:
-        assert all(pool.map(look, range(20)))
-        assert unchanged()
+    assert getattr(backend, name) == tf32
 
 
 def test_a_resumed_run_keeps_its_precision_where_the_device_has_it():
@@ -281,10 +256,11 @@ def test_stage_2_asks_g_for_every_picture_once_where_that_pays(faces, tmp_path, 
         torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
         return honest(model, x, y, *rest)
 
+    def known_logits(self, keys, g):
+        computed.append(len(keys))
+        return compute(self, keys, g)
+
     monkeypatch.setattr(train, "natural_losses", natural_losses)
-    monkeypatch.setattr(
-        train.CelebATrainer, "_known_logits", lambda self, keys, g: computed.append(len(keys)) or compute(self, keys, g)
-    )
-    arguments = spnn_arguments(faces, tmp_path / "run", epoch=1, r_epoch=epochs)
-    assert train_celeba.main(arguments) == 0
+    monkeypatch.setattr(train.CelebATrainer, "_known_logits", known_logits)
+    assert train_celeba.main(spnn_arguments(faces, tmp_path / "run", epoch=1, r_epoch=epochs)) == 0
     assert computed == asked and compared.count(4) == 6 * epochs

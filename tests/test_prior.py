@@ -192,9 +192,9 @@ def test_folders_with_the_old_attention_names_are_read(tmp_path):
     torch.testing.assert_close(load_prior(tmp_path)(noisy(), 500), prior(noisy(), 500), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"variant": "fp16"}, {"safe_serialization": False}, {"max_shard_size": "20KB"}], ids=str
-)
+@pytest.mark.parametrize("options", [
+    {}, {"variant": "fp16"}, {"safe_serialization": False}, {"max_shard_size": "20KB"},
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("pipeline", [False, True])
 def test_what_diffusers_writes_is_read(tmp_path, options, pipeline):
     """A U-Net's folder or a pipeline's, safetensors or .bin, in halves; a pipeline's unet/ alone stands for all."""

@@ -1,7 +1,8 @@
 """Weights in the published DDPM layout (``temb.dense.0``, ``down.i.block.j``, ...), celeba_hq.ckpt's, for diffusers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -39,6 +40,18 @@ def ddpm_name(name: str, levels: int) -> str:
     return name
 
 
+def build_unet(size: int, widths: Sequence[int], layers: int, attends: Sequence[bool], **options: Any) -> UNet2DModel:
+    """A U-Net on maps of ``size``, halved at each level, with attention at some of them; diffusers has the options."""
+    return UNet2DModel(
+        sample_size=size,
+        block_out_channels=tuple(widths),
+        layers_per_block=layers,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        **options,
+    )
+
+
 def ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
     """The `UNet2DModel` that computes what the published ``Model`` of this configuration does, on the meta device."""
     if not model_config.get("resamp_with_conv", True):
@@ -48,14 +61,13 @@ def ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
     if image_size % (coarsest := 2 ** (len(widths) - 1)) != 0:
         raise ValueError(f"image size {image_size} must be divisible by {coarsest} ({len(widths)} levels)")
     with torch.device("meta"):  # the weights come from the file: no random ones are drawn first
-        return UNet2DModel(
-            sample_size=image_size,
+        return build_unet(
+            image_size,
+            widths,
+            model_config["num_res_blocks"],
+            attends,
             in_channels=model_config["in_channels"],
             out_channels=model_config["out_ch"],
-            block_out_channels=widths,
-            layers_per_block=model_config["num_res_blocks"],
-            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
             dropout=model_config.get("dropout", 0.0),
             # what follows has no trace in names or shapes: with any other value the weights load and compute nonsense
             attention_head_dim=None,
@@ -88,9 +100,7 @@ def ddpm_config(state_dict: Mapping[str, Tensor], image_size: int | None = None)
     config = {
         "ch": ch,
         "ch_mult": [width // ch for width in widths],
-        "num_res_blocks": sum(
-            re.fullmatch(r"down\.0\.block\.\d+\.conv1\.weight", name) is not None for name in state_dict
-        ),
+        "num_res_blocks": len({name.split(".")[3] for name in state_dict if name.startswith("down.0.block.")}),
         "attn_resolutions": [size >> i for i in attends],
         "in_channels": state_dict["conv_in.weight"].shape[1],
         "out_ch": state_dict["conv_out.weight"].shape[0],

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import first, locate, opener, read_json, read_weights, write_weights
-from DDNM.guided_diffusion.ddpm_layout import filled, unet_from_ddpm
+from DDNM.guided_diffusion.ddpm_layout import build_unet, filled, unet_from_ddpm
 from DDNM.guided_diffusion.schedule import Schedule
 from utils import InputError, atomic_write
 
@@ -188,14 +188,13 @@ def small_unet(
         raise ValueError(f"image size {image_size} must be divisible by {whole} ({unshuffle=}, {levels} levels)")
     size = image_size // unshuffle
     attends = [size // 2**i <= attention_size for i in range(levels)]
-    return UNet2DModel(
-        sample_size=size,
+    return build_unet(
+        size,
+        channels,
+        layers,
+        attends,
         in_channels=3 * unshuffle**2,
         out_channels=3 * unshuffle**2,
-        block_out_channels=tuple(channels),
-        layers_per_block=layers,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         attention_head_dim=64 if all(c % 64 == 0 for c in channels) else None,  # None: one head
         norm_num_groups=norm_groups,
         dropout=dropout,
