@@ -289,7 +289,7 @@ def hub(tmp_path):
     server.options = {"endpoint": f"http://127.0.0.1:{server.server_port}", "cache_dir": str(tmp_path / "cache")}
     # huggingface_hub < 1 keeps a connection that was made offline for the rest of the process
     getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
     server.shutdown()
