@@ -162,7 +162,8 @@ def test_a_switch_is_set_back_however_threads_overlap_that_ask_for_it(products, 
     backend = torch.backends.cuda.matmul if products else getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
     newer = hasattr(backend, "fp32_precision")  # torch refuses to read the older switch afterwards
     name, tf32, exact = ("fp32_precision", "tf32", "ieee") if newer else ("allow_tf32", True, False)
-    monkeypatch.setattr(backend, name, tf32)
+    before = getattr(backend, name)
+    setattr(backend, name, tf32)
 
     def look(index: int) -> bool:
         wanted = tf32 if index % 2 and not products else exact
@@ -173,8 +174,9 @@ def test_a_switch_is_set_back_however_threads_overlap_that_ask_for_it(products, 
 
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # autocast of a device that is not there
-        assert all(pool.map(look, range(20)))
-    assert getattr(backend, name) == tf32
+        found = [*pool.map(look, range(20)), getattr(backend, name) == tf32]
+    setattr(backend, name, before)
+    assert all(found)
 
 
 def test_a_resumed_run_keeps_its_precision_where_the_device_has_it():
