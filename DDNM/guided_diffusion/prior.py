@@ -205,21 +205,11 @@ def small_unet(
 # --- Loading and saving ----------------------------------------------------------------------------------------------
 
 
-def _frozen(prior: Prior) -> Prior:
-    return prior.eval().requires_grad_(False)
-
-
 def prior_from_ddpm(
-    state_dict: Mapping[str, Tensor],
-    model_config: Mapping | None = None,
-    image_size: int | None = None,
-    autocast: torch.dtype | None = None,
-    channels_last: bool = False,
-    recompute: bool = False,
+    state_dict: Mapping[str, Tensor], model_config: Mapping | None = None, image_size: int | None = None, **options: Any
 ) -> Prior:
-    """A frozen prior from weights in the published DDPM layout: see `unet_from_ddpm` and `Prior`."""
-    unet = unet_from_ddpm(state_dict, model_config, image_size)
-    return _frozen(Prior(unet, autocast, channels_last, recompute=recompute))
+    """A frozen prior from weights in the published DDPM layout: see `unet_from_ddpm`, and `Prior` for the options."""
+    return Prior(unet_from_ddpm(state_dict, model_config, image_size), **options).eval().requires_grad_(False)
 
 
 def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, Schedule]:
@@ -320,13 +310,13 @@ def load_prior(
         InputError: nothing there, a damaged or foreign file, or a prior for another image size.
     """
     (source,) = locate(source, **hub)
+    options: dict[str, Any] = {"autocast": autocast, "channels_last": channels_last, "recompute": recompute}
     try:
         if Path(source).is_file():
-            state = read_weights(source)
-            prior = prior_from_ddpm(state, model_config, image_size, autocast, channels_last, recompute)
+            prior = prior_from_ddpm(read_weights(source), model_config, image_size, **options)
         else:
             unet, predicts, schedule = _from_diffusers(source, **hub)
-            prior = _frozen(Prior(unet, autocast, channels_last, predicts, schedule, recompute))
+            prior = Prior(unet, prediction_type=predicts, schedule=schedule, **options).eval().requires_grad_(False)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # of a configuration that makes no network, too
         why = str(error) if isinstance(error, ValueError) else f"its configuration makes no network ({error!r})"
         raise InputError(f"prior {source}: {why}") from None
