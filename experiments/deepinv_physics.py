@@ -6,11 +6,11 @@
 Sees images through a camera's colour filter (``deepinv.physics.Demosaicing``: of each pixel one colour) and restores
 them by the rule ``linear``: with a prior of this project, and with ``deepinv.models.MMSE`` as the prior, the exact
 posterior mean over these very pictures, of which it therefore finds the right one. Prints |A x - y| and PSNR of each,
-and writes a sheet.
+and writes them with a sheet.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,10 +22,10 @@ from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.guidance import Linear
 from DDNM.guided_diffusion.inputs import from_ddnm
 from DDNM.guided_diffusion.prior import load_prior
-from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture
+from DDNM.guided_diffusion.results import as_saved
 from deepinv_bridge import as_prior, from_physics
 from images import find_images, load_image
-from metrics import psnr
+from train_operator import figures, write_report
 from utils import option, parse, resolve_device, run_command
 
 
@@ -59,14 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     for name, drawn_from in {"prior": prior, "MMSE": dirac}.items():
         generators = [image_generator(s.seed, str(i)) for i in range(len(x))]
         columns[name] = sample(drawn_from, generators, device, operator, y, Linear(), steps=s.steps, eta=s.eta)
-    for name, images in columns.items():
-        if name != "original":
-            distance = operator.distance(operator.A(images), y).mean()
-            print(f"{name:6} |A x - y| {distance:.1e}   PSNR {psnr(as_saved(images)[0], x).mean():.1f}")
+    rows = figures({name: as_saved(columns[name])[0] for name in ("A+", "prior", "MMSE")}, x, {}, device, None)
+    for name, row in rows.items():
+        row["A x - y"] = operator.distance(operator.A(columns[name]), y).mean().item()
     s.out.mkdir(parents=True, exist_ok=True)
-    rows = [[picture(images[i].cpu(), 128) for images in columns.values()] for i in range(min(8, len(x)))]
-    contact_sheet(s.out / "sheet.png", list(columns), rows, [""] * len(rows))
-    print(s.out / "sheet.png")
+    write_report(s.out, rows, columns, asdict(s))
     return 0
 
 
