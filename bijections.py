@@ -32,7 +32,7 @@ from blocks import (
     no_volume,
 )
 from fixed_point import Banach, FixedPoint, norm
-from networks import UNSTEADY, full_precision, in_training
+from networks import SPECTRAL, full_precision, in_training, random_state
 from utils import check_positive
 
 Shape = tuple[int, ...]  # of one image, without B: (C,), (C, L), (C, H, W) or (C, D, H, W)
@@ -360,7 +360,7 @@ class Activation(Bijection):
     def forward_log_det(self, x: Tensor) -> Completed:
         x = at_least_float32(x)
         y = self.f(x)
-        return y, None, per_image(self.log_derivative(x, y))
+        return y, None, per_image(self.log_derivative(x, y).expand_as(x))
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         y = at_least_float32(y)
@@ -827,7 +827,7 @@ class Coupling(Split):
         dims: dimensions of a map, 0 for vectors, up to 3; for the networks that are made.
         scale_bound: largest absolute log-scale.
         s, t: networks of your own: from the kept channels to the others, or, with a mask, from all to all. One that
-            changes from pass to pass, as dropout does in training mode, has no inverse then.
+            changes from pass to pass, as dropout and spectral norms do in training mode, has no inverse then.
     """
 
     def __init__(
@@ -863,6 +863,7 @@ class Coupling(Split):
         if kind == "affine":
             self.s = coupling_net(before, after, hidden, dims) if s is None else s
         made = t is None or kind == "affine" and s is None
+        self.own = t is not None or s is not None
         self.dims = dims if made or self.checkerboard else None  # networks of your own may take anything
 
     def output_shape(self, shape: Shape) -> Shape:
@@ -909,11 +910,13 @@ class Coupling(Split):
         return self._whole(stays, moves * log_scale.exp() + shift, mask), None, per_image(log_scale)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        for part in in_training(self):
-            if isinstance(part, UNSTEADY) and getattr(part, "p", 1) > 0:
-                raise ValueError(f"{self.name}: {part} changes from pass to pass, which has no inverse: call eval()")
         stays, moved, mask = self._parts(y)
+        watched = self.own and not is_transformed()
+        before = random_state(y.device) if watched else None
         log_scale, shift = self._log_scale_and_shift(stays, moved, mask)
+        drew = watched and not torch.equal(before, random_state(y.device))
+        if drew or self.own and any(isinstance(part, SPECTRAL) for part in in_training(self)):
+            raise ValueError(f"{self.name}: a network changes from pass to pass, which has no inverse: call eval()")
         return self._whole(stays, (moved - shift) * torch.exp(-log_scale), mask)
 
 

@@ -434,7 +434,9 @@ class Pretrained(nn.Module, huggingface_hub.PyTorchModelHubMixin, library_name="
 
         Raises:
             InputError: the folder's config.json is another network's, whose weights would lose their settings.
+            TypeError: a note is no JSON value; nothing has been written.
         """
+        json.dumps(self.notes)  # the mixin removes config.json before it writes
         there = Path(save_directory) / "config.json"
         if there.is_file() and (read_config(there) or {}).get("model") != json.loads(json.dumps(self.config)):
             raise InputError(f"{there} belongs to another network: save into another folder")

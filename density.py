@@ -140,7 +140,7 @@ class BlockTransform(Transform):
         return self._over(self.block.pinv, y, self.out_shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._over(self.block.log_abs_det, x, self.in_shape)
+        return self._over(self.block.log_abs_det, x, self.in_shape).reshape(x.shape[: x.dim() - len(self.in_shape)])
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size((*shape[: len(shape) - len(self.in_shape)], *self.out_shape))

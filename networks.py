@@ -157,7 +157,6 @@ class ConvMLP(nn.Module):
 # --- Networks of one's own -------------------------------------------------------------------------------------------
 
 SPECTRAL = nn.utils.parametrizations._SpectralNorm, SpectralNorm  # as a parametrization, and as a hook
-UNSTEADY = nn.modules.dropout._DropoutNd, nn.RReLU, *SPECTRAL  # another function in every pass of training mode
 MOVING = nn.modules.batchnorm._NormBase, *SPECTRAL  # what changes with every pass of training mode
 
 
@@ -166,6 +165,11 @@ def in_training(network: nn.Module) -> Iterator[object]:
     for module in network.modules():
         if module.training:
             yield from (module, *module._forward_pre_hooks.values())
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Of the generator that layers on ``device`` draw from."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 # --- Precision -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Every block, layer and chain under test, a row each: a new one is a new row, and is held to all laws by that."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -86,6 +87,19 @@ class Asinh(bi.Activation):
 
     def inverse(self, y: Tensor) -> Tensor:
         return torch.sinh(y)
+
+
+class Tripled(bi.Activation):
+    """One of a user's own, that gives one number for the derivatives of all entries."""
+
+    def f(self, x: Tensor) -> Tensor:
+        return 3 * x
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y / 3
+
+    def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.new_tensor(math.log(3))
 
 
 def flow() -> PINN:
@@ -175,6 +189,7 @@ def bijection_rows() -> list[Row]:
         row("elu alpha 2", lambda: bi.ELU(2.0, 0.7), (7,), outputs=above),
         row("selu", bi.SELU, (3, 4), outputs=above),
         row("an activation of one's own", Asinh, (3, 2), outputs=torch.tanh),
+        row("one of a single slope", Tripled, (3, 2)),
         row("baird", lambda: bi.BairdActivation(4), (4, 3)),
         row("baird, one per entry", lambda: bi.BairdActivation((2, 3, 2)), (2, 3, 2)),
         row("bias", lambda: bi.Bias(6), (6,)),

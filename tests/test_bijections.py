@@ -813,6 +813,16 @@ def test_a_transform_may_change_the_shape():
     assert chain.log_abs_det(x).abs().min() > 1e-3
 
 
+def test_a_transform_takes_one_log_determinant_per_event():
+    block, x = bi.Bias(3), torch.ones(4, 3)
+    transform = as_transform(block, (3,))
+    block.log_abs_det = lambda x: x[:, :1]  # one of a user's own, which would broadcast to (4, 4)
+    assert transform.log_abs_det_jacobian(x, x).shape == (4,)
+    block.log_abs_det = lambda x: x
+    with pytest.raises(RuntimeError, match="shape"):
+        transform.log_abs_det_jacobian(x, x)
+
+
 @pytest.mark.parametrize(
     "block, shape",
     [

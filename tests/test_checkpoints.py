@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -186,8 +187,11 @@ def test_save_pretrained_and_back(tmp_path, model):
     before = (tmp_path / "b" / "config.json").read_bytes()
     with pytest.raises(InputError, match="config.json belongs to another network"):
         tiny(num_classes=2).save_pretrained(tmp_path / "b")
-    again.save_pretrained(tmp_path / "b")
-    assert (tmp_path / "b" / "config.json").read_bytes() == before
+    for notes in ({"attributes": torch.ones(3)}, model.notes):
+        again.notes = notes
+        with nullcontext() if notes is model.notes else pytest.raises(TypeError, match="JSON"):
+            again.save_pretrained(tmp_path / "b")
+        assert (tmp_path / "b" / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("there", ["of another network", "[1]", "{", '{"model_type": "of another tool"}'])

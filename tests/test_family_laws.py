@@ -444,7 +444,9 @@ def test_a_copy_is_a_module_of_its_own(name, copied):
     g = ROWS[name].ready(torch.float32)
     whole(g).checkpoint_activations = True  # travels along
     (g_of, x), (pinv_of, y), _ = calls(name, g, torch.float32)
+    size = len(pickle.dumps(g))
     expected, state = (g_of(x), pinv_of(y)), copy.deepcopy(g.state_dict())
+    assert len(pickle.dumps(g)) < size + 100  # what is kept stays behind
     other = copied(g)
     assert torch.equal(other(x), expected[0]) and torch.equal(other.pinv(y), expected[1])
     assert whole(other).checkpoint_activations
@@ -601,18 +603,23 @@ def test_samples_have_the_type_of_a_chain_without_parameters():
     assert Density(PINN([whitening], (3,))).sample(4).dtype == torch.float64
 
 
+class Drops(nn.Module):
+    """By the function, which leaves no trace among the modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
 def test_networks_of_ones_own_may_work_in_place_but_not_at_random():
     x = random((4, 5), 1)
     spectral = [norm(nn.Linear(2, 2)) for norm in (nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm)]
-    for first in (nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Dropout(0.5, inplace=True), nn.RReLU(), *spectral):
+    for first in (nn.ReLU(inplace=True), nn.Dropout(0.0), nn.Dropout(0.5, inplace=True), Drops(), *spectral):
         g = bi.Coupling(5, dims=0, s=nn.Linear(2, 3), t=nn.Sequential(first, nn.Linear(2, 3))).double()
         given = x.clone()
         y = g(given)
         assert torch.equal(given, x)
-        if not isinstance(first, nn.ReLU):
-            with pytest.raises(
-                ValueError, match=r"Coupling\(5\): (Dropout|RReLU|.*Spectral).*changes from pass to pass"
-            ):
+        if not isinstance(first, nn.ReLU) and getattr(first, "p", 1):
+            with pytest.raises(ValueError, match=r"Coupling\(5\): .*changes from pass to pass"):
                 g.pinv(y)
             y = g.eval()(x)
         torch.testing.assert_close(g.pinv(y), x)
