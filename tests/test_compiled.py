@@ -16,29 +16,19 @@ def tiny_prior(autocast=None) -> Prior:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_it_gives_the_same_noise_for_any_batch(batch):
+def test_it_gives_the_same_noise_for_any_batch_and_gradients_pass_through_pytorch(batch):
     pytest.importorskip("openvino")
     plain, compiled = tiny_prior(), tiny_prior()
-    assert compile_for_cpu(compiled) == "f32"
+    assert compile_for_cpu(compiled) == "f32" and compiled.state_dict().keys() == plain.state_dict().keys()
     x = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for t in (0, 999):
-            torch.testing.assert_close(compiled(x, t), plain(x, t), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(compiled(x[:1], 5), plain(x[:1], 5), rtol=1e-4, atol=1e-4)
+        for part, t in ((x, 0), (x, 999), (x[:1], 5)):
+            torch.testing.assert_close(compiled(part, t), plain(part, t), rtol=1e-4, atol=1e-4)
         first = compiled(x, 7)
         before = first.clone()
         compiled(-x, 7)
         assert torch.equal(first, before)  # no result is overwritten by the next
-    assert compiled.state_dict().keys() == plain.state_dict().keys()
-
-
-def test_gradients_pass_through_pytorch():
-    pytest.importorskip("openvino")
-    prior, plain = tiny_prior(), tiny_prior()
-    compile_for_cpu(prior)
-    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    (got,) = torch.autograd.grad(prior(x, 500).square().sum(), x)
-    (expected,) = torch.autograd.grad(plain(x, 500).square().sum(), x)
+    got, expected = (torch.func.grad(lambda x, prior=prior: prior(x, 500).sum())(x) for prior in (compiled, plain))
     torch.testing.assert_close(got, expected)
 
 

@@ -21,7 +21,7 @@ import loop
 import train
 import train_celeba
 import utils
-from loop import Run, TrainingFailed, load_state, locked, stop_signals
+from loop import TrainingFailed, load_state, locked, stop_signals
 from utils import InputError, Stopped, remove_temporaries, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -309,15 +309,6 @@ def test_a_state_with_a_broken_weight_replaces_none(faces, stopped, monkeypatch)
         spnn(faces, stopped, "--resume")
     state = load_state(stopped / "train_state.pth")
     assert state["progress"]["done"] == 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
-
-
-def test_what_a_step_draws_depends_on_seed_and_step_alone():
-    def drawn(seed: int, step: int) -> torch.Tensor:
-        loop.seed_step(Run(None, torch.device("cpu"), seed=seed), step)
-        return torch.rand(3)
-
-    assert torch.equal(drawn(1, 7), drawn(1, 7))
-    assert not torch.equal(drawn(1, 7), drawn(1, 8)) and not torch.equal(drawn(1, 7), drawn(2, 7))
 
 
 def test_averaged_weights_are_the_weighted_mean():
