@@ -249,7 +249,7 @@ def main() -> int:
         row, own = measure(name, s, images, labels)
         rows.append(row)
         strips |= own
-        print(format_table([row], "network", COLUMNS).splitlines()[-1], file=sys.stderr)
+        print(f"{name}: {row['accuracy'][0]:.3f}", file=sys.stderr)
     table = format_table(rows, "network", COLUMNS)
     print(table)
     (s.out / f"{s.data}_table.md").write_text(f"{table}\n")
