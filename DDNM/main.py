@@ -35,6 +35,9 @@ from utils import InputError, option, remove_temporaries, run_command
 from utils import parse as parse_settings
 
 SAMPLES = Path(__file__).parent.resolve() / "exp" / "image_samples"
+# settings that a resumed run may have otherwise: the weights are told by what they hold, the inputs by their targets
+FREE = set("spnn prior judge device compile checkpoint_activations path_y strict batch_size config image_folder out ni "
+           "overwrite resume published_rule".split())  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,8 @@ class Settings(NamedTuple):
     note: str = ""  # what the log should say of them
 
     def flat(self) -> dict:
-        parts = (self.targets, self.networks, self.rule, self.walk, self.run)
+        parts = (self.rule, self.walk, self.targets, self.networks, self.run)
         return {key: value for part in parts for key, value in asdict(part).items()} | self.architecture
-
-    def deciding(self) -> dict:
-        """What decides how the pictures look, but for the weights: a resumed run must have the same."""
-        run, walk = self.run, {key: value for key, value in asdict(self.walk).items() if key != "batch_size"}
-        more = {"steps": run.steps, "base_rate": run.base_rate, "lpips": run.lpips, "set": self.targets.set,
-                "contradiction": self.targets.contradiction, "align": self.targets.align,
-                "operator": self.targets.operator, "precision": self.networks.precision}  # fmt: skip
-        return asdict(self.rule) | walk | more | self.architecture
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
@@ -143,7 +138,8 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
         count = evaluations(networks.prior, guidance, s.run.steps, **s.walk.travel)
     except ValueError as error:
         raise InputError(f"--steps {s.run.steps}: {error}") from None
-    progress = results.Progress(folder, to_json_values(s.deciding() | networks.fingerprints()))
+    deciding = {key: value for key, value in s.flat().items() if key not in FREE}
+    progress = results.Progress(folder, to_json_values(deciding | networks.fingerprints()))
     done = finished_before(s, progress, targets, world)
     log = get_logger("reconstruct", folder)
     for line in [s.note] * bool(s.note) + [f"skipped: {line}" for line in targets.skipped]:

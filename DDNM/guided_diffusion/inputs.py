@@ -309,28 +309,27 @@ def _read_images(
 ) -> Targets:
     if settings.align:
         load_detector()  # said once, and not of each image, if they are not there
-    paths = find_images(source)[:most]
-    named = list(zip(image_names(paths, source), paths, strict=True))
-    seen, skipped = [], []
+    paths, seen, skipped = find_images(source)[:most], {}, {}
     # whole batches are shared: rounding depends on what an image shares its batch with
-    for start in world.share(range(0, len(named), batch_size)):
-        images = []
-        for index, (name, path) in enumerate(named[start : start + batch_size], start):
+    for start in world.share(range(0, len(paths), batch_size)):
+        images = {}
+        for i, path in enumerate(paths[start : start + batch_size], start):
             try:
-                images.append((index, name, path, load_image(path, networks.image_size, settings.align or None)))
+                images[i] = load_image(path, networks.image_size, settings.align or None)
             except InputError as error:
                 if settings.strict:
                     raise
-                skipped.append((index, str(error)))
+                skipped[i] = str(error)
         if images:
-            batch = torch.stack([image for *_, image in images]).to(networks.device)  # (B, 3, S, S)
+            batch = torch.stack(list(images.values())).to(networks.device)  # (B, 3, S, S)
             logits = networks.operator.A(batch).cpu()
-            judged = [None] * len(images) if networks.judge is None else networks.judge(batch).cpu()
-            seen += [(*of[:3], *said) for of, *said in zip(images, logits, judged, strict=True)]
-    seen = sorted((row for part in world.gather(seen) for row in part), key=lambda row: row[0])
-    skipped = [line for _, line in sorted(row for part in world.gather(skipped) for row in part)]
+            judged = logits if networks.judge is None else networks.judge(batch).cpu()
+            seen |= dict(zip(images, zip(logits, judged, strict=True), strict=True))
+    seen, skipped = (dict(sorted(row for of in world.gather(own) for row in of.items())) for own in (seen, skipped))
     if not seen:
         raise InputError(f"{source}: none of its {len(paths)} images can be read")
-    _, names, files, logits, judged = map(list, zip(*seen, strict=True))
-    judged = None if networks.judge is None else torch.stack(judged)
-    return Targets(names, files, torch.stack(logits), judged, skipped, settings.align)
+    names = image_names(paths, source)
+    logits, judged = map(torch.stack, zip(*seen.values(), strict=True))
+    judged = None if networks.judge is None else judged
+    files = [paths[i] for i in seen]
+    return Targets([names[i] for i in seen], files, logits, judged, list(skipped.values()), settings.align)
