@@ -12,13 +12,15 @@ With ``--masks`` the classes of what is seen are written too, the 19 of CelebAMa
 palette pictures masks/0.png ... Left is the person's own left, as there. A beard is skin; lenses belong to the glasses,
 eyes and brows behind them do not.
 
-Rules for the names that are not drawn as such, or that depend on others (see `EXCLUSIVE` too):
+Rules for the names that are not drawn as such, or that depend on others:
 
 * Attractive: Young, and none of Bags_Under_Eyes, Big_Nose, Chubby, Double_Chin.
 * No_Beard: none of 5_o_Clock_Shadow, Goatee, Mustache. If none of these holds and No_Beard does not hold either, a
   full beard is drawn on cheeks and jaw. Only men have beards or sideburns.
-* With none of the four hair colours the hair is red, or the head is bald; neither straight nor wavy it is smooth and
-  matt.
+* At most one of the four hair colours holds; with none of them the hair is red, or the head is bald. Straight and wavy
+  hair exclude each other; with neither it is smooth and matt.
+* Bald excludes every hair colour and cut, and a hat; hat, bangs and a receding hairline exclude one another; Chubby
+  excludes Oval_Face; a necktie excludes a necklace.
 
 ::
 
@@ -48,20 +50,6 @@ MARK = "procedural_faces.json"  # says that a folder's pictures were drawn here
 HAIR_COLOURS = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")
 BEARDS = ("5_o_Clock_Shadow", "Goatee", "Mustache")
 UNATTRACTIVE = ("Bags_Under_Eyes", "Big_Nose", "Chubby", "Double_Chin")
-
-# Pairs that never hold together.
-EXCLUSIVE = (
-    *((a, b) for i, a in enumerate(HAIR_COLOURS) for b in HAIR_COLOURS[i + 1 :]),
-    *(("Bald", other) for other in HAIR_COLOURS),
-    *(("Bald", other) for other in ("Straight_Hair", "Wavy_Hair", "Bangs", "Receding_Hairline", "Wearing_Hat")),
-    *(("No_Beard", other) for other in BEARDS),
-    ("Straight_Hair", "Wavy_Hair"),
-    ("Wearing_Hat", "Bangs"),
-    ("Wearing_Hat", "Receding_Hairline"),
-    ("Bangs", "Receding_Hairline"),
-    ("Chubby", "Oval_Face"),
-    ("Wearing_Necktie", "Wearing_Necklace"),
-)
 
 # Colours, 0 to 255.
 SKIN_TONES = ((228, 180, 146), (206, 152, 115), (176, 120, 84), (142, 94, 66))
@@ -199,14 +187,10 @@ def spline(points, closed: bool = False, steps: int = 7) -> np.ndarray:
     p = np.asarray(points, float)
     p = np.concatenate([p[-1:], p, p[:2]]) if closed else np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
     windows = np.stack([p[i : len(p) - 3 + i] for i in range(4)], 1)  # (segments, 4, 2)
-    curve = (_spline_weights(steps) @ windows).reshape(-1, 2)
-    return curve if closed else np.concatenate([curve, p[-2:-1]])
-
-
-@functools.cache
-def _spline_weights(steps: int) -> np.ndarray:
     t = np.linspace(0, 1, steps, endpoint=False)
-    return 0.5 * np.stack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], 1)
+    weights = np.stack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], 1)
+    curve = (0.5 * weights @ windows).reshape(-1, 2)
+    return curve if closed else np.concatenate([curve, p[-2:-1]])
 
 
 def resample(curve: np.ndarray, count: int) -> np.ndarray:
@@ -229,23 +213,14 @@ def normals(curve: np.ndarray) -> np.ndarray:
 def ribbon(curve, width, ends: float = 0.25) -> np.ndarray:
     """The outline of a brush stroke along the curve, ``width`` in the middle and ``ends`` times that at both ends."""
     curve = np.asarray(curve, float)
-    side = 0.5 * width * (ends + (1 - ends) * _taper(len(curve))) * normals(curve)
+    taper = 1 - np.linspace(-1, 1, len(curve))[:, None] ** 2
+    side = 0.5 * width * (ends + (1 - ends) * taper) * normals(curve)
     return np.concatenate([curve + side, (curve - side)[::-1]])
 
 
-@functools.cache
-def _taper(count: int) -> np.ndarray:
-    return 1 - np.linspace(-1, 1, count)[:, None] ** 2
-
-
 def ellipse(x: float, y: float, rx: float, ry: float, count: int = 28) -> np.ndarray:
-    return (x, y) + _circle(count) * (rx, ry)
-
-
-@functools.cache
-def _circle(count: int) -> np.ndarray:
     angle = np.linspace(0, 2 * np.pi, count, endpoint=False)
-    return np.stack([np.cos(angle), np.sin(angle)], 1)
+    return (x, y) + np.stack([np.cos(angle), np.sin(angle)], 1) * (rx, ry)
 
 
 def mirror(points) -> np.ndarray:
@@ -396,7 +371,8 @@ class Face:
         skull = [(0, TOP), (0.60 * width, TOP + 0.034), (0.92 * width, -0.17), (width, -0.05), (0.99 * width, 0.06)]
         lower = [(jaw, 0.19), (chin_width, chin - 0.045), (0.5 * chin_width, chin - 0.008), (0, chin)]
         self.outline = arch(skull + lower)
-        self.skin = PALE_SKIN if a["Pale_Skin"] else _along(SKIN_TONES, v.skin)
+        i, t = divmod(v.skin * (len(SKIN_TONES) - 1), 1)
+        self.skin = PALE_SKIN if a["Pale_Skin"] else mix(SKIN_TONES[int(i)], SKIN_TONES[int(i) + 1], t)
         self.shadow, self.light = mix(self.skin, (96, 40, 40), 0.42), mix(self.skin, (255, 246, 226), 0.5)
         self.lit_side = -1 if v.light < 0.5 else 1  # left, right
         name = next((name for name in HAIR_COLOURS if a[name]), "bald" if a["Bald"] else "red")
@@ -415,13 +391,6 @@ class Face:
         right = self.outline[self.outline[:, 0] >= 0]
         right = right[np.argsort(right[:, 1])]
         return np.interp(at, right[:, 1], right[:, 0])
-
-
-def _along(colours, t: float):
-    """The colour at t in [0, 1] along a scale of colours."""
-    at = t * (len(colours) - 1)
-    i = min(int(at), len(colours) - 2)
-    return mix(colours[i], colours[i + 1], at - i)
 
 
 # ---------------------------------------------------------------- behind the face

@@ -1,5 +1,6 @@
 """The faces: determinism, layout, prevalence, consistency, and that every attribute can be seen."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -16,9 +17,21 @@ from utils import InputError
 PLAIN = {**dict.fromkeys(ATTRIBUTES, False), "Male": True, "Young": True, "No_Beard": True, "Brown_Hair": True}
 
 
+EXCLUSIVE = (  # never hold together
+    *itertools.combinations(faces.HAIR_COLOURS, 2),
+    *(("Bald", other) for other in (*faces.HAIR_COLOURS, "Straight_Hair", "Wavy_Hair", "Bangs", "Receding_Hairline")),
+    *(("No_Beard", other) for other in faces.BEARDS),
+    *itertools.combinations(("Wearing_Hat", "Bangs", "Receding_Hairline"), 2),
+    ("Bald", "Wearing_Hat"),
+    ("Straight_Hair", "Wavy_Hair"),
+    ("Chubby", "Oval_Face"),
+    ("Wearing_Necktie", "Wearing_Necklace"),
+)
+
+
 def contradictions(a: dict[str, bool]) -> list[str]:
     """The rules of the module that attributes break, in words."""
-    broken = [f"{one} with {other}" for one, other in faces.EXCLUSIVE if a[one] and a[other]]
+    broken = [f"{one} with {other}" for one, other in EXCLUSIVE if a[one] and a[other]]
     if a["Attractive"] != (a["Young"] and not any(a[name] for name in faces.UNATTRACTIVE)):
         broken.append("Attractive against its rule")
     if not a["Male"] and (a["Sideburns"] or not a["No_Beard"]):
