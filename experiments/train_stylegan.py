@@ -187,10 +187,6 @@ class Adversarial:
         self.parts = {"model": self.g, "ema": self.ema.model, "optimizer": optimizer, "d": self.d,
                       "d_optimizer": self.d_optimizer}  # fmt: skip
 
-    def pixels(self, chosen: Tensor) -> Tensor:
-        """Images in [-1, 1]."""
-        return to_float(self.images[chosen])
-
     def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -201,7 +197,7 @@ class Adversarial:
     def step(self, done: int, progress: float) -> dict[str, Tensor]:
         """One update of both networks on the same fakes."""
         s, device = self.s, self.run.device
-        real = self.pixels(torch.randint(len(self.images), (s.batch_size,), device=device))
+        real = to_float(self.images[torch.randint(len(self.images), (s.batch_size,), device=device)])
         real = torch.where(torch.rand(len(real), 1, 1, 1, device=device) < 0.5, real, real.flip(3))
         with self.precision():
             fake = self.g.synthesis(mixed_styles(self.g, s.batch_size, s.mixing, device))
@@ -316,19 +312,10 @@ def train(s: Settings, run: Run) -> None:
         while True:
             yield (), (loop.done, loop.progress())
 
-    loop = Loop(
-        run,
-        "",
-        step=objective.step,
-        batches=batches,
-        steps=s.steps,
-        row_every=50,
-        parts=objective.parts,
-        rate=lambda done, progress: s.lr * min(1.0, (done + 1) / 100),
-        axis="step",
-        saved=lambda goes_on: save(s, objective.ema.model, {"steps": loop.done, "seconds": loop.seconds}),
-        minutes=s.minutes,
-    )
+    loop = Loop(run, "", step=objective.step, batches=batches, steps=s.steps, minutes=s.minutes, row_every=50,
+                axis="step", parts=objective.parts, rate=lambda done, progress: s.lr * min(1.0, (done + 1) / 100),
+                saved=lambda _: save(s, objective.ema.model, {"steps": loop.done, "seconds": loop.seconds})
+                )  # fmt: skip
     loop.train()
     run.finish()
 
@@ -353,15 +340,12 @@ def measure(s: Settings) -> dict:
     for images in (to_float(to_uint8(made)), *faces.chunk(2)):
         features.append(torch.cat([JudgeFeatures(judge)(part.to(device)).cpu() for part in images.split(50)]))
         said.append((torch.cat([judge(part.to(device)).cpu() for part in images.split(50)]) > 0).float().mean(0))
-    found = {}
+    found: dict = {}
     for name, i in (("samples", 0), ("drawn", 1)):
         distance, apart = kid(features[i], features[2])(torch.arange(s.samples)), (said[i] - said[2]).abs().mean()
         found |= {f"{name}_kid": distance, f"{name}_attributes_apart": apart.item()}
-    shares = {
-        name: (round(a, 3), round(b, 3))
-        for name, a, b in zip(judge.attributes, said[0].tolist(), said[2].tolist(), strict=True)
-    }
-    return {**found, "shares_in_samples_and_drawn": shares}
+    shares = torch.stack([said[0], said[2]], 1).round(decimals=3).tolist()
+    return {**found, "shares_in_samples_and_drawn": dict(zip(judge.attributes, shares, strict=True))}
 
 
 def main(argv: list[str] | None = None) -> int:
