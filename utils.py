@@ -199,28 +199,6 @@ def read_yaml(path: str | Path, known: Iterable[str], typed: Iterable[str] = ())
 # --- Settings: dataclasses, from which flags and presets are made -----------------------------------------------------
 
 
-def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
-    """An argparse type: an ``int`` or ``float`` within [low, high]; NaN and infinity are refused.
-
-    A whole number without ``high`` is at most `MOST`.
-    """
-
-    def read(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise ArgumentTypeError(f"{shown(text)} is not a {'whole ' * (kind is int)}number") from None
-        if not -math.inf < value < math.inf:
-            raise ArgumentTypeError(f"{shown(text)} is not a finite number")
-        top = MOST if high is None and kind is int else high
-        if low is not None and value < low or top is not None and value > top:
-            bounds = f"at most {top}" if low is None else f"at least {low}" if top is None else f"in [{low}, {top}]"
-            raise ArgumentTypeError(f"{shown(text)} is out of range, must be {bounds}")
-        return value
-
-    return read
-
-
 def option(
     default: object, help: str = "", low: float | None = None, high: float | None = None,
     choices: Iterable[str] | None = None,
@@ -266,12 +244,17 @@ class _Flag:
 
     def value(self, text: str) -> object:
         """One value. Raises ArgumentTypeError."""
-        if self.kind in (int, float):
-            value = number(self.kind, self.low, self.high)(text)
-        elif "\0" in text:
-            raise ArgumentTypeError(f"{shown(text)} holds a null character")
-        else:
+        try:
             value = self.kind(text)
+        except ValueError:
+            raise ArgumentTypeError(f"{shown(text)} is not a {'whole ' * (self.kind is int)}number") from None
+        if "\0" in text:
+            raise ArgumentTypeError(f"{shown(text)} holds a null character")
+        if self.kind in (int, float):
+            most = MOST if self.kind is int else sys.float_info.max
+            low, high = -most if self.low is None else self.low, most if self.high is None else self.high
+            if not low <= value <= high:  # NaN is not either
+                raise ArgumentTypeError(f"{shown(text)} is out of range, must be in [{low:g}, {high:g}]")
         if self.choices is not None and value not in self.choices:
             names = [str(choice) for choice in self.choices]
             raise ArgumentTypeError(f"{shown(text)} must be one of {', '.join(names)}{nearest(text[:80], names)}")

@@ -1,6 +1,5 @@
 """The small helpers of every command: exit statuses, presets, devices, and files that are whole or not there."""
 
-import argparse
 import os
 import tempfile
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 import utils
-from utils import InputError, InputErrors, atomic_write, nearest, number, resolve_device, run_command
+from utils import InputError, InputErrors, atomic_write, nearest, resolve_device, run_command
 
 
 def failing(error):
@@ -60,14 +59,6 @@ def test_auto_takes_the_best_device_there_is_and_what_is_not_there_is_refused(mo
     assert resolve_device("auto") == torch.device("cuda") and resolve_device("cuda:1").index == 1
     with pytest.raises(InputError, match="2 CUDA devices found"):
         resolve_device("cuda:2")
-
-
-def test_numbers_keep_to_their_bounds():
-    assert number(int, 0)("7") == 7 and number(float, 0, 1)("0.5") == 0.5
-    assert number(float, 0, 1)("0") == 0 and number(float, 0, 1)("1") == 1 and number(float)("-3e8") == -3e8
-    for bounds, text, said in [({}, "-inf", "finite"), ({"high": 2}, "3", "at most 2"), ({"low": 2}, "1", "at least")]:
-        with pytest.raises(argparse.ArgumentTypeError, match=said):
-            number(float, **bounds)(text)
 
 
 # --- atomic_write ----------------------------------------------------------------------------------------------------
