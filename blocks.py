@@ -9,8 +9,9 @@ Letters: B batch, C channels, H and W size; x input, y output, z a latent, u a m
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,22 @@ def exact(x: Tensor) -> Tensor:
 
 
 # --- Orthogonal mixing -----------------------------------------------------------------------------------------------
+
+_block: ContextVar[object] = ContextVar("block", default=None)  # the `solved_once` that this thread is in
+
+
+@contextmanager
+def solved_once() -> Iterator[None]:
+    """Let passes that record gradients share every W, as those of g and g' in a training step can.
+
+    Outside each such pass solves anew: weights may have been written to behind torch's back, by a step by hand or by
+    `torch.autograd.gradcheck`.
+    """
+    token = _block.set(object() if _block.get() is None else _block.get())
+    try:
+        yield
+    finally:
+        _block.reset(token)
 
 
 def _mark_as_changed(optimizer: torch.optim.Optimizer, *_) -> None:
@@ -122,14 +139,13 @@ class _ApplyCayley(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, b: Tensor, w: Tensor, transpose: bool, ended: Callable[[], None]) -> Tensor:
+    def forward(ctx, x: Tensor, b: Tensor, w: Tensor, transpose: bool) -> Tensor:
         ctx.save_for_backward(x, b, w)
-        ctx.transpose, ctx.ended = transpose, ended
+        ctx.transpose = transpose
         return F.linear(x, w.T if transpose else w)
 
     @staticmethod
-    def backward(ctx, du: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        torch.autograd.Variable._execution_engine.queue_callback(ctx.ended)  # at the end of the backward pass
+    def backward(ctx, du: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, b, w = ctx.saved_tensors
         w = cayley(b) if torch.is_grad_enabled() else w  # a second derivative asks how W follows from B
         w = w.T if ctx.transpose else w
@@ -139,7 +155,7 @@ class _ApplyCayley(torch.autograd.Function):
             left, right = right, left
         scale = -2 * _shrunk(b).to(b.dtype)
         db = torch.cat([left, -right]).T @ (scale * torch.cat([right, left]))  # dA - dA^T, in one product
-        return dx, db.fill_diagonal_(0), None, None, None  # of whose diagonal Adam would make steps of rounding errors
+        return dx, db.fill_diagonal_(0), None, None  # of whose diagonal Adam would make steps of rounding errors
 
 
 class CayleyMixing(Mixing):
@@ -148,25 +164,31 @@ class CayleyMixing(Mixing):
     W is orthogonal for every finite B, whatever a step that diverges has left (see `cayley`). The published weights
     were trained with ``(1 + 1e-6) I + A`` on the left, which is orthogonal to 1e-6 only; W agrees with it to rounding.
 
-    W is kept until the weights change, by whatever torch counts as a change, or have had a gradient. After writing to
-    ``weight.data`` in place otherwise, behind torch's back, call ``model.train()`` or ``model.eval()``.
+    Where no gradients are recorded, and in `solved_once`, W is kept until the weights change, by whatever torch counts
+    as a change. After writing to ``weight.data`` in place, behind torch's back, call ``model.train()`` or ``.eval()``.
     """
 
     def __init__(self, channels: int):
         super().__init__()
         self.A_unconstrained = nn.Parameter(torch.zeros(channels, channels))
 
-    def solved(self) -> Tensor:
-        """W for the weights as they are now, (C, C), solved once for them; it records no gradients."""
-        b = self.A_unconstrained
+    def solved(self, recording: bool) -> Tensor:
+        """W for the weights as they are now, (C, C), solved once for them; it records no gradients itself."""
+        b, block = self.A_unconstrained, _block.get() if recording else None
         memory = b.untyped_storage()._cdata, b.storage_offset()  # fake tensors have no data_ptr
         state = id(b), memory, b.stride(), b.dtype, b.device, b._version  # known without reading a value
         kept = self.__dict__.get("_kept")
-        if kept is None or kept[0] != state:
+        if kept is None or kept[0] != state or kept[1] not in (block, _block.get()):
             with torch.inference_mode(False), torch.no_grad():  # whose tensors could serve no later gradient
-                kept = state, cayley(b), b, b.detach()  # which hold id and memory: no other weights can have them
+                kept = (
+                    state,
+                    block,
+                    cayley(b),
+                    b,
+                    b.detach(),
+                )  # they hold id and memory: no others have them
             self.__dict__["_kept"] = kept
-        return kept[1]
+        return kept[2]
 
     def forget(self) -> None:
         self.__dict__.pop("_kept", None)
@@ -180,11 +202,15 @@ class CayleyMixing(Mixing):
 
     def product(self, x: Tensor, transpose: bool) -> Tensor:
         b = self.A_unconstrained
-        passing = _is_passing(b)
-        w = cayley(b) if passing else self.solved()
-        if torch.is_grad_enabled() and b.requires_grad and not passing:
-            return _ApplyCayley.apply(x, b, w, transpose, self.forget)
-        return F.linear(x, w.T if transpose else w)
+        if _is_passing(b):
+            w = cayley(b)
+            return F.linear(x, w.T if transpose else w)
+        recording = torch.is_grad_enabled() and b.requires_grad
+        alone = recording and _block.get() is None
+        if alone:
+            self.forget()  # a step by hand may follow
+        w = cayley(b.detach()) if alone else self.solved(recording)
+        return _ApplyCayley.apply(x, b, w, transpose) if recording else F.linear(x, w.T if transpose else w)
 
 
 class HouseholderMixing(Mixing):

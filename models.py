@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bijections  # noqa: F401  (adds its layers to BLOCKS)
-from blocks import BLOCKS, ConvPINNBlock, PixelUnshuffleBlock, Shape, Surjection, is_transformed, no_volume
+from blocks import BLOCKS, ConvPINNBlock, PixelUnshuffleBlock, Shape, Surjection, is_transformed, no_volume, solved_once
 from checkpoints import Pretrained
 from networks import MOVING, Layer, conv, down, in_training, point, shuffle, unet, up
 from utils import check_positive, sides
@@ -354,4 +354,5 @@ class SPNN(Pretrained):
 
         ``strength`` is lambda, a number or one per image, (B,). 1 reaches the target, 0 returns x.
         """
-        return BackProjection(self, x, self.natural(target))(strength)
+        with solved_once():
+            return BackProjection(self, x, self.natural(target))(strength)

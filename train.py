@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from blocks import solved_once
 from checkpoints import save_spnn
 from data_loader import augmented, batches_from, with_batches
 from diagnostics import first_nonfinite
@@ -230,8 +231,8 @@ def freeze_g(model: SPNN) -> list[nn.Parameter]:
 
 
 def backward(losses_of: Callable[[], dict[str, Tensor]], precision: str, device: torch.device) -> dict[str, Tensor]:
-    """Losses and the gradients of their ``total``."""
-    with convolutions_in(precision):
+    """Losses and the gradients of their ``total``; every W is solved once for both."""
+    with solved_once(), convolutions_in(precision):
         with networks_in(precision, device):
             losses = losses_of()
         losses["total"].backward()

@@ -93,19 +93,6 @@ def test_recomputed_for_several_passes_second_derivatives_and_transforms(model):
         torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
 
 
-def test_recomputed_in_another_thread_w_is_solved_once(model, monkeypatch):
-    """A GPU's backward pass runs in a thread of its own."""
-    solved, solve = [], torch.linalg.inv_ex
-    monkeypatch.setattr(torch.linalg, "inv_ex", lambda a: solved.append(len(a)) or solve(a))
-    model.pinn.checkpoint_activations = True
-    x = torch.rand(2, 3, 16, 16).double()
-    y = model(x)
-    loss = y.square().mean() + model.pinv(y).square().mean()
-    with ThreadPoolExecutor(1) as other:
-        other.submit(loss.backward).result()
-    assert sorted(solved) == [12, 16]  # the third block reflects
-
-
 # --- Precision and compilation ---------------------------------------------------------------------------------------
 
 
