@@ -83,6 +83,7 @@ LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (  # of each part, the first n
     {
         "images": (
             "img_align_celeba/img_align_celeba",
+            "Img/img_align_celeba/img_align_celeba",
             "Img/img_align_celeba",
             "img_align_celeba",
             "Img/img_align_celeba_png",

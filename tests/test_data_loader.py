@@ -193,7 +193,7 @@ def test_a_split_of_which_nothing_is_left_is_refused(root, tmp_path, caplog):
 def write_celeba(folder, form: str, n: int = 12):
     """CelebA's layout with ``n`` pictures; of five, one is of the validation, one of the test split."""
     inside = {"kaggle": "img_align_celeba/img_align_celeba", "published": "Img/img_align_celeba",
-              "png": "Img/img_align_celeba_png"}  # fmt: skip
+              "nested": "Img/img_align_celeba/img_align_celeba", "png": "Img/img_align_celeba_png"}  # fmt: skip
     images, csv = folder / inside.get(form, "img_align_celeba"), form in ("kaggle", "quoted")
     images.mkdir(parents=True)
     names = [f"{i:06d}.jpg" for i in range(1, n + 1)]
@@ -207,13 +207,13 @@ def write_celeba(folder, form: str, n: int = 12):
     for table, inner, rows in (("list_attr_celeba", "Anno", attributes), ("list_eval_partition", "Eval", partition)):
         head = [str(n), " ".join(ATTRIBUTES)] if inner == "Anno" else []
         lines = [",".join(row) for row in rows] if csv else [*head, *(" ".join(row) for row in rows[1:])]
-        target = folder / (inner if form in ("published", "png") else "") / f"{table}.{'csv' if csv else 'txt'}"
+        target = folder / (inner if form in ("published", "nested", "png") else "") / f"{table}.{'csv' if csv else 'txt'}"
         target.parent.mkdir(exist_ok=True)
         target.write_text("\n".join(lines) + "\n")
     return folder
 
 
-@pytest.mark.parametrize("form", ["torchvision", "kaggle", "quoted", "published", "png"])
+@pytest.mark.parametrize("form", ["torchvision", "kaggle", "quoted", "published", "nested", "png"])
 def test_celeba_is_found_and_split_as_published(tmp_path, form):
     assert find_dataset(write_celeba(tmp_path / "deep" / "celeba", form)) == find_dataset(tmp_path)
     parts = {split: CelebAMaskHQ(tmp_path, split, 16) for split in ("train", "val", "test", "all")}
