@@ -207,7 +207,8 @@ def write_celeba(folder, form: str, n: int = 12):
     for table, inner, rows in (("list_attr_celeba", "Anno", attributes), ("list_eval_partition", "Eval", partition)):
         head = [str(n), " ".join(ATTRIBUTES)] if inner == "Anno" else []
         lines = [",".join(row) for row in rows] if csv else [*head, *(" ".join(row) for row in rows[1:])]
-        target = folder / (inner if form in ("published", "nested", "png") else "") / f"{table}.{'csv' if csv else 'txt'}"
+        below = inner if form in ("published", "nested", "png") else ""
+        target = folder / below / f"{table}.{'csv' if csv else 'txt'}"
         target.parent.mkdir(exist_ok=True)
         target.write_text("\n".join(lines) + "\n")
     return folder

@@ -194,6 +194,7 @@ def test_folders_with_the_old_attention_names_are_read(tmp_path):
 
 @pytest.mark.parametrize("options", [
     {}, {"variant": "fp16"}, {"safe_serialization": False}, {"max_shard_size": "20KB"},
+    {"max_shard_size": "20KB", "variant": "fp16"}, {"max_shard_size": "20KB", "safe_serialization": False},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("pipeline", [False, True])
 def test_what_diffusers_writes_is_read(tmp_path, options, pipeline):

@@ -30,9 +30,11 @@ from utils import InputError, atomic_write
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-WEIGHTS_NAMES = (WEIGHTS_NAME, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin",
-                 "diffusion_pytorch_model.fp16.bin")  # fmt: skip
-SHARDS_NAME = f"{WEIGHTS_NAME}.index.json"  # of weights in several files
+_KINDS, _VARIANTS = ("safetensors", "bin"), ("", ".fp16", ".bf16")
+WEIGHTS_NAMES = tuple(f"diffusion_pytorch_model{variant}.{kind}" for kind in _KINDS for variant in _VARIANTS)
+SHARDS_NAMES = tuple(  # of weights in several files
+    f"diffusion_pytorch_model.{kind}.index{variant}.json" for kind in _KINDS for variant in _VARIANTS
+)
 SCHEDULER_NAME = "scheduler_config.json"  # diffusers' place for the schedule and for what a network predicts
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -228,11 +230,11 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
     if (kind := said.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise InputError(f"its network is a {kind}; a prior is a UNet2DModel")
     inside = "unet/" if pipeline else ""
-    weights = first(get, [inside + name for name in (*WEIGHTS_NAMES, SHARDS_NAME)])
+    weights = first(get, [inside + name for name in (*WEIGHTS_NAMES, *SHARDS_NAMES)])
     if weights is None:
         raise InputError(f"has none of {', '.join(WEIGHTS_NAMES)}")
     parts = [weights]
-    if weights.name == SHARDS_NAME:
+    if weights.name in SHARDS_NAMES:
         names = set(read_json(weights).get("weight_map", {}).values())
         parts = [part for name in sorted(names) if (part := get(inside + Path(name).name)) is not None]
     names = SCHEDULER_NAME, f"scheduler/{SCHEDULER_NAME}"
