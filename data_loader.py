@@ -448,8 +448,8 @@ class CelebAMaskHQ(Dataset):
     With ``mask_size`` M it is ``(image, mask (M, M) int64)``.
 
     Images are sorted by number and split before anything is left out, so a missing file never moves another image to
-    another split. What cannot be used is left out, and one warning says how much and why. Resized pixels are kept as
-    one memory-mapped uint8 file for each split and size in ``.cache/`` of the data set, see `_Store`.
+    another split. What cannot be used is left out, and one warning says how much and why. Resized pixels are kept in
+    ``.cache/`` of the data set, see `_Store`.
 
     Args:
         root: a folder that holds a data set, at any depth; the module says in which layouts.

@@ -318,23 +318,19 @@ class Measured:
     """What is known of the inputs, and measures pictures against it.
 
     Attributes:
-        inputs, reference: (N, 3, S, S), and (M, F) as ``features`` sees others.
         embedding: measures identity.
-        edits: attributes that are set, the one that is looked for first.
-        followed: those that followed, (N, d), see `Edits`.
-        unedited: what the judge says of the same method's pictures without the edit, (N, d).
     """
 
     networks: Networks
     targets: Targets
-    inputs: Tensor | None
+    inputs: Tensor | None  # (N, 3, S, S)
     features: nn.Module | None
-    reference: Tensor | None
+    reference: Tensor | None  # (M, F), as features sees others
     lpips: nn.Module | None
     embedding: nn.Module | None
-    edits: Sequence[int]
-    followed: Tensor | None
-    unedited: Tensor | None
+    edits: Sequence[int] = ()  # attributes that are set, the one that is looked for first
+    followed: Tensor | None = None  # those that followed, (N, d), see `Edits`
+    unedited: Tensor | None = None  # what the judge says of the method's pictures without the edit, (N, d)
 
     def of(self, pictures: Tensor, judged: Tensor | None, before: Tensor | None = None) -> dict[str, Figure]:
         """The figures of pictures (N, 3, S, S) against targets.
@@ -420,11 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         targets = read_targets(what, networks, walk.batch_size, world, most=e.count)
         targets.add_noise(rule.noise, walk.seed)
         for case, guidance in rules.items():
-            guidance.towards(networks.operator, targets.logits[:1].to(device))  # refuses what does not fit
-            try:
-                evaluations(networks.prior, guidance, case.steps, **walk.travel)
-            except ValueError as error:
-                raise InputError(f"--steps {case.steps}: {error}") from None
+            networks.evaluations(guidance, targets, case.steps, walk)  # refuses what does not fit
         said = {name: getattr(what, name) for name in ("set", "contradiction", "align", "operator")}
         said |= {"precision": weights.precision, "compile": weights.compile, "device": device.type}
         same = asdict(rule) | asdict(walk) | said | networks.fingerprints()
@@ -453,10 +445,7 @@ def evaluate(
         shelf.append(("inputs", measured.inputs))
     for case, guidance in rules.items():
         logits, judged, followed = edits[case.edit].apply(targets.logits, targets.judged)
-        own, folder = (
-            replace(targets, logits=logits, judged=judged),
-            e.out / "pictures" / case.folder,
-        )
+        own, folder = replace(targets, logits=logits, judged=judged), e.out / "pictures" / case.folder
         costs = draw(case, guidance, walk, networks, own, folder, settings, world, log)
         if measured is None:
             continue
@@ -485,7 +474,7 @@ def measures(e: Evaluation, networks: Networks, targets: Targets, log: logging.L
     real = inputs if e.reference is None else torch.stack([load_image(p, size) for p in find_images(e.reference)])
     reference = None if features is None or real is None else seen(features, real, device)
     lpips = load_lpips(device, log, size) if e.lpips and inputs is not None else None
-    measured = Measured(networks, targets, inputs, features, reference, lpips, embedding, (), None, None)
+    measured = Measured(networks, targets, inputs, features, reference, lpips, embedding)
     return measured, f"{seen_by} features against {0 if reference is None else len(reference)} pictures"
 
 

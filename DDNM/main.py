@@ -133,11 +133,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
     networks = inputs.load_networks(s.networks, s.architecture, device, s.targets.operator)
     targets = inputs.read_targets(s.targets, networks, s.walk.batch_size, world)
     targets.add_noise(s.rule.noise, s.walk.seed)
-    guidance.towards(networks.operator, targets.logits[:1].to(device))  # refuses what does not fit
-    try:
-        count = evaluations(networks.prior, guidance, s.run.steps, **s.walk.travel)
-    except ValueError as error:
-        raise InputError(f"--steps {s.run.steps}: {error}") from None
+    count = networks.evaluations(guidance, targets, s.run.steps, s.walk)
     deciding = {key: value for key, value in s.flat().items() if key not in FREE}
     progress = results.Progress(folder, to_json_values(deciding | networks.fingerprints()))
     done = finished_before(s, progress, targets, world)

@@ -147,7 +147,7 @@ def test_what_an_edit_changed_is_told_from_what_the_method_changes_anyway():
     inputs = colours((-1, 1, 1), (1, -1, 1), (-1, -1, -1), (-1, 1, -1))
     said = judge(inputs)
     targets = Targets(list("abcd"), [], said, said, [])
-    measured = Measured(networks, targets, inputs, None, None, None, judge, (), None, None)
+    measured = Measured(networks, targets, inputs, None, None, None, judge)
     plain = measured.of(colours((-1, 1, -1), (1, -1, 1), (-1, -1, -1), (-1, 1, -1)), said, said)
     assert "edited" not in plain and plain["judge"][0] == pytest.approx(11 / 12)
     notes = {"typical_logits": [[-1.0, 1.0]] * 3, "contradictions": {"r=1": {"b=1": 0.0}}}

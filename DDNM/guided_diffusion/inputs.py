@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from checkpoints import locate
 from data_loader import ATTRIBUTES
 from DDNM.guided_diffusion.compiled import compile_for_cpu
-from DDNM.guided_diffusion.diffusion import image_generator
+from DDNM.guided_diffusion.diffusion import evaluations, image_generator
 from DDNM.guided_diffusion.edits import CONTRADICTION, Edits
+from DDNM.guided_diffusion.guidance import Guidance
 from DDNM.guided_diffusion.prior import Prior, load_prior
 from DDNM.guided_diffusion.results import read_logits
 from images import find_images, load_detector, load_image
@@ -121,6 +122,14 @@ class Networks:
         if channels in (1, 3) and min(sides, default=1) > 1:
             return F.interpolate(y.expand(-1, 3, -1, -1), self.image_size)
         return self.operator.pinv(y)
+
+    def evaluations(self, rule: Guidance, targets: "Targets", steps: int, walk: WalkSettings) -> int:
+        """How often a batch evaluates the prior. Raises InputError: a rule or a number of steps that does not fit."""
+        rule.towards(self.operator, targets.logits[:1].to(self.device))
+        try:
+            return evaluations(self.prior, rule, steps, **walk.travel)
+        except ValueError as error:
+            raise InputError(f"--steps {steps}: {error}") from None
 
     def fingerprints(self) -> dict[str, str | None]:
         """What tells these weights from others, whatever their files are called."""
