@@ -617,7 +617,7 @@ def test_no_more_pictures_are_held_the_more_images_there_are(run, preset, tmp_pa
     [
         ({"lamda1": 1.0}, "unknown key 'lamda1', did you mean 'lambda1'"),
         ({"guidance": "ddrm"}, "no rule 'ddrm'; known are none, nlbp"),
-        ({"device": "cuda"}, "--device cuda: 0 CUDA devices found"),
+        ({"device": "cuda"}, "0 CUDA devices found"),
         ({"spnn": None}, "--spnn: give the weights"),
         ({"prior": None}, "--prior: give the weights"),
         *(({key: "nowhere.safetensors"}, "nowhere.safetensors") for key in ("spnn", "prior", "judge")),
