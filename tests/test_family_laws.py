@@ -656,7 +656,7 @@ def broadcasts() -> Iterator[tuple[Callable, str]]:
     yield one, r"s must give \(1, 3, 1, 1\) here, got \(2, 3, 2, 2\)"
 
 
-@pytest.mark.parametrize("call, message", broadcasts())
+@pytest.mark.parametrize("call, message", list(broadcasts()))
 def test_shapes_that_would_broadcast_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

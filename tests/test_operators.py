@@ -28,7 +28,7 @@ def mask_file(folder, height: int = 4, width: int = 8):
 SPECS = ["sr2", "sr4", "grey", "inpaint:MASK", "grey*sr2", "sr2*grey", "inpaint:MASK*grey", "grey*inpaint:MASK"]
 
 
-@pytest.fixture(params=[tiny, landscape, "sr2", "inpaint:MASK*grey"], ids=str)
+@pytest.fixture(params=[tiny, landscape, "sr2", "inpaint:MASK*grey"], ids=["tiny", "landscape", "sr2", "mask"])
 def operator(request, tmp_path):
     """Of logits, of a map, and linear ones."""
     if callable(request.param):
