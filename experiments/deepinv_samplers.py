@@ -41,7 +41,9 @@ from images import find_images, load_image
 from logger import format_table
 from operators import LinearChain, make_operator
 from train_operator import figures
-from utils import InputError, file_name, nearest, option, parse, resolve_device, run_command
+from utils import file_name, option, parse, resolve_device, run_command
+
+NAMES = "A+", "linear", "untold", "DDRM", "DiffPIR", "DPS", "DPIR"
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Settings:
     prior: str = option("exp/logs/faces/prior", "diffusion prior, as of DDNM/main.py")
     judge: str | None = option("exp/logs/faces/judge.safetensors", "weights of the judge; none: no such column")
     operators: tuple[str, ...] = option(("sr4", "grey"), "what is measured")
-    methods: tuple[str, ...] = option(("A+", "linear", "DDRM", "DiffPIR"), "how it is restored; DPS and DPIR too")
+    methods: tuple[str, ...] = option(("A+", "linear", "DDRM", "DiffPIR"), "how it is restored", choices=NAMES)
     start: int = option(0, "leave out the first so many images", 0)
     count: int = option(9, "images", 1)
     noise: float = option(0.0, "in what is measured: its deviation, for images in [-1, 1]", 0, 10)
@@ -85,39 +87,28 @@ def ddnm(p: Problem, noise: float) -> Tensor:
     return (x + 1) / 2
 
 
-def ddrm(p: Problem) -> Tensor:
-    return DDRM(as_denoiser(p.prior), sigmas=np.linspace(1, 0, p.s.steps))(p.y, p.physics)
-
-
 def diffpir(p: Problem) -> Tensor:
     physics = as_physics(p.operator, noise_model=GaussianNoise(max(p.s.noise / 2, 0.01)))  # it divides by the noise
     return DiffPIR(as_denoiser(p.prior), L2(), max_iter=p.s.steps, device=p.y.device)(p.y, physics.to(p.y.device))
-
-
-def dps(p: Problem) -> Tensor:
-    return DPS(as_denoiser(p.prior), num_steps=p.s.steps, dtype=torch.float32, device=p.y.device)(p.y, p.physics)
 
 
 METHODS: dict[str, Callable[[Problem], Tensor]] = {
     "A+": lambda p: p.physics.A_dagger(p.y),
     "linear": lambda p: ddnm(p, p.s.noise),
     "untold": lambda p: ddnm(p, 0.0),
-    "DDRM": ddrm,
+    "DDRM": lambda p: DDRM(as_denoiser(p.prior), sigmas=np.linspace(1, 0, p.s.steps))(p.y, p.physics),
     "DiffPIR": diffpir,
-    "DPS": dps,
+    "DPS": lambda p: DPS(as_denoiser(p.prior), num_steps=p.s.steps, dtype=torch.float32, device=p.y.device)(
+        p.y, p.physics),
     "DPIR": lambda p: DPIR(sigma=max(p.s.noise / 2, 0.03), denoiser=as_denoiser(p.prior), device=p.y.device)(
-        p.y, p.physics
-    ),
-}
+        p.y, p.physics),
+}  # fmt: skip
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     """The command; see ``--help``."""
     (s, _) = parse(__doc__, Settings, argv=argv)
-    for method in s.methods:
-        if method not in METHODS:
-            raise InputError(f"--methods {method}: known are {', '.join(METHODS)}{nearest(method, METHODS)}")
     device = resolve_device(s.device)
     autocast = torch.bfloat16 if s.precision == "bf16" else None
     prior = load_prior(from_ddnm(s.prior), autocast=autocast, channels_last=True).to(device)
