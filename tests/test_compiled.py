@@ -15,14 +15,13 @@ def tiny_prior(autocast=None) -> Prior:
     return Prior(small_unet(16, (8, 16), norm_groups=4, attention_size=4), autocast, channels_last=True).eval()
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_it_gives_the_same_noise_for_any_batch_and_gradients_pass_through_pytorch(batch):
+def test_it_gives_the_same_noise_for_any_batch_and_gradients_pass_through_pytorch():
     pytest.importorskip("openvino")
     plain, compiled = tiny_prior(), tiny_prior()
     assert compile_for_cpu(compiled) == "f32" and compiled.state_dict().keys() == plain.state_dict().keys()
-    x = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for part, t in ((x, 0), (x, 999), (x[:1], 5)):
+        for part, t in ((x[:1], 5), (x, 0), (x, 999)):  # a batch of one, of which it would make a constant, first
             torch.testing.assert_close(compiled(part, t), plain(part, t), rtol=1e-4, atol=1e-4)
         first = compiled(x, 7)
         before = first.clone()
