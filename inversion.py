@@ -132,8 +132,8 @@ def _checked_losses(f: Network, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
     losses = _losses(loss, f(x), y)
     if changed := [name for name, version in versions().items() if version != before[name]]:
         raise ValueError(f"invert: the network changes its {changed[0]} as it is run: call f.eval()")
-    if len(x) > 1:  # whatever layer or closure makes it so
-        i = int(losses.detach().isfinite().long().argmax())
+    finite = losses.detach().isfinite().nonzero().flatten().tolist() if len(x) > 1 else []
+    for i in {*finite[:1], *finite[-1:]}:  # one may see those before it alone; whatever layer or closure makes it so
         (cross,) = torch.autograd.grad(losses[i], x, retain_graph=True)
         others = cross.nan_to_num(0.0, 0.0, 0.0).flatten(1).any(1)
         others[i] = False
