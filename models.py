@@ -248,6 +248,8 @@ def custom_blocks(layer_channels: Sequence, mix_type: str) -> list[Surjection]:
     Raises:
         ValueError: an unknown block or argument, or arguments that the block refuses.
     """
+    if not isinstance(layer_channels, (list, tuple)) or not layer_channels:
+        raise ValueError(f"layer_channels: expected a list of (block, arguments), got {layer_channels!r}")
     blocks = []
     for index, entry in enumerate(layer_channels):
         try:
