@@ -75,6 +75,7 @@ def _shape(prior: NoisePredictor, count: int, operator: Operator | None, target:
     return shape
 
 
+@torch.inference_mode(False)  # a rule may need gradients
 @torch.no_grad()
 def sample(
     prior: NoisePredictor,
@@ -106,6 +107,7 @@ def sample(
     Raises:
         ValueError: more steps than the prior was trained with; operator, targets or their number that do not fit.
     """
+    target = target.clone() if target is not None and target.is_inference() else target
     shape, denoise = _shape(prior, len(generators), operator, target), Denoiser(prior, clip_x0)
 
     def noise() -> Tensor:
