@@ -121,10 +121,6 @@ class Bijection(Surjection):
         """The shape of x for a y of ``shape``: `output_shape` of the other direction."""
         return self.output_shape(shape)
 
-    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        y, z, _ = self.forward_log_det(x)
-        return (y, z) if return_latent else y
-
     def inverted(self) -> Surjection:
         """The same map with its directions swapped, and the same parameters."""
         return Inverted(self)
@@ -1269,12 +1265,7 @@ class Residual(OverChannels):
 
 
 class ResidualFC(Residual):
-    """`Residual` on vectors, (B, C)."""
-
-    def __init__(self, in_ch: int, out_ch: int | None = None, hidden: int = 64, lipschitz: float = 0.9, **options):
-        if unknown := options.keys() & {"size", "kernel_size", "padding_mode"}:
-            raise ValueError(f"ResidualFC: {sorted(unknown)} are for convolutions")
-        super().__init__(in_ch, out_ch, hidden, lipschitz, **options)
+    """`Residual` on vectors, (B, C), which have no size and no kernel."""
 
 
 class ResidualConv1d(Residual):
@@ -1404,10 +1395,6 @@ class Extract(Surjection):
 
     def output_shape(self, shape: Shape) -> Shape:
         return self.concat.input_shape(shape)
-
-    def forward(self, x: Tensor, return_latent: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        y, z = self.concat.split(x)
-        return (y, z) if return_latent else y
 
     def forward_log_det(self, x: Tensor) -> Completed:
         return *self.concat.split(x), no_volume(x)

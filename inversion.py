@@ -51,26 +51,20 @@ def perceptual_loss(distance: Network | nn.Module, weight: float = 1.0) -> Loss:
 class FeatureDistance(nn.Module):
     """Squared distance of a network's features at several depths: images in [-1, 1], (B, 3, S, S) twice -> (B,).
 
-    With the layers of VGG-16 and ``pixels`` it is the loss of Image2StyleGAN (Abdal et al. 2019, arXiv 1904.03189): the
-    network sees images in [0, 1] of 256x256 at most, and pixels are compared at their own size.
+    With the layers of VGG-16 it is the loss of Image2StyleGAN (Abdal et al. 2019, arXiv 1904.03189): the network sees
+    images in [0, 1] of 256x256 at most, and pixels are compared at their own size.
 
     Args:
-        layers: applied in turn; ``nn.Sequential`` of convolutions and so on.
-        taps: numbers of the layers after which features are compared.
-        weights: of the taps.
-        pixels: weight of the pixels' mean squared error.
+        layers: applied in turn. weights: by the number of the layer after which features are compared.
     """
 
-    def __init__(self, layers: nn.Sequential, taps: Sequence[int], weights: Sequence[float], pixels: float = 1.0):
+    def __init__(self, layers: nn.Sequential, weights: Mapping[int, float]):
         super().__init__()
-        if not taps or not 0 <= min(taps) <= max(taps) < len(layers) or len(weights) != len(taps):
-            raise ValueError(f"taps {list(taps)} with weights {list(weights)}: expected layers 0 to {len(layers) - 1}")
-        self.layers, self.pixels = layers[: max(taps) + 1], pixels
-        self.weights = dict(zip(taps, weights, strict=True))
+        self.layers, self.weights = layers[: max(weights) + 1], weights
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = (a + 1) / 2, (b + 1) / 2
-        total = self.pixels * squared_error(a, b)
+        total = squared_error(a, b)
         if a.shape[-1] > 256:
             a, b = (F.interpolate(x, size=(256, 256), mode="bilinear") for x in (a, b))
         for i, layer in enumerate(self.layers):
@@ -107,11 +101,6 @@ class Inversion:
     trajectory: Tensor | None = None
     z: Tensor | None = None
     state: dict[str, Tensor] | None = None
-
-    def problems(self) -> list[str]:
-        """A line for each sample whose search ended early."""
-        pairs = enumerate(self.stopped.tolist())
-        return [f"sample {i}: loss or gradient not finite at step {step}" for i, step in pairs if step >= 0]
 
 
 def _losses(loss: Loss, output: Tensor, y: Tensor) -> Tensor:
@@ -190,19 +179,15 @@ def invert(
     Args:
         f: a differentiable network, (B, ...) -> (B, ...), in eval mode. Its weights gather no gradients.
         y, x0: wanted outputs and where to start, (B, ...).
-        loss: of f(x) and y, one value per sample.
-        steps: T, updates of x. There are T + 1 evaluations of f.
-        clip: largest norm of a sample's gradient; None: no limit.
-        bounds: range that every element of x is kept in, the start included; None: no limit.
-        on_step: called with the number of updates made so far.
+        steps: T, updates of x. There are T + 1 evaluations of f; ``on_step`` is called with the number made so far.
+        clip: largest norm of a sample's gradient. bounds: range of every element of x, the start's too. None: no limit.
         state: of an earlier call with fewer steps, to go on from there. The trajectory then begins there.
 
     Returns:
-        See `Inversion`. A sample whose loss or gradient is not finite stops there and keeps its best.
+        An `Inversion`. A sample whose loss or gradient is not finite stops there and keeps its best.
 
     Raises:
-        ValueError: a loss that is not one value per sample, or a network that changes as it is run, or that mixes the
-            samples: then one's result would depend on the others.
+        ValueError: a loss that is not one value per sample, or a network that changes as it is run or mixes samples.
     """
     with torch.inference_mode(False), torch.enable_grad():
         # clones: tensors made in inference mode could not take part in a graph
@@ -256,39 +241,23 @@ class MappingNet(nn.Module):
         bounds: range of x; gradients pass through the clamp as if it were not there.
 
     Raises:
-        ValueError: a shape that is neither a vector nor an image, or settings out of range.
+        ValueError: a shape that is neither a vector nor an image.
     """
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        width: int = 16,
-        scale: float = 1.0,
-        bounds: tuple[float, float] | None = None,
+        self, shape: Sequence[int], width: int = 16, scale: float = 1.0, bounds: Sequence[float] | None = None
     ):
         super().__init__()
-        if len(shape) not in (1, 3) or min(shape) < 1:
+        if len(shape) not in (1, 3):
             raise ValueError(f"MappingNet: expected the shape of a vector (D,) or an image (C, H, W), got {shape}")
-        if width < 1 or not scale > 0:
-            raise ValueError(f"MappingNet: width {width} and scale {scale} must be positive")
-        self.shape, self.width, self.scale = tuple(shape), width, float(scale)
-        self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
-        if len(shape) == 1:
-            layers = pointwise
-        else:
-            layers = unet if shape[1] % 2 == shape[2] % 2 == 0 else any_size
+        self.shape, self.bounds, self.scale = tuple(shape), bounds, scale
+        self.config = {"shape": list(shape), "width": width, "scale": scale, "bounds": bounds and list(bounds)}
+        even = len(shape) == 3 and shape[1] % 2 == shape[2] % 2 == 0
+        layers = pointwise if len(shape) == 1 else unet if even else any_size
         self.h = ConvMLP(layers(2 * shape[0], shape[0], width)).net
-
-    def config(self) -> dict:
-        """The constructor's arguments."""
-        return {"shape": list(self.shape), "width": self.width, "scale": self.scale, "bounds": self.bounds}
 
     def forward(self, z: Tensor, x0: Tensor) -> Tensor:
         """x, (B, ...), for z and starts x0 of the same shape."""
-        for name, value in (("z", z), ("x0", x0)):
-            if tuple(value.shape[1:]) != self.shape:
-                expected = ", ".join(map(str, ("B", *self.shape)))
-                raise ValueError(f"MappingNet: expected {name} of shape ({expected}), got {tuple(value.shape)}")
         both = torch.cat([z, x0], dim=1)  # (B, 2C, H, W) or (B, 2D)
         x = x0 + self.scale * z + self.h(both if both.dim() == 4 else both[..., None, None]).view_as(z)
         if self.bounds is not None:  # a clamp's own zero gradient would keep a pixel at its bound for good
@@ -359,9 +328,8 @@ def collect(theta: nn.Module, f: Network, y: Tensor, x0: Tensor, loss: Loss = sq
     found = invert_through(theta, f, y, x0, loss, keep_trajectory=True, **settings)
     whole = found.stopped < 0
     if not whole.any():
-        raise InputError(f"landscape: no trajectory is finite ({found.problems()[0]}); lower the learning rate")
-    curve = found.curve[:, whole]
-    start, end = curve[0].mean().item(), found.loss[whole].mean().item()
+        raise InputError("landscape: no trajectory is finite; lower the learning rate")
+    start, end = found.curve[0, whole].mean().item(), found.loss[whole].mean().item()
     return Buffer(found.trajectory[:, whole], x0[whole], y[whole], start, end)
 
 
@@ -412,14 +380,11 @@ def train_mapping(
         theta <- AdamW step of  mean L(f(theta(z_t, x0)), y)             (z_t, x0, y) drawn from the buffer
 
     Args:
-        draw: N samples as (y, x0), from the number and a generator.
+        draw: N ``samples`` as (y, x0), from their number and a generator.
         run: where it runs; its seed is that of all draws, and its state one to go on from. None: on the CPU, seed 0.
-        buffers: how many buffers; 500 in the paper.
-        samples: N.
-        steps, z_lr, clip: of the inversions, as in `invert`.
-        lr, weight_decay: of AdamW on theta.
+        buffers: how many; 500 in the paper. ``saved`` is called after each.
+        steps, z_lr, clip: of the inversions, as in `invert`. lr, weight_decay: of AdamW on theta.
         batch_size, updates: points (z_t, x0, y) per update, and updates per buffer; None: one pass over the buffer.
-        saved: called after each buffer.
 
     Returns:
         A row for each buffer: its number from 1, the mean loss of the updates, and the mean loss where its trajectories

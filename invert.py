@@ -27,8 +27,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -41,7 +42,7 @@ from DDNM.guided_diffusion.inputs import fingerprint
 from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture
 from evaluate import mean_of
 from images import grid, load_image, save_image
-from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
+from inversion import Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
 from logger import MetricsTable, format_table, get_logger, plot_curves
 from loop import STATE_NAME, Loop, Run, check_settings, is_empty, open_run, to_json_values
@@ -80,9 +81,9 @@ from utils import (
 )
 
 SHEET_ROWS, SIDE = 6, 256  # of a sheet, and of its pictures
-SEARCHES = "searches"  # folder of eval's searches, whole or under way
+SEARCHES = "searches"  # folder of searches, whole or under way
 FILES = {  # of a command's results; the first is there as soon as there is something to go on with
-    "find": ("settings.json", "results.csv", "state.safetensors", "curves.csv", "curves.png", "sheet.png", "log.txt"),
+    "find": ("settings.json", "results.csv", "curves.csv", "curves.png", "sheet.png", "log.txt"),
     "train": (STATE_NAME, "theta.safetensors", "theta.json", "metrics.csv", "curves.png", "log.txt"),
     "eval": ("settings.json", "results.json", "results.csv", "curves.csv", "curves.png", "sheet.png", "log.txt"),
 }
@@ -151,11 +152,10 @@ def clear(out: Path, command: str) -> None:
 
 def settings_of(*settings, without: Sequence[str] = ()) -> dict:
     """The flags as JSON values, in the order of the command's dataclasses."""
-    merged = {key: value for each in settings for key, value in vars(each).items() if key not in without}
-    return to_json_values(merged)
+    return to_json_values({key: of for each in settings for key, of in vars(each).items() if key not in without})
 
 
-def begin(command: str, s: Settings, own: Find | Eval, target: Target, free: Sequence[str]):
+def begin(command: str, s: Settings, own, target: Target, free: Sequence[str]):
     """Write settings.json and give the log. A run to go on with must be one of the same settings but for ``free``.
 
     Raises:
@@ -194,18 +194,29 @@ def load_theta(path: Path, target: Target) -> tuple[MappingNet, dict]:
     file = path.with_suffix(".json")
     state, notes = read_weights(path), read_json(file)
     try:
-        theta = MappingNet(**{**notes["theta"], "shape": tuple(notes["theta"]["shape"])})
+        theta = MappingNet(**notes["theta"])
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"--theta {path}: {file} holds no architecture of a theta: {error!r}") from None
     if theta.shape != target.in_shape or notes.get("network") != target.name:
-        raise InputError(
-            f"--theta {path}: trained for {notes.get('network')} with inputs of shape {theta.shape}, "
-            f"not for {target.name} with {target.in_shape}"
-        )
-    if notes.get("weights of the network", here := fingerprint(target.f)) != here:
+        trained, here = (f"{name} with inputs of shape {shape}" for name, shape in
+                         ((notes.get("network"), theta.shape), (target.name, target.in_shape)))  # fmt: skip
+        raise InputError(f"--theta {path}: trained for {trained}, not for {here}")
+    if notes.get("weights of the network") != fingerprint(target.f):
         raise InputError(f"--theta {path}: trained for {target.name} with other weights")
     load_strictly(theta, state, path)
     return theta.eval().requires_grad_(False), notes
+
+
+def load_thetas(paths: Sequence[Path], target: Target, device: torch.device) -> dict[str, tuple[MappingNet, dict]]:
+    """Thetas with their notes, by a name for the table. Raises InputError, also if one is there twice."""
+    thetas = {}
+    for path in paths:
+        theta, notes = load_theta(path, target)
+        name = "landscape" if len(paths) == 1 else f"landscape of seed {notes['settings']['seed']}"
+        if name in thetas:
+            raise InputError(f"--theta {path}: {name} is there twice")
+        thetas[name] = theta.to(device), notes
+    return thetas
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -233,7 +244,7 @@ def train(s: Settings, own: Train, run: Run) -> int:
     peak_gib(run.device, reset=True)
 
     def saved(loop: Loop) -> None:
-        notes = {"network": target.name, **weights, "settings": settings_of(s, own), "theta": theta.config()}
+        notes = {"network": target.name, **weights, "settings": settings_of(s, own), "theta": theta.config}
         notes |= {"buffers": loop.done, "seconds": loop.seconds, "peak_gib": peak_gib(run.device)}
         write_weights(s.out / "theta.safetensors", theta.state_dict())
         write_json(s.out / "theta.json", notes)
@@ -250,6 +261,22 @@ def train(s: Settings, own: Train, run: Run) -> int:
 # --- Searches and their figures --------------------------------------------------------------------------------------
 
 
+class Found(NamedTuple):
+    """What a method found.
+
+    Attributes:
+        x: (N, ...).
+        seconds: altogether.
+        curve: the loss after each number of steps, (T + 1, N); None without steps.
+        stopped: the step at which a sample's search ended early, (N,); -1: none. None without steps.
+    """
+
+    x: Tensor
+    seconds: float
+    curve: Tensor | None = None
+    stopped: Tensor | None = None
+
+
 def clock(device: torch.device) -> float:
     """Seconds, with all that the device has been given done."""
     if device.type == "cuda":
@@ -257,24 +284,58 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def descend(
-    target: Target, y: Tensor, x: Tensor, loss: Loss, s: Settings, steps: int, every: int,
-    state: Mapping[str, Tensor] | None, bar: tqdm, seed: int = 0,
-) -> Iterator[tuple[Inversion, float]]:  # fmt: skip
-    """`invert` in parts of ``every`` steps to ``steps`` in all, each with its seconds; it can go on from each one.
+@dataclass
+class Searches:
+    """Searches by optimisation. Each is saved every ``every`` steps, and goes on from there after a resume."""
 
-    What a part draws, StyleGAN's noise say, is of its own seed, so that a search that is resumed finds the same.
-    """
-    done = 0 if state is None else len(state["curve"]) - 1
-    while True:
-        began, end = clock(y.device), min(steps, done + every)
-        seed_everything(s.seed + seed + done)
-        found = invert(target.f, y, x, loss, end, target.x_lr, s.clip, target.bounds,
-                       on_step=lambda _: bar.update(), state=state)  # fmt: skip
-        yield found, clock(y.device) - began
-        if end == steps:
-            return
-        done, state = end, found.state
+    s: Settings
+    run: Run
+    loss: Loss
+    every: int
+    bar: tqdm
+
+    def __call__(
+        self, name: str, target: Target, problems: Sequence[str], y: Tensor, x: Tensor, steps: Sequence[int]
+    ) -> dict[int, Found]:
+        """The best inputs that one search for y from x has met by each of ``steps``.
+
+        What a part draws, StyleGAN's noise say, is of its own seed, so that a search that is resumed finds the same.
+
+        Args:
+            name: of its file. A file of other ``problems`` counts as none.
+        """
+        file, marks = self.s.out / SEARCHES / f"{name}.safetensors", sorted(set(steps))
+        tensors, notes = read_tensors(file) if file.is_file() else ({}, {})
+        if notes.get("problems") != list(problems):
+            tensors, notes = {}, {"problems": list(problems), "seconds": 0.0}
+        kept = {int(key): x for key, x in tensors.items() if key.isdecimal()}
+        state = {key: tensor for key, tensor in tensors.items() if not key.isdecimal()}
+        done = len(state["curve"]) - 1 if state else 0
+        if any(mark <= done and mark not in kept for mark in marks):  # it has gone past what is wanted
+            state, kept, done, notes["seconds"] = {}, {}, 0, 0.0
+        self.bar.update(min(done, marks[-1]))
+        while done < marks[-1]:
+            began, end = clock(y.device), min(done + self.every, *(mark for mark in marks if mark > done))
+            seed_everything(self.s.seed + done)
+            found = invert(target.f, y, x, self.loss, end, target.x_lr, self.s.clip, target.bounds,
+                           on_step=lambda _: self.bar.update(), state=state or None)  # fmt: skip
+            state, done = found.state, end
+            notes["seconds"] += clock(y.device) - began
+            self.bar.set_postfix_str(f"{target.name}, loss {found.loss.mean().item():.4g}")
+            if done in marks:
+                kept[done], notes[str(done)] = found.x, notes["seconds"]
+            save_tensors(file, {**state, **{str(mark): at for mark, at in kept.items()}}, notes)
+            self.run.stop_if_asked()
+        stopped, curve = state["stopped"].cpu(), state["curve"].cpu()
+        return {mark: Found(kept[mark].cpu(), notes[str(mark)], curve[: mark + 1],
+                            torch.where(stopped <= mark, stopped, -1)) for mark in marks}  # fmt: skip
+
+
+def warn(log, method: str, problems: Sequence[str], found: Found) -> None:
+    """A line for each search that ended early."""
+    for name, step in zip(problems, found.stopped.tolist(), strict=True):
+        if step >= 0:
+            log.warning("%s: %s: loss or gradient not finite at step %d", method, name, step)
 
 
 def picture_figures(pictures: Tensor, wanted: Tensor, s: Settings, device: torch.device) -> dict[str, Tensor]:
@@ -315,145 +376,96 @@ def write_curves(out: Path, curves: dict[str, Sequence[float]]) -> None:
 
 # --- eval ------------------------------------------------------------------------------------------------------------
 
+Ways = Iterator[tuple[nn.Module, Tensor, Callable[[Tensor, Tensor, slice], dict[str, Found]]]]
 
-@dataclass
-class Found:
-    """What a method found, of a batch or of all problems.
 
-    Attributes:
-        x: (B, ...).
-        seconds: altogether.
-        curve: the loss after each number of steps, (T + 1, B); None without steps.
-        stopped: the step at which a sample's search ended early, (B,); -1: none. None without steps.
+def ways(
+    targets: Sequence[Target], problems: Problems, thetas: Mapping[str, tuple[MappingNet, dict]], own: Eval,
+    search: Searches,
+) -> Ways:  # fmt: skip
+    """Ways of inverting the targets, in the order of the table; through ``thetas`` the last one alone.
+
+    Yields:
+        f; where all begin; what finds inputs for a batch of the problems, from y, starts and the batch, by name.
     """
+    s, device = search.s, search.run.device
 
-    x: Tensor
-    seconds: float
-    curve: Tensor | None = None
-    stopped: Tensor | None = None
+    def closed(name: str, form: Callable[[Tensor, Tensor], Tensor]):
+        def run(y: Tensor, x0: Tensor, batch: slice) -> dict[str, Found]:
+            began = clock(device)
+            with torch.no_grad():
+                x = form(y, x0)
+            return {name: Found(x, clock(device) - began)}
 
+        return run
 
-@dataclass
-class Method:
-    """A way of inverting f: ``run(y, x0, batch)`` yields names with what it found, batch by batch of the problems."""
+    def plain(number: int, label: str):
+        def run(y: Tensor, x0: Tensor, batch: slice) -> dict[str, Found]:
+            name, names = f"{number}_{batch.start}", problems.names[batch]
+            found = search(name, targets[number], names, y, x0, own.steps)
+            return {f"{label}optimisation, {steps} steps": of for steps, of in found.items()}
 
-    f: nn.Module
-    x0: Tensor
-    run: Callable[[Tensor, Tensor, slice], Iterator[tuple[str, Found]]]
+        return run
+
+    def through(name: str, theta: MappingNet, trained: dict):
+        def run(y: Tensor, x0: Tensor, batch: slice) -> dict[str, Found]:
+            seed_everything(s.seed)
+            began, settings = clock(device), {"lr": float(trained["z_lr"]), "clip": float(trained["clip"])}
+            found = invert_through(theta, f, y, x0, search.loss, steps=own.theta_steps,
+                                   on_step=lambda _: search.bar.update(), **settings)  # fmt: skip
+            of = Found(found.x, clock(device) - began, found.curve, found.stopped)
+            return {f"{name}, {own.theta_steps} steps": of}
+
+        return run
+
+    for number, target in enumerate(targets):
+        f, x0, label = target.f, problems.x0, ""
+        if isinstance(f, Latents):
+            label = f"{f.space}, "
+        if x0 is None:
+            x0 = starts(target, problems.y, s, search.loss, device)
+        yield f, x0, closed(f"{label}start", lambda y, x: x)
+        yield from ((f, x0, closed(*form)) for form in target.closed_form.items())
+        if target is targets[-1]:
+            yield from ((nn.Identity(), x0, closed(*form)) for form in spnn_beside(target, s, device).items())
+        yield f, x0, plain(number, label)
+    yield from ((f, x0, through(f"{label}{name}", theta, of["settings"])) for name, (theta, of) in thetas.items())
 
 
 def together(parts: Sequence[Found]) -> Found:
     """Of all batches, on the CPU."""
-    x = torch.cat([part.x for part in parts]).detach().cpu()
-    seconds = sum(part.seconds for part in parts)
-    if parts[0].curve is None:
-        return Found(x, seconds)
-    curves, stopped = [part.curve.cpu() for part in parts], [part.stopped.cpu() for part in parts]  # some from files
-    return Found(x, seconds, torch.cat(curves, 1), torch.cat(stopped))
+    x, seconds, curves, stopped = zip(*parts, strict=True)
+    x = torch.cat(x).detach().cpu()
+    if curves[0] is None:
+        return Found(x, sum(seconds))
+    return Found(x, sum(seconds), *(torch.cat([t.cpu() for t in of], -1) for of in (curves, stopped)))
 
 
-class Evaluation:
-    """Ways of inverting the targets, on the same problems: all that they share."""
+@torch.no_grad()
+def figures_of(
+    target: Target, problems: Problems, x: Tensor, x0: Tensor, output: Tensor, judge: nn.Module | None, s: Settings,
+    device: torch.device,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The figures of each sample: name -> (N,).
 
-    def __init__(self, targets: Sequence[Target], problems: Problems, s: Settings, own: Eval, run: Run, loss: Loss):
-        self.targets, self.target, self.problems, self.loss = targets, targets[-1], problems, loss
-        self.s, self.own, self.run, self.device = s, own, run, run.device
-        self.batches = [slice(i, i + s.batch_size) for i in range(0, len(problems.y), s.batch_size)]
-
-    def methods(self, thetas: Mapping[str, tuple[MappingNet, dict]], bar: tqdm) -> Iterator[Method]:
-        """In the order of the table; through ``thetas`` the last target alone."""
-        for number, target in enumerate(self.targets):
-            f, x0 = target.f, self.problems.x0
-            label = f"{target.name.partition(' ')[2]}, " if isinstance(f, Latents) else ""
-            x0 = x0 if x0 is not None else starts(target, self.problems.y, self.s, self.loss, self.device)
-            yield Method(f, x0, partial(self.closed, f"{label}start", lambda y, x: x))
-            yield from (Method(f, x0, partial(self.closed, *form)) for form in target.closed_form.items())
-            if target is self.target:
-                beside = spnn_beside(target, self.s, self.device)
-                yield from (Method(nn.Identity(), x0, partial(self.closed, *form)) for form in beside.items())
-            yield Method(f, x0, partial(self.plain, number, label, bar))
-        for name, (theta, notes) in thetas.items():
-            yield Method(f, x0, partial(self.through, f"{label}{name}", theta, notes["settings"], bar))
-
-    def closed(self, name: str, form: Callable, y: Tensor, x0: Tensor, batch: slice) -> Iterator[tuple[str, Found]]:
-        """A closed form."""
-        began = clock(self.device)
-        with torch.no_grad():
-            x = form(y, x0)
-        yield name, Found(x, clock(self.device) - began)
-
-    def plain(
-        self, number: int, label: str, bar: tqdm, y: Tensor, x0: Tensor, batch: slice
-    ) -> Iterator[tuple[str, Found]]:
-        """Optimisation: one search, of which the best is kept at each of ``--steps``, and from which it goes on."""
-        file = self.s.out / SEARCHES / f"{number}_{batch.start}.safetensors"
-        tensors, notes = read_tensors(file) if file.is_file() else ({}, {})
-        if notes.get("names") != self.problems.names:
-            tensors, notes = {}, {"names": self.problems.names, "spent": 0.0}
-        kept = {name: tensor for name, tensor in tensors.items() if name.startswith("x at ")}
-        state = {name: tensor for name, tensor in tensors.items() if name not in kept} or None
-        reached = len(state["curve"]) - 1 if state else 0
-        if any(steps < reached and f"x at {steps}" not in kept for steps in self.own.steps):
-            kept, state, reached, notes["spent"] = {}, None, 0, 0.0  # it has gone past what is asked for
-        bar.update(min(reached, max(self.own.steps)))
-        for steps in sorted(set(self.own.steps)):
-            at = f"x at {steps}"
-            parts = descend(self.targets[number], y, x0, self.loss, self.s, steps, self.own.save_steps, state, bar)
-            for found, seconds in parts if at not in kept else ():
-                state = found.state
-                notes["spent"] += seconds
-                if len(found.curve) > steps:
-                    kept[at], notes[at] = found.x, notes["spent"]
-                save_tensors(file, {**state, **kept}, notes)
-                self.run.stop_if_asked()
-            curve, stopped = state["curve"][: steps + 1], state["stopped"]
-            ended = torch.where(stopped <= steps, stopped, -1)
-            yield f"{label}optimisation, {steps} steps", Found(kept[at].to(y), notes[at], curve, ended)
-
-    def through(
-        self, name: str, theta: MappingNet, trained: dict, bar: tqdm, y: Tensor, x0: Tensor, batch: slice
-    ) -> Iterator[tuple[str, Found]]:
-        """A landscape, with the steps that it was trained for."""
-        seed_everything(self.s.seed)
-        began, steps = clock(self.device), self.own.theta_steps
-        found = invert_through(theta, self.target.f, y, x0, self.loss, steps=steps, lr=float(trained["z_lr"]),
-                               clip=float(trained["clip"]), on_step=lambda _: bar.update())  # fmt: skip
-        yield f"{name}, {steps} steps", Found(found.x, clock(self.device) - began, found.curve, found.stopped)
-
-    def measured(self, method: Method, judge: nn.Module | None) -> Iterator[tuple[str, Found, Tensor, dict]]:
-        """Names with what a method found for all problems, f of it, and the figures of each sample."""
-        parts: dict[str, list[Found]] = {}
-        for batch in self.run.until_stopped(self.batches):
-            y, x0 = (tensor[batch].to(self.device) for tensor in (self.problems.y, method.x0))
-            for name, found in method.run(y, x0, batch):
-                parts.setdefault(name, []).append(found)
-        for name, found in ((name, together(of)) for name, of in parts.items()):
-            seed_everything(self.s.seed)  # noise drawn anew is the same for all methods, and after a resume
-            output = outputs(method.f, found.x, self.s.batch_size, self.device)
-            yield name, found, output, self.figures(found.x, method.x0, output, judge)
-
-    @torch.no_grad()
-    def figures(self, x: Tensor, x0: Tensor, output: Tensor, judge: nn.Module | None) -> dict[str, Tensor]:
-        """The figures of each sample: name -> (N,).
-
-        ``error`` is mean |f(x) - y|, ``picture_error`` the same once x is an 8-bit picture, ``distance`` the root mean
-        square of x - x0, ``judge`` the share of attributes on which the judge says the same of the picture (x, or f(x))
-        and of the one that y belongs to. Of pictures f(x) there are ``psnr`` in dB, and ``lpips`` if it can be had.
-        """
-        target, s, y = self.target, self.s, self.problems.y
-        found = {"error": (output - y).abs().flatten(1).mean(1)}
-        shown, _ = as_saved(x if target.from_image else output)
-        if target.from_image:
-            rounded = outputs(target.f, shown, s.batch_size, self.device)
-            found["picture_error"] = (rounded - y).abs().flatten(1).mean(1)
-        if target.to_image:
-            found |= picture_figures(shown, y, s, self.device)
-        else:
-            found["distance"] = (x - x0).square().flatten(1).mean(1).sqrt()
-        if judge is not None:
-            said, wanted = (outputs(judge, i, s.batch_size, self.device) for i in (shown, self.problems.wanted))
-            found["judge"] = agreement(said, wanted)
-        return found
+    ``error`` is mean |f(x) - y|, ``picture_error`` the same once x is an 8-bit picture, ``distance`` the root mean
+    square of x - x0, ``judge`` the share of attributes on which the judge says the same of the picture (x, or f(x))
+    and of the one that y belongs to. Of pictures f(x) there are ``psnr`` in dB, and ``lpips`` if it can be had.
+    """
+    y = problems.y
+    found = {"error": (output - y).abs().flatten(1).mean(1)}
+    shown, _ = as_saved(x if target.from_image else output)
+    if target.from_image:
+        rounded = outputs(target.f, shown, s.batch_size, device)
+        found["picture_error"] = (rounded - y).abs().flatten(1).mean(1)
+    if target.to_image:
+        found |= picture_figures(shown, y, s, device)
+    else:
+        found["distance"] = (x - x0).square().flatten(1).mean(1).sqrt()
+    if judge is not None:
+        said, wanted = (outputs(judge, images, s.batch_size, device) for images in (shown, problems.wanted))
+        found["judge"] = agreement(said, wanted)
+    return found
 
 
 def find_judge(path: Path | None, target: Target, device: torch.device, log) -> nn.Module | None:
@@ -462,13 +474,12 @@ def find_judge(path: Path | None, target: Target, device: torch.device, log) -> 
     Raises:
         InputError: the given one does not fit.
     """
-    if target.img_size is None:
-        if path is not None:
-            raise InputError(f"--judge {path}: {target.name} has no image to judge")
+    if target.img_size is None and path is None:
         return None
     judge = load_judge(path if path is not None else FACES / "judge.safetensors")
     if judge.img_size != target.img_size:
-        reason = f"takes {judge.img_size}x{judge.img_size} images, not {target.img_size}x{target.img_size}"
+        has = "none" if (size := target.img_size) is None else f"{size}x{size}"
+        reason = f"takes {judge.img_size}x{judge.img_size} images, {target.name} has {has}"
     elif target.attributes is not None and list(judge.attributes) != list(target.attributes):
         reason = "knows other attributes than the network"
     else:
@@ -479,18 +490,13 @@ def find_judge(path: Path | None, target: Target, device: torch.device, log) -> 
     return None
 
 
-def mean(values: Sequence[float]) -> float | None:
-    """Of the finite ones; None if there is none."""
-    finite = [v for v in values if math.isfinite(v)]
-    return sum(finite) / len(finite) if finite else None
-
-
 def with_intervals(figures: Mapping[str, Tensor]) -> dict[str, float | None]:
     """Means of figures (N,) over the finite ones, and 95 % intervals of those that samples differ in."""
-    row = {name: mean(values.tolist()) for name, values in figures.items()}
-    for name in figures.keys() & {"psnr", "lpips", "judge"}:
-        finite = figures[name][figures[name].isfinite()]
-        if len(finite) > 1:
+    row: dict[str, float | None] = {}
+    for name, values in figures.items():
+        finite = values[values.isfinite()]
+        row[name] = finite.double().mean().item() if len(finite) else None
+        if name in ("psnr", "lpips", "judge") and len(finite) > 1:
             _, row[f"{name}_low"], row[f"{name}_high"] = mean_of(finite)
     return row
 
@@ -507,16 +513,15 @@ def compared(name: str, through: Sequence[float], plain: Sequence[float]) -> dic
             "steps_to_plain_loss": steps(through, met)}  # fmt: skip
 
 
-def load_thetas(paths: Sequence[Path], target: Target, device: torch.device) -> dict[str, tuple[MappingNet, dict]]:
-    """Thetas with their notes, by a name for the table. Raises InputError, also if one is there twice."""
-    thetas = {}
-    for path in paths:
-        theta, notes = load_theta(path, target)
-        name = "landscape" if len(paths) == 1 else f"landscape of seed {notes['settings']['seed']}"
-        if name in thetas:
-            raise InputError(f"--theta {path}: {name} is there twice")
-        thetas[name] = theta.to(device), notes
-    return thetas
+def compare_all(curves: Mapping[str, Sequence[float]]) -> list[dict]:
+    """`compared` for each landscape, and the mean of several seeds."""
+    told = [compared(name, curve, curves[name.partition("landscape")[0] + "optimisation"])
+            for name, curve in curves.items() if "landscape" in name]  # fmt: skip
+    if len(told) > 1:
+        of = {key: [one[key] for one in told] for key in LANDSCAPES}
+        means = {key: None if None in values else fmean(values) for key, values in of.items()}
+        told.append({"theta": f"mean of {len(told)} seeds", **means})
+    return told
 
 
 def evaluate(s: Settings, own: Eval, run: Run) -> int:
@@ -529,12 +534,17 @@ def evaluate(s: Settings, own: Eval, run: Run) -> int:
     problems = fixed_problems(target, names, images, s.images if s.images is not None else 100, s, run.device)
     loss = make_loss(target, s, run.device)
     log = begin("eval", s, own, target, free=("steps", "theta", "theta_steps", "judge"))
-    evaluation = Evaluation(targets, problems, s, own, run, loss)
+    batches = [slice(i, i + s.batch_size) for i in range(0, len(problems.y), s.batch_size)]
     rows, by_image, curves, shown = [], [], {}, {}
-    steps = len(evaluation.batches) * (len(targets) * max(own.steps) + len(thetas) * own.theta_steps)
+    steps = len(batches) * (len(targets) * max(own.steps) + len(thetas) * own.theta_steps)
     with tqdm(total=steps, unit="step", leave=False, dynamic_ncols=True, disable=None) as bar:
-        for method in evaluation.methods(thetas, bar):
-            for name, found, output, figures in evaluation.measured(method, judge):
+        for f, x0, way in ways(targets, problems, thetas, own, Searches(s, run, loss, own.save_steps, bar)):
+            each = [way(problems.y[b].to(run.device), x0[b].to(run.device), b) for b in run.until_stopped(batches)]
+            for name in each[0]:
+                found = together([of[name] for of in each])
+                seed_everything(s.seed)  # noise drawn anew is the same for all methods, and after a resume
+                output = outputs(f, found.x, s.batch_size, run.device)
+                figures = figures_of(target, problems, found.x, x0, output, judge, s, run.device)
                 start = name.rpartition(", ")[2] == "start"
                 seconds = None if start else found.seconds / len(found.x)
                 rows.append({"method": name, **with_intervals(figures), "seconds": seconds})
@@ -545,14 +555,8 @@ def evaluate(s: Settings, own: Eval, run: Run) -> int:
                 if found.curve is not None:  # a shorter plain run is the beginning of the next, which takes its place
                     curve = found.curve[:, found.curve.isfinite().all(0)]
                     curves |= {name.rpartition(",")[0]: curve.mean(1).tolist()} if curve.shape[1] else {}
-                    for image, step in zip(problems.names, found.stopped.tolist(), strict=True):
-                        if step >= 0:
-                            log.warning("%s: %s: loss or gradient not finite at step %d", name, image, step)
-    told = [compared(name, curve, curves[name.partition("landscape")[0] + "optimisation"])
-            for name, curve in curves.items() if "landscape" in name]  # fmt: skip
-    if len(told) > 1:
-        means = {key: None if None in (of := [one[key] for one in told]) else mean(of) for key in LANDSCAPES}
-        told.append({"theta": f"mean of {len(told)} seeds", **means})
+                    warn(log, name, problems.names, found)
+    told = compare_all(curves)
     record = {"settings": {**settings_of(s, own), "device": str(run.device)}, "landscapes": told}
     record |= {"thetas": [notes for _, notes in thetas.values()], "methods": rows, "images": by_image}
     write_json(s.out / "results.json", json_values(record))
@@ -584,39 +588,6 @@ def draw_results(
 # --- find ------------------------------------------------------------------------------------------------------------
 
 
-def search(
-    targets: Sequence[Target], names: Sequence[str], y: Tensor, loss: Loss, s: Settings, own: Find, run: Run, bar: tqdm
-) -> tuple[Inversion, Tensor, float]:
-    """Find inputs for a batch, space by space, each from the best of the one before.
-
-    Every ``own.save_steps`` the state goes to state.safetensors, from which a resumed run goes on; there it stops if it
-    is asked to.
-
-    Returns:
-        The inversion in the last space, the losses of all spaces one after another, and the seconds.
-    """
-    file, stage, spent, before = s.out / "state.safetensors", 0, 0.0, {}
-    state, notes = read_tensors(file) if s.resume and file.is_file() else ({}, {})
-    if notes.get("names") == list(names):
-        stage, spent = notes["stage"], notes["seconds"]
-        before = {"before": state.pop("before")} if "before" in state else {}
-        x = state["x"].to(y)
-        bar.update(len(before.get("before", ())) + len(state["curve"]) - 1)
-    else:
-        state, x = None, starts(targets[0], y.cpu(), s, loss, run.device).to(y)
-    for number, target in enumerate(targets[stage:], start=stage):
-        for found, seconds in descend(target, y, x, loss, s, own.steps, own.save_steps, state, bar, 1000 * number):
-            spent += seconds
-            bar.set_postfix_str(f"{target.name}, loss {found.loss.mean().item():.4g}")
-            notes = {"names": list(names), "stage": number, "seconds": spent}
-            save_tensors(file, {**found.state, **before}, notes)
-            run.stop_if_asked()
-        before = {"before": torch.cat([*before.values(), found.curve.cpu()])}
-        if target is not targets[-1]:
-            x, state = targets[number + 1].f.enter(target.f.w_plus(found.x)).detach(), None
-    return found, before["before"], spent
-
-
 def find(s: Settings, own: Find, run: Run) -> int:
     """Find the inputs of images, one batch after another, and write each with its picture."""
     device = run.device
@@ -628,47 +599,51 @@ def find(s: Settings, own: Find, run: Run) -> int:
     target = targets[-1]
     if not target.to_image:
         raise InputError(f"--network {own.network}: gives no image; use eval")
-    paths, size = named_images(s.data, s.images), target.img_size
-    loss = make_loss(target, s, device)
+    paths, loss = named_images(s.data, s.images), make_loss(target, s, device)
     log = begin("find", s, own, target, free=("images",))
     table = MetricsTable(s.out / "results.csv")
     done = {row["image"] for row in table.rows}
     left = [name for name in paths if name not in done]
     steps = len(targets) * own.steps * math.ceil(len(left) / s.batch_size)
     with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None) as bar:
+        search = Searches(s, run, loss, own.save_steps, bar)
         for start in range(0, len(left), s.batch_size):
             chosen = left[start : start + s.batch_size]
-            y = torch.stack([load_image(paths[name], size) for name in chosen])
-            found, curves, seconds = search(targets, chosen, y.to(device), loss, s, own, run, bar)
-            for line in found.problems():
-                log.warning("%s, batch of %s: %s", target.name, chosen[0], line)
-            for row in keep(target, chosen, y, found, curves, s, device):
-                table.append({**row, "seconds": seconds / len(chosen)})
-            (s.out / "state.safetensors").unlink(missing_ok=True)
+            y = torch.stack([load_image(paths[name], target.img_size) for name in chosen])
+            x, parts = starts(targets[0], y, s, loss, device), []
+            for number, of in enumerate(targets):  # space by space, each from the best of the one before
+                if parts:
+                    x = of.f.enter(targets[number - 1].f.w_plus(parts[-1].x.to(device))).detach()
+                parts.append(search(str(number), of, chosen, y.to(device), x.to(device), [own.steps])[own.steps])
+            warn(log, target.name, chosen, parts[-1])
+            for row in keep(target, chosen, y, parts, s, device):
+                table.append({**row, "seconds": sum(part.seconds for part in parts) / len(chosen)})
     curves = {name: read_tensors(s.out / f"{name}.safetensors")[0]["curve"].tolist() for name in paths}
     if len(curves) > 10:
         curves = {"mean": torch.tensor(list(curves.values())).mean(0).tolist()}
     write_curves(s.out, curves)
-    pairs = [(load_image(path, size), load_image(s.out / f"{n}.png")) for n, path in list(paths.items())[:SHEET_ROWS]]
+    shown = list(paths)[:SHEET_ROWS]
+    pairs = [(load_image(paths[name], target.img_size), load_image(s.out / f"{name}.png")) for name in shown]
     rows = [[picture(one, SIDE) for one in (wanted, got, (got - wanted).abs() - 1)] for wanted, got in pairs]
-    contact_sheet(s.out / "sheet.png", ("input", "found", "difference"), rows, list(paths)[:SHEET_ROWS])
+    contact_sheet(s.out / "sheet.png", ("input", "found", "difference"), rows, shown)
     print(format_table([row for row in table.rows if row["image"] in paths], "image", COLUMNS))
     return 0
 
 
 @torch.no_grad()
 def keep(
-    target: Target, names: Sequence[str], wanted: Tensor, found: Inversion, curves: Tensor, s: Settings, device
+    target: Target, names: Sequence[str], wanted: Tensor, parts: Sequence[Found], s: Settings, device: torch.device
 ) -> list[dict]:
-    """Write each image and latent that was found; a row of figures for each."""
-    pictures, _ = as_saved(outputs(target.f, found.x, s.batch_size, device))
-    figures = picture_figures(pictures, wanted, s, device)
-    rows = []
+    """Write each image and latent that was found, with the losses of all spaces; a row of figures for each."""
+    x, losses = parts[-1].x.to(device), parts[-1].curve.amin(0)
+    pictures, _ = as_saved(outputs(target.f, x, s.batch_size, device))
+    figures = {"loss": losses, **picture_figures(pictures, wanted, s, device)}
+    rows, curves = [], torch.cat([part.curve for part in parts])
     for i, name in enumerate(names):
-        row = {"image": name, "loss": found.loss[i].item(), **{key: v[i].item() for key, v in figures.items()}}
-        latent = {"x": found.x[i], "curve": curves[:, i]}
+        row = {"image": name, **{key: of[i].item() for key, of in figures.items()}}
+        latent = {"x": x[i], "curve": curves[:, i]}
         if isinstance(target.f, Latents):
-            latent["w_plus"] = target.f.w_plus(found.x[i : i + 1])[0]
+            latent["w_plus"] = target.f.w_plus(x[i : i + 1])[0]
         save_image(pictures[i], s.out / f"{name}.png")
         notes = {**row, "network": target.name, "weights": s.weights, "noise": s.noise, "seed": s.seed}
         save_tensors(s.out / f"{name}.safetensors", latent, notes)
@@ -682,13 +657,11 @@ def morph(s: Settings, own: Find, device: torch.device) -> int:
     if len(own.morph) != 2:
         raise InputError(f"--morph: takes two latents, got {len(own.morph)}")
     target = load_targets("stylegan", dataclasses.replace(s, spaces=("w+",)), device)[0]
-    ends = []
+    ends, shape = [], (target.f.generator.layers, target.f.generator.dim)
     for path in own.morph:
-        w_plus = read_tensors(path)[0].get("w_plus")
-        shape = (target.f.generator.layers, target.f.generator.dim)
-        if w_plus is None or tuple(w_plus.shape) != shape:
-            got = "no w_plus" if w_plus is None else f"a w_plus of shape {tuple(w_plus.shape)}"
-            raise InputError(f"--morph {path}: {got}, the generator needs {shape}")
+        w_plus = read_tensors(path)[0].get("w_plus", torch.empty(0))
+        if tuple(w_plus.shape) != shape:
+            raise InputError(f"--morph {path}: its w_plus has shape {tuple(w_plus.shape)}, the generator needs {shape}")
         ends.append(w_plus.float().flatten())
     for frame in s.out.glob("frame_[0-9][0-9][0-9][0-9].png"):  # of an earlier one, longer perhaps
         frame.unlink()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from DDNM.guided_diffusion.inputs import image_names, load_lpips
 from images import find_images, load_image
 from inversion import FeatureDistance, Loss, perceptual_loss, squared_error
 from logger import get_logger
-from models import SPNN
+from models import SPNN, concatenated
 from operators import SPNNOperator
 from stylegan import SPACES, Latents, load_generator
 from utils import LARGEST_BATCH, LARGEST_SEED, InputError, nearest, option
@@ -64,8 +64,7 @@ class PseudoInverse(nn.Module):
 
     def __init__(self, model: SPNN):
         super().__init__()
-        self.model = model
-        self.in_shape = (model.num_classes,)
+        self.model, self.in_shape = model, (model.num_classes,)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.model.pinv(y)
@@ -76,29 +75,29 @@ class CompletionInverse(nn.Module):
 
     def __init__(self, model: SPNN):
         super().__init__()
-        self.model = model
-        with torch.no_grad():
-            at_zero = model.complete(torch.zeros(1, *model.pinn.in_shape))
-        self.shapes = [None if z is None else tuple(z.shape[1:]) for z in at_zero.z]
-        self.in_shape = (self.encode(torch.zeros(1, *model.pinn.in_shape)).shape[1],)
+        self.model, self.in_shape = model, (math.prod(model.in_shape),)
+        at_zero = model.complete(torch.zeros(1, *model.in_shape))
+        self.shapes = [None if z is None else z.shape[1:] for z in at_zero.z]
 
+    @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """``G(x)``, (B, D): the logits, then the latents in the order of the blocks."""
-        with torch.no_grad():
-            point = self.model.complete(x)
-        return torch.cat([point.y, *(z.flatten(1) for z in point.z if z is not None)], dim=1)
+        point = self.model.complete(x)
+        return concatenated([point.y, *point.z])
 
     def forward(self, v: Tensor) -> Tensor:
-        sizes = [self.model.num_classes, *(math.prod(s) for s in self.shapes if s is not None)]
+        sizes = [self.model.num_classes, *(shape.numel() for shape in self.shapes if shape is not None)]
         y, *flat = v.split(sizes, dim=1)
         parts = iter(flat)
-        z = [None if s is None else next(parts).unflatten(1, s) for s in self.shapes]
-        return self.model.pinv(y, latents=z)
+        return self.model.pinv(y, [None if shape is None else next(parts).unflatten(1, shape) for shape in self.shapes])
 
 
 def is_image(shape: Sequence[int]) -> bool:
     """Whether this is the shape of a square image with three channels."""
     return len(shape) == 3 and shape[0] == 3 and shape[1] == shape[2]
+
+
+Closed = dict[str, Callable[[Tensor, Tensor], Tensor]]  # (y, x0) -> x, by name
 
 
 @dataclass
@@ -109,19 +108,19 @@ class Target:
         name: of the network, and of StyleGAN's space.
         f: the network, frozen, in eval mode.
         x_lr: Adam's step on x.
-        closed_form: inversions without optimisation, (y, x0) -> x, by name.
-        bounds: range of x; None: none.
+        closed_form: inversions without optimisation.
         attributes: names of the logits if the judge can be asked.
+        bounds: range of x; None: none.
     """
 
     name: str
     f: nn.Module
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    x_lr: float
-    closed_form: dict[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
-    bounds: tuple[float, float] | None = None
+    x_lr: float = 0.1
+    closed_form: Closed = field(default_factory=dict)
     attributes: Sequence[str] | None = None
+    bounds: tuple[float, float] | None = None
+    in_shape: tuple[int, ...] = ()
+    out_shape: tuple[int, ...] = ()
 
     @property
     def from_image(self) -> bool:
@@ -146,92 +145,83 @@ def imported(source: str) -> nn.Module:
         InputError: it cannot be imported or called, or returns no module with an ``in_shape``.
     """
     module_name, _, factory_name = source.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, os.getcwd())
     try:
         f = getattr(importlib.import_module(module_name), factory_name)()
     except Exception as error:  # somebody else's code: anything may come
         raise InputError(f"--network {source}: {type(error).__name__}: {error}") from error
-    shape = getattr(f, "in_shape", None)
-    if not isinstance(f, nn.Module) or not shape or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise InputError(
-            f"--network {source}: the factory must return an nn.Module with in_shape, the shape of one input "
-            f"such as (3, 64, 64); got a {type(f).__name__} with in_shape {shape!r}"
-        )
+    if not isinstance(f, nn.Module) or not getattr(f, "in_shape", None):
+        raise InputError(f"--network {source}: must return an nn.Module with in_shape, (3, 64, 64) say; got {f!r:.200}")
     return f
 
 
 def of_spnn(network: str, s: Settings, device: torch.device) -> Target:
-    """One of an SPNN's networks; the shapes are filled in later."""
-    model = SPNN.from_pretrained(s.spnn).to(device).requires_grad_(False)
+    """One of an SPNN's networks."""
+    model = SPNN.from_pretrained(s.spnn).requires_grad_(False)
+    attributes = model.notes.get("attributes")
     if network == "pinv":
-        f, x_lr, closed = PseudoInverse(model), 1.0, {"closed form g(y)": lambda y, x0: model(y)}
-    elif network == "completion-inverse":
-        f = CompletionInverse(model.cpu()).to(device)
-        x_lr, closed = 0.1, {"closed form G(y)": lambda y, x0: f.encode(y)}
-    else:
-        f, x_lr = model, 0.03
+        f = PseudoInverse(model.to(device))
+        return Target(network, f, 1.0, {"closed form g(y)": lambda y, x0: model(y)}, attributes)
+    if network == "completion-inverse":
+        f = CompletionInverse(model).to(device)
+        return Target(network, f, 0.1, {"closed form G(y)": lambda y, x0: f.encode(y)}, attributes)
 
-        def in_moves(y: Tensor, x0: Tensor) -> Tensor:
-            move, far = SPNNOperator(model).towards(y), x0.new_ones(len(x0), dtype=torch.bool)
-            for _ in range(20):
-                x0 = guide(move(x0), x0, far, 1.0, max_move=0.15)
-            return x0
+    def in_moves(y: Tensor, x0: Tensor) -> Tensor:
+        move, far = SPNNOperator(model).towards(y), x0.new_ones(len(x0), dtype=torch.bool)
+        for _ in range(20):
+            x0 = guide(move(x0), x0, far, 1.0, max_move=0.15)
+        return x0
 
-        closed = {
-            "closed form g'(y)": lambda y, x0: model.pinv(y),
-            "NLBP": lambda y, x0: model.back_project(x0, y),
-            "NLBP in 20 short moves": in_moves,
-        }
-    return Target(network, f, (), (), x_lr, closed, attributes=model.notes.get("attributes"))
+    closed: Closed = {
+        "closed form g'(y)": lambda y, x0: model.pinv(y),
+        "NLBP": lambda y, x0: model.back_project(x0, y),
+        "NLBP in 20 short moves": in_moves,
+    }
+    return Target(network, model.to(device), 0.03, closed, attributes)
 
 
 def load_targets(network: str, s: Settings, device: torch.device) -> list[Target]:
-    """The network called ``network`` (see the module's text), frozen, on ``device``: one target, or one for each of
-    StyleGAN's spaces.
+    """The network called ``network`` (see invert.py), frozen, on ``device``: one target, or one for each space of
+    StyleGAN's.
 
     Raises:
         InputError: an unknown name, weights that cannot be read, or a network that does not run on its own in_shape.
     """
     if ":" in network:
-        targets = [Target(network, imported(network), (), (), 0.1)]
+        targets = [Target(network, imported(network))]
     elif network not in READY:
         hint = nearest(network, READY)
         raise InputError(f"--network {network}: expected {', '.join(READY)} or package.module:factory{hint}")
     elif network == "stylegan":
         generator = load_generator(s.weights).to(device)
         noise = generator.draw_noise(1, torch.Generator().manual_seed(s.seed)) if s.noise == "fixed" else None
-        targets = [
-            Target(f"stylegan {space}", Latents(generator, space, noise, s.bf16), (), (), 0.1) for space in s.spaces
-        ]
+        targets = [Target(f"stylegan {space}", Latents(generator, space, noise, s.bf16)) for space in s.spaces]
     else:
         targets = [of_spnn(network, s, device)]
     for target in targets:
-        target.f = target.f.to(device).eval().requires_grad_(False)
-        target.in_shape = tuple(target.f.in_shape)
+        target.f, target.in_shape = target.f.to(device).eval().requires_grad_(False), tuple(target.f.in_shape)
         try:
             with torch.no_grad():
-                output = target.f(torch.zeros(2, *target.in_shape, device=device))
-            if output.shape[0] != 2:
-                raise ValueError(f"2 inputs gave an output of shape {tuple(output.shape)}")
+                count, *out_shape = target.f(torch.zeros(2, *target.in_shape, device=device)).shape
+            if count != 2:
+                raise ValueError(f"2 inputs gave an output of shape {(count, *out_shape)}")
         except Exception as error:
-            raise InputError(
-                f"--network {network}: does not take inputs of shape {target.in_shape}: {error}"
-            ) from error
-        target.out_shape = tuple(output.shape[1:])
+            shape = target.in_shape
+            raise InputError(f"--network {network}: does not take inputs of shape {shape}: {error}") from error
+        target.out_shape = tuple(out_shape)
         if target.from_image:
             target.bounds, target.x_lr = (-1.0, 1.0), min(target.x_lr, 0.03)
         target.x_lr = target.x_lr if s.x_lr is None else s.x_lr
     return targets
 
 
-def spnn_beside(target: Target, s: Settings, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """What an SPNN of the same size makes of an image's own logits, as images: (y, x0) -> images, by name."""
+def spnn_beside(target: Target, s: Settings, device: torch.device) -> Closed:
+    """What an SPNN of the same size makes of an image's own logits, as images, for latents of StyleGAN."""
     try:
         model = SPNN.from_pretrained(s.spnn).to(device).requires_grad_(False)
     except InputError:
         return {}
-    if not isinstance(target.f, Latents) or tuple(model.pinn.in_shape) != target.out_shape:
+    if not isinstance(target.f, Latents) or tuple(model.in_shape) != target.out_shape:
         return {}
     return {
         "SPNN, g'(g(x))": lambda y, x0: model.pinv(model(y)),
@@ -248,36 +238,25 @@ def outputs(f: nn.Module, x: Tensor, batch_size: int, device: torch.device) -> T
     return torch.cat([f(batch.to(device)).cpu() for batch in x.split(batch_size)])
 
 
+@torch.no_grad()
 def starts(target: Target, y: Tensor, s: Settings, loss: Loss, device: torch.device) -> Tensor:
     """Where searches for the images y (B, 3, S, S) begin, (B, ...), on the CPU; zero if there are no latents."""
-    if s.start == "average" and isinstance(target.f, Latents):
+    latents, draws = isinstance(target.f, Latents), torch.Generator().manual_seed(s.seed)
+    if s.start == "average" and latents:
         return target.f.average().cpu().repeat(len(y), 1)
     if s.start != "best":
         return torch.zeros(len(y), *target.in_shape)
-    draws = torch.Generator().manual_seed(s.seed)
-    if isinstance(target.f, Latents):
-        drawn = target.f.draw(s.draws, draws).cpu()
-    else:
-        drawn = torch.randn(s.draws, *target.in_shape, generator=draws)
-    pictures = outputs(target.f, drawn, s.batch_size, device)
-    best = []
-    for one in y:
-        parts = pictures.split(s.batch_size)
-        with torch.no_grad():
-            losses = [loss(part.to(device), one.to(device).expand_as(part)).cpu() for part in parts]
-        best.append(torch.cat(losses).argmin())
-    return drawn[torch.stack(best)]
+    drawn = target.f.draw(s.draws, draws).cpu() if latents else torch.randn(s.draws, *target.in_shape, generator=draws)
+    pictures = outputs(target.f, drawn, s.batch_size, device).split(s.batch_size)
+    losses = [torch.cat([loss(p.to(device), one.to(device).expand_as(p)).cpu() for p in pictures]) for one in y]
+    return drawn[torch.stack(losses).argmin(1)]
 
 
 # --- Problems: wanted outputs and starts -----------------------------------------------------------------------------
 
 
 def named_images(data: Path | None, count: int | None) -> dict[str, Path]:
-    """The images of a folder or file by a name for their results, ``count`` of them at most.
-
-    Raises:
-        InputError: no folder given, or nothing in it.
-    """
+    """``count`` images of a folder or file, or all, by a name for their results. Raises InputError: there are none."""
     if data is None:
         raise InputError("--data: this network needs an image or a folder of images")
     paths = find_images(data)[:count]
@@ -285,11 +264,7 @@ def named_images(data: Path | None, count: int | None) -> dict[str, Path]:
 
 
 def read_images(data: Path | None, size: int | None, count: int | None) -> tuple[list[str], Tensor | None]:
-    """Names and images (N, 3, S, S) in [-1, 1] of a folder or file; none if the network has no image on either side.
-
-    Raises:
-        InputError: as `named_images`, or an image that cannot be read.
-    """
+    """Names and images (N, 3, S, S) in [-1, 1] of a folder or file; none if the network has no image on either side."""
     if size is None:
         return [], None
     named = named_images(data, count)
@@ -318,10 +293,13 @@ def problem_source(
     return draw
 
 
-@dataclass
-class Problems:
-    """N inversions to measure: wanted outputs y, and the images (or inputs) they belong to; starts x0 unless the
-    network's outputs are images."""
+class Problems(NamedTuple):
+    """N inversions to measure.
+
+    Attributes:
+        y: wanted outputs, and ``wanted``, the images (or inputs) that they belong to.
+        x0: starts; None if the network's outputs are images.
+    """
 
     names: list[str]
     y: Tensor
@@ -366,10 +344,8 @@ def load_vgg(device: torch.device) -> nn.Sequential:
     try:
         vgg = torchvision.models.vgg16(weights="IMAGENET1K_V1")
     except Exception as error:  # torch.hub fetches them: any network error may come
-        where = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
-        raise InputError(
-            f"--loss vgg: VGG-16's weights cannot be had ({error}); put torchvision's file at {where}"
-        ) from None
+        file = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
+        raise InputError(f"--loss vgg: VGG-16's weights cannot be had ({error}); put them at {file}") from None
     return vgg.features.eval().requires_grad_(False).to(device)
 
 
@@ -381,16 +357,16 @@ def make_loss(target: Target, s: Settings, device: torch.device) -> Loss:
     """
     if not target.to_image and s.loss in ("lpips", "vgg"):
         raise InputError(f"--loss {s.loss}: compares images, and {target.name} gives none from something else")
-    if s.loss != "vgg" and len(s.perceptual_weight) > 1:
-        raise InputError("--perceptual_weight: several are for the layers of --loss vgg")
+    if len(s.perceptual_weight) not in (1, len(s.vgg_layers) if s.loss == "vgg" else 1):
+        raise InputError("--perceptual_weight: one, or one for each layer of --loss vgg")
     if not target.to_image or s.loss == "mse":
         return squared_error
     if s.loss == "vgg":
-        try:
-            weights = s.perceptual_weight * (len(s.vgg_layers) if len(s.perceptual_weight) == 1 else 1)
-            return FeatureDistance(load_vgg(device), s.vgg_layers, weights)
-        except ValueError as error:
-            raise InputError(f"--vgg_layers, --perceptual_weight: {error}") from None
+        vgg = load_vgg(device)
+        if not s.vgg_layers or max(s.vgg_layers) >= len(vgg):
+            raise InputError(f"--vgg_layers: must be of 0 to {len(vgg) - 1}")
+        weights = s.perceptual_weight * (len(s.vgg_layers) if len(s.perceptual_weight) == 1 else 1)
+        return FeatureDistance(vgg, dict(zip(s.vgg_layers, weights, strict=True)))
     lpips = lpips_or_none(device, target.img_size)
     if lpips is None and s.loss == "lpips":
         raise InputError("--loss lpips: cannot be had, see above; use --loss mse, or auto, which goes on without")

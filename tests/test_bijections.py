@@ -3,9 +3,6 @@
 import copy
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +26,6 @@ from blocks import BLOCKS, ConvPINNBlock, PixelUnshuffleBlock
 from density import Density, as_transform
 from models import PINN, SPNN
 
-ROOT = Path(__file__).parents[1]
 STANDARD = Normal(0.0, 1.0)
 
 
@@ -847,18 +843,6 @@ def test_inverted_twice_is_the_layer_itself_and_its_parameters_are_the_layers():
 # --- In a chain ------------------------------------------------------------------------------------------------------
 
 
-def test_names_are_known_without_importing_the_module():
-    code = (
-        "from models import SPNN\n"
-        "model = SPNN(num_classes=12, img_size=2, layer_channels=["
-        "('PixelUnshuffleBlock', {'r': 2}), ('Conv1x1', {'channels': 12}), ['ELU', {'alpha': 0.5}]])\n"
-        "print(SPNN(**model.config).config['layer_channels'])"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert "['Conv1x1', {'channels': 12}], ['ELU', {'alpha': 0.5}]" in shown.stdout
-
-
 def test_every_layer_has_a_name_and_so_has_its_inverse():
     """What `test_laws.py` holds to the laws can stand in a YAML file."""
     base = {bi.Bijection, bi.PerFeature, bi.Affine, bi.Activation, bi.OverChannels, bi.Split, bi.Residual, bi.Inverted}
@@ -886,15 +870,11 @@ def test_every_layer_has_a_name_and_so_has_its_inverse():
 
 REFUSED = {
     "an inverse of no block": (lambda: bi.inverted("Cube"), "Inverted: block must be one of .*'Tanh'.*, got 'Cube'"),
-    "an inverse of a surjection": (lambda: bi.inverted("ConvPINNBlock", in_ch=3, out_ch=2), "got 'ConvPINNBlock'"),
     "an inverse that loses": (lambda: bi.inverted("ResidualFC", in_ch=3, out_ch=2), "discards a latent"),
     "channels": (lambda: PINN([bi.Bias(3), bi.Conv1x1(4)], (3, 2, 2)), r"block 1: Conv1x1\(4\): channels is 4, but 3"),
     "features": (lambda: PINN([bi.Bias((3, 2))], (3, 4)), r"block 0: Bias\(3x2\).*\(3, 4\) arrives"),
     "a view": (lambda: PINN([bi.View((4,), (2, 2))], (5,)), r"View.*expected \(4,\), got \(5,\)"),
-    "a view of other entries": (lambda: bi.View((4,), (3, 2)), "got 4 and 6"),
     "an unshuffle": (lambda: PINN([bi.PixelUnshuffle(2)], (1, 4, 5)), r"PixelUnshuffle\(r=2\): .* got 4x5"),
-    "an inverse that loses what it adds": (lambda: bi.Inverted(bi.Concat(3, 2)), "discards a latent"),
-    "an unshuffle of a line": (lambda: PINN([bi.PixelUnshuffle(2)], (1, 4)), "2 dimensions"),
     "a shuffle": (lambda: PINN([bi.PixelShuffle(2)], (6, 2, 2)), "6 channels"),
     "a mask": (lambda: PINN([bi.Coupling(4, mask=[1, 0, 1], dims=0)], (4,)), r"mask of shape \(3,\).*\(4,\)"),
     "a mask of halves": (lambda: bi.Coupling(2, mask=[0.5, 1], dims=0), "0 and 1 only"),
@@ -902,32 +882,17 @@ REFUSED = {
     "nothing to move": (lambda: bi.Coupling(4, kept=4), "kept must be positive and at most 3, got 4"),
     "a mask and a split": (lambda: bi.Coupling(4, kept=1, mask="checkerboard"), "a mask stands in place of kept"),
     "a scale of none": (lambda: bi.Coupling(4, kind="additive", s=nn.Linear(2, 2)), "s is for kind 'affine'"),
-    "a kind": (lambda: bi.Coupling(4, kind="cubic"), "'cubic'"),
     "bins": (lambda: bi.SplineCoupling(4, bins=1), r"SplineCoupling\(4\): bins must be 2 to 256, got 1"),
-    "an infinite scale": (lambda: bi.Coupling(4, scale_bound=math.inf), "scale_bound must be positive, got inf"),
     "parts of channels": (lambda: bi.Conv1x1(3.0), "Conv1x1: channels must be a whole number, got 3.0"),
-    "parts of features": (lambda: bi.Bias((3, 2.0)), "Bias: features must be a whole number, got 2.0"),
-    "a factor of an unshuffle": (lambda: bi.PixelUnshuffle(2.0), "r must be a whole number, got 2.0"),
-    "no bound": (lambda: bi.SplineCoupling(4, bound=0.0), "bound must be positive"),
-    "a mask by name": (lambda: bi.Coupling(4, mask="chess"), "'chess'"),
     "a slope": (lambda: bi.LeakyReLU(0.0), "LeakyReLU: slope must be positive.*0.0"),
-    "a learned slope": (lambda: bi.PReLU(3, slope=-1.0), "PReLU: slope must be positive.*-1.0"),
-    "alpha": (lambda: bi.ELU(alpha=-1), "ELU: alpha must be positive"),
     "an order": (lambda: bi.Shuffle(3, order=[0, 0, 1]), r"each of 0\.\.\.2 once"),
-    "mixing": (lambda: bi.Orthogonal(3, mix_type="qr"), "'qr'"),
     "lipschitz 1": (lambda: bi.ResidualFC(3, lipschitz=1.0), "lipschitz must be above 0 and below 1.*1.0"),
-    "lipschitz above 1": (lambda: bi.ResidualConv2d(3, size=4, lipschitz=1.5), "below 1.*1.5"),
-    "a wider output": (lambda: bi.ResidualFC(3, 4), "out_ch must be positive and at most 3"),
     "no size": (lambda: bi.ResidualConv2d(3), "needs the size of the map"),
     "a size below the kernel": (lambda: bi.ResidualConv1d(3, size=2), "at least 3 per dimension"),
     "another size": (lambda: PINN([bi.ResidualConv2d(3, size=4)], (3, 4, 5)), r"size is \(4, 4\).*\(4, 5\)"),
     "an even kernel": (lambda: bi.ResidualConv1d(3, size=8, kernel_size=4), "odd"),
-    "a kernel for vectors": (lambda: bi.ResidualFC(3, kernel_size=5), "kernel_size.*are for convolutions"),
-    "a norm": (lambda: bi.ResidualFC(3, norm="frobenius"), "'frobenius'"),
     "noise": (lambda: bi.ConcatNoise(2, 1, noise="pink"), "'pink'"),
     "noise of vectors": (lambda: bi.ConcatNoise(2, 1, noise=Normal(torch.zeros(3), 1)), "single numbers"),
-    "whitening": (lambda: bi.Whitening(2, kind="cholesky"), "'cholesky'"),
-    "momentum": (lambda: bi.BatchNorm(2, momentum=0), "momentum must be positive and at most 1"),
     "no features": (lambda: bi.Bias(0), "Bias: features must be positive"),
 }
 
