@@ -3,9 +3,8 @@
 A surjective block maps many channels to few, ``y = g(x)``. The channels it drops, ``z``, would complete it to a
 bijection ``G(x) = (g(x), z)``. Its pseudo-inverse puts natural ones back, ``g'(y) = G^-1(y, r(y))`` with ``r`` learned.
 
-Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042.
-
-Letters: B batch, C channels, H and W size; x input, y output, z a latent, u a mixed feature map.
+Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042. B batch, C channels, H and W
+size; x input, y output, z a latent, u a mixed feature map.
 """
 
 import math
@@ -114,7 +113,7 @@ LARGEST = 1e7  # entry of a Cayley parameter that counts as it is
 
 
 def _shrunk(b: Tensor) -> Tensor:
-    """What scales B back to `LARGEST` if it has larger entries, else 1; a constant to derivatives."""
+    """What scales B back to `LARGEST` if it has larger entries; a constant to derivatives."""
     return LARGEST / exact(b.detach().abs().amax()).clamp(min=LARGEST)
 
 
@@ -134,8 +133,7 @@ def cayley(b: Tensor) -> Tensor:
 class _ApplyCayley(torch.autograd.Function):
     """``u = W x`` for x of shape (..., C) and a constant W, with the gradient of B in the precision of B.
 
-    From ``du = -2 M dA M x`` and ``M = (W + I) / 2``: with ``d = W^T du``, ``dA = -(du + d) (u + x)^T / 2``, which has
-    no product of two C x C matrices.
+    From ``du = -2 M dA M x`` and ``M = (W + I) / 2``: with ``d = W^T du``, ``dA = -(du + d) (u + x)^T / 2``.
     """
 
     @staticmethod
@@ -180,13 +178,8 @@ class CayleyMixing(Mixing):
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] != state or kept[1] not in (block, _block.get()):
             with torch.inference_mode(False), torch.no_grad():  # whose tensors could serve no later gradient
-                kept = (
-                    state,
-                    block,
-                    cayley(b),
-                    b,
-                    b.detach(),
-                )  # they hold id and memory: no others have them
+                # the last two hold id and memory: no other weights can have them
+                kept = state, block, cayley(b), b, b.detach()
             self.__dict__["_kept"] = kept
         return kept[2]
 
@@ -350,7 +343,7 @@ class ConvPINNBlock(Surjection):
     Args:
         in_ch, out_ch: channels, 0 < out_ch < in_ch.
         hidden: width of s, T and R; at least their input's channels, at most 1024.
-        scale_bound: largest absolute log-scale. A block's inverse amplifies by at most exp(scale_bound).
+        scale_bound: largest absolute log-scale: the inverse amplifies by at most exp(scale_bound).
         feat_size: H = W at this block, or (H, W). Even: U-Net like networks; 1: pointwise; None: 3x3, for any size.
         mix_type: "cayley" or "householder".
         st, r: layers of s and T, and of R (see `ConvMLP`), in place of those that feat_size stands for.

@@ -10,7 +10,6 @@ grows with depth, and float64 beside float32 tells rounding from a mistake.
 """
 
 import copy
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,37 +54,32 @@ ARITHMETICS = ("float64", *PRECISIONS)  # that the identities can be measured in
 # --- Penrose identities and naturalness ------------------------------------------------------------------------------
 
 
-def _larger(a: float, b: float) -> float:
-    """The larger one; NaN if either is, which Python's max would drop."""
-    return b if b != b or b > a else a
-
-
 class _Error:
     """Errors of one identity, gathered over batches, in float64 whatever was measured."""
 
     def __init__(self) -> None:
-        self.max = self.largest = self.squares = self.expected_squares = 0.0
+        self.largest = torch.zeros(2, dtype=torch.float64)  # of differences, and of what was expected
+        self.squares = torch.zeros(2, dtype=torch.float64)
         self.count = 0
 
     def add(self, actual: Tensor, expected: Tensor) -> None:
-        difference, expected = (actual - expected).cpu().double(), expected.cpu().double()  # MPS has no float64
-        if not difference.numel():
-            return
-        self.max = _larger(self.max, difference.abs().max().item())
-        self.largest = _larger(self.largest, expected.abs().max().item())
-        self.squares += difference.square().sum().item()
-        self.expected_squares += expected.square().sum().item()
-        self.count += difference.numel()
+        for i, values in enumerate((actual - expected, expected)):
+            values = values.cpu().double()  # MPS has no float64
+            if values.numel():
+                self.largest[i] = torch.maximum(self.largest[i], values.abs().max())  # NaN if one is
+            self.squares[i] += values.square().sum()
+        self.count += actual.numel()
 
     def figures(self) -> dict[str, float]:
-        def ratio(a: float, b: float) -> float:
-            return a / b if b else (0.0 if a == 0 else math.inf if a == a else math.nan)
+        def ratio(pair: Tensor) -> float:
+            error, expected = pair.tolist()
+            return 0.0 if error == 0 else (pair[0] / expected).item()
 
         return {
-            "relative_max": ratio(self.max, self.largest),
-            "relative_rms": ratio(self.squares**0.5, self.expected_squares**0.5),
-            "absolute_max": self.max,
-            "absolute_rms": ratio(self.squares, self.count) ** 0.5,
+            "relative_max": ratio(self.largest),
+            "relative_rms": ratio(self.squares.sqrt()),
+            "absolute_max": self.largest[0].item(),
+            "absolute_rms": (self.squares[0] / max(self.count, 1)).sqrt().item(),
         }
 
 
@@ -104,17 +98,15 @@ def penrose(
         images: (N, C, H, W) in [-1, 1].
         targets: logits y, (M, *out_shape), for the right inverse and g' g g' = g'. None draws N from a normal
             distribution of three times the spread of g(images): far from the data, where a mere fit to it would fail.
+            ``seed`` is theirs.
         precision: what to compute in, one of `ARITHMETICS`; the model itself stays as it is. "tf32" and "bf16" are of
             the networks inside blocks alone.
-        seed: of the drawn targets.
-        batch_size: images at a time.
 
     Returns:
-        For every name in `IDENTITIES`, errors: ``absolute_max`` and ``absolute_rms`` over all elements,
-        ``relative_max`` and ``relative_rms`` against the largest expected value and the expected root mean square.
-        The right inverse at y = g(x) is the identity g g' g = g, ``reflexive_g``. ``completion`` is G^-1(G(x)) = x,
-        ``natural_latents`` the closed form of G(g'(y)), ``consistency`` of back-projection to another image's y, and
-        `SYMMETRY` of a chain that is linear. Besides, over y = g(images):
+        For every name in `IDENTITIES`, and `SYMMETRY` of a chain that is linear, errors: ``absolute_max`` and
+        ``absolute_rms`` over all elements, ``relative_max`` and ``relative_rms`` against the largest expected value and
+        the expected root mean square. ``consistency`` is that of back-projection to another image's y. Besides, over
+        y = g(images):
 
         ``naturalness_norm``: mean |g'(y)|^2 of an image, summed over its pixels.
         ``natural_distance``: mean squared difference of the latents of g'(y) from those of the zero image, over all
@@ -145,7 +137,7 @@ def penrose(
             _measure_target(model, y.to(device, dtype), errors)
     return {
         **{name: errors[name].figures() for name in identities},
-        "naturalness_norm": errors["norm"].squares / len(images),
+        "naturalness_norm": errors["norm"].squares[0].item() / len(images),
         "natural_distance": errors["distance"].figures()["absolute_rms"] ** 2,
         "lost": errors["lost"].figures()["relative_rms"],
         "images": len(images),

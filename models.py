@@ -3,9 +3,8 @@
 A network is a chain of the blocks of blocks.py, and itself such a surjection. Whatever the weights are,
 ``g(g'(y)) = y``: that is algebra, and tests/test_laws.py holds every block and chain to it.
 
-Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042.
-
-Letters: B batch, C channels, H and W size, d classes; x an image, y logits, z a latent, u a mixed feature map.
+Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042. B batch, C channels, H and W
+size, d classes; x an image, y logits, z a latent, u a mixed feature map.
 """
 
 import functools
@@ -165,8 +164,7 @@ class BackProjection:
     descent of the r-networks, and each call one inverse. At strength 1, ``g(x') = y``.
 
     Args:
-        model: an `SPNN`.
-        x: images, (B, C, H, W).
+        model: an `SPNN`. x: images, (B, C, H, W).
         goal: ``model.natural(y)`` for the targets y. It is the same for every x: compute it once a run.
 
     Attributes:
@@ -243,11 +241,7 @@ BUILT_IN = {32: published_32, 64: published_64, 256: published_256}
 
 
 def custom_blocks(layer_channels: Sequence, mix_type: str) -> list[Surjection]:
-    """The blocks of a ``layer_channels`` list: (class or its name, its arguments) each.
-
-    Raises:
-        ValueError: an unknown block or argument, or arguments that the block refuses.
-    """
+    """The blocks of a ``layer_channels`` list. Raises ValueError: an unknown block, or arguments that it refuses."""
     if not isinstance(layer_channels, (list, tuple)) or not layer_channels:
         raise ValueError(f"layer_channels: expected a list of (block, arguments), got {layer_channels!r}")
     blocks = []
@@ -313,8 +307,8 @@ class SPNN(Pretrained):
             block = functools.partial(ConvPINNBlock, scale_bound=scale_bound, mix_type=mix_type, scale=hidden / 128)
             blocks = BUILT_IN[self.img_size](num_classes, block)
         else:
-            known = f"{sorted(BUILT_IN)} have"
-            raise ValueError(f"SPNN: img_size {img_size} has no built-in architecture ({known}): give layer_channels")
+            has = f"has no built-in architecture, as {sorted(BUILT_IN)} have"
+            raise ValueError(f"SPNN: img_size {img_size} {has}: give layer_channels")
         self.pinn = PINN(blocks, (img_ch, h, w))
         c, *size = self.pinn.out_shape
         self.in_shape, self.out_shape = self.pinn.in_shape, (c,) if size == [1, 1] else (c, *size)

@@ -143,10 +143,8 @@ def block_rows(mix: str) -> list[Row]:
 
     return [
         Row(f"block {mix} any size, odd and oblong", block(7, 4, hidden=8), (7, 5, 3)),
-        Row(f"block {mix} any size, 1x1", block(9, 2, hidden=4), (9, 1, 1)),
         Row(f"block {mix} feat_size 1", block(13, 5, hidden=16, feat_size=1), (13, 1, 1)),
         Row(f"block {mix} feat_size 2", block(8, 3, hidden=8, feat_size=2), (8, 2, 2)),
-        Row(f"block {mix} feat_size 6", block(6, 3, hidden=8, feat_size=6), (6, 6, 6)),
         Row(f"block {mix} one class", block(20, 1, hidden=8, feat_size=1), (20, 1, 1)),
         Row(f"block {mix} one channel dropped", block(6, 5, hidden=8), (6, 3, 4)),
         Row(f"block {mix} two channels", block(2, 1, hidden=1), (2, 3, 3)),
@@ -169,46 +167,59 @@ def built_in(img_size: int, mix_type: str = "cayley", slow: bool = False) -> Row
     return Row(name, build, (3, img_size, img_size), **CHAIN, slow=slow)
 
 
-def bijection_rows() -> list[Row]:
-    def row(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], **options) -> Row:
-        return Row(name, build, shape, **{"lossy": False, "float32": 1e-4, **options})
+def row(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], **options) -> Row:
+    """Of a bijection."""
+    return Row(name, build, shape, **{"lossy": False, "float32": 1e-4, **options})
 
+
+def elementwise_rows() -> list[Row]:
+    return [
+        row("sigmoid", bi.Sigmoid, (3, 4), outputs=lambda y: torch.sigmoid(y / 2).clamp(0.02, 0.98)),
+        row("tanh", bi.Tanh, (3, 2, 2), outputs=lambda y: torch.tanh(y / 4).clamp(-0.95, 0.95)),
+        row("leaky relu", bi.LeakyReLU, (3, 2, 5)),
+        row("prelu", lambda: bi.PReLU(3), (3, 5)),
+        row("elu alpha 2", lambda: bi.ELU(2.0, 0.7), (3, 4), outputs=lambda y: y.clamp_min(-0.99)),
+        row("an activation of one's own", Asinh, (3, 2), outputs=torch.tanh),
+        row("one of a single slope", Tripled, (3, 2)),
+        row("baird", lambda: bi.BairdActivation(4), (4, 3)),
+        row("baird, one per entry", lambda: bi.BairdActivation((2, 3, 2)), (2, 3, 2)),
+        row("bias", lambda: bi.Bias(6), (6,)),
+        row("diagonal, spatial", lambda: bi.Diagonal(3), (3, 2, 5)),
+        row("diagonal, one per entry", lambda: bi.Diagonal((3, 2)), (3, 2)),
+        row("actnorm", lambda: bi.ActNorm(3), (3, 2, 4)),
+        row("batch norm", lambda: bi.BatchNorm(3), (3, 2, 4), fitted=True),
+    ]
+
+
+def channel_rows() -> list[Row]:
+    return [
+        row("orthogonal, spatial", lambda: bi.Orthogonal(5, reflections=5), (5, 3, 2)),
+        row("orthogonal, cayley", lambda: bi.Orthogonal(5, mix_type="cayley"), (5, 3)),
+        row("svd", lambda: bi.SVDLinear(6), (6,)),
+        row("svd, spatial", lambda: bi.SVDLinear(4, bias=False, mix_type="cayley"), (4, 3, 2)),
+        row("conv 1x1", lambda: bi.Conv1x1(4), (4, 2, 3)),
+        row("conv 1x1, vectors", lambda: bi.Conv1x1(5), (5,)),
+        row("whitening zca", lambda: bi.Whitening(3), (3, 4), fitted=True),
+        row("whitening pca", lambda: bi.Whitening(5, kind="pca"), (5,), fitted=True),
+        row("shuffle", lambda: bi.Shuffle(7), (7, 2)),
+        row("view", lambda: bi.View((2, 3, 2), (4, 3)), (2, 3, 2)),
+        row("unshuffle 1-D", lambda: bi.PixelUnshuffle(3, dims=1), (2, 6)),
+        row("unshuffle 3-D", lambda: bi.PixelUnshuffle(2, dims=3), (1, 4, 2, 6)),
+        row("shuffle 2-D", lambda: bi.PixelShuffle(2), (8, 1, 3)),
+        row("extract", lambda: bi.Concat(3, 2).inverted(), (5, 2), lossy=True),
+        row("extract noise", lambda: bi.ConcatNoise(2, 3, noise="uniform").inverted(), (5, 2, 2), lossy=True),
+    ]
+
+
+def network_rows() -> list[Row]:
     def split(dims: int, **options) -> Callable[[], nn.Module]:
         return lambda: bi.Coupling(5, dims=dims, hidden=8, **options)
 
     def residual(kind: type, *args, **options) -> Callable[[], nn.Module]:
         return lambda: kind(*args, hidden=7, **options)
 
-    above, half = lambda y: y.clamp_min(-0.99), torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])  # noqa: E731
+    half = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])
     return [
-        row("sigmoid", bi.Sigmoid, (3, 4), outputs=lambda y: torch.sigmoid(y / 2).clamp(0.02, 0.98)),
-        row("tanh", bi.Tanh, (3, 2, 2), outputs=lambda y: torch.tanh(y / 4).clamp(-0.95, 0.95)),
-        row("leaky relu", bi.LeakyReLU, (3, 2, 5)),
-        row("prelu", lambda: bi.PReLU(3), (3, 5)),
-        row("elu", bi.ELU, (3, 2, 2), outputs=above),
-        row("elu alpha 2", lambda: bi.ELU(2.0, 0.7), (7,), outputs=above),
-        row("selu", bi.SELU, (3, 4), outputs=above),
-        row("an activation of one's own", Asinh, (3, 2), outputs=torch.tanh),
-        row("one of a single slope", Tripled, (3, 2)),
-        row("baird", lambda: bi.BairdActivation(4), (4, 3)),
-        row("baird, one per entry", lambda: bi.BairdActivation((2, 3, 2)), (2, 3, 2)),
-        row("bias", lambda: bi.Bias(6), (6,)),
-        row("diagonal", lambda: bi.Diagonal(6), (6,)),
-        row("diagonal, spatial", lambda: bi.Diagonal(3), (3, 2, 5)),
-        row("diagonal, one per entry", lambda: bi.Diagonal((3, 2)), (3, 2)),
-        row("orthogonal", lambda: bi.Orthogonal(6), (6,)),
-        row("orthogonal, spatial", lambda: bi.Orthogonal(5, reflections=5), (5, 3, 2)),
-        row("orthogonal, cayley", lambda: bi.Orthogonal(5, mix_type="cayley"), (5, 3)),
-        row("svd", lambda: bi.SVDLinear(6), (6,)),
-        row("svd, spatial", lambda: bi.SVDLinear(4, bias=False, mix_type="cayley"), (4, 3, 2)),
-        row("shuffle", lambda: bi.Shuffle(7), (7, 2)),
-        row("shuffle, given order", lambda: bi.Shuffle(3, order=[2, 0, 1]), (3, 2, 2)),
-        row("view", lambda: bi.View((2, 3, 2), (4, 3)), (2, 3, 2)),
-        row("unshuffle 1-D", lambda: bi.PixelUnshuffle(3, dims=1), (2, 6)),
-        row("unshuffle 2-D", lambda: bi.PixelUnshuffle(2), (2, 4, 6)),
-        row("unshuffle 3-D", lambda: bi.PixelUnshuffle(2, dims=3), (1, 4, 2, 6)),
-        row("shuffle 1-D", lambda: bi.PixelShuffle(3, dims=1), (6, 4)),
-        row("shuffle 2-D", lambda: bi.PixelShuffle(2), (8, 1, 3)),
         row("coupling affine", split(0), (5,)),
         row("coupling affine 1-D", split(1, kept=1), (5, 4)),
         row("coupling affine 2-D flipped", split(2, flip=True), (5, 2, 3)),
@@ -221,24 +232,19 @@ def bijection_rows() -> list[Row]:
         row("spline coupling", lambda: bi.SplineCoupling(5, dims=0, hidden=6), (5,)),
         row("spline coupling 1-D", lambda: bi.SplineCoupling(3, kept=1, hidden=4, dims=1, bins=2), (3, 4)),
         row("spline coupling 2-D flipped", lambda: bi.SplineCoupling(3, flip=True, hidden=4, bound=2.0), (3, 2, 3)),
-        row("actnorm", lambda: bi.ActNorm(3), (3, 2, 4)),
-        row("batch norm", lambda: bi.BatchNorm(3), (3, 2, 4), fitted=True),
-        row("conv 1x1", lambda: bi.Conv1x1(4), (4, 2, 3)),
-        row("conv 1x1, vectors", lambda: bi.Conv1x1(5), (5,)),
-        row("whitening zca", lambda: bi.Whitening(3), (3, 4), fitted=True),
-        row("whitening pca", lambda: bi.Whitening(5, kind="pca"), (5,), fitted=True),
         row("residual", residual(bi.ResidualFC, 6), (6,)),
         row("residual, narrower", residual(bi.ResidualFC, 6, 2, lipschitz=0.6), (6,), lossy=True),
         row("residual 1-D", residual(bi.ResidualConv1d, 3, size=6, padding_mode="circular"), (3, 6)),
         row("residual 2-D", residual(bi.ResidualConv2d, 3, size=(3, 4)), (3, 3, 4)),
         row("residual 2-D, narrower", residual(bi.ResidualConv2d, 3, 1, size=3), (3, 3, 3), lossy=True),
-        row("extract", lambda: bi.Concat(3, 2).inverted(), (5, 2), lossy=True),
-        row("extract noise", lambda: bi.ConcatNoise(2, 3, noise="uniform").inverted(), (5, 2, 2), lossy=True),
         row("inverted coupling", lambda: split(0)().inverted(), (5,)),
-        row("inverted svd", lambda: bi.SVDLinear(4).inverted(), (4, 2)),
         row("inverted residual", lambda: bi.ResidualFC(4, hidden=5).inverted(), (4,)),
         row("chain of bijections", flow, (2, 2, 4)),
     ]
+
+
+def bijection_rows() -> list[Row]:
+    return [*elementwise_rows(), *channel_rows(), *network_rows()]
 
 
 def operator_rows() -> list[Row]:

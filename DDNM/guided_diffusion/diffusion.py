@@ -31,11 +31,9 @@ def best(steps: int) -> Guidance:
 
 
 def added_variance(abar: Tensor, abar_next: Tensor, eta: float | None) -> Tensor:
-    """``s2``, of the noise that a step adds.
+    """``s2``, of the noise that a step adds: the published ``1 - abar_t / abar_next``, or DDIM's for a number eta.
 
-    Args:
-        eta: None for the published ``1 - abar_t / abar_next``; a number for DDIM's,
-            ``eta^2 (1 - abar_next) / (1 - abar_t) (1 - abar_t / abar_next)``.
+    That is ``eta^2 (1 - abar_next) / (1 - abar_t) (1 - abar_t / abar_next)``.
     """
     s2 = 1 - abar / abar_next
     return s2 if eta is None else eta**2 * (1 - abar_next) / (1 - abar) * s2
@@ -148,17 +146,12 @@ def reconstruct(
     names: Sequence[str] | None = None,
     **settings,
 ) -> Tensor:
-    """Images of given logits: what DDNM/main.py draws, from Python.
+    """Images of given logits, (N, d) -> (N, 3, H, W) in [-1, 1], on the logits' device: what DDNM/main.py draws.
 
     Args:
         spnn: an `models.SPNN`, or any `operators.Operator`; prior: see `prior.load_prior`. On one device.
-        logits: targets, (N, d), all drawn at once.
-        guidance: a rule of guidance.py; none: `best`, for the number of steps.
+        guidance: a rule of guidance.py; none: `best`, for the number of steps. settings: of `sample`.
         names: each image's noise comes of the seed and its name; by default its number, from 0.
-        settings: of `sample`.
-
-    Returns:
-        (N, 3, H, W) in [-1, 1], on the logits' device.
     """
     device = next(prior.parameters()).device
     names = [str(i) for i in range(len(logits))] if names is None else names
