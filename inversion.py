@@ -195,7 +195,7 @@ def invert(
         y, x = y.detach().clone(), x0.detach().clone() if state is None else state["x"]
         x = (x if bounds is None else x.clamp(*bounds)).requires_grad_()
         optimiser, best, trajectory = torch.optim.Adam([x], lr=lr), _Best(x.detach().clone(), state), []
-        first = len(best.curve)
+        first, clip = len(best.curve), math.inf if clip is None else clip
         if first:
             moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
             optimiser.state[x] = {**moments, "step": torch.tensor(float(first))}
@@ -208,8 +208,7 @@ def invert(
                 trajectory.append(torch.where(_per_sample(alive, x), x.detach(), best.x))
             if step == steps:
                 break
-            if clip is not None:
-                gradient = gradient * _per_sample((clip / norm.clamp_min(1e-12)).clamp_max(1.0), gradient)
+            gradient = gradient * _per_sample((clip / norm.clamp_min(1e-12)).clamp_max(1.0), gradient)
             x.grad = torch.where(_per_sample(alive, x), gradient, 0.0)  # NaN would stay in Adam's moments
             optimiser.step()
             with torch.no_grad():
@@ -218,11 +217,10 @@ def invert(
                 x.copy_(torch.where(_per_sample(alive, x), x, best.x))
             if on_step is not None:
                 on_step(step + 1)
-    ended = {"x": x.detach(), "best": best.x, "loss": best.loss, "best_step": best.best_step, "stopped": best.stopped}
-    ended |= {"curve": torch.stack(best.curve)}
-    ended |= {name: optimiser.state[x][name] for name in ("exp_avg", "exp_avg_sq") if steps}
+    found = {"loss": best.loss, "best_step": best.best_step, "stopped": best.stopped, "curve": torch.stack(best.curve)}
+    moments = {name: optimiser.state[x][name] for name in ("exp_avg", "exp_avg_sq") if steps}
     path = torch.stack(trajectory) if keep_trajectory else None
-    return Inversion(best.x, best.loss, best.best_step, ended["curve"], best.stopped, path, state=ended)
+    return Inversion(best.x, **found, trajectory=path, state={"x": x.detach(), "best": best.x, **found, **moments})
 
 
 # --- Landscape learning ----------------------------------------------------------------------------------------------
