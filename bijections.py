@@ -180,7 +180,7 @@ class PerFeature(Bijection):
     """A layer whose parameters come one per feature.
 
     Args:
-        features: C, for one per channel, the same at every position; or a shape such as (C, H, W), for one per entry.
+        features: C, for one per channel; or a shape such as (C, H, W), for one per entry.
     """
 
     def __init__(self, features: int | Sequence[int]):

@@ -33,8 +33,7 @@ class Equalised(nn.Module):
     """A linear layer or convolution with weight and bias as stored, multiplied at run time (arXiv 1710.10196, 4.1).
 
     Args:
-        shape: of the weight, (out, in) or (out, in, k, k).
-        gain: sqrt(2) before a leaky ReLU.
+        shape: of the weight, (out, in) or (out, in, k, k). gain: sqrt(2) before a leaky ReLU.
         lr: relative learning rate; weight and bias are multiplied by it.
     """
 
@@ -158,10 +157,8 @@ class StyleGAN(nn.Module):
     """z (B, d) -> image (B, 3, R, R), about [-1, 1], not clamped.
 
     Args:
-        resolution: R, a power of two from 4 to 1024.
+        resolution: R, a power of two from 4 to 1024. dim: d. depth: layers of the mapping.
         channels: C of each block, from 4x4 on; None: those of the published networks.
-        dim: d.
-        depth: layers of the mapping.
 
     Raises:
         ValueError: another resolution, or not one number of channels for each block.
@@ -316,8 +313,7 @@ def generator_from_state_dict(
     Channels, d and the mapping's depth come from the shapes.
 
     Args:
-        resolution: what it must be; None: what the names say.
-        source: what the messages call it.
+        resolution: what it must be; None: what the names say. source: what the messages call it.
 
     Raises:
         InputError: another layout or resolution; it names the first tensor that is missing, left over or of another

@@ -24,11 +24,9 @@ from utils import InputError, nearest, option
 
 
 class Denoised(NamedTuple):
-    """What the sampler goes on with: (B, 3, H, W) each.
+    """What the sampler goes on with: the clean images, moved, and the noise, (B, 3, H, W) each.
 
     Attributes:
-        x0: the clean images, moved.
-        eps: the noise.
         correction: to be added to x_next; None for nothing.
         settle: for targets with noise: given z, a and sigma of ``x_next = a x0 + c eps + sigma z``, x0 and z as they
             should be; None for as they are.
@@ -51,12 +49,7 @@ class NoisePredictor(Protocol):
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The clean images that a prior sees in x_t.
-
-    Attributes:
-        prior: a `NoisePredictor`, `prior.Prior` say.
-        clip_x0: keep x0 in [-1, 1]: g has seen nothing outside, and G^-1 amplifies.
-    """
+    """The clean images that a prior sees in x_t; with ``clip_x0`` in [-1, 1]: g has seen no others, G^-1 amplifies."""
 
     prior: NoisePredictor
     clip_x0: bool = True
@@ -119,9 +112,7 @@ class NLBP(Once):
     linear, ``x0' = x0 + lambda A+(y - A x0)``.
 
     Attributes:
-        lambda1: strength at steps t below ``min_bp_step``, the later, cleaner ones.
-        lambda2: strength at the other steps.
-        min_bp_step: in training-time steps, 0 to 1000.
+        lambda1: strength at steps t below ``min_bp_step``, the later, cleaner ones; lambda2: at the other steps.
         nlbp_stop_cond: an image is left alone if its ``operator.distance`` to y is at most this.
         max_move: lambda is halved, at most `HALVINGS` times, until the image moves by at most this (root mean square);
             if it still moves further, the image is left alone. None: no limit.
@@ -180,15 +171,11 @@ def guide(
 ) -> Tensor:
     """Back-project those of the images x0, (B, 3, H, W), that are still ``far``, (B,), by a limited move.
 
-    Without ``max_move`` the choice is a mask, and a GPU's queue is never waited for. With it, the search for a strength
-    asks the device once per halving which images are still to move.
+    Without ``max_move`` (see `NLBP`) the choice is a mask, and a GPU's queue is never waited for. With it, the search
+    for a strength asks the device once per halving which images are still to move.
 
     Args:
-        project: the back-projection of x0.
-        strength: lambda, a number or one per image, (B,). max_move: see `NLBP`.
-
-    Returns:
-        x0', (B, 3, H, W).
+        project: the back-projection of x0. strength: lambda, a number or one per image, (B,).
     """
     if max_move is None:
         return torch.where(far[:, None, None, None], in_range(project(strength)), x0)
@@ -277,8 +264,7 @@ class Gradient:
     forward pass; `Prior(recompute=True)` computes them again instead.
 
     Attributes:
-        through: step of the gradient by x_t; 0 for none.
-        clean: step of the gradient by x0; 0 for none.
+        through, clean: step of the gradient by x_t, and of that by x0; 0 for none.
         repeats: how often a step is made for ``repeat_to <= t < repeat_from``.
     """
 
