@@ -501,15 +501,17 @@ def labels_of(loader: DataLoader) -> Tensor:
 
 
 def typical_logits(model: SPNN, loader: DataLoader, device: torch.device) -> list[list[float]]:
-    """For each attribute the median logit of the images without it and of those with it, [d][2].
+    """For each attribute the median logit of the images without it and of those with it, [d][2], that g tells right.
 
     What "this attribute, set" means to a network: the value that reconstruction takes for ``--set NAME=0`` and ``=1``.
-    A class without an image takes the other's, with its sign turned.
+    If none is told right, all count; a class without an image takes the other's, with its sign turned.
     """
     logits, labels = predict(model, loader, device)
     typical = []
     for values, present in zip(logits.T, labels.T > 0.5, strict=True):
         without, having = values[~present], values[present]
+        without = without[without < 0] if (without < 0).any() else without
+        having = having[having > 0] if (having > 0).any() else having
         low = without.median().item() if len(without) else -having.median().item()
         high = having.median().item() if len(having) else -low
         typical.append([low, high])

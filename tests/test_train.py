@@ -296,17 +296,17 @@ def test_what_is_not_finite_is_named_and_not_applied(tmp_path, harm, settings, s
 # --- Typical logits --------------------------------------------------------------------------------------------------
 
 
-def test_typical_logits_are_the_medians_without_and_with_the_attribute():
+def test_typical_logits_are_medians_of_the_images_that_are_told_right():
     logits = torch.tensor([[-3.0, 1.0, 5.0], [-1.0, 2.0, 6.0], [-2.0, 3.0, 7.0], [4.0, -9.0, -8.0], [9.0, 0.0, 1.0]])
     labels = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 1]]).float()
     loader = DataLoader(TensorDataset(logits, labels), batch_size=2)
     model = torch.nn.Identity()
     typical = typical_logits(model, loader, torch.device("cpu"))
     assert typical[0] == [-2.0, 4.0]  # of two values the lower one is the median
-    assert typical[1] == [-9.0, 1.0]
+    assert typical[1] == [-9.0, 2.0]  # the 0 is not told right
     assert typical[2] == [-5.0, 5.0]  # no image without it: the other's, turned
     flipped = typical_logits(model, DataLoader(TensorDataset(logits, 1 - labels)), torch.device("cpu"))
-    assert flipped[2] == [5.0, -5.0]
+    assert flipped[2] == [-8.0, 8.0]
     json.dumps(typical, allow_nan=False)
 
 
