@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode
 
 from networks import full_precision
 
@@ -59,13 +60,16 @@ class Banach(NamedTuple):
         # the first step is at most ``scale`` long, and each of the others shrinks by ``lipschitz``
         iterations = max(math.ceil(math.log(goal) / math.log(self.lipschitz)), 1) + 20
         length = started = torch.full_like(scale, math.inf)
+        traced = get_innermost_proxy_mode() is not None  # values are unknown to it: as many as it may take
         for k in range(iterations):
             x, before = step(x), x
             last, length = length, norm(x - before, self.dims)
             started = length if k == 0 else started
             resting = (length >= last) & (length <= 256 * rounding * scale)  # it moves by rounding only
-            if not ((length > goal * scale) & ~resting).any():  # one that is no number comes to no end
+            if not traced and not ((length > goal * scale) & ~resting).any():  # one that is no number comes to no end
                 break
+        if traced:
+            return x
         failed = (length > max(goal, 256 * rounding) * scale) | scale.isfinite() & ~length.isfinite()
         if failed.any():
             worst = (length / last)[failed].max().item()

@@ -469,6 +469,13 @@ def test_an_inverse_has_derivatives_of_every_order_in_both_modes(name):
     assert_close(jacfwd(jacrev(loss))(y[0]), jacrev(jacrev(loss))(y[0]))
 
 
+@pytest.mark.slow  # each step is recorded
+def test_an_inverse_is_linearized():
+    block, y, t = ready(bi.ResidualFC(3, hidden=4, lipschitz=0.01)), randn(2, 3), randn(2, 3, seed=1)
+    x, push = torch.func.linearize(block.pinv, y)
+    assert_close((x, push(t)), torch.func.jvp(block.pinv, (y,), (t,)))
+
+
 @pytest.mark.parametrize("series_terms", [1, 2])
 def test_the_series_estimates_the_log_determinant_without_bias(series_terms):
     """For h = W x: log |det(I + W)| and its gradient (I + W)^-T, over 200 estimates of 100 copies.
