@@ -32,8 +32,11 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _KINDS, _VARIANTS = ("safetensors", "bin"), ("", ".fp16", ".bf16")
 WEIGHTS_NAMES = tuple(f"diffusion_pytorch_model{variant}.{kind}" for kind in _KINDS for variant in _VARIANTS)
-SHARDS_NAMES = tuple(  # of weights in several files
-    f"diffusion_pytorch_model.{kind}.index{variant}.json" for kind in _KINDS for variant in _VARIANTS
+SHARDS_NAMES = tuple(  # of weights in several files, by newer versions of diffusers and by older ones
+    f"diffusion_pytorch_model.{kind}.{name}.json"
+    for kind in _KINDS
+    for variant in _VARIANTS
+    for name in (f"index{variant}", f"{variant}.index".lstrip("."))
 )
 SCHEDULER_NAME = "scheduler_config.json"  # diffusers' place for the schedule and for what a network predicts
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
