@@ -99,7 +99,7 @@ class Tripled(bi.Activation):
         return y / 3
 
     def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
-        return x.new_tensor(math.log(3))
+        return torch.full((), math.log(3), dtype=x.dtype, device=x.device)
 
 
 def flow() -> PINN:
