@@ -90,6 +90,8 @@ class Mixing(nn.Module):
     ``W^T W = I``. Next to the networks of a block that costs little.
     """
 
+    weight_name: str  # of the parameter
+
     def product(self, x: Tensor, transpose: bool) -> Tensor:
         """W x or W^T x for x of shape (..., C), in float64."""
         raise NotImplementedError
@@ -105,7 +107,7 @@ class Mixing(nn.Module):
 
     def matrix(self) -> Tensor:
         """W itself, (C, C): the oracle of the tests, not used by the network."""
-        (weight,) = self.parameters()
+        weight = getattr(self, self.weight_name)
         return self(torch.eye(weight.shape[-1], dtype=at_least_float32(weight).dtype, device=weight.device)).T
 
 
@@ -166,6 +168,8 @@ class CayleyMixing(Mixing):
     as a change. After writing to ``weight.data`` in place, behind torch's back, call ``model.train()`` or ``.eval()``.
     """
 
+    weight_name = "A_unconstrained"
+
     def __init__(self, channels: int):
         super().__init__()
         self.A_unconstrained = nn.Parameter(torch.zeros(channels, channels))
@@ -212,6 +216,8 @@ class HouseholderMixing(Mixing):
     The k reflections are applied as one: ``W = I - V^T S^-1 V`` with S the lower triangle of ``V V^T``, its diagonal
     halved (the compact form of a product of reflections; Joffrain et al. 2006, "UT transform").
     """
+
+    weight_name = "V"
 
     def __init__(self, channels: int, reflections: int = 8):
         super().__init__()

@@ -17,12 +17,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bijections  # noqa: F401  (adds its layers to BLOCKS)
-from blocks import BLOCKS, ConvPINNBlock, PixelUnshuffleBlock, Shape, Surjection, is_transformed, no_volume, solved_once
+from blocks import (
+    BLOCKS,
+    CayleyMixing,
+    ConvPINNBlock,
+    HouseholderMixing,
+    PixelUnshuffleBlock,
+    Shape,
+    Surjection,
+    is_transformed,
+    no_volume,
+    solved_once,
+)
 from checkpoints import Pretrained
 from networks import MOVING, Layer, conv, down, in_training, point, shuffle, unet, up
 from utils import check_positive, sides
 
-__all__ = ["BUILT_IN", "PINN", "SPNN", "BackProjection", "Completion", "ConvPINNBlock", "PixelUnshuffleBlock"]
+__all__ = ["BUILT_IN", "PINN", "SPNN", "BackProjection", "CayleyMixing", "Completion", "ConvPINNBlock"]
+__all__ += ["HouseholderMixing", "PixelUnshuffleBlock", "Surjection"]
 
 
 # --- The chain -------------------------------------------------------------------------------------------------------
