@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocks import PixelUnshuffleBlock, Surjection, at_least_float32, exact, no_volume
+from blocks import PixelUnshuffleBlock, Surjection, at_least_float32, exact, no_volume, solved_once
 from images import read_rgb
 from models import PINN, SPNN, BackProjection, Completion
 from networks import networks_in
@@ -100,6 +100,7 @@ class SPNNOperator:
         with networks_in("float32", y.device):
             return self.model.pinv(y)
 
+    @solved_once()
     def back_project(self, x: Tensor, y: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         return self.towards(y)(x)(strength)
 
@@ -128,6 +129,7 @@ class SquaredError:
 
     towards: Callable[[Tensor], Callable[[Tensor], Move]]
 
+    @solved_once()
     def back_project(self, x: Tensor, y: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         return self.towards(y)(x)(strength)
 

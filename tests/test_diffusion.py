@@ -244,6 +244,16 @@ def test_the_target_is_descended_once_a_run():
     assert len(calls) == 6  # the target's, and one for the logits of every step
 
 
+def test_gradients_of_g_solve_every_w_once_a_run(monkeypatch):
+    solved, inverse = [], torch.linalg.inv_ex
+    monkeypatch.setattr(torch.linalg, "inv_ex", lambda a: solved.append(len(a)) or inverse(a))
+    for steps in (2, 8):
+        solved.clear()
+        model = tiny_spnn().requires_grad_()  # as from_pretrained gives it
+        draw(["a"], model=model, target=logits(1), guidance=rules.Gradient(through=0.03), steps=steps)
+        assert sorted(solved) == [24, 48]
+
+
 def test_the_stop_condition_is_each_images_own_mean_probability_error():
     model, x0, target = tiny_spnn(), images(6), logits(6)
     error = probability_error(model, x0, target)

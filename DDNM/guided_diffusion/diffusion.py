@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from blocks import solved_once
 from DDNM.guided_diffusion.guidance import NLBP, Denoiser, Gradient, Guidance, NoisePredictor, Switched, Unguided
 from DDNM.guided_diffusion.schedule import time_pairs
 from operators import Operator, as_operator
@@ -73,6 +74,7 @@ def _shape(prior: NoisePredictor, count: int, operator: Operator | None, target:
     return shape
 
 
+@solved_once()  # gradients of g at every step, of weights that stand still
 @torch.inference_mode(False)  # a rule may need gradients
 @torch.no_grad()
 def sample(
