@@ -65,10 +65,11 @@ class Task:
     scale_bound: float = option(2.0, "bound of its log-scales", 1e-6)
     batch_size: int = option(256, "images per step, over all processes", 1, LARGEST_BATCH)
     seed: int = option(0, "of weights, order and mirroring", 0, LARGEST_SEED)
+    init: str | None = option(None, "weights that stage 1 begins with: a folder, a file or a hub id (default: random)")
     teachers: tuple[str, ...] = option((), "weights of classifiers of judge.py, from whose answers g learns as well")
 
     def build(self, layer_channels: list | None) -> SPNN:
-        """A fresh SPNN. Raises InputError if the architecture does not fit."""
+        """The SPNN to train. Raises InputError if the architecture does not fit, attributes or ``init``."""
         try:
             size = 256 if self.img_size is None else self.img_size
             model = SPNN(3, len(ATTRIBUTES), self.hidden, self.scale_bound, size, self.mix_type, layer_channels)
@@ -76,9 +77,14 @@ class Task:
                 raise ValueError(
                     "attributes need a chain that ends at 1x1, it ends at {1}x{2}".format(*model.out_shape)
                 )
-            return model
         except ValueError as error:
             raise InputError(f"architecture: {error}") from None
+        if self.init is not None:
+            try:
+                model.load_state_dict(SPNN.from_pretrained(self.init).state_dict())
+            except RuntimeError:
+                raise InputError(f"--init {self.init}: its architecture is not the one that is trained") from None
+        return model
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,15 @@ def test_it_learns_from_teachers_of_its_own_size(finished, faces, tmp_path):
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
+def test_it_begins_with_given_weights_of_its_own_architecture(finished, faces, tmp_path):
+    given = str(finished / "best_model.pth")
+    assert run(faces, tmp_path, "--is_forward_train", "--init", given, lr=1e-12, weight_decay=0) == 0
+    one, other = (read_weights(folder / "best_model.pth") for folder in (finished, tmp_path / "run"))
+    assert all(torch.allclose(one[key], other[key], atol=1e-9) for key in one)
+    with pytest.raises(InputError, match="--init .*best_model.pth: its architecture is not the one"):
+        run(faces, tmp_path, "--is_forward_train", "--init", given, "--overwrite", layer_channels=changed(1, hidden=4))
+
+
 def test_a_training_that_fails_is_one_line_and_status_2(faces, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: run(faces, tmp_path, "--is_forward_train", lr=1e39, warmup_steps=0))
