@@ -230,6 +230,8 @@ def train_command(settings: Training, machine: Machine, root: Path) -> None:
     seed_everything(settings.seed)
     folder = machine.out.with_name(f"{machine.out.stem}_training")
     with open_run(folder, machine.device, machine.save_every, settings.seed) as run:
+        if run.world.size > 1:
+            raise InputError("a judge is trained by one process: start judge.py without torchrun")
         train, val = (CelebAMaskHQ(root, split, settings.img_size, machine.strict) for split in ("train", "val"))
         used = {**asdict(settings), "images": len(train)}
         run.find_state(used, machine.resume, machine.overwrite, machine.out)
@@ -252,8 +254,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, device = machine.out, resolve_device(machine.device)
     if machine.evaluate:
         size = load_judge(out).img_size  # before the data: a wrong path should not cost a download
-    elif out.exists() and not (machine.overwrite or machine.resume):
-        raise InputError(f"{out} exists; pass --overwrite to replace it, or --evaluate to measure it")
     root = machine.dataset_path if machine.dataset_path is not None else download_dataset()
     if not machine.evaluate:
         train_command(settings, machine, root)

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from layout import write_layout
 import loop
 from data_loader import ATTRIBUTES, CelebAMaskHQ
 from judge import Judge, figures, load_judge, main, one_cycle, table
+from loop import Run, World
 from utils import InputError, Stopped
 
 
@@ -128,6 +130,13 @@ def test_a_training_that_is_stopped_goes_on_as_if_nothing_had_happened(trained, 
     for row, other in zip(found["history"], whole["history"], strict=True):
         row["seconds"] = other["seconds"]
     assert found == whole
+
+
+def test_several_processes_are_refused(faces, tmp_path, monkeypatch):
+    two = Run(tmp_path, torch.device("cpu"), World(0, 2))
+    monkeypatch.setattr("judge.open_run", lambda *_: nullcontext(two))
+    with pytest.raises(InputError, match="without torchrun"):
+        main(arguments(faces, tmp_path / "judge.safetensors"))
 
 
 def test_figures_with_an_attribute_of_one_class():
