@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import DTYPES
+from checkpoints import DTYPES, load_strictly
 from data_loader import augmented, split_indices
 from DDNM.guided_diffusion.diffusion import image_generator, sample
-from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, save_prior, small_unet
+from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, load_prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
 from images import find_images, grid, listed, load_image, save_image, to_float, to_uint8
 from loop import STATE_NAME, Ema, Loop, Run, adam, clip_gradients, is_empty, open_run
@@ -68,6 +68,7 @@ class Training:
     dropout: float = option(0.0, "inside residual blocks", 0, 1)
     precision: Literal["float32", "bf16"] = option("float32", "of the network's arithmetic")
     seed: int = option(0, "of the weights and every draw", 0)
+    init: str | None = option(None, "a prior of the same architecture, whose weights training begins with")
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ class Trainer:
         seed_everything(s.seed)  # the initial weights; every later draw belongs to a step
         try:
             unet = small_unet(s.img_size, s.channels, s.layers, s.unshuffle, s.attention_size, s.norm_groups, s.dropout)
+            if s.init is not None:
+                load_strictly(unet, load_prior(s.init).unet.state_dict(), s.init)
         except ValueError as error:
             raise InputError(str(error)) from None
         autocast = torch.bfloat16 if s.precision == "bf16" else None

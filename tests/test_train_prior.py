@@ -30,16 +30,19 @@ def run(images, out, *options):
     return train_prior.main([
         "--images", str(images), "--out", str(out), "--img_size", "16", "--channels", "8,16", "--norm_groups", "4",
         "--attention_size", "4", "--batch_size", "4", "--steps", "3", "--warmup", "1", "--log_every", "1",
-        "--samples", "0", "--device", "cpu", *options,
+        "--samples", "0", "--device", "cpu", "--threads", "1", *options,
     ])  # fmt: skip
 
 
-def test_threads_share_the_batch_and_change_nothing(images, tmp_path):
+def test_threads_share_the_batch_and_change_nothing_and_init_begins_where_another_run_ended(images, tmp_path):
     found = []
-    for threads in "13":
-        assert run(images, tmp_path / threads, "--threads", threads) == 0
-        found.append(read_weights(tmp_path / threads / MODEL))
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+    for name, flags in {"1": (), "3": ("--threads", "3"), "on": ("--init", str(tmp_path / "1"), "--lr", "0")}.items():
+        assert run(images, tmp_path / name, *flags) == 0
+        found.append(read_weights(tmp_path / name / MODEL))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[2], found[0])
+    with pytest.raises(InputError, match=f"{tmp_path / '1'}: do not fit UNet2DModel"):
+        run(images, tmp_path / "other", "--init", str(tmp_path / "1"), "--channels", "8,8")
 
 
 def test_the_result_is_a_prior_with_everything_beside_it(images, tmp_path, monkeypatch, curves):
