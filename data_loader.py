@@ -29,6 +29,7 @@ import logging
 import math
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, repeat
@@ -636,10 +637,21 @@ def make_loader(
         collate_fn=tuple,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=outlive_stop_signals,
         generator=torch.Generator().manual_seed(seed),  # or the loader draws worker seeds from the global one
     )
     loader.device = device
     return loader
+
+
+def outlive_stop_signals(worker: int) -> None:
+    """A loader's ``worker_init_fn``. Terminals and schedulers signal every process of a run, but the step under way may
+    still wait for a batch. A worker does not stay for long: SIGTERM is also how its own process ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # any other status breaks the main process's last step
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
 
 
 class Loaders(NamedTuple):

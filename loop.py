@@ -67,16 +67,6 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
             signal.signal(signum, handler)
 
 
-def outlive_stop_signals(worker: int) -> None:
-    """A loader's ``worker_init_fn``. Terminals and schedulers signal every process of a run, but the step under way may
-    still wait for a batch. A worker does not stay for long: SIGTERM is also how its own process ends it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # any other status breaks the main process's last step
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
-
-
 # --- State files -----------------------------------------------------------------------------------------------------
 
 

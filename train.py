@@ -18,7 +18,7 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -273,7 +273,6 @@ class CelebATrainer:
             epoch its order must be known, see `data_loader.epoch_keys`. With several processes ``train`` hands each its
             part of every batch.
         attributes: names of the d labels.
-        notes: what else goes into config.json.
         teachers: classifiers, images -> logits (B, d), whose mean probability is part of stage 1's targets: what they
             are unsure of teaches more than a label (Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a
             Neural Network").
@@ -285,7 +284,6 @@ class CelebATrainer:
     settings: Settings
     run: Run
     attributes: Sequence[str]
-    notes: dict = field(default_factory=dict)
     teachers: Sequence[nn.Module] = ()
 
     def train_forward(self) -> Path:
@@ -388,7 +386,7 @@ class CelebATrainer:
 
     def _loop(self, name: str, epochs: int, file: str, **what) -> Path:
         checkpoint = self.run.folder / file
-        notes = {"attributes": list(self.attributes), "training": asdict(self.settings), **self.notes}
+        notes = {**self.model.notes, "attributes": list(self.attributes), "training": asdict(self.settings)}
         Loop(
             self.run,
             name,

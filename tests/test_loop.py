@@ -189,7 +189,7 @@ def test_loader_processes_let_the_step_finish(faces, undisturbed, tmp_path, monk
 def test_loader_processes_do_not_outlive_a_process_that_ends_without_them():
     """Left to the interpreter's exit, they are sent SIGTERM and waited for: forever, were it ignored."""
     code = (
-        "import torch\nfrom torch.utils.data import DataLoader\nfrom loop import outlive_stop_signals\n"
+        "import torch\nfrom torch.utils.data import DataLoader\nfrom data_loader import outlive_stop_signals\n"
         "loader = DataLoader(range(9), num_workers=1, persistent_workers=True, worker_init_fn=outlive_stop_signals)\n"
         "kept = iter(loader)\nprint(next(kept))\nsys = __import__('sys')\nsys.kept = kept\n"
     )

@@ -152,13 +152,6 @@ def test_a_switch_is_set_back_however_threads_overlap_that_ask_for_it(products, 
     assert all(found)
 
 
-def test_a_resumed_run_keeps_its_precision_where_the_device_has_it():
-    usual = train_celeba.usual_precision
-    assert usual(None, CPU) == usual({"settings": {}}, CPU) == "float32"
-    assert usual({"settings": {"precision": "bf16"}}, CPU) == "bf16"
-    assert usual({"settings": {"precision": "tf32"}}, CPU) == "float32"
-
-
 @pytest.mark.parametrize(("precision", "message"), [("tf32", "needs an NVIDIA GPU"), ("fp8", "choose one of float32")])
 def test_a_precision_that_is_not_there_is_refused(precision, message):
     with pytest.raises(InputError, match=message), networks_in(precision, CPU):
