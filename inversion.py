@@ -13,7 +13,7 @@ Letters: B batch, T steps of a trajectory, N samples of a buffer, X the input sp
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,16 +36,6 @@ def squared_error(output: Tensor, y: Tensor) -> Tensor:
     if output.shape != y.shape:
         raise ValueError(f"squared_error: outputs {tuple(output.shape)} and goals {tuple(y.shape)} differ in shape")
     return (output - y).square().flatten(1).mean(1)
-
-
-def perceptual_loss(distance: Network | nn.Module, weight: float = 1.0) -> Loss:
-    """`squared_error` plus ``weight`` times a perceptual distance of images, one value per sample (LPIPS, say)."""
-
-    def loss(output: Tensor, y: Tensor) -> Tensor:
-        apart: Tensor = distance(output, y)  # type: ignore[call-arg]
-        return squared_error(output, y) + weight * apart.reshape(len(output), -1).mean(1)
-
-    return loss
 
 
 class FeatureDistance(nn.Module):
@@ -78,7 +68,7 @@ class FeatureDistance(nn.Module):
 # --- Plain inversion -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inversion:
     """What `invert` found, sample by sample.
 
@@ -88,9 +78,9 @@ class Inversion:
         best_step: (B,), the number of updates that made it; 0 is the start.
         curve: (T + 1, B), the loss after each number of updates. A sample that stopped repeats its best one.
         stopped: (B,), the step with a loss or a gradient that is not finite, at which the search ended; -1: none.
+        last, exp_avg, exp_avg_sq: (B, ...), where the search stands, and Adam's moments there.
         trajectory: (T + 1, B, ...), the input after each number of updates, if it was asked for.
         z: (B, ...), with ``x = theta(z, x0)``, for an inversion through a landscape.
-        state: what `invert` needs to go on from here with more steps.
     """
 
     x: Tensor
@@ -98,9 +88,21 @@ class Inversion:
     best_step: Tensor
     curve: Tensor
     stopped: Tensor
+    last: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
     trajectory: Tensor | None = None
     z: Tensor | None = None
-    state: dict[str, Tensor] | None = None
+
+    @classmethod
+    def begun(cls, x: Tensor) -> "Inversion":
+        """Of a search that stands at x (B, ...) and has evaluated nothing."""
+        steps, loss = x.new_zeros(len(x), dtype=torch.long), x.new_full((len(x),), math.inf)
+        return cls(x, loss, steps, loss[None], steps - 1, x, torch.zeros_like(x), torch.zeros_like(x))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `invert` needs to go on, by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("trajectory", "z")}
 
 
 def _losses(loss: Loss, output: Tensor, y: Tensor) -> Tensor:
@@ -134,33 +136,6 @@ def _checked_losses(f: Network, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
     return losses
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) shaped to broadcast over ``like``, (B, ...)."""
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
-class _Best:
-    """The best of each sample's search, and its losses; attributes as in `Inversion`, the curve as a list of rows."""
-
-    def __init__(self, x: Tensor, state: Mapping[str, Tensor] | None) -> None:
-        if state is None:
-            losses, steps = x.new_full((len(x),), math.inf), torch.zeros(len(x), dtype=torch.long, device=x.device)
-            state = {"best": x, "loss": losses, "best_step": steps, "stopped": steps - 1, "curve": losses[None]}
-        self.x, self.loss, self.best_step = state["best"], state["loss"], state["best_step"]
-        self.stopped, self.curve = state["stopped"], [*state["curve"][:-1]]  # where it ended is evaluated once more
-
-    def note(self, step: int, x: Tensor, losses: Tensor, norm: Tensor) -> Tensor:
-        """Take a step's x (B, ...), losses and norms of gradients (B,) down; which searches go on, (B,)."""
-        alive = (self.stopped < 0) & losses.isfinite()
-        better = alive & (losses < self.loss)
-        self.x = torch.where(_per_sample(better, x), x, self.x)
-        self.loss, self.best_step = torch.where(better, losses, self.loss), self.best_step.masked_fill(better, step)
-        alive &= norm.isfinite()
-        self.stopped = torch.where((self.stopped < 0) & ~alive, step, self.stopped)
-        self.curve.append(torch.where(alive, losses, self.loss))
-        return alive
-
-
 def invert(
     f: Network,
     y: Tensor,
@@ -171,8 +146,8 @@ def invert(
     clip: float | None = 10.0,
     bounds: tuple[float, float] | None = None,
     keep_trajectory: bool = False,
-    on_step: Callable[[int], None] | None = None,
-    state: Mapping[str, Tensor] | None = None,
+    on_step: Callable[[int], None] = lambda done: None,
+    after: Inversion | None = None,
 ) -> Inversion:
     """Find x with f(x) near y by Adam on x, from x0, and return the best x met. Samples do not influence each other.
 
@@ -181,7 +156,7 @@ def invert(
         y, x0: wanted outputs and where to start, (B, ...).
         steps: T, updates of x. There are T + 1 evaluations of f; ``on_step`` is called with the number made so far.
         clip: largest norm of a sample's gradient. bounds: range of every element of x, the start's too. None: no limit.
-        state: of an earlier call with fewer steps, to go on from there. The trajectory then begins there.
+        after: an earlier call with fewer steps, to go on from there. The trajectory then begins there.
 
     Returns:
         An `Inversion`. A sample whose loss or gradient is not finite stops there and keeps its best.
@@ -189,38 +164,40 @@ def invert(
     Raises:
         ValueError: a loss that is not one value per sample, or a network that changes as it is run or mixes samples.
     """
+    low, high = bounds if bounds is not None else (-math.inf, math.inf)
+    clip, each = math.inf if clip is None else clip, (-1, *[1] * (x0.dim() - 1))  # the shape of a number per sample
     with torch.inference_mode(False), torch.enable_grad():
-        # clones: tensors made in inference mode could not take part in a graph
-        state = None if state is None else {name: tensor.to(x0.device, copy=True) for name, tensor in state.items()}
-        y, x = y.detach().clone(), x0.detach().clone() if state is None else state["x"]
-        x = (x if bounds is None else x.clamp(*bounds)).requires_grad_()
-        optimiser, best, trajectory = torch.optim.Adam([x], lr=lr), _Best(x.detach().clone(), state), []
-        first, clip = len(best.curve), math.inf if clip is None else clip
-        if first:
-            moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
-            optimiser.state[x] = {**moments, "step": torch.tensor(float(first))}
+        # copies: tensors made in inference mode could not take part in a graph
+        begun = after if after is not None else Inversion.begun(x0.detach().clamp(low, high))
+        found = Inversion(**{name: t.to(x0.device, copy=True) for name, t in begun.tensors().items()})
+        y, x, first = y.detach().clone(), found.last.requires_grad_(), len(found.curve) - 1
+        curve, trajectory = [*found.curve[:-1]], []  # where it stands is evaluated once more
+        optimiser = torch.optim.Adam([x], lr=lr)
+        moments = {"exp_avg": found.exp_avg, "exp_avg_sq": found.exp_avg_sq}
+        optimiser.state[x] = {"step": torch.tensor(float(first)), **moments}
         for step in range(first, steps + 1):
             losses = _checked_losses(f, x, y, loss) if step == first < steps else _losses(loss, f(x), y)
             gradient = torch.autograd.grad(losses.sum(), x)[0] if step < steps else torch.zeros_like(x)
-            norm = gradient.flatten(1).norm(dim=1)
-            alive = best.note(step, x.detach(), losses.detach(), norm)
+            norm, losses, now = gradient.flatten(1).norm(dim=1), losses.detach(), x.detach()
+            alive = (found.stopped < 0) & losses.isfinite()
+            better = alive & (losses < found.loss)
+            found.x = torch.where(better.view(each), now, found.x)
+            found.loss = torch.where(better, losses, found.loss)
+            found.best_step = found.best_step.masked_fill(better, step)
+            alive &= norm.isfinite()
+            found.stopped = torch.where((found.stopped < 0) & ~alive, step, found.stopped)
+            curve.append(torch.where(alive, losses, found.loss))
             if keep_trajectory:
-                trajectory.append(torch.where(_per_sample(alive, x), x.detach(), best.x))
-            if step == steps:
-                break
-            gradient = gradient * _per_sample((clip / norm.clamp_min(1e-12)).clamp_max(1.0), gradient)
-            x.grad = torch.where(_per_sample(alive, x), gradient, 0.0)  # NaN would stay in Adam's moments
-            optimiser.step()
-            with torch.no_grad():
-                if bounds is not None:
-                    x.clamp_(*bounds)
-                x.copy_(torch.where(_per_sample(alive, x), x, best.x))
-            if on_step is not None:
+                trajectory.append(torch.where(alive.view(each), now, found.x))
+            if step < steps:
+                gradient = gradient * (clip / norm).clamp_max(1.0).view(each)
+                x.grad = torch.where(alive.view(each), gradient, 0.0)  # NaN would stay in Adam's moments
+                optimiser.step()
+                now.copy_(torch.where(alive.view(each), now.clamp(low, high), found.x))
                 on_step(step + 1)
-    found = {"loss": best.loss, "best_step": best.best_step, "stopped": best.stopped, "curve": torch.stack(best.curve)}
-    moments = {name: optimiser.state[x][name] for name in ("exp_avg", "exp_avg_sq") if steps}
-    path = torch.stack(trajectory) if keep_trajectory else None
-    return Inversion(best.x, **found, trajectory=path, state={"x": x.detach(), "best": best.x, **found, **moments})
+    found.curve, found.last = torch.stack(curve), x.detach()
+    found.trajectory = torch.stack(trajectory) if keep_trajectory else None
+    return found
 
 
 # --- Landscape learning ----------------------------------------------------------------------------------------------
@@ -239,7 +216,7 @@ class MappingNet(nn.Module):
         bounds: range of x; gradients pass through the clamp as if it were not there.
 
     Raises:
-        ValueError: a shape that is neither a vector nor an image.
+        InputError: a shape that is neither a vector nor an image.
     """
 
     def __init__(
@@ -247,7 +224,7 @@ class MappingNet(nn.Module):
     ):
         super().__init__()
         if len(shape) not in (1, 3):
-            raise ValueError(f"MappingNet: expected the shape of a vector (D,) or an image (C, H, W), got {shape}")
+            raise InputError(f"MappingNet: expected the shape of a vector (D,) or an image (C, H, W), got {shape}")
         self.shape, self.bounds, self.scale = tuple(shape), bounds, scale
         self.config = {"shape": list(shape), "width": width, "scale": scale, "bounds": bounds and list(bounds)}
         even = len(shape) == 3 and shape[1] % 2 == shape[2] % 2 == 0
@@ -275,7 +252,7 @@ class Through(nn.Module):
 
 
 def invert_through(
-    theta: nn.Module, f: Network, y: Tensor, x0: Tensor, loss: Loss = squared_error, **settings
+    theta: nn.Module, f: Network, y: Tensor, x0: Tensor, loss: Loss = squared_error, *more, **settings
 ) -> Inversion:
     """`invert` over z, with ``x = theta(z, x0)`` and z from 0. ``settings`` are those of `invert`.
 
@@ -284,61 +261,29 @@ def invert_through(
         ``theta(0, x0)``.
     """
     x0 = x0.detach().clone()
-    found = invert(Through(theta, f, x0), y, torch.zeros_like(x0), loss, **settings)
+    found = invert(Through(theta, f, x0), y, torch.zeros_like(x0), loss, *more, **settings)
     with torch.no_grad():
         return replace(found, x=theta(found.x, x0), z=found.x)
 
 
-@dataclass(frozen=True)
-class Buffer:
-    """Trajectories of N inversions: every z met, with the start it left and the output it was on the way to.
+def fit(
+    theta: nn.Module, f: Network, optimizer: torch.optim.Optimizer, loss: Loss, z: Tensor, x0: Tensor, y: Tensor,
+    batch_size: int, updates: int | None = None,
+) -> float:  # fmt: skip
+    """The mean loss of ``updates`` of theta (None: one pass) by ``batch_size`` points of a buffer, in passes over it.
 
-    Attributes:
-        z: (T + 1, N, ...). x0, y: (N, ...).
-        start, end: mean loss at the start of the trajectories and best on them.
-    """
-
-    z: Tensor
-    x0: Tensor
-    y: Tensor
-    start: float
-    end: float
-
-    def batches(
-        self, batch_size: int, updates: int, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """``updates`` times (z, x0, y) of ``batch_size`` points, in passes over all points in a random order."""
-        points, samples = len(self.z) * len(self.y), len(self.y)
-        order = torch.empty(0, dtype=torch.long)
-        for _ in range(updates):
-            while len(order) < batch_size:
-                order = torch.cat([order, torch.randperm(points, generator=generator)])
-            chosen, order = order[:batch_size].to(self.z.device), order[batch_size:]
-            yield self.z.flatten(0, 1)[chosen], self.x0[chosen % samples], self.y[chosen % samples]
-
-
-def collect(theta: nn.Module, f: Network, y: Tensor, x0: Tensor, loss: Loss = squared_error, **settings) -> Buffer:
-    """Fill a buffer: invert every y through theta as it is now. Samples that broke down are left out.
+    Args:
+        z: of the trajectories of N inversions, (T + 1, N, ...), with their starts x0 and wanted outputs y, (N, ...).
 
     Raises:
-        InputError: every sample broke down.
+        InputError: no loss is finite.
     """
-    found = invert_through(theta, f, y, x0, loss, keep_trajectory=True, **settings)
-    whole = found.stopped < 0
-    if not whole.any():
-        raise InputError("landscape: no trajectory is finite; lower the learning rate")
-    start, end = found.curve[0, whole].mean().item(), found.loss[whole].mean().item()
-    return Buffer(found.trajectory[:, whole], x0[whole], y[whole], start, end)
-
-
-def fit(
-    theta: nn.Module, f: Network, optimizer: torch.optim.Optimizer, loss: Loss,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-) -> float:  # fmt: skip
-    """An update of theta for each batch (z, x0, y) of a buffer; the mean loss. Raises InputError: none is finite."""
+    samples, points = len(y), len(z) * len(y)
+    count = points if updates is None else updates * batch_size
+    order = torch.cat([torch.randperm(points) for _ in range(math.ceil(count / points))])[:count]
     total, seen = 0.0, 0
-    for z, x0, y in batches:
-        losses = _losses(loss, f(theta(z, x0)), y)
+    for chosen in order.to(z.device).split(batch_size):
+        losses = _losses(loss, f(theta(z.flatten(0, 1)[chosen], x0[chosen % samples])), y[chosen % samples])
         finite = losses.isfinite()
         if finite.any():
             optimizer.zero_grad(set_to_none=True)
@@ -385,8 +330,8 @@ def train_mapping(
         batch_size, updates: points (z_t, x0, y) per update, and updates per buffer; None: one pass over the buffer.
 
     Returns:
-        A row for each buffer: its number from 1, the mean loss of the updates, and the mean loss where its trajectories
-        start and the best on them, with theta before the updates.
+        A row for each buffer: its number from 1, the mean loss of the updates, and the mean losses where its
+        trajectories start and best on them, with theta before the updates.
 
     Raises:
         InputError: no loss is finite any more.
@@ -395,15 +340,16 @@ def train_mapping(
     optimizer = torch.optim.AdamW(theta.parameters(), lr=lr, weight_decay=weight_decay)
 
     def turn() -> dict[str, Tensor]:
-        generator = torch.default_generator  # seeded by the loop before each buffer
-        y, x0 = draw(samples, generator)
+        y, x0 = draw(samples, torch.default_generator)  # seeded by the loop before each buffer
         theta.eval().requires_grad_(False)
-        buffer = collect(theta, f, y, x0, loss, steps=steps, lr=z_lr, clip=clip)
+        found = invert_through(theta, f, y, x0, loss, steps, z_lr, clip, keep_trajectory=True)
+        whole = found.stopped < 0
+        if not whole.any():
+            raise InputError("landscape: no trajectory is finite; lower the learning rate")
         theta.train().requires_grad_(True)
-        count = updates if updates is not None else max(1, math.ceil((steps + 1) * len(buffer.y) / batch_size))
-        row = {"loss": fit(theta, f, optimizer, loss, buffer.batches(batch_size, count, generator))}
-        row |= {"start_loss": buffer.start, "end_loss": buffer.end}
-        return {name: torch.tensor(value) for name, value in row.items()}
+        mean = fit(theta, f, optimizer, loss, found.trajectory[:, whole], x0[whole], y[whole], batch_size, updates)
+        return {"loss": torch.tensor(mean), "start_loss": found.curve[0, whole].mean(),
+                "end_loss": found.loss[whole].mean()}  # fmt: skip
 
     run = run if run is not None else Run(None, next(theta.parameters()).device)
     loop = Loop(run, "", turn, lambda done: itertools.repeat(((), ())), buffers, row_every=1,

@@ -21,31 +21,32 @@ inputs, starts are zero, and --data is not needed.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import load_strictly, read_json, read_weights, write_weights
 from DDNM.guided_diffusion.inputs import fingerprint
-from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture
+from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture, write_csv
 from evaluate import mean_of
 from images import grid, load_image, save_image
-from inversion import Loss, MappingNet, invert, invert_through, train_mapping
+from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
 from logger import MetricsTable, format_table, get_logger, plot_curves
-from loop import STATE_NAME, Loop, Run, check_settings, is_empty, open_run, to_json_values
+from loop import STATE_NAME, Loop, Run, check_settings, load_state, open_run, save_state
 from metrics import agreement, psnr
 from stylegan import SPACES, Latents
 from targets import (
@@ -82,11 +83,9 @@ from utils import (
 
 SHEET_ROWS, SIDE = 6, 256  # of a sheet, and of its pictures
 SEARCHES = "searches"  # folder of searches, whole or under way
-FILES = {  # of a command's results; the first is there as soon as there is something to go on with
-    "find": ("settings.json", "results.csv", "curves.csv", "curves.png", "sheet.png", "log.txt"),
-    "train": (STATE_NAME, "theta.safetensors", "theta.json", "metrics.csv", "curves.png", "log.txt"),
-    "eval": ("settings.json", "results.json", "results.csv", "curves.csv", "curves.png", "sheet.png", "log.txt"),
-}
+FREE = {"out", "device", "resume", "overwrite", "save_steps"}  # settings that a run may go on with otherwise
+STALE = ("results.json", "curves.*", "sheet.png", "metrics.csv", "frame_[0-9]*.png", "log.txt", f"{SEARCHES}/*.pth")
+Thetas = Mapping[str, tuple[MappingNet, dict]]  # with their notes, by a name for the table
 NETWORK = f"{', '.join(READY)}, or package.module:factory (is imported)"
 
 
@@ -132,149 +131,85 @@ class Eval:
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def check_folder(s: Settings, command: str) -> None:
-    """Raise InputError if the content of a result folder would be lost."""
-    begun = FILES[command][0]
-    if s.resume and s.overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
-    if s.resume and not is_empty(s.out) and not (s.out / begun).is_file():
-        raise InputError(f"--resume: {s.out} holds no run of this command; give another folder")
-    if not s.resume and not s.overwrite and not is_empty(s.out):
-        hint = ", --resume" if (s.out / begun).is_file() else ""
-        raise InputError(f"--out {s.out}: not empty; give --overwrite{hint} or another folder")
+def identity(target: Target) -> dict[str, str | None]:
+    """What tells a network from others."""
+    return {"network": target.name, "weights of the network": fingerprint(target.f)}
 
 
-def clear(out: Path, command: str) -> None:
-    """Delete what an earlier run of the same command wrote, by name, and nothing else."""
-    for path in (*(out / name for name in FILES[command]), *(out / SEARCHES).glob("*.safetensors")):
-        path.unlink(missing_ok=True)
-
-
-def settings_of(*settings, without: Sequence[str] = ()) -> dict:
-    """The flags as JSON values, in the order of the command's dataclasses."""
-    return to_json_values({key: of for each in settings for key, of in vars(each).items() if key not in without})
-
-
-def begin(command: str, s: Settings, own, target: Target, free: Sequence[str]):
-    """Write settings.json and give the log. A run to go on with must be one of the same settings but for ``free``.
+def begin(s: Settings, own, target: Target, run: Run, result: str, *free: str):
+    """Write settings.json, and give the log. What an earlier run wrote goes, unless it goes on with these settings.
 
     Raises:
-        InputError: it is another one; nothing is deleted.
+        InputError: a ``result`` is there, or a run with other settings than these, but for `FREE` and ``free`` ones.
     """
-    file = s.out / "settings.json"
-    given = {"command": command, "weights of the network": fingerprint(target.f), **settings_of(s, own)}
-    if s.resume and file.is_file():
-        free = ("out", "device", "resume", "overwrite", "save_steps", *free)
-        check_settings(read_json(file), {key: value for key, value in given.items() if key not in free}, s.out)
-    else:
-        clear(s.out, command)
-    write_json(file, given)
-    return get_logger("invert", s.out)
+    given = {"command": type(own).__name__.lower(), **identity(target), **vars(s), **vars(own)}
+    decisive = {key: value for key, value in given.items() if key not in (*FREE, *free)}
+    run.find_state(decisive, s.resume, s.overwrite, s.out / result)
+    log = run.begin("invert", given, (result, *STALE))
+    if run.state is None:
+        save_state(s.out / STATE_NAME, {"settings": run.settings, "stage": given["command"]})
+    return log
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: dict) -> None:
-    """Write tensors with ``notes``, JSON values, as the file's metadata."""
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in notes.items()})
+def load_thetas(paths: Sequence[Path], target: Target, device: torch.device) -> Thetas:
+    """The thetas at ``paths``, by a name for the table.
 
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """What `save_tensors` wrote. Raises InputError if it is no such file."""
-    try:
-        with safe_open(path, "pt") as file:
-            notes = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
-            return {name: file.get_tensor(name) for name in file.keys()}, notes
-    except Exception as error:  # of safetensors' own types, or the system's
-        raise InputError(f"{path}: not a latent or a damaged one: {error}") from None
-
-
-def load_theta(path: Path, target: Target) -> tuple[MappingNet, dict]:
-    """The theta at ``path`` and its notes. Raises InputError if it is damaged or belongs to another network."""
-    file = path.with_suffix(".json")
-    state, notes = read_weights(path), read_json(file)
-    try:
-        theta = MappingNet(**notes["theta"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"--theta {path}: {file} holds no architecture of a theta: {error!r}") from None
-    if theta.shape != target.in_shape or notes.get("network") != target.name:
-        trained, here = (f"{name} with inputs of shape {shape}" for name, shape in
-                         ((notes.get("network"), theta.shape), (target.name, target.in_shape)))  # fmt: skip
-        raise InputError(f"--theta {path}: trained for {trained}, not for {here}")
-    if notes.get("weights of the network") != fingerprint(target.f):
-        raise InputError(f"--theta {path}: trained for {target.name} with other weights")
-    load_strictly(theta, state, path)
-    return theta.eval().requires_grad_(False), notes
-
-
-def load_thetas(paths: Sequence[Path], target: Target, device: torch.device) -> dict[str, tuple[MappingNet, dict]]:
-    """Thetas with their notes, by a name for the table. Raises InputError, also if one is there twice."""
+    Raises:
+        InputError: one is damaged, belongs to another network, or is there twice.
+    """
     thetas = {}
     for path in paths:
-        theta, notes = load_theta(path, target)
+        state, notes = read_weights(path), read_json(path.with_suffix(".json"))
+        check_settings(notes, identity(target), path, "another --theta")
+        theta = MappingNet(**notes["theta"])
+        load_strictly(theta, state, path)
         name = "landscape" if len(paths) == 1 else f"landscape of seed {notes['settings']['seed']}"
         if name in thetas:
             raise InputError(f"--theta {path}: {name} is there twice")
-        thetas[name] = theta.to(device), notes
+        thetas[name] = theta.to(device).eval().requires_grad_(False), notes
     return thetas
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
 
 
-def train(s: Settings, own: Train, run: Run) -> int:
+def train(s: Settings, own: Train, run: Run) -> None:
     """Train theta, and write it with its table and curves."""
-    target = load_targets(own.network, s, run.device)[-1]
-    _, images = read_images(s.data, target.img_size, s.images)
+    target = load_targets(own.network, s)[-1]
+    _, images = read_images(target, s)
     seed_everything(s.seed)
-    try:
-        theta = MappingNet(target.in_shape, own.width, target.x_lr / own.z_lr, target.bounds).to(run.device)
-    except ValueError as error:
-        raise InputError(f"--network {target.name}: {error}") from None
-    weights = {"weights of the network": fingerprint(target.f)}
-    given = settings_of(s, own, without=("out", "resume", "overwrite", "buffers", "device"))
-    loss = make_loss(target, s, run.device)
-    draw = problem_source(target, images, s, loss, run.device)
-    run.find_state(given | weights, s.resume, s.overwrite)
-    if run.state is None:  # and nothing can be refused any more
-        clear(s.out, "train")
-    log = get_logger("invert", s.out)
+    theta = MappingNet(target.in_shape, own.width, target.x_lr / own.z_lr, target.bounds).to(run.device)
+    loss = make_loss(target, s)
+    draw = problem_source(target, images, s, loss)
+    log = begin(s, own, target, run, "theta.safetensors", "buffers")
     count = sum(p.numel() for p in theta.parameters())
     log.info("inverting %s, theta has %s parameters, on %s", target.name, f"{count:,}", run.device)
     peak_gib(run.device, reset=True)
 
     def saved(loop: Loop) -> None:
-        notes = {"network": target.name, **weights, "settings": settings_of(s, own), "theta": theta.config}
+        notes = {**identity(target), "settings": {**vars(s), **vars(own)}, "theta": theta.config}
         notes |= {"buffers": loop.done, "seconds": loop.seconds, "peak_gib": peak_gib(run.device)}
         write_weights(s.out / "theta.safetensors", theta.state_dict())
         write_json(s.out / "theta.json", notes)
 
-    names = ("buffers", "samples", "steps", "z_lr", "lr", "weight_decay", "updates")
-    rows = train_mapping(theta, target.f, draw, loss, run=run, **{name: getattr(own, name) for name in names},
-                         clip=s.clip, batch_size=s.batch_size, saved=saved)  # fmt: skip
+    settings = {name: value for name, value in vars(own).items() if name not in ("network", "width")}
+    rows = train_mapping(
+        theta, target.f, draw, loss, run=run, clip=s.clip, batch_size=s.batch_size, saved=saved, **settings
+    )
     first, last = rows[0], rows[-1]
     log.info("best loss of a trajectory: %.4g in the first buffer, %.4g in the last; %.1f min, at most %.2f GiB; %s",
              first["end_loss"], last["end_loss"], last["seconds"] / 60, peak_gib(run.device), s.out)  # fmt: skip
-    return 0
 
 
 # --- Searches and their figures --------------------------------------------------------------------------------------
 
 
 class Found(NamedTuple):
-    """What a method found.
-
-    Attributes:
-        x: (N, ...).
-        seconds: altogether.
-        curve: the loss after each number of steps, (T + 1, N); None without steps.
-        stopped: the step at which a sample's search ended early, (N,); -1: none. None without steps.
-    """
+    """What a method found of N problems, (N, ...), on the CPU, and the seconds it took; the search, if it was one."""
 
     x: Tensor
     seconds: float
-    curve: Tensor | None = None
-    stopped: Tensor | None = None
+    search: Inversion | None = None
 
 
 def clock(device: torch.device) -> float:
@@ -296,54 +231,48 @@ class Searches:
 
     def __call__(
         self, name: str, target: Target, problems: Sequence[str], y: Tensor, x: Tensor, steps: Sequence[int]
-    ) -> dict[int, Found]:
-        """The best inputs that one search for y from x has met by each of ``steps``.
+    ) -> Iterator[tuple[int, Found]]:
+        """The best that one search for y from x has met by each of ``steps``, in their order.
 
         What a part draws, StyleGAN's noise say, is of its own seed, so that a search that is resumed finds the same.
 
         Args:
-            name: of its file. A file of other ``problems`` counts as none.
+            name: of its files, one for each of ``steps``. A file of other ``problems`` counts as none.
         """
-        file, marks = self.s.out / SEARCHES / f"{name}.safetensors", sorted(set(steps))
-        tensors, notes = read_tensors(file) if file.is_file() else ({}, {})
-        if notes.get("problems") != list(problems):
-            tensors, notes = {}, {"problems": list(problems), "seconds": 0.0}
-        kept = {int(key): x for key, x in tensors.items() if key.isdecimal()}
-        state = {key: tensor for key, tensor in tensors.items() if not key.isdecimal()}
-        done = len(state["curve"]) - 1 if state else 0
-        if any(mark <= done and mark not in kept for mark in marks):  # it has gone past what is wanted
-            state, kept, done, notes["seconds"] = {}, {}, 0, 0.0
-        self.bar.update(min(done, marks[-1]))
-        while done < marks[-1]:
-            began, end = clock(y.device), min(done + self.every, *(mark for mark in marks if mark > done))
-            seed_everything(self.s.seed + done)
-            found = invert(target.f, y, x, self.loss, end, target.x_lr, self.s.clip, target.bounds,
-                           on_step=lambda _: self.bar.update(), state=state or None)  # fmt: skip
-            state, done = found.state, end
-            notes["seconds"] += clock(y.device) - began
-            self.bar.set_postfix_str(f"{target.name}, loss {found.loss.mean().item():.4g}")
-            if done in marks:
-                kept[done], notes[str(done)] = found.x, notes["seconds"]
-            save_tensors(file, {**state, **{str(mark): at for mark, at in kept.items()}}, notes)
-            self.run.stop_if_asked()
-        stopped, curve = state["stopped"].cpu(), state["curve"].cpu()
-        return {mark: Found(kept[mark].cpu(), notes[str(mark)], curve[: mark + 1],
-                            torch.where(stopped <= mark, stopped, -1)) for mark in marks}  # fmt: skip
+        search, seconds, done = None, 0.0, 0
+        for mark in sorted(set(steps)):
+            file = self.s.out / SEARCHES / f"{name}_{mark}.pth"
+            saved = load_state(file) if file.is_file() else {}
+            if saved.get("problems") == list(problems):
+                search, seconds = Inversion(**saved["search"]), saved["seconds"]
+                self.bar.update(len(search.curve) - 1 - done)
+                done = len(search.curve) - 1
+            while done < mark:
+                began, end = clock(y.device), min(done + self.every, mark)
+                seed_everything(self.s.seed + done)
+                search = invert(target.f, y, x, self.loss, end, target.x_lr, self.s.clip, target.bounds,
+                                on_step=lambda _: self.bar.update(), after=search)  # fmt: skip
+                seconds, done = seconds + clock(y.device) - began, end
+                self.bar.set_postfix_str(f"{target.name}, loss {search.loss.mean().item():.4g}")
+                save_state(file, {"problems": list(problems), "seconds": seconds, "search": search.tensors()})
+                self.run.stop_if_asked()
+            yield mark, Found(search.x.cpu(), seconds, search)
 
 
-def warn(log, method: str, problems: Sequence[str], found: Found) -> None:
+def warn(log, method: str, problems: Sequence[str], search: Inversion) -> None:
     """A line for each search that ended early."""
-    for name, step in zip(problems, found.stopped.tolist(), strict=True):
+    for name, step in zip(problems, search.stopped.tolist(), strict=True):
         if step >= 0:
             log.warning("%s: %s: loss or gradient not finite at step %d", method, name, step)
 
 
-def picture_figures(pictures: Tensor, wanted: Tensor, s: Settings, device: torch.device) -> dict[str, Tensor]:
+def picture_figures(pictures: Tensor, wanted: Tensor, s: Settings) -> dict[str, Tensor]:
     """PSNR in dB of images (N, 3, S, S) to others, and LPIPS if it can be had."""
-    found, lpips = {"psnr": psnr(pictures, wanted)}, lpips_or_none(device, pictures.shape[-1])
+    found, lpips = {"psnr": psnr(pictures, wanted)}, lpips_or_none(s.device, pictures.shape[-1])
     if lpips is not None:
         pairs = zip(pictures.split(s.batch_size), wanted.split(s.batch_size), strict=True)
-        found["lpips"] = torch.cat([lpips(a.to(device), b.to(device)).flatten().cpu() for a, b in pairs])
+        with torch.no_grad():
+            found["lpips"] = torch.cat([lpips(a.to(s.device), b.to(s.device)).flatten().cpu() for a, b in pairs])
     return found
 
 
@@ -368,84 +297,80 @@ LANDSCAPES = {
 
 def write_curves(out: Path, curves: dict[str, Sequence[float]]) -> None:
     """curves.csv and curves.png: losses after each number of steps, by name."""
-    table = MetricsTable(out / "curves.csv", rows=[])
-    for step in range(max(map(len, curves.values()))):
-        table.append({"step": step, **{f"loss_{n}": curve[step] for n, curve in curves.items() if step < len(curve)}})
-    plot_curves(table.path, out / "curves.png")
+    rows = enumerate(itertools.zip_longest(*curves.values()))
+    columns = ("step", *(f"loss_{name}" for name in curves))
+    write_csv(out / "curves.csv", [dict(zip(columns, (step, *row), strict=True)) for step, row in rows])
+    plot_curves(out / "curves.csv", out / "curves.png")
+
+
+def draw_sheet(out: Path, columns: Mapping[str, Sequence[Tensor]], names: Sequence[str]) -> None:
+    """sheet.png: the first of the images (N, 3, S, S) of each column, under its name."""
+    rows = [[picture(image, SIDE) for image in row] for row in list(zip(*columns.values(), strict=True))[:SHEET_ROWS]]
+    contact_sheet(out / "sheet.png", list(columns), rows, names[:SHEET_ROWS])
 
 
 # --- eval ------------------------------------------------------------------------------------------------------------
 
-Ways = Iterator[tuple[nn.Module, Tensor, Callable[[Tensor, Tensor, slice], dict[str, Found]]]]
+
+def find_judge(path: Path | None, target: Target, device: torch.device) -> nn.Module | None:
+    """The judge for the network's images; the demo's if it fits and none is given.
+
+    Raises:
+        InputError: the given one does not fit.
+    """
+    if target.img_size is None and path is None:
+        return None
+    judge = load_judge(path if path is not None else FACES / "judge.safetensors")
+    if judge.img_size == target.img_size and target.attributes in (None, list(judge.attributes)):
+        return judge.to(device).requires_grad_(False)
+    size = judge.img_size
+    reason = f"sees {size}x{size} images, {target.name} has {target.img_size}; or they know other attributes"
+    if path is not None:
+        raise InputError(f"--judge {path}: {reason}")
+    get_logger("invert").info("no judge: the demo's %s", reason)
+    return None
 
 
 def ways(
-    targets: Sequence[Target], problems: Problems, thetas: Mapping[str, tuple[MappingNet, dict]], own: Eval,
-    search: Searches,
-) -> Ways:  # fmt: skip
-    """Ways of inverting the targets, in the order of the table; through ``thetas`` the last one alone.
+    targets: Sequence[Target], number: int, problems: Problems, thetas: Thetas, own: Eval, search: Searches
+) -> Iterator[tuple[str, nn.Module, Tensor, Found]]:
+    """Every way of inverting the targets for batch ``number`` of the problems; through ``thetas`` the last one alone.
 
     Yields:
-        f; where all begin; what finds inputs for a batch of the problems, from y, starts and the batch, by name.
+        Its name in the table, what makes outputs of what it finds, its start x0, and what it finds.
     """
-    s, device = search.s, search.run.device
+    s, device, y = search.s, search.run.device, problems.y.to(search.run.device)
 
-    def closed(name: str, form: Callable[[Tensor, Tensor], Tensor]):
-        def run(y: Tensor, x0: Tensor, batch: slice) -> dict[str, Found]:
-            began = clock(device)
-            with torch.no_grad():
-                x = form(y, x0)
-            return {name: Found(x, clock(device) - began)}
+    def timed(form) -> Found:
+        began = clock(device)
+        with torch.no_grad():
+            x = form(y, x0)
+        return Found(x.cpu(), clock(device) - began)
 
-        return run
-
-    def plain(number: int, label: str):
-        def run(y: Tensor, x0: Tensor, batch: slice) -> dict[str, Found]:
-            name, names = f"{number}_{batch.start}", problems.names[batch]
-            found = search(name, targets[number], names, y, x0, own.steps)
-            return {f"{label}optimisation, {steps} steps": of for steps, of in found.items()}
-
-        return run
-
-    def through(name: str, theta: MappingNet, trained: dict):
-        def run(y: Tensor, x0: Tensor, batch: slice) -> dict[str, Found]:
-            seed_everything(s.seed)
-            began, settings = clock(device), {"lr": float(trained["z_lr"]), "clip": float(trained["clip"])}
-            found = invert_through(theta, f, y, x0, search.loss, steps=own.theta_steps,
-                                   on_step=lambda _: search.bar.update(), **settings)  # fmt: skip
-            of = Found(found.x, clock(device) - began, found.curve, found.stopped)
-            return {f"{name}, {own.theta_steps} steps": of}
-
-        return run
-
-    for number, target in enumerate(targets):
-        f, x0, label = target.f, problems.x0, ""
-        if isinstance(f, Latents):
-            label = f"{f.space}, "
-        if x0 is None:
-            x0 = starts(target, problems.y, s, search.loss, device)
-        yield f, x0, closed(f"{label}start", lambda y, x: x)
-        yield from ((f, x0, closed(*form)) for form in target.closed_form.items())
+    for place, target in enumerate(targets):
+        f, label = target.f, f"{target.f.space}, " if isinstance(target.f, Latents) else ""
+        start = problems.x0 if problems.x0 is not None else starts(target, problems.y, s, search.loss)
+        x0 = start.to(device)
+        yield f"{label}start", f, start, Found(start, 0.0)
+        for name, form in target.closed_form.items():
+            yield name, f, start, timed(form)
         if target is targets[-1]:
-            yield from ((nn.Identity(), x0, closed(*form)) for form in spnn_beside(target, s, device).items())
-        yield f, x0, plain(number, label)
-    yield from ((f, x0, through(f"{label}{name}", theta, of["settings"])) for name, (theta, of) in thetas.items())
-
-
-def together(parts: Sequence[Found]) -> Found:
-    """Of all batches, on the CPU."""
-    x, seconds, curves, stopped = zip(*parts, strict=True)
-    x = torch.cat(x).detach().cpu()
-    if curves[0] is None:
-        return Found(x, sum(seconds))
-    return Found(x, sum(seconds), *(torch.cat([t.cpu() for t in of], -1) for of in (curves, stopped)))
+            for name, form in spnn_beside(target, s).items():
+                yield name, nn.Identity(), start, timed(form)
+        for steps, found in search(f"{place}_{number}", target, problems.names, y, x0, own.steps):
+            yield f"{label}optimisation, {steps} steps", f, start, found
+    for name, (theta, notes) in thetas.items():
+        seed_everything(s.seed)
+        began, settings = clock(device), {key: float(notes["settings"][key]) for key in ("z_lr", "clip")}
+        found = invert_through(theta, f, y, x0, search.loss, own.theta_steps, settings["z_lr"], settings["clip"],
+                               on_step=lambda _: search.bar.update())  # fmt: skip
+        yield f"{label}{name}, {own.theta_steps} steps", f, start, Found(found.x.cpu(), clock(device) - began, found)
 
 
 @torch.no_grad()
 def figures_of(
-    target: Target, problems: Problems, x: Tensor, x0: Tensor, output: Tensor, judge: nn.Module | None, s: Settings,
-    device: torch.device,
-) -> dict[str, Tensor]:  # fmt: skip
+    target: Target, problems: Problems, x: Tensor, x0: Tensor, output: Tensor, judge: nn.Module | None, s: Settings
+) -> dict[str, Tensor]:
     """The figures of each sample: name -> (N,).
 
     ``error`` is mean |f(x) - y|, ``picture_error`` the same once x is an 8-bit picture, ``distance`` the root mean
@@ -456,67 +381,42 @@ def figures_of(
     found = {"error": (output - y).abs().flatten(1).mean(1)}
     shown, _ = as_saved(x if target.from_image else output)
     if target.from_image:
-        rounded = outputs(target.f, shown, s.batch_size, device)
-        found["picture_error"] = (rounded - y).abs().flatten(1).mean(1)
+        found["picture_error"] = (outputs(target.f, shown, s) - y).abs().flatten(1).mean(1)
     if target.to_image:
-        found |= picture_figures(shown, y, s, device)
+        found |= picture_figures(shown, y, s)
     else:
         found["distance"] = (x - x0).square().flatten(1).mean(1).sqrt()
     if judge is not None:
-        said, wanted = (outputs(judge, images, s.batch_size, device) for images in (shown, problems.wanted))
-        found["judge"] = agreement(said, wanted)
+        found["judge"] = agreement(outputs(judge, shown, s), outputs(judge, problems.wanted, s))
     return found
 
 
-def find_judge(path: Path | None, target: Target, device: torch.device, log) -> nn.Module | None:
-    """The judge for the network's images; the demo's if it fits and none is given.
-
-    Raises:
-        InputError: the given one does not fit.
-    """
-    if target.img_size is None and path is None:
-        return None
-    judge = load_judge(path if path is not None else FACES / "judge.safetensors")
-    if judge.img_size != target.img_size:
-        has = "none" if (size := target.img_size) is None else f"{size}x{size}"
-        reason = f"takes {judge.img_size}x{judge.img_size} images, {target.name} has {has}"
-    elif target.attributes is not None and list(judge.attributes) != list(target.attributes):
-        reason = "knows other attributes than the network"
-    else:
-        return judge.to(device).requires_grad_(False)
-    if path is not None:
-        raise InputError(f"--judge {path}: {reason}")
-    log.info("no judge: the demo's %s", reason)
-    return None
-
-
-def with_intervals(figures: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """Means of figures (N,) over the finite ones, and 95 % intervals of those that samples differ in."""
+def summary(images: Sequence[dict], seconds: float) -> dict[str, float | None]:
+    """Means of the figures of images over the finite ones, and 95 % intervals of those that samples differ in."""
     row: dict[str, float | None] = {}
-    for name, values in figures.items():
-        finite = values[values.isfinite()]
-        row[name] = finite.double().mean().item() if len(finite) else None
-        if name in ("psnr", "lpips", "judge") and len(finite) > 1:
-            _, row[f"{name}_low"], row[f"{name}_high"] = mean_of(finite)
-    return row
+    for name in [key for key in images[0] if key not in ("method", "image")]:
+        finite = torch.tensor([value for image in images if math.isfinite(value := image[name])], dtype=torch.double)
+        row[name] = finite.mean().item() if len(finite) else None
+        if name in ("psnr", "lpips", "judge"):
+            row[f"{name}_low"], row[f"{name}_high"] = mean_of(finite)[1:] if len(finite) > 1 else (None, None)
+    return {**row, "seconds": seconds / len(images) if seconds else None}
 
 
-def compared(name: str, through: Sequence[float], plain: Sequence[float]) -> dict:
-    """Of mean losses after each number of steps: what a landscape reaches and the plain steps to it, and vice versa."""
+def compared(curves: Mapping[str, Sequence[float]]) -> list[dict]:
+    """Of the mean losses after each number of steps: what a landscape reaches and the plain steps to it, and vice
+    versa; for each landscape, and in the mean of several seeds.
+    """
 
     def steps(curve: Sequence[float], goal: float) -> int | None:
         return next((step for step, value in enumerate(curve) if value <= goal), None)
 
-    last = len(through) - 1
-    goal, met = min(through), min(plain[: last + 1])
-    return {"theta": name, "steps": last, "loss": goal, "plain_steps": steps(plain, goal), "plain_loss": met,
-            "steps_to_plain_loss": steps(through, met)}  # fmt: skip
-
-
-def compare_all(curves: Mapping[str, Sequence[float]]) -> list[dict]:
-    """`compared` for each landscape, and the mean of several seeds."""
-    told = [compared(name, curve, curves[name.partition("landscape")[0] + "optimisation"])
-            for name, curve in curves.items() if "landscape" in name]  # fmt: skip
+    told = []
+    for name, through in curves.items():
+        if "landscape" in name:
+            plain = curves[name.partition("landscape")[0] + "optimisation"]
+            goal, met = min(through), min(plain[: len(through)])
+            told.append({"theta": name, "steps": len(through) - 1, "loss": goal, "plain_steps": steps(plain, goal),
+                         "plain_loss": met, "steps_to_plain_loss": steps(through, met)})  # fmt: skip
     if len(told) > 1:
         of = {key: [one[key] for one in told] for key in LANDSCAPES}
         means = {key: None if None in values else fmean(values) for key, values in of.items()}
@@ -524,83 +424,65 @@ def compare_all(curves: Mapping[str, Sequence[float]]) -> list[dict]:
     return told
 
 
-def evaluate(s: Settings, own: Eval, run: Run) -> int:
+def evaluate(s: Settings, own: Eval, run: Run) -> None:
     """Measure every way of inverting the network, and write tables, curves and pictures."""
-    targets = load_targets(own.network, s, run.device)
+    targets = load_targets(own.network, s)
     target = targets[-1]
     thetas = load_thetas(own.theta or (), target, run.device)
-    judge = find_judge(own.judge, target, run.device, get_logger("invert"))
-    names, images = read_images(s.data, target.img_size, s.images)
-    problems = fixed_problems(target, names, images, s.images if s.images is not None else 100, s, run.device)
-    loss = make_loss(target, s, run.device)
-    log = begin("eval", s, own, target, free=("steps", "theta", "theta_steps", "judge"))
-    batches = [slice(i, i + s.batch_size) for i in range(0, len(problems.y), s.batch_size)]
-    rows, by_image, curves, shown = [], [], {}, {}
+    judge = find_judge(own.judge, target, run.device)
+    problems = fixed_problems(target, *read_images(target, s), s)
+    loss = make_loss(target, s)
+    log = begin(s, own, target, run, "results.csv", "steps", "theta", "theta_steps", "judge")
+    batches, images, curves = range(0, len(problems.y), s.batch_size), [], defaultdict(list)
+    seconds, shown = defaultdict(float), defaultdict(list)
     steps = len(batches) * (len(targets) * max(own.steps) + len(thetas) * own.theta_steps)
     with tqdm(total=steps, unit="step", leave=False, dynamic_ncols=True, disable=None) as bar:
-        for f, x0, way in ways(targets, problems, thetas, own, Searches(s, run, loss, own.save_steps, bar)):
-            each = [way(problems.y[b].to(run.device), x0[b].to(run.device), b) for b in run.until_stopped(batches)]
-            for name in each[0]:
-                found = together([of[name] for of in each])
-                seed_everything(s.seed)  # noise drawn anew is the same for all methods, and after a resume
-                output = outputs(f, found.x, s.batch_size, run.device)
-                figures = figures_of(target, problems, found.x, x0, output, judge, s, run.device)
-                start = name.rpartition(", ")[2] == "start"
-                seconds = None if start else found.seconds / len(found.x)
-                rows.append({"method": name, **with_intervals(figures), "seconds": seconds})
-                by_image += [{"method": name, "image": image, **{key: of[i].item() for key, of in figures.items()}}
-                             for i, image in enumerate(problems.names)]  # fmt: skip
-                if not start or target.from_image:
-                    shown[name] = (found.x if target.from_image else output)[:SHEET_ROWS]
-                if found.curve is not None:  # a shorter plain run is the beginning of the next, which takes its place
-                    curve = found.curve[:, found.curve.isfinite().all(0)]
-                    curves |= {name.rpartition(",")[0]: curve.mean(1).tolist()} if curve.shape[1] else {}
-                    warn(log, name, problems.names, found)
-    told = compare_all(curves)
-    record = {"settings": {**settings_of(s, own), "device": str(run.device)}, "landscapes": told}
-    record |= {"thetas": [notes for _, notes in thetas.values()], "methods": rows, "images": by_image}
-    write_json(s.out / "results.json", json_values(record))
-    table = MetricsTable(s.out / "results.csv", rows=[])
-    for row in rows:
-        table.append({key: value for key, value in row.items() if value is not None})
-    if curves:
-        write_curves(s.out, curves)
+        search = Searches(s, run, loss, own.save_steps, bar)
+        for first in run.until_stopped(batches):
+            part = problems[first : first + s.batch_size]
+            for name, f, x0, found in ways(targets, first, part, thetas, own, search):
+                seed_everything(s.seed)  # noise drawn anew is the same for all ways, and after a resume
+                output = outputs(f, found.x, s)
+                figures = figures_of(target, part, found.x, x0, output, judge, s)
+                images += [{"method": name, "image": image, **{key: of[i].item() for key, of in figures.items()}}
+                           for i, image in enumerate(part.names)]  # fmt: skip
+                seconds[name] += found.seconds
+                shown[name] += list(found.x if target.from_image else output)
+                if found.search is not None:
+                    curves[name] += [row for row in found.search.curve.cpu().unbind(1) if row.isfinite().all()]
+                    warn(log, name, part.names, found.search)
+    rows = [{"method": name, **summary([of for of in images if of["method"] == name], seconds[name])} for name in shown]
+    # a shorter plain run is the beginning of the next, which takes its place
+    means = {name.rpartition(",")[0]: torch.stack(of).mean(0).tolist() for name, of in curves.items() if of}
+    told = compared(means)
+    record = {"settings": {**vars(s), **vars(own)}, "thetas": [notes for _, notes in thetas.values()]}
+    write_json(s.out / "results.json", json_values({**record, "landscapes": told, "methods": rows, "images": images}))
+    write_csv(s.out / "results.csv", rows)
+    if means:
+        write_curves(s.out, means)
     if target.img_size is not None:
-        draw_results(s.out / "sheet.png", target, problems, shown, by_image)
+        columns = {name: of for name, of in shown.items() if target.from_image or not name.endswith("start")}
+        columns["whose output is wanted" if target.from_image else "wanted"] = problems.wanted
+        draw_sheet(s.out, columns, problems.names)
     print(format_table(rows, "method", COLUMNS) + (f"\n\n{format_table(told, 'theta', LANDSCAPES)}" if told else ""))
     log.info("%d problems, %s, on %s; %s", len(problems.y), target.name, run.device, s.out)
-    return 0
-
-
-def draw_results(
-    path: Path, target: Target, problems: Problems, shown: Mapping[str, Tensor], by_image: Sequence[dict]
-) -> None:
-    """The sheet: the images of every method by name, and those that the wanted outputs belong to."""
-    names, captions = problems.names[:SHEET_ROWS], []
-    for name in names:
-        said = [row.get("judge") for row in by_image if row["image"] == name and row["method"] in shown]
-        captions.append(name if None in said else f"{name}: judge {', '.join(f'{v:.2f}' for v in said)}")
-    columns = [*shown.values(), problems.wanted]
-    rows = [[picture(column[i], SIDE) for column in columns] for i in range(len(names))]
-    contact_sheet(path, [*shown, "whose output is wanted" if target.from_image else "wanted"], rows, captions)
 
 
 # --- find ------------------------------------------------------------------------------------------------------------
 
 
-def find(s: Settings, own: Find, run: Run) -> int:
+def find(s: Settings, own: Find, run: Run) -> None:
     """Find the inputs of images, one batch after another, and write each with its picture."""
-    device = run.device
     if own.morph is not None:
-        return morph(s, own, device)
+        return morph(s, own, run)
     if list(s.spaces) != sorted(set(s.spaces), key=SPACES.index):
         raise InputError(f"--spaces {' '.join(s.spaces)}: a search can only go on from z to w to w+")
-    targets = load_targets(own.network, s, device)
+    targets = load_targets(own.network, s)
     target = targets[-1]
     if not target.to_image:
         raise InputError(f"--network {own.network}: gives no image; use eval")
-    paths, loss = named_images(s.data, s.images), make_loss(target, s, device)
-    log = begin("find", s, own, target, free=("images",))
+    paths, loss = named_images(s.data, s.images), make_loss(target, s)
+    log = begin(s, own, target, run, "results.csv", "images")
     table = MetricsTable(s.out / "results.csv")
     done = {row["image"] for row in table.rows}
     left = [name for name in paths if name not in done]
@@ -610,67 +492,63 @@ def find(s: Settings, own: Find, run: Run) -> int:
         for start in range(0, len(left), s.batch_size):
             chosen = left[start : start + s.batch_size]
             y = torch.stack([load_image(paths[name], target.img_size) for name in chosen])
-            x, parts = starts(targets[0], y, s, loss, device), []
+            x, parts = starts(targets[0], y, s, loss).to(run.device), []
             for number, of in enumerate(targets):  # space by space, each from the best of the one before
                 if parts:
-                    x = of.f.enter(targets[number - 1].f.w_plus(parts[-1].x.to(device))).detach()
-                parts.append(search(str(number), of, chosen, y.to(device), x.to(device), [own.steps])[own.steps])
-            warn(log, target.name, chosen, parts[-1])
-            for row in keep(target, chosen, y, parts, s, device):
-                table.append({**row, "seconds": sum(part.seconds for part in parts) / len(chosen)})
-    curves = {name: read_tensors(s.out / f"{name}.safetensors")[0]["curve"].tolist() for name in paths}
+                    x = of.f.enter(targets[number - 1].f.w_plus(parts[-1].x.to(run.device))).detach()
+                parts += [found for _, found in search(str(number), of, chosen, y.to(run.device), x, [own.steps])]
+            warn(log, target.name, chosen, parts[-1].search)
+            keep(target, chosen, y, parts, s, table)
+    curves = {name: load_file(s.out / f"{name}.safetensors")["curve"].tolist() for name in paths}
     if len(curves) > 10:
         curves = {"mean": torch.tensor(list(curves.values())).mean(0).tolist()}
     write_curves(s.out, curves)
-    shown = list(paths)[:SHEET_ROWS]
-    pairs = [(load_image(paths[name], target.img_size), load_image(s.out / f"{name}.png")) for name in shown]
-    rows = [[picture(one, SIDE) for one in (wanted, got, (got - wanted).abs() - 1)] for wanted, got in pairs]
-    contact_sheet(s.out / "sheet.png", ("input", "found", "difference"), rows, shown)
+    names = list(paths)[:SHEET_ROWS]
+    wanted, got = ([load_image(file(name), target.img_size) for name in names]
+                   for file in (paths.get, lambda name: s.out / f"{name}.png"))  # fmt: skip
+    apart = [(a - b).abs() - 1 for a, b in zip(wanted, got, strict=True)]
+    draw_sheet(s.out, {"input": wanted, "found": got, "difference": apart}, names)
     print(format_table([row for row in table.rows if row["image"] in paths], "image", COLUMNS))
-    return 0
 
 
 @torch.no_grad()
 def keep(
-    target: Target, names: Sequence[str], wanted: Tensor, parts: Sequence[Found], s: Settings, device: torch.device
-) -> list[dict]:
-    """Write each image and latent that was found, with the losses of all spaces; a row of figures for each."""
-    x, losses = parts[-1].x.to(device), parts[-1].curve.amin(0)
-    pictures, _ = as_saved(outputs(target.f, x, s.batch_size, device))
-    figures = {"loss": losses, **picture_figures(pictures, wanted, s, device)}
-    rows, curves = [], torch.cat([part.curve for part in parts])
+    target: Target, names: Sequence[str], wanted: Tensor, parts: Sequence[Found], s: Settings, table: MetricsTable
+) -> None:
+    """Write each image and latent that was found, with the losses of all spaces, and a row of figures."""
+    x, curves = parts[-1].x, torch.cat([part.search.curve.cpu() for part in parts])
+    pictures, _ = as_saved(outputs(target.f, x, s))
+    figures = {"loss": parts[-1].search.loss.cpu(), **picture_figures(pictures, wanted, s)}
     for i, name in enumerate(names):
         row = {"image": name, **{key: of[i].item() for key, of in figures.items()}}
-        latent = {"x": x[i], "curve": curves[:, i]}
+        latent = {"x": x[i].clone(), "curve": curves[:, i].clone()}
         if isinstance(target.f, Latents):
-            latent["w_plus"] = target.f.w_plus(x[i : i + 1])[0]
+            latent["w_plus"] = target.f.w_plus(x[i : i + 1].to(s.device))[0].cpu().clone()
         save_image(pictures[i], s.out / f"{name}.png")
         notes = {**row, "network": target.name, "weights": s.weights, "noise": s.noise, "seed": s.seed}
-        save_tensors(s.out / f"{name}.safetensors", latent, notes)
-        rows.append(row)
-    return rows
+        with atomic_write(s.out / f"{name}.safetensors") as temporary:
+            save_file(latent, temporary, {key: json.dumps(value) for key, value in notes.items()})
+        table.append({**row, "seconds": sum(part.seconds for part in parts) / len(names)})
 
 
 @torch.no_grad()
-def morph(s: Settings, own: Find, device: torch.device) -> int:
+def morph(s: Settings, own: Find, run: Run) -> None:
     """Write the frames between two latents that `find` found, the mix of their w+ going from 0 to 1, and all as one."""
     if len(own.morph) != 2:
         raise InputError(f"--morph: takes two latents, got {len(own.morph)}")
-    target = load_targets("stylegan", dataclasses.replace(s, spaces=("w+",)), device)[0]
+    target = load_targets("stylegan", dataclasses.replace(s, spaces=("w+",)))[0]
     ends, shape = [], (target.f.generator.layers, target.f.generator.dim)
     for path in own.morph:
-        w_plus = read_tensors(path)[0].get("w_plus", torch.empty(0))
+        w_plus = read_weights(path).get("w_plus", torch.empty(0))
         if tuple(w_plus.shape) != shape:
             raise InputError(f"--morph {path}: its w_plus has shape {tuple(w_plus.shape)}, the generator needs {shape}")
         ends.append(w_plus.float().flatten())
-    for frame in s.out.glob("frame_[0-9][0-9][0-9][0-9].png"):  # of an earlier one, longer perhaps
-        frame.unlink()
+    begin(s, own, target, run, "frames.png")
     mixes = torch.stack([ends[0].lerp(ends[1], i / own.frames) for i in range(own.frames + 1)])
-    pictures = outputs(target.f, mixes, s.batch_size, device).clamp(-1, 1)
+    pictures = outputs(target.f, mixes, s).clamp(-1, 1)
     for i, frame in enumerate(pictures):
         save_image(frame, s.out / f"frame_{i:04d}.png")
     save_image(grid(pictures, 7), s.out / "frames.png")
-    return 0
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -689,9 +567,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"{command or 'no command'}: expected {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
     perform, kind = COMMANDS[command]
     s, own, _ = parse(f"invert.py {command}\n\n{__doc__}", Settings, kind, argv=argv[1:])
-    check_folder(s, command)
     with open_run(s.out, s.device, save_every=1, seed=s.seed) as run:
-        return perform(s, own, run)
+        perform(dataclasses.replace(s, device=str(run.device)), own, run)
+        if perform is not train:  # which may always go on, with more buffers
+            run.finish()
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from torch import nn
 
 import bijections
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
-from inversion import MappingNet, collect, invert, invert_through, squared_error, train_mapping
+from inversion import MappingNet, fit, invert, invert_through, squared_error, train_mapping
 from models import SPNN
 from utils import InputError
 
@@ -224,20 +224,21 @@ def test_gradients_pass_thetas_clamp():
     assert (z.grad == 1).all()
 
 
-def test_a_buffer_holds_every_point_with_its_own_output():
-    f, y, x0 = network(), normal(5, 4, seed=1), normal(5, 6, seed=2)
-    theta = MappingNet((6,)).double()
-    buffer = collect(theta, f, y, x0, steps=3)
-    assert buffer.z.shape == (4, 5, 6)
-    losses = {
-        round(squared_error(f(x0[i : i + 1] + buffer.z[t, i : i + 1]), y[i : i + 1]).item(), 9)
-        for t in range(4)
-        for i in range(5)
-    }
-    drawn = list(buffer.batches(10, 2, generator()))  # one pass
-    seen = {round(v, 9) for z, start, goal in drawn for v in squared_error(f(start + z), goal).tolist()}
-    assert seen == losses and len(seen) == 20
-    assert buffer.end < buffer.start == pytest.approx(squared_error(f(x0), y).mean().item())
+def test_theta_is_fitted_to_every_point_of_a_buffer_with_its_own_output():
+    f, y, x0, z = network(), normal(5, 4, seed=1), normal(5, 6, seed=2), normal(4, 5, 6, seed=3)
+    losses = squared_error(f((x0 + z).flatten(0, 1)), y.repeat(4, 1))
+    theta, seen = MappingNet((6,)).double(), []
+
+    def noted(output, goal):
+        seen.append(squared_error(output, goal))
+        return seen[-1]
+
+    still = torch.optim.SGD(theta.parameters(), lr=0.0)
+    assert fit(theta, f, still, noted, z, x0, y, batch_size=8) == pytest.approx(losses.mean().item())  # one pass
+    torch.testing.assert_close(torch.cat(seen).sort().values, losses.sort().values)
+    assert [len(each) for each in seen] == [8, 8, 4]
+    fit(theta, f, still, noted, z, x0, y, batch_size=8, updates=5)  # two passes
+    torch.testing.assert_close(torch.cat(seen[3:]).sort().values, losses.repeat(2).sort().values)
 
 
 @pytest.mark.parametrize("first", [0, 1, 4])
@@ -246,19 +247,27 @@ def test_a_search_goes_on_where_it_ended(first):
     y, x0 = drawn(f)(5, generator(3))
     whole = invert(f, y, x0, steps=9)
     begun = invert(f, y, x0, steps=first)
-    ended = invert(f, y, torch.zeros_like(x0), steps=9, state=begun.state)
+    ended = invert(f, y, torch.zeros_like(x0), steps=9, after=begun)
     for name in ("x", "loss", "best_step", "curve", "stopped"):
         assert torch.equal(getattr(ended, name), getattr(whole, name)), name
 
 
-def test_broken_trajectories_stay_out_of_a_buffer():
-    theta = MappingNet((1,)).double()
+@pytest.mark.parametrize("f, words", [(lambda x: (x - 1).sqrt(), None), (lambda x: x * math.nan, "no trajectory")])
+def test_broken_trajectories_stay_out_of_a_buffer(f, words):
     x0 = torch.tensor([[0.5], [4.0]], dtype=torch.float64)
     y = torch.tensor([[7.0], [2.0]], dtype=torch.float64)
-    buffer = collect(theta, lambda x: (x - 1).sqrt(), y, x0, steps=2)
-    assert buffer.y.tolist() == [[2.0]] and buffer.z.isfinite().all()
-    with pytest.raises(InputError, match="no trajectory is finite"):
-        collect(theta, lambda x: x * math.nan, y, x0, steps=2)
+
+    def train():
+        theta = MappingNet((1,)).double()
+        return train_mapping(theta, f, lambda count, source: (y, x0), buffers=1, steps=2)
+
+    if words is not None:
+        with pytest.raises(InputError, match=words):
+            train()
+    else:
+        (row,) = train()
+        start = squared_error(f(x0[1:]), y[1:]).item()
+        assert row["start_loss"] == pytest.approx(start) and row["loss"] < 1.2 * start
 
 
 def drawn(f):
