@@ -198,18 +198,15 @@ def test_theta_reads_back_and_belongs_to_its_network(here, trained, tmp_path):
 
 @pytest.mark.parametrize("network, closed", [("pinv", "closed form g(y)"), ("completion-inverse", "closed form G(y)")])
 def test_latents_from_images(here, tmp_path, network, closed):
-    more, out = ["--network", network], tmp_path / "out"
-    if network == "pinv":
-        assert main(flags(here, "train", tmp_path / "theta", *more)) == 0
-        more += ["--theta", str(tmp_path / "theta" / "theta.safetensors")]
-    assert main(flags(here, "eval", out, *more)) == 0
+    out = tmp_path / "out"
+    assert main(flags(here, "eval", out, "--network", network, "--images", "2")) == 0
     rows = methods(out)
     assert rows["optimisation, 6 steps"]["error"] < rows["start"]["error"]
     assert "picture_error" not in rows["start"] and 0 <= rows[closed]["judge"] <= 1
     if network == "completion-inverse":
         assert rows[closed]["error"] < 1e-4 and rows[closed]["judge"] == 1
         assert load_target(network, here).in_shape == (3 * 8 * 8,)
-    assert (out / "sheet.png").is_file() and ("landscape, 3 steps" in rows) == (network == "pinv")
+    assert (out / "sheet.png").is_file()
 
 
 def network_of(shape, forward=None):
@@ -259,23 +256,19 @@ def test_results_are_kept_unless_asked(here, trained, tmp_path):
     out.mkdir()
     for name in ("mine.txt", "results.csv", "results.json"):
         (out / name).write_text("old")
+    arguments = flags(here, "eval", out, "--images", "2")
     with pytest.raises(InputError, match="--overwrite"):
-        main(flags(here, "eval", out, "--images", "2"))
-    assert main(flags(here, "eval", out, "--images", "2", "--overwrite")) == 0
-    assert (out / "mine.txt").read_text() == "old" != (out / "results.json").read_text()
-    with pytest.raises(OSError, match="File exists"):
-        main(flags(here, "eval", out / "mine.txt"))
-
-
-def test_a_judge_that_does_not_fit(here, tmp_path):
-    arguments = flags(here, "eval", tmp_path / "out")
+        main(arguments)
     where = arguments.index("--judge") + 1
     arguments[where] = str(command.FACES / "judge.safetensors")
     with pytest.raises(InputError, match="64x64 images, g has 8"):
-        main(arguments)
+        main([*arguments, "--overwrite"])
     del arguments[where - 1 : where + 1]  # the demo's is left out by itself
-    assert main([*arguments, "--images", "2"]) == 0
-    assert "judge" not in methods(tmp_path / "out")["start"]
+    assert main([*arguments, "--overwrite"]) == 0
+    assert "judge" not in methods(out)["start"]
+    assert (out / "mine.txt").read_text() == "old" != (out / "results.json").read_text()
+    with pytest.raises(OSError, match="File exists"):
+        main(flags(here, "eval", out / "mine.txt"))
 
 
 def test_the_exit_status_says_what_happened(capsys):
@@ -380,7 +373,7 @@ def test_the_latent_of_an_image(here, generator, tmp_path, space, rows):
 
 def test_one_space_after_another_and_resumed(here, generator, tmp_path, monkeypatch):
     """A search that is killed in its second space, and goes on, finds what one that is not finds, noise drawn anew."""
-    arguments = ["--spaces", "z", "w", "w+", "--noise", "new", "--save_steps", "4", "--start", "best", "--draws", "5"]
+    arguments = "--spaces z w w+ --noise new --steps 5 --save_steps 2 --start best --draws 5 --images 5".split()
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(flags(here, "find", whole, *arguments)) == 0
     saves, save = [], command.save_state
@@ -401,10 +394,10 @@ def test_one_space_after_another_and_resumed(here, generator, tmp_path, monkeypa
     with pytest.raises(InputError, match="the run in .* has spaces"):
         main(flags(here, "find", parts, "--resume", "--spaces", "w+"))
     assert main(flags(here, "find", parts, *arguments, "--resume")) == 0
-    for i in range(6):
+    for i in range(5):
         a, b = (latent(folder / f"{i}.safetensors") for folder in (whole, parts))
         assert all(torch.equal(a[key], b[key]) for key in ("x", "w_plus", "curve"))
-        assert len(a["curve"]) == 30
+        assert len(a["curve"]) == 18
     time = (parts / "0.png").stat().st_mtime_ns
     assert main(flags(here, "find", parts, *arguments, "--resume")) == 0  # nothing is left to do
     assert (parts / "0.png").stat().st_mtime_ns == time
@@ -428,15 +421,17 @@ def test_the_landscape_of_stylegan(here, generator, tmp_path, capsys, monkeypatc
     """Two seeds of it, beside plain searches and the SPNN, with LPIPS."""
     out = tmp_path / "out"
     of_stylegan = ["--network", "stylegan", "--weights", str(here / "g.safetensors")]
-    for seed in "01":
-        assert main(flags(here, "train", tmp_path / seed, *of_stylegan, "--seed", seed)) == 0
+    assert main(flags(here, "train", tmp_path / "0", *of_stylegan)) == 0
     notes = json.loads((tmp_path / "0" / "theta.json").read_text())
     assert notes["network"] == "stylegan w+" and notes["theta"]["shape"] == [20]
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    notes["settings"]["seed"] = 1
+    (tmp_path / "1" / "theta.json").write_text(json.dumps(notes))
     thetas = [str(tmp_path / seed / "theta.safetensors") for seed in "01"]
     monkeypatch.setattr(command, "lpips_or_none", lambda device, size: lambda a, b: (a - b)[:, :1, :1, :1].abs())
     with pytest.raises(InputError, match="landscape of seed 0 is there twice"):
         main(flags(here, "eval", out, *of_stylegan, "--theta", *thetas[:1] * 2))
-    assert main(flags(here, "eval", out, *of_stylegan, "--theta", *thetas, "--spaces", "z", "w+")) == 0
+    assert main(flags(here, "eval", out, *of_stylegan, "--theta", *thetas, "--images", "3", "--spaces", "z", "w+")) == 0
     rows = methods(out)
     assert list(rows) == [
         *("z, start", "z, optimisation, 3 steps", "z, optimisation, 6 steps"),
@@ -466,6 +461,7 @@ def test_an_evaluation_is_resumed(here, generator, tmp_path, monkeypatch):
     """A killed one finds what a whole one finds, noise drawn anew; what is found is not searched for again."""
     write_weights(here / "of_eval.safetensors", generator.state_dict())
     more = f"--network stylegan --weights {here / 'of_eval.safetensors'} --spaces z w+ --noise new --save_steps 2"
+    more += " --images 3"
     whole, parts, saves, save = tmp_path / "whole", tmp_path / "parts", [], command.save_state
     assert main(flags(here, "eval", whole, *more.split())) == 0
 
@@ -485,17 +481,13 @@ def test_an_evaluation_is_resumed(here, generator, tmp_path, monkeypatch):
         main(flags(here, "eval", parts, *more.split(), "--resume", "--seed", "7"))
     assert main(flags(here, "eval", parts, *more.split(), "--resume")) == 0
     a, b = (json.loads((folder / "results.json").read_text()) for folder in (whole, parts))
-    assert a["images"] == b["images"] and len(a["images"]) == 8 * 6
+    assert a["images"] == b["images"] and len(a["images"]) == 8 * 3
     monkeypatch.setattr(command, "invert", lambda *args, **kwargs: pytest.fail("searched again"))
-    assert main(flags(here, "eval", parts, *more.split(), "--resume")) == 0
-    rows = zip(methods(parts).values(), b["methods"], strict=True)
-    assert all(row == before for row, before in rows if "optimisation" in row["method"])  # the seconds as well
     assert main(flags(here, "eval", parts, *more.split(), "--resume", "--steps", "3")) == 0
     fewer = json.loads((parts / "results.json").read_text())["images"]
     assert fewer == [row for row in b["images"] if "6 steps" not in row["method"]]
-    monkeypatch.undo()
-    assert main(flags(here, "eval", parts, *more.split(), "--resume", "--steps", "2", "6")) == 0  # not kept: anew
-    assert {"z, optimisation, 2 steps", "w+, optimisation, 6 steps"} < set(methods(parts))
+    for row in b["methods"]:  # the seconds as well
+        assert "3 steps" not in row["method"] or row == methods(parts)[row["method"]]
     other = {name: tensor + 1 for name, tensor in generator.state_dict().items()}
     write_weights(here / "of_eval.safetensors", other)
     with pytest.raises(InputError, match="--resume with its settings"):
