@@ -439,7 +439,7 @@ def evaluate(s: Settings, own: Eval, run: Run) -> None:
     with tqdm(total=steps, unit="step", leave=False, dynamic_ncols=True, disable=None) as bar:
         search = Searches(s, run, loss, own.save_steps, bar)
         for first in run.until_stopped(batches):
-            part = problems[first : first + s.batch_size]
+            part = problems.batch(first, s.batch_size)
             for name, f, x0, found in ways(targets, first, part, thetas, own, search):
                 seed_everything(s.seed)  # noise drawn anew is the same for all ways, and after a resume
                 output = outputs(f, found.x, s)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -255,7 +255,8 @@ def problem_source(
     return draw
 
 
-class Problems(NamedTuple):
+@dataclass
+class Problems:
     """N inversions to measure.
 
     Attributes:
@@ -268,8 +269,9 @@ class Problems(NamedTuple):
     wanted: Tensor
     x0: Tensor | None = None
 
-    def __getitem__(self, part: slice) -> "Problems":  # type: ignore[override]
-        return Problems(*(None if each is None else each[part] for each in self))
+    def batch(self, first: int, size: int) -> "Problems":
+        """``size`` of them, from ``first`` on."""
+        return Problems(*(None if each is None else each[first : first + size] for each in vars(self).values()))
 
 
 def fixed_problems(target: Target, names: list[str], images: Tensor | None, s: Settings) -> Problems:
