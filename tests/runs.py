@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import yaml
 from layout import write_layout
 from PIL import Image
 
+import loop
 import train_celeba
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from checkpoints import read_weights, save_spnn, write_weights
@@ -47,9 +49,9 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
-    """30 pictures of 32x32 in CelebAMask-HQ's layout: 24 to train on, six batches per epoch."""
+    """20 pictures of 32x32 in CelebAMask-HQ's layout: 16 to train on, four batches per epoch."""
     rng = np.random.default_rng(0)
-    pictures = [(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8), rng.integers(0, 2, 40)) for _ in range(30)]
+    pictures = [(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8), rng.integers(0, 2, 40)) for _ in range(20)]
     return write_layout(tmp_path_factory.mktemp("faces"), pictures)
 
 
@@ -89,6 +91,12 @@ def assert_same(one: dict, other: dict) -> None:
     for name, value in one.items():
         same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
         assert same, name
+
+
+def without_diagnostics(patch: pytest.MonkeyPatch) -> None:
+    """They take longer than the trainings here."""
+    patch.setattr(train_celeba, "diagnose", lambda *_, **__: {})
+    patch.setattr(train_celeba, "format_table", str)
 
 
 # --- Reconstruction ---
@@ -172,24 +180,37 @@ def pictures(folder):
 # --- Processes ---
 
 
+def forks():
+    """The context of processes that are forks of one in which everything is imported, once for all test files."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_celeba", "train_operator", "DDNM.main", "DDNM.train_prior", "torch._dynamo"])
+    return context
+
+
+def quick() -> None:
+    """Leave out what takes longer than the trainings here: threads, curves, TensorBoard's events, diagnostics."""
+    torch.set_num_threads(1)
+    loop.plot_curves = lambda table, picture: picture.touch()
+    loop.tensorboard_events = lambda folder, begin: nullcontext(lambda figures, step: None)
+    without_diagnostics(pytest.MonkeyPatch())
+
+
 def member(rank: int, port: int, command, arguments: list[str], samples: Path, errors: Path) -> None:
     """A process of a run of two, with the variables that torchrun sets."""
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    quick()
     reconstruct.SAMPLES, sys.stderr = samples, open(errors / f"{rank}.txt", "w", buffering=1)
     run_command(lambda: command(arguments))
 
 
 def start_two(command, arguments: list[str], folder: Path) -> tuple[list[int], list[str]]:
     """Exit status and last line of each of two processes; results of DDNM/main.py go below ``folder``."""
-    context = multiprocessing.get_context("forkserver")  # everything is imported once
-    context.set_forkserver_preload(["train_celeba", "train_operator", "DDNM.main", "DDNM.train_prior"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
-    started = [context.Process(target=member, args=(i, port, command, arguments, folder, folder)) for i in (0, 1)]
+    started = [forks().Process(target=member, args=(i, port, command, arguments, folder, folder)) for i in (0, 1)]
     for process in started:
         process.start()
     for process in started:
