@@ -54,7 +54,7 @@ from DDNM.guided_diffusion.inputs import (
 from DDNM.guided_diffusion.results import Record, as_saved, contact_sheet, picture, write_csv
 from images import find_images, load_image, save_image, to_uint8
 from logger import format_table, get_logger
-from loop import World, join_world, locked, to_json_values
+from loop import World, join_world, locked
 from metrics import agreement, balanced_accuracy_by_attribute, prob_error, psnr
 from utils import InputError, atomic_write, json_values, option, parse, peak_gib, run_command, write_json
 
@@ -420,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = {name: getattr(what, name) for name in ("set", "contradiction", "align", "operator")}
         said |= {"precision": weights.precision, "compile": weights.compile, "device": device.type}
         same = asdict(rule) | asdict(walk) | said | networks.fingerprints()
-        return evaluate(e, rules, walk, networks, targets, to_json_values(same), world)
+        return evaluate(e, rules, walk, networks, targets, json_values(same), world)
 
 
 def evaluate(

@@ -29,7 +29,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils import InputError, atomic_write
+from utils import InputError, atomic_write, sides
 
 Image.init()
 # by content, whatever the suffix says; Pillow knows others, one of which (EPS) runs another program
@@ -146,11 +146,6 @@ def to_float(images: Tensor) -> Tensor:
     return (images / 127.5).sub_(1)
 
 
-def sides(size: Size) -> tuple[int, int]:
-    """(height, width)."""
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def fit(image: Image.Image, size: Size, path: str | Path, resampling: Image.Resampling = RESAMPLING) -> Image.Image:
     """A picture as networks see it: the largest centred part of the right proportions, resized (antialiased).
 
@@ -160,7 +155,7 @@ def fit(image: Image.Image, size: Size, path: str | Path, resampling: Image.Resa
     eyes (69.5, 111) and (107.5, 111) and mouth (88.5, 152), of 156 pixels around (89, 115), so that networks may be
     trained on either set and used on the other.
     """
-    height, width = sides(size)
+    height, width = sides("images", "size", size)
     if image.size == _CELEBA_SIZE:
         image = image.crop(_CELEBA_BOX)
     w, h = image.size

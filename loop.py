@@ -8,7 +8,6 @@ if a signal asks it to, and goes on from a state as if nothing had happened. Sev
 
 import copy
 import hashlib
-import json
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from logger import MetricsTable, get_logger, plot_curves, tensorboard_events
-from utils import InputError, Stopped, atomic_write, is_temporary, remove_temporaries, resolve_device, write_json
+from utils import InputError, Stopped, atomic_write, is_temporary, json_values, resolve_device, write_json
 
 try:
     import fcntl
@@ -68,11 +67,6 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
 
 
 # --- State files -----------------------------------------------------------------------------------------------------
-
-
-def to_json_values(value: object) -> object:
-    """A setting as a weights-only file holds it and as JSON gives it back, so that the two compare equal."""
-    return json.loads(json.dumps(value, default=str))
 
 
 def save_state(path: Path, state: Mapping) -> None:
@@ -114,7 +108,7 @@ def check_settings(saved: Mapping, given: Mapping, folder: Path, otherwise: str 
         InputError: names the first setting in ``given`` that the run in ``folder`` has otherwise.
     """
     for key, value in given.items():
-        has, value = saved.get(key), to_json_values(value)
+        has, value = saved.get(key), json_values(value)
         if has != value:
             raise InputError(f"the run in {folder} has {key} {has}, not {value}; give the same, or {otherwise}")
 
@@ -231,10 +225,6 @@ class World:
         together = torch.tensor(number, dtype=torch.float64)
         distributed.all_reduce(together, distributed.ReduceOp.MAX)
         return together.item()
-
-    def agreed(self, stopped: Callable[[], int | None]) -> Callable[[], int | None]:
-        """``stopped``, answered alike everywhere: as soon as one process was asked to stop, all are."""
-        return stopped if self.size == 1 else lambda: int(self.largest(stopped() or 0)) or None
 
     def parallel(
         self, model: nn.Module, losses_of: Callable[..., dict[str, Tensor]], all_used: bool = True
@@ -409,7 +399,7 @@ class Run:
             InputError: a run that is not finished and neither to be resumed nor overwritten, or one of other settings;
                 a result that is not to be overwritten.
         """
-        self.settings, path = to_json_values(settings), self.folder / STATE_NAME
+        self.settings, path = json_values(settings), self.folder / STATE_NAME
         if resume and overwrite:
             raise InputError("--resume and --overwrite exclude each other")
         state = None if overwrite or not path.is_file() else load_state(path)
@@ -417,7 +407,7 @@ class Run:
             state = None  # an earlier run, stage 1 perhaps, is no obstacle to the next
         if state is None:
             if result is not None and result.exists() and not overwrite:
-                raise InputError(f"{result} exists; give --overwrite, --resume with its settings, or another --out")
+                raise InputError(f"{result} exists; give --overwrite, --resume with its settings, or another folder")
             return
         if not resume:
             raise InputError(f"{path}: a run that is not finished; give --resume to continue it or --overwrite")
@@ -427,10 +417,9 @@ class Run:
     def begin(self, name: str, settings: dict, stale: Iterable[str]) -> logging.Logger:
         """Write settings.json and log.txt; what an earlier run left, by these names, must not stand beside them."""
         if self.world.leads:
-            remove_temporaries(self.folder)
-            for path in (path for each in (STATE_NAME, *stale) for path in self.folder.glob(each)):
-                if self.state is None:
-                    path.unlink()
+            old = [path for each in (STATE_NAME, *stale) for path in self.folder.glob(each) if self.state is None]
+            for path in [*filter(is_temporary, self.folder.iterdir()), *old]:
+                path.unlink()
             write_json(self.folder / "settings.json", settings)
         self.world.wait()
         return get_logger(name, self.folder if self.world.leads else None)
@@ -442,7 +431,8 @@ class Run:
 
     def stop_if_asked(self, save: Callable[[], None] = lambda: None, together: bool = True) -> None:
         """Raise `Stopped` if a signal came, everything saved: in all processes together, or in this one alone."""
-        if (signum := (self.world.agreed(self.stopped) if together else self.stopped)()) is not None:
+        asked = self.stopped() or 0
+        if signum := int(self.world.largest(asked)) if together else asked:
             save()
             get_logger("loop").info("%s: saved; continue with --resume", signal.Signals(signum).name)
             raise Stopped(signum)
@@ -508,7 +498,7 @@ class Loop:
     keep: Callable[[], None] = lambda: None
     checkpoint: Path | None = None
     saved: Callable[[bool], None] = lambda goes_on: None
-    images: Callable[[object, Sequence], str] = lambda keys, batch: "its images"
+    images: Callable[[Any, Sequence], str] = lambda keys, batch: "its images"
     minutes: float | None = None
     done: int = field(default=0, init=False)  # steps
     seconds: float = field(default=0.0, init=False)  # spent, over all runs
@@ -679,7 +669,4 @@ _PROGRESS = ("done", "seconds", "sums", "counted", "best", "rows")
 def seed_step(run: Run, step: int) -> None:
     """Seed torch's generators for a step: what it draws depends on nothing before it, and is alike everywhere."""
     digest = hashlib.sha256(f"{run.seed} {step}".encode()).digest()
-    number = int.from_bytes(digest[:8], "little") >> 1
-    torch.default_generator.manual_seed(number)  # torch.manual_seed asks after every kind of device
-    if run.device.type in ("cuda", "mps"):
-        getattr(torch, run.device.type).manual_seed(number)
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

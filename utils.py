@@ -28,7 +28,6 @@ MOST = LARGEST_SEED = 2**63 - 1  # of any whole number: beyond it PyTorch only k
 LARGEST_SIDE = 4096  # of an image, in pixels
 LARGEST_WIDTH = 1 << 16  # channels of a layer
 LARGEST_BATCH = 100_000
-LARGEST_CREW = 1024  # processes or threads: more would bring down the machine before they helped
 
 
 # what PyTorch's own RuntimeError says; the second is beyond any address
@@ -362,13 +361,9 @@ def parse(description: str, *types: type, argv: Sequence[str] | None = None, ext
     return *(kind(**each) for kind, each in zip(types, chosen, strict=True)), others
 
 
-def json_values(value: object) -> object:
-    """A value as JSON has it, which knows no infinity and no NaN: None for those."""
-    if isinstance(value, dict):
-        return {key: json_values(of) for key, of in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_values(of) for of in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def json_values(value: object) -> Any:
+    """A value as JSON gives it back, so that two compare equal: paths as text, infinity and NaN as None."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -29,9 +29,9 @@ from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sample
 from DDNM.guided_diffusion.guidance import Guidance, RuleSettings, Unguided
 from images import save_image
 from logger import get_logger
-from loop import World, join_world, locked, stop_signals, to_json_values
+from loop import World, join_world, locked, stop_signals
 from operators import is_network
-from utils import InputError, option, remove_temporaries, run_command
+from utils import InputError, json_values, option, remove_temporaries, run_command
 from utils import parse as parse_settings
 
 SAMPLES = Path(__file__).parent.resolve() / "exp" / "image_samples"
@@ -135,7 +135,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
     targets.add_noise(s.rule.noise, s.walk.seed)
     count = networks.evaluations(guidance, targets, s.run.steps, s.walk)
     deciding = {key: value for key, value in s.flat().items() if key not in FREE}
-    progress = results.Progress(folder, to_json_values(deciding | networks.fingerprints()))
+    progress = results.Progress(folder, json_values(deciding | networks.fingerprints()))
     done = finished_before(s, progress, targets, world)
     log = get_logger("reconstruct", folder)
     for line in [s.note] * bool(s.note) + [f"skipped: {line}" for line in targets.skipped]:
@@ -170,17 +170,17 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
             for i, entry in new.items():
                 done[i] = entry
             progress.add([(entry, targets.logits[i]) for i, entry in new.items()])
-        signum = world.agreed(stopped)()
+        signum = int(world.largest(stopped() or 0))
     done = [next(filter(None, entries), None) for entries in zip(*world.gather(done), strict=True)]
     ready = [i for i, entry in enumerate(done) if entry is not None]
     if not ready:
         log.info("stopped before the first batch was finished")
         return 128 + signum
     if world.leads:
-        settings = to_json_values(s.flat() | {"device": str(device), "guidance_rule": asdict(guidance)})
+        settings = json_values(s.flat() | {"device": str(device), "guidance_rule": asdict(guidance)})
         entries, size = [done[i] for i in ready], networks.image_size
         results.write_results(folder, settings, entries, targets.logits[ready], networks.attributes, size, log)
-    if signum is not None and len(ready) < len(done):
+    if signum and len(ready) < len(done):
         log.info("stopped: %d of %d images are finished; draw the others with --resume", len(ready), len(done))
         return 128 + signum
     return 0
