@@ -32,7 +32,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from images import (
@@ -53,12 +53,11 @@ from images import (
     natural_key,
     read_picture,
     read_rgb,
-    sides,
     to_float,
     to_pixels,
     upright_size,
 )
-from utils import InputError, atomic_write, nearest, write_json
+from utils import InputError, atomic_write, nearest, sides, write_json
 
 ATTRIBUTES: tuple[str, ...] = (
     "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips", "Big_Nose",
@@ -493,13 +492,13 @@ class CelebAMaskHQ(Dataset):
         files, labels, bad = [files[i] for i in usable], labels[usable], dict[int, str]()
         self._masks = None
         if files and not (strict and why):  # before an hour of resizing; what is not there takes no room in the cache
-            name = f"{split}_{_named(img_size)}"
-            self._images = _Store(folder, name, [(file,) for file in files], (3, *sides(img_size)), _read_pixels)
+            name, shape = f"{split}_{_named(img_size)}", (3, *sides("images", "size", img_size))
+            self._images = _Store(folder, name, [(file,) for file in files], shape, _read_pixels)
             bad = self._images.bad
             if mask_size is not None:
                 sources = [(file, *masks) for file, masks in zip(files, mask_files(parts["masks"], files), strict=True)]
                 name = f"{split}_masks_{_named(mask_size)}"
-                self._masks = _Store(folder, name, sources, sides(mask_size), read_mask)
+                self._masks = _Store(folder, name, sources, sides("masks", "size", mask_size), read_mask)
                 bad = self._masks.bad | bad
             why += [bad[i] for i in sorted(bad)]
         if why:
@@ -529,10 +528,6 @@ class CelebAMaskHQ(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         images, targets = self.batch([index])  # raises IndexError
         return images[0], targets[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """What `torch.utils.data.DataLoader` asks for when it can fetch a whole batch at once."""
-        return list(zip(*self.batch(indices), strict=True))
 
 
 def _named(size: Size) -> str:
@@ -601,6 +596,8 @@ class _Batched(Dataset):
 class FaceLoader(DataLoader):
     """A loader whose bytes go to ``device`` and become images there: mirrored if marked, and in [-1, 1]."""
 
+    dataset: _Batched
+    batch_sampler: EpochBatches
     device = torch.device("cpu")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -695,19 +692,18 @@ def make_loaders(
     return Loaders(train, make_loader(parts["val"], **common), make_loader(parts["test"], **common))
 
 
-def with_batches(loader: DataLoader, batches: Sequence, workers: int = 0) -> DataLoader:
-    """A loader of these batches (lists of keys) alone, otherwise like ``loader``."""
-    other = type(loader)(
+def with_batches(loader: FaceLoader, batches: Sequence[list[Key]], workers: int = 0) -> FaceLoader:
+    """A loader of these batches alone, otherwise like ``loader``."""
+    other = FaceLoader(
         loader.dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=tuple,
         pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
+        worker_init_fn=outlive_stop_signals,
         generator=torch.Generator(),  # or it draws the workers' seed from the global one
     )
-    if isinstance(loader, FaceLoader):
-        other.device = loader.device
+    other.device = loader.device
     return other
 
 
@@ -717,27 +713,13 @@ def first_items(loader: FaceLoader, count: int) -> list[Tensor]:
     return [torch.cat(part)[:count] for part in zip(*batches, strict=True)]
 
 
-def batches_from(loader: DataLoader, step: int) -> Iterator[tuple[list | None, tuple]]:
-    """The batches of a training, epoch after epoch, each with its keys; those of the first ``step`` are not loaded.
-
-    The keys are None if the loader shuffles by anything but `EpochBatches`, whose order alone is known beforehand.
-
-    Raises:
-        ValueError: the order of an epoch, in which ``step`` lies, is not known.
-    """
-    sampler = loader.batch_sampler
+def batches_from(loader: FaceLoader, step: int) -> Iterator[tuple[list[Key], tuple[Tensor, Tensor]]]:
+    """The batches of a training, epoch after epoch, each with its keys; those of the first ``step`` are not loaded."""
     epoch, done = divmod(step, len(loader))
     while True:
-        keys = None
-        if isinstance(sampler, EpochBatches):
-            keys, sampler.epoch = sampler.batches(epoch), epoch
-        elif isinstance(getattr(sampler, "sampler", None), SequentialSampler):
-            keys = list(sampler)
-        if done and keys is None:
-            raise ValueError("the order of an epoch must be known to resume in it: use `EpochBatches`")
+        keys, loader.batch_sampler.epoch = loader.batch_sampler.batches(epoch), epoch
         batches = with_batches(loader, keys[done:], loader.num_workers) if done else loader
-        names = repeat(None) if keys is None else keys[done:]
-        yield from ((name, batch) for batch, name in zip(batches, names))  # noqa: B905  (repeat has no end)
+        yield from zip(keys[done:], batches, strict=True)
         epoch, done = epoch + 1, 0
 
 

@@ -16,7 +16,7 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +24,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from blocks import solved_once
 from checkpoints import save_spnn
-from data_loader import augmented, batches_from, with_batches
+from data_loader import FaceLoader, Key, augmented, batches_from, with_batches
 from diagnostics import first_nonfinite
 from images import listed
 from loop import Loop, Run, adam, clip_gradients, decaying
@@ -121,8 +120,6 @@ class AttributeWeights:
         return {"losses": list(self.losses), "values": self.values}
 
     def load_state_dict(self, state: dict) -> None:
-        if any(each.shape != self.values.shape for each in (state["values"], *state["losses"])):
-            raise ValueError(f"weights or losses of another number of attributes than {len(self.values)}")
         self.losses.clear()
         self.losses.extend(state["losses"])
         self.values = state["values"]
@@ -260,8 +257,6 @@ def step(
 
 # --- The trainer -----------------------------------------------------------------------------------------------------
 
-Batch = tuple[Tensor, Tensor]
-
 
 @dataclass
 class CelebATrainer:
@@ -269,9 +264,8 @@ class CelebATrainer:
 
     Args:
         model: on the run's device already.
-        train, val: loaders of (images (B, C, H, W) in [-1, 1], labels (B, d) in {0, 1}). To go on in the middle of an
-            epoch its order must be known, see `data_loader.epoch_keys`. With several processes ``train`` hands each its
-            part of every batch.
+        train, val: loaders of images (B, C, H, W) in [-1, 1] and labels (B, d) in {0, 1}, on the run's device. With
+            several processes ``train`` hands each its part of every batch.
         attributes: names of the d labels.
         teachers: classifiers, images -> logits (B, d), whose mean probability is part of stage 1's targets: what they
             are unsure of teaches more than a label (Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a
@@ -279,8 +273,8 @@ class CelebATrainer:
     """
 
     model: SPNN
-    train: DataLoader
-    val: DataLoader
+    train: FaceLoader
+    val: FaceLoader
     settings: Settings
     run: Run
     attributes: Sequence[str]
@@ -295,7 +289,8 @@ class CelebATrainer:
         """
         model, settings, run = self.model, self.settings, self.run
         optimizer = adam(decaying(model, settings.weight_decay), settings.lr, run.device)
-        classes = self._class_weights()
+        balanced = settings.balance > 0
+        classes = class_weights(self.train.dataset.source.labels, settings.balance).to(run.device) if balanced else None
         weights = AttributeWeights(model.num_classes, settings.reweight_every)
         steps, looks = settings.epoch * len(self.train), list(self.val.batch_sampler)
 
@@ -309,15 +304,14 @@ class CelebATrainer:
         def look_at_validation(done: int) -> None:
             if settings.reweight_every and done % settings.reweight_every == 0:
                 keys = looks[done // settings.reweight_every % len(looks)]
-                x, labels = self._on_device(next(iter(with_batches(self.val, [keys]))))
+                x, labels = next(iter(with_batches(self.val, [keys])))
                 with networks_in("float32", run.device):
                     weights.update(bce_by_attribute(model.eval()(x), labels))
 
         def one_step(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            x, labels = self._on_device((x, labels))
             x = augmented(x, settings.augment)
             labels = self._taught(x, labels)
-            with self._naming(x, labels):
+            with self._naming(x):
                 return step(model.train(), optimizer, lambda: parallel(x, labels), settings, run.device)
 
         return self._loop(
@@ -350,19 +344,17 @@ class CelebATrainer:
             with networks_in(settings.precision, run.device):
                 return model(x)  # (B, d)
 
-        def batches(done: int) -> Iterator[tuple[list | None, Batch]]:
-            keys = getattr(self.train.batch_sampler, "all_keys", None)  # each stands for a picture
+        def batches(done: int) -> Iterator[tuple[list[Key], tuple[Tensor, Tensor]]]:
+            keys = self.train.batch_sampler.all_keys  # each stands for a picture, if none is augmented
             # with fewer epochs g is asked less without knowing it for all pictures
-            same = keys is not None and settings.augment == 0  # each time
-            pays = same and len(keys) < settings.r_epoch * len(self.train.dataset)
+            pays = settings.augment == 0 and len(keys) < settings.r_epoch * len(self.train.dataset)
             logits_of = self._known_logits(keys, g) if pays else None
-            for some, batch in batches_from(self.train, done):
-                x, _ = self._on_device(batch)
+            for some, (x, _) in batches_from(self.train, done):
                 x = augmented(x, settings.augment)
                 yield some, (x, g(x) if logits_of is None else logits_of(some))
 
         def one_step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            with self._naming(x, y):
+            with self._naming(x):
                 return step(model, optimizer, lambda: parallel(x, y), settings, run.device)
 
         def losses_and_logits(x: Tensor, _) -> tuple[dict[str, Tensor], Tensor]:
@@ -394,15 +386,10 @@ class CelebATrainer:
             row_every=len(self.train),
             keep=lambda: save_spnn(checkpoint, self.model, notes),
             checkpoint=checkpoint,
-            images=self._images,
+            images=lambda keys, _: listed([self.train.dataset.source.files[index] for index, _ in keys]),
             **what,
         ).train()
         return checkpoint
-
-    def _class_weights(self) -> Tensor | None:
-        if self.settings.balance == 0:
-            return None
-        return class_weights(labels_of(self.train), self.settings.balance).to(self.run.device)
 
     @torch.no_grad()
     def _taught(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -413,31 +400,15 @@ class CelebATrainer:
             answers = torch.stack([teacher(x).float().sigmoid() for teacher in self.teachers])  # (n, B, d)
         return labels.lerp(answers.mean(0), self.settings.teach)
 
-    def _on_device(self, batch: Batch) -> Batch:
-        return tuple(part.to(self.run.device, non_blocking=True) for part in batch)
-
     @contextmanager
-    def _naming(self, x: Tensor, target: Tensor) -> Iterator[None]:
-        """Around a step: if a number is not finite, say what is not finite first: a weight, the data, a block."""
+    def _naming(self, x: Tensor) -> Iterator[None]:
+        """Around a step: if a number is not finite, say what is not finite first: a weight, or a block."""
         try:
             yield
         except FloatingPointError as error:
-            culprit = first_nonfinite(self.model, x)
-            culprit = culprit or (None if target.isfinite().all() else "the labels")
-            raise FloatingPointError(culprit or str(error)) from None
+            raise FloatingPointError(first_nonfinite(self.model, x) or str(error)) from None
 
-    def _images(self, keys: list | None, batch: Batch) -> str:
-        """The images of a batch: those that are not finite, if any, else all; their files if known."""
-        if keys is None:
-            return "its images are not known"
-        files = getattr(getattr(self.train.dataset, "source", self.train.dataset), "files", None)
-        indices = [key[0] if isinstance(key, tuple) else key for key in keys]  # (index, mirrored)
-        names = [f"image {index}" if files is None else files[index] for index in indices]
-        finite = batch[0].isfinite().flatten(1).all(1).tolist()
-        names = [name for name, good in zip(names, finite, strict=True) if not good] or names
-        return listed(names)
-
-    def _known_logits(self, keys: Sequence[Hashable], g: Callable[[Tensor], Tensor]) -> Callable[[list], Tensor]:
+    def _known_logits(self, keys: Sequence[Key], g: Callable[[Tensor], Tensor]) -> Callable[[list], Tensor]:
         """g of every picture, computed once, each process its share: a function from keys to logits, (B, d)."""
         world, size = self.run.world, self.train.batch_sampler.batch_size
         parts = [keys[i : i + size] for i in range(0, len(keys), size)]
@@ -446,7 +417,7 @@ class CelebATrainer:
         for batch in tqdm(loader, "g of the training images", unit="batch", leave=False, disable=not world.leads):
             if len(found) < len(parts) // world.size:  # a round in which every process has a batch
                 self.run.stop_if_asked()
-            found.append(g(self._on_device(batch)[0]).cpu())
+            found.append(g(batch[0]).cpu())
         values = torch.cat([y for of_one in world.gather(found) for y in of_one]).to(self.run.device)
         order = [key for rank in range(world.size) for part in parts[rank :: world.size] for key in part]
         rows = {key: row for row, key in enumerate(order)}
@@ -464,17 +435,15 @@ class CelebATrainer:
         model, world = self.model.eval(), self.run.world
         sums, count, logits, truth, right_inverse = {}, 0, [], [], 0.0
         shared = self.val if world.size == 1 else with_batches(self.val, world.share(list(self.val.batch_sampler)))
-        for batch in shared:
+        for x, labels in shared:
             if world.size == 1:  # several processes agree on it between steps: their parts may differ in length
                 self.run.stop_if_asked()
-            x, labels = self._on_device(batch)
             with networks_in("float32", self.run.device):
                 losses, y = losses_and_logits(x, labels)
                 if count == 0:  # zero but for rounding: one batch tells
                     right_inverse = right_inverse_error(model, model.pinv(y), y).item()
             if not torch.isfinite(losses["total"]):
-                culprit = first_nonfinite(model, x) or "a loss"
-                raise FloatingPointError(f"{culprit}, images {count} to {count + len(x) - 1} of the validation split")
+                raise FloatingPointError(first_nonfinite(model, x) or "a loss")
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(x)
             logits.append(y.cpu())
@@ -493,12 +462,7 @@ class CelebATrainer:
         }
 
 
-def labels_of(loader: DataLoader) -> Tensor:
-    """All labels that a loader of faces hands out, (N, d)."""
-    return getattr(loader.dataset, "source", loader.dataset).labels
-
-
-def typical_logits(model: SPNN, loader: DataLoader, device: torch.device) -> list[list[float]]:
+def typical_logits(model: SPNN, loader: Iterable, device: torch.device) -> list[list[float]]:
     """For each attribute the median logit of the images without it and of those with it, [d][2], that g tells right.
 
     What "this attribute, set" means to a network: the value that reconstruction takes for ``--set NAME=0`` and ``=1``.

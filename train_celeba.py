@@ -26,7 +26,7 @@ from logger import get_logger
 from loop import DONE, Run, check_settings, open_run
 from models import SPNN
 from networks import PRECISIONS, compile_networks, has_tf32, inner_networks, networks_in, prepare_networks
-from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, labels_of, typical_logits
+from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
 from utils import InputError, option, parse, run_command, seed_everything, write_json
 
 
@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_run(folder, machine.device, machine.save_every, task.seed) as run:
         identity = {**asdict(task), **asdict(settings), "layer_channels": chain}
         del identity["precision"]  # it may be another, as the device may
-        run.find_state(identity, machine.resume, machine.overwrite)
+        result = folder / FORWARD_CHECKPOINT if task.is_forward_train else None
+        run.find_state(identity, machine.resume, machine.overwrite, result)
         stage = None if run.state is None else run.state["stage"]
         if stage == DONE:
             print(f"{folder}: this run is finished")
@@ -151,8 +152,6 @@ def prepare(
     Raises InputError if a stage cannot run in the folder.
     """
     file = run.folder / FORWARD_CHECKPOINT
-    if run.state is None and forward and file.exists() and not machine.overwrite:
-        raise InputError(f"{file} exists; give --overwrite or another --checkpoint_dir")
     if not forward and not file.is_file():
         raise InputError(f"{file}: no such file; run stage 1 first (--is_forward_train)")
     # before the data: a chain that does not fit should say so at once, and so should a precision
@@ -184,7 +183,7 @@ def report(run: Run, best: Path, loaders: Loaders, samples: int, stage: str) -> 
         model = SPNN.from_pretrained(best).to(run.device)
         if stage == "forward":
             model.notes["typical_logits"] = typical_logits(model, run.until_stopped(loaders.val), run.device)
-            model.notes["contradictions"] = contradictions(labels_of(loaders.train), ATTRIBUTES)
+            model.notes["contradictions"] = contradictions(loaders.train.dataset.source.labels, ATTRIBUTES)
             save_spnn(best, model)
         test = run.until_stopped(loaders.test)
         measured = diagnose(model, test, run.device, samples, run.seed, attributes=ATTRIBUTES)

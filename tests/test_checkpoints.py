@@ -52,13 +52,16 @@ def test_what_is_written_is_read(tmp_path, state, name):
     assert os.listdir(tmp_path) == [name]
 
 
-def test_half_the_size_or_a_named_overflow(tmp_path, state):
-    write_weights(tmp_path / "w.safetensors", state, torch.float16)
-    loaded = read_weights(tmp_path / "w.safetensors")
-    assert loaded["a.bias"].dtype == torch.float16 and loaded["count"].dtype == torch.int64
+def test_the_command_converts_to_half_the_size_or_names_what_that_cannot_hold(tmp_path, state, capsys):
+    write_weights(tmp_path / "a.pth", state)
+    arguments = ["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors"), "--dtype", "float16"]
+    assert checkpoints.main(arguments) == 0 and "3 tensors" in capsys.readouterr().out
+    assert checkpoints.main(["convert", str(tmp_path / "b.safetensors"), str(tmp_path / "c.pth")]) == 0
+    loaded = read_weights(tmp_path / "c.pth")
+    assert torch.equal(loaded["a.weight"], state["a.weight"].half()) and loaded["count"].dtype == torch.int64
     with pytest.raises(InputError, match="b holds -7e.04, which torch.float16 cannot"):
         write_weights(tmp_path / "x.safetensors", {"b": torch.tensor([1.0, -7e4])}, torch.float16)
-    assert os.listdir(tmp_path) == ["w.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "b.safetensors", "c.pth"]
 
 
 @pytest.mark.parametrize("wrap", [
@@ -148,14 +151,6 @@ def test_strict_loading_converts_and_names_what_does_not_fit():
                 load_strictly(target, {k: v for k, v in given.items() if v is not None}, "f.pth")
 
 
-def test_the_command_converts(tmp_path, state, capsys):
-    write_weights(tmp_path / "a.pth", state)
-    arguments = ["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors"), "--dtype", "float16"]
-    assert checkpoints.main(arguments) == 0 and "3 tensors" in capsys.readouterr().out
-    assert checkpoints.main(["convert", str(tmp_path / "b.safetensors"), str(tmp_path / "c.pth")]) == 0
-    torch.testing.assert_close(read_weights(tmp_path / "c.pth")["a.weight"], state["a.weight"].half())
-
-
 # --- A network with its settings -------------------------------------------------------------------------------------
 
 
@@ -224,14 +219,6 @@ def recognised(monkeypatch, model) -> SPNN:
     """A small network whose weights count as a published architecture's, of which the smallest has 66 million."""
     monkeypatch.setattr(SPNN, "config_of", lambda state: model.config)
     return model
-
-
-def test_published_weights_load_without_settings(tmp_path, recognised):
-    write_weights(tmp_path / "m.pth", recognised.state_dict(), torch.float16)
-    (tmp_path / "config.json").write_text('{"model_type": "of another tool"}')
-    loaded = SPNN.from_pretrained(tmp_path / "m.pth")
-    assert loaded.config == json.loads(json.dumps(recognised.config)) and loaded.notes == {}
-    assert all(p.dtype == torch.float32 for p in loaded.parameters())
 
 
 @pytest.mark.parametrize("text, message", [
@@ -315,11 +302,14 @@ def test_a_network_comes_from_the_hub_once(hub, model):
 @pytest.mark.parametrize("source, file", [
     ("me/net", "best_model.pth"), ("yamitehr/SPNN", "spnn_celebahq_256.pth"),
 ])  # fmt: skip
-def test_a_repository_may_hold_a_pth_file_alone(hub, recognised, monkeypatch, tmp_path, source, file):
+def test_a_repository_may_hold_published_weights_alone(hub, recognised, monkeypatch, tmp_path, source, file):
     monkeypatch.setattr(checkpoints, "ROOT", tmp_path)
-    write_weights(hub.files / source / file, recognised.state_dict())
+    write_weights(hub.files / source / file, recognised.state_dict(), torch.float64)
+    (hub.files / source / "config.json").write_text('{"model_type": "of another tool"}')
     loaded = SPNN.from_pretrained(source, **hub.options)
-    assert same(loaded.state_dict(), recognised.state_dict())
+    assert same(loaded.state_dict(), recognised.state_dict()) and loaded.notes == {}
+    assert loaded.config == json.loads(json.dumps(recognised.config))
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
     SPNN.from_pretrained(source, local_files_only=True, **hub.options)  # the cache knows what is not there
 
 

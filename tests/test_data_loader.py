@@ -400,23 +400,6 @@ def test_an_epoch_is_the_same_after_a_resume(root, workers):
     assert equal(reference[4:6], list(with_batches(loader, loader.batch_sampler.batches(1)[1:])))
 
 
-def test_batches_go_on_where_they_were_in_loaders_of_other_kinds():
-    class Numbers(torch.utils.data.TensorDataset):
-        def __getitem__(self, index):
-            loaded.append(index)
-            return super().__getitem__(index)
-
-    data, loaded = Numbers(torch.arange(10)), []
-    batches = itertools.islice(batches_from(torch.utils.data.DataLoader(data, batch_size=4), 4), 3)
-    expected = [[4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
-    assert [(keys, batch.tolist()) for keys, (batch,) in batches] == [(keys, keys) for keys in expected]
-    assert loaded == sum(expected, [])  # nothing of what was done before
-    shuffled = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
-    assert next(batches_from(shuffled, 3))[0] is None  # an epoch can begin anywhere, and go on nowhere
-    with pytest.raises(ValueError, match="order of an epoch must be known"):
-        next(batches_from(shuffled, 1))
-
-
 def test_evaluation_sees_every_image_in_order_and_training_drops_a_remainder(root):
     loaders = make_loaders(root, 8, 3, flip=False)
     assert len(loaders.train) == 5 and sum(len(x) for x, _ in loaders.train) == 15

@@ -85,7 +85,7 @@ def architectures(draw):
 FLOAT32 = {"rtol": 1e-3, "far": 2e-2}
 
 
-@sizes(12, 200)
+@sizes(8, 200)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_random_architectures_hold_every_law(examples, dtype):
     seen = []
@@ -146,7 +146,7 @@ def misfits(draw):
     return architecture
 
 
-@sizes(150, 1500)
+@sizes(60, 1500)
 def test_random_misfits_are_refused_when_built(examples):
     @examples_of(examples)
     @given(misfits())
@@ -158,7 +158,7 @@ def test_random_misfits_are_refused_when_built(examples):
     check()
 
 
-@sizes(40, 400)
+@sizes(25, 400)
 def test_nonsense_for_a_built_in_architecture_is_refused_when_built(examples):
     @examples_of(examples)
     @given(st.sampled_from(["img_ch", "num_classes", "hidden", "scale_bound", "img_size", "mix_type"]), NONSENSE)
@@ -330,7 +330,7 @@ DAMAGED = {  # of a folder, a file in it and what is done with that
 }  # fmt: skip
 
 
-@sizes(30, 300)
+@sizes(16, 300)
 @pytest.mark.parametrize("name", DAMAGED)
 def test_what_is_damaged_is_read_or_refused_in_one_line(tmp_path, name, examples):
     path, use = DAMAGED[name](tmp_path)

@@ -6,9 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-import yaml
-from layout import write_layout
 from PIL import Image
+from runs import CHAIN, SIZE, spnn_arguments, without_diagnostics
 
 import train_celeba
 from checkpoints import read_weights, write_weights
@@ -19,37 +18,10 @@ from train import CelebATrainer
 from train_celeba import main
 from utils import InputError, write_json
 
-CHAIN = [
-    ["PixelUnshuffleBlock", {"r": 4}],
-    ["ConvPINNBlock", {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 4}],
-    ["PixelUnshuffleBlock", {"r": 4}],
-    ["ConvPINNBlock", {"in_ch": 96, "out_ch": 40, "hidden": 8, "feat_size": 1}],
-]
-SMALL = {
-    "layer_channels": CHAIN, "img_size": 16, "epoch": 1, "r_epoch": 1, "batch_size": 8, "workers": 0, "warmup_steps": 2,
-    "reweight_every": 2, "lr": 1e-3, "device": "cpu", "diagnose_samples": 3,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory):
-    """30 pictures of 16x16 in CelebAMask-HQ's layout; the first attribute is a bright upper half."""
-    rng = np.random.default_rng(0)
-
-    def face() -> tuple[np.ndarray, np.ndarray]:
-        bits = rng.integers(0, 2, 40)
-        pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
-        pixels[:8] += np.uint8(120) * np.uint8(bits[0])
-        return pixels, bits
-
-    return write_layout(tmp_path_factory.mktemp("faces"), [face() for _ in range(30)])
-
 
 def run(faces, folder, *flags: str, **changes) -> int:
-    settings = {key: value for key, value in {**SMALL, **changes}.items() if value is not None}
-    (folder / "preset.yml").write_text(yaml.safe_dump(settings))
-    fixed = ["--config", folder / "preset.yml", "--dataset_path", faces, "--checkpoint_dir", folder / "run"]
-    return main([*map(str, fixed), *flags])
+    stages = {"is_forward_train": False, "is_r_opt": False}
+    return main([*spnn_arguments(faces, folder / "run", **{**stages, "epoch": 1, **changes}), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +37,8 @@ def test_both_stages_leave_everything_that_is_promised(finished):
     assert json.loads((finished / "settings.json").read_text())["epoch"] == 1  # the command line wins over the preset
     for stage, file in (("forward", "best_model.pth"), ("r_opt", "best_model_r_opt_real.pth")):
         assert {f"curves_{stage}.png", f"diagnostics_{stage}.json"} <= names
-        with Image.open(finished / f"natural_{stage}.png") as picture:  # the test split's 3 images, and under them g'
-            assert picture.size == (3 * 16, 2 * 16)
+        with Image.open(finished / f"natural_{stage}.png") as picture:  # the test split's 2 images, and under them g'
+            assert picture.size == (2 * SIZE, 2 * SIZE)
         (row,) = csv.DictReader(open(finished / f"metrics_{stage}.csv"))
         assert np.isfinite(float(row["val_loss"]))
         state = torch.load(finished / file, weights_only=True)
@@ -79,7 +51,8 @@ def test_both_stages_leave_everything_that_is_promised(finished):
     assert "stage 1" in log and "stage 2" in log and "test split after stage" in log and "done in" in log
 
 
-def test_a_seed_repeats_and_stage_2_alone_is_that_of_both(finished, faces, tmp_path):
+def test_a_seed_repeats_and_stage_2_alone_is_that_of_both(finished, faces, tmp_path, monkeypatch):
+    without_diagnostics(monkeypatch)
     with pytest.raises(InputError, match="best_model.pth: no such file; run stage 1 first"):
         run(faces, tmp_path, "--is_r_opt")
     assert run(faces, tmp_path, "--is_forward_train") == 0
@@ -88,7 +61,7 @@ def test_a_seed_repeats_and_stage_2_alone_is_that_of_both(finished, faces, tmp_p
     assert not (tmp_path / "run" / "best_model_r_opt_real.pth").exists()
 
     forward = (tmp_path / "run" / "best_model.pth").read_bytes()
-    with pytest.raises(InputError, match="takes 16x16 images, but --img_size is 8"):
+    with pytest.raises(InputError, match="takes 32x32 images, but --img_size is 8"):
         run(faces, tmp_path, "--is_r_opt", img_size=8)
     assert run(faces, tmp_path, "--is_r_opt") == 0
     both, alone = (read_weights(folder / "best_model_r_opt_real.pth") for folder in (finished, tmp_path / "run"))
@@ -99,19 +72,20 @@ def test_a_seed_repeats_and_stage_2_alone_is_that_of_both(finished, faces, tmp_p
 
 
 def test_it_begins_with_given_weights_and_teachers_if_they_fit(finished, faces, tmp_path, monkeypatch):
-    for size in (16, 8):
+    for size in (SIZE, 8):
         teacher = Judge(40, size, width=4)
         write_weights(tmp_path / f"{size}.safetensors", teacher.state_dict())
         write_json(tmp_path / f"{size}.json", {"architecture": teacher.config()})
+    without_diagnostics(monkeypatch)
     given, asked = str(finished / "best_model.pth"), []
     monkeypatch.setattr(CelebATrainer, "_taught", lambda self, x, labels: asked.append(len(self.teachers)) or labels)
-    flags = ["--is_forward_train", "--init", given, "--teachers", str(tmp_path / "16.safetensors")]
+    flags = ["--is_forward_train", "--init", given, "--teachers", str(tmp_path / "32.safetensors")]
     assert run(faces, tmp_path, *flags, lr=1e-12) == 0
     one, other = (read_weights(folder / "best_model.pth") for folder in (finished, tmp_path / "run"))
-    assert all(torch.allclose(one[key], other[key], atol=1e-9) for key in one) and asked == [1, 1, 1]
+    assert all(torch.allclose(one[key], other[key], atol=1e-9) for key in one) and asked == [1] * 4
     with pytest.raises(InputError, match="best_model.pth: do not fit SPNN"):
-        run(faces, tmp_path, *flags, "--overwrite", layer_channels=changed(1, hidden=4))
-    with pytest.raises(InputError, match="8.safetensors: not of the 40 attributes of 16x16 images"):
+        run(faces, tmp_path, *flags, "--overwrite", layer_channels=changed(1, hidden=5))
+    with pytest.raises(InputError, match="8.safetensors: not of the 40 attributes of 32x32 images"):
         run(faces, tmp_path, *flags[:-1], str(tmp_path / "8.safetensors"), "--overwrite")
 
 
@@ -122,14 +96,13 @@ def changed(index, **arguments):
 
 
 @pytest.mark.parametrize("chain, said", [
-    (changed(0, r=5), r"architecture: block 0: .*r=5.*must divide the size, got 16x16"),
-    (changed(1, feat_size=2), r"block 1: .*feat_size is 2, but the map that arrives is 4x4"),
-    (changed(3, out_ch=39), r"block 3: num_classes is 40, but the chain ends with 39"),
-    (changed(3, width=3), r"block 3: .*width"), (changed(1, in_ch="many"), r"block 1: "),
-    (changed(1, out_ch=40)[:2], r"attributes need a chain that ends at 1x1, it ends at 4x4"),
-    ([*CHAIN[:3], ["ConvBlock", {}]], r"block 3: unknown block 'ConvBlock'"),
-    ([*CHAIN[:3], "ConvPINNBlock"], "block 3: "), (5, r"architecture: "), ([], r"architecture: "),
-    (None, r"img_size 16 has no built-in architecture.*layer_channels"),
+    (changed(0, r=5), r"architecture: block 0: .*r=5.*must divide the size, got 32x32"),
+    (changed(1, feat_size=2), r"block 1: .*feat_size is 2, but the map that arrives is 8x8"),
+    (changed(5, out_ch=39), r"block 5: num_classes is 40, but the chain ends with 39"),
+    (changed(5, width=3), r"block 5: .*width"), (changed(1, in_ch="many"), r"block 1: "),
+    (changed(1, out_ch=40)[:2], r"attributes need a chain that ends at 1x1, it ends at 8x8"),
+    ([*CHAIN[:5], ["ConvBlock", {}]], r"block 5: unknown block 'ConvBlock'"),
+    ([*CHAIN[:5], "ConvPINNBlock"], "block 5: "), (5, r"architecture: "), ([], r"architecture: "),
 ])  # fmt: skip
 def test_an_architecture_that_does_not_fit_is_one_line_that_names_the_block(tmp_path, chain, said):
     with pytest.raises(InputError, match=said) as error:
@@ -140,6 +113,7 @@ def test_an_architecture_that_does_not_fit_is_one_line_that_names_the_block(tmp_
 @pytest.mark.parametrize("flags, changes, said", [
     ((), {}, "nothing to do: give --is_forward_train"),
     (("--is_forward_train",), {"epohc": 3}, "unknown key 'epohc', did you mean 'epoch'"),
+    (("--is_forward_train",), {"layer_channels": None, "img_size": 16}, "img_size 16 has no built-in architecture"),
     (("--is_forward_train",), {"batch_size": 0}, "batch_size: '0' is out of range"),
     (("--is_forward_train",), {"mix_type": "givens"}, "mix_type: 'givens' must be one of"),
     (("--is_forward_train", "--device", "abacus"), {}, "--device abacus"),
