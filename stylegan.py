@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from checkpoints import HUB_ID, first, opener
+from checkpoints import HUB_ID, first, load_strictly, opener
 from utils import InputError
 
 FILES = ("karras2019stylegan-ffhq-1024x1024.for_g_all.pt", "stylegan.safetensors", "model.safetensors")
@@ -316,32 +316,26 @@ def generator_from_state_dict(
         resolution: what it must be; None: what the names say. source: what the messages call it.
 
     Raises:
-        InputError: another layout or resolution; it names the first tensor that is missing, left over or of another
-            shape.
+        InputError: another layout or resolution; it names what is missing, left over or of another shape.
     """
     sides = sorted({int(m[1]) for name in state_dict if (m := _BLOCK.match(name))})
     resolution = resolution if resolution is not None else (sides or [4])[-1]
     if resolution not in [4 << i for i in range(9)]:
-        raise InputError(f"{source}: no StyleGAN of {resolution}x{resolution}: use a power of two from 4 to 1024")
+        raise InputError(
+            f"weights {source}: no StyleGAN of {resolution}x{resolution}: use a power of two from 4 to 1024"
+        )
     last = [f"g_synthesis.blocks.{r}x{r}.epi1.top_epi.noise.weight" for r in _resolutions(resolution)]
     for name in ("g_mapping.dense0.weight", *last):
-        if name not in state_dict or state_dict[name].numel() == 0:
-            raise InputError(f"{source}: not a StyleGAN generator of {resolution}x{resolution}: it has no {name}")
-    channels = [state_dict[name].shape[0] if state_dict[name].dim() else 1 for name in last]
-    dim = state_dict["g_mapping.dense0.weight"].shape[-1] if state_dict["g_mapping.dense0.weight"].dim() else 1
+        if name not in state_dict:
+            raise InputError(
+                f"weights {source}: not a StyleGAN generator of {resolution}x{resolution}: it has no {name}"
+            )
     depth = sum(bool(re.fullmatch(r"g_mapping\.dense\d+\.weight", name)) for name in state_dict)
     with torch.device("meta"):
-        generator = StyleGAN(resolution, channels, dim, depth)
-    own = generator.state_dict()
-    for name, tensor in own.items():
-        if name not in state_dict or state_dict[name].shape != tensor.shape:
-            got = f"has shape {list(state_dict[name].shape)}" if name in state_dict else "is missing"
-            raise InputError(
-                f"{source}: {name} {got}; a StyleGAN generator of {resolution}x{resolution} has {list(tensor.shape)}"
-            )
-    if extra := next((name for name in state_dict if name not in own), None):
-        raise InputError(f"{source}: a StyleGAN generator of {resolution}x{resolution} has no {extra}")
-    generator.load_state_dict({name: state_dict[name].float() for name in own}, assign=True)
+        dim = state_dict["g_mapping.dense0.weight"].shape[-1]
+        generator = StyleGAN(resolution, [len(state_dict[name]) for name in last], dim, depth)
+    load_strictly(generator, state_dict, source)
+    generator.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()}, assign=True)
     return generator.eval()
 
 
@@ -396,15 +390,13 @@ def load_generator(source: str | Path, resolution: int | None = None, **hub: Any
     """
     path = Path(source)
     if not path.is_file():
-        found = None
-        if path.is_dir() or HUB_ID.fullmatch(str(source)):
-            found = first(opener(source, **hub), FILES)
-        if found is None:
+        named = path.is_dir() or HUB_ID.fullmatch(str(source))
+        path = first(opener(source, **hub), FILES) if named else None
+        if path is None:
             raise InputError(
                 f"weights {source}: no such file, and no folder or hub id with {' or '.join(FILES)}; the published "
                 f"weights are {FILES[0]}, which github.com/lernapparat/lernapparat offers under Releases"
             )
-        path = found
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except OSError as error:
@@ -416,4 +408,4 @@ def load_generator(source: str | Path, resolution: int | None = None, **hub: Any
         loaded = from_tensorflow(loaded[2])
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise InputError(f"weights {path}: expected one dict of tensors by name, got a {type(loaded).__name__}")
-    return generator_from_state_dict(loaded, resolution, f"weights {path}")
+    return generator_from_state_dict(loaded, resolution, path)
