@@ -75,34 +75,27 @@ def test_the_table_has_a_row_per_method_and_says_what_its_pictures_are(run, tmp_
     assert Image.open(folder / "sheet.png").height > 3 * 96
 
 
-def test_what_is_drawn_is_not_drawn_again_and_more_images_are_added(run, drawn, tmp_path):
-    run("--methods", "none", "--steps", "2", count=2)
+def test_what_is_drawn_is_not_drawn_again_and_more_images_are_added(run, drawn, assets, tmp_path):
+    shutil.copytree(assets / "inputs", tmp_path / "inputs")
+    flags = ["--methods", "none", "--steps", "2", "--path_y", str(tmp_path / "inputs")]
+    run(*flags, count=2)
     assert drawn == [2]
-    first = run("--methods", "none", "--steps", "2")
+    first = run(*flags)
     assert drawn == [2, 1]
     record = tmp_path / "out" / "pictures" / "none_2.jsonl"
     with open(record, "a") as file:
         file.write('{"images": {"re')  # cut by a kill
-    again = run("--methods", "none", "--steps", "2")
+    again = run(*flags)
     assert drawn == [2, 1] and first["rows"] == again["rows"]
     assert all(json.loads(line) for line in record.read_text().splitlines())
-    run("--methods", "none", "nlbp", "--steps", "2")
-    assert drawn == [2, 1, 2, 1]
-    for flags, said in {("--seed", "5"): "has seed 1234, not 5", ("--precision", "bf16"): "has precision float32",
-                        ("--set", "Bald=1"): "has set "}.items():  # fmt: skip
+    for more, said in {("--seed", "5"): "has seed 1234, not 5", ("--precision", "bf16"): "has precision float32",
+                       ("--set", "Bald=1"): "has set "}.items():  # fmt: skip
         with pytest.raises(InputError, match=said):
-            run("--methods", "none", "--steps", "2", *flags)
-
-
-def test_an_input_that_changed_is_drawn_again(run, drawn, assets, tmp_path):
-    shutil.copytree(assets / "inputs", tmp_path / "inputs")
-    flags = ["--methods", "none", "--steps", "2", "--batch_size", "1", "--path_y", str(tmp_path / "inputs")]
+            run(*flags, *more)
+    Image.new("RGB", (16, 16), "yellow").save(tmp_path / "inputs" / "green.png")  # drawn again, with its batch
+    flags[1:2] = ["none", "nlbp"]
     run(*flags)
-    Image.new("RGB", (16, 16), "yellow").save(tmp_path / "inputs" / "green.png")
-    drawn.clear()
-    run(*flags)
-    run(*flags)
-    assert drawn == [1]
+    assert drawn == [2, 1, 2, 2, 1]
 
 
 def test_two_processes_draw_what_one_draws(run, assets, tmp_path):

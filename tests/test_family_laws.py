@@ -37,9 +37,9 @@ ALIKE += "|16x16|SPNN of (sr2|grey)"
 ROWS = {row.name: row for row in ROWS if not re.search(ALIKE, row.name)}
 FAST = [name for name, row in ROWS.items() if not row.slow and math.prod(row.shape) < 1000]
 SMALL = [name for name in FAST if math.prod(ROWS[name].shape) <= 16]
-NETWORKS = re.compile(
-    "coupling|chain|block|tiny|SPNN|12x12"
-)  # have networks, which compute in the type of their weights
+# other dimensions and settings of a class whose code is the same: in the long run where copies and compilers are tried
+ALIKE_IN_CODE = "1-D|3-D|, vectors|per entry|svd,|orthogonal, c|pca|coupling (additive|mask$|affine$)|board additive"
+NETWORKS = re.compile("coupling|chain|block|tiny|SPNN|12x12")  # have networks, which compute in their weights' type
 
 
 def named(names: Iterable[str], slow: Iterable[str] = ()) -> pytest.MarkDecorator:
@@ -49,6 +49,10 @@ def named(names: Iterable[str], slow: Iterable[str] = ()) -> pytest.MarkDecorato
 
 
 every_row = named(ROWS)
+every_class = named(ROWS, slow=[name for name in ROWS if re.search(ALIKE_IN_CODE, name)])
+bf16_and_long_fp16 = pytest.mark.parametrize(
+    "half", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 
 
 def largest(x: Tensor) -> float:
@@ -211,7 +215,8 @@ def in_a_process(rank: int, file: str, results) -> None:
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 def test_several_processes_have_the_statistics_of_all_data(tmp_path):
     """Equal ones, and those of one process that has all the data, if the parts are not equal too; gradients as well."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # everything is imported once
     queue = context.SimpleQueue()
     starts = [(rank, str(tmp_path / "store"), queue) for rank in range(2)]
     processes = [context.Process(target=in_a_process, args=arguments) for arguments in starts]
@@ -233,7 +238,7 @@ def test_several_processes_have_the_statistics_of_all_data(tmp_path):
 
 
 @every_row
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@bf16_and_long_fp16
 @torch.no_grad()
 def test_weights_and_numbers_of_half_precision_keep_the_laws_of_float32(name, half):
     row = ROWS[name]
@@ -258,7 +263,7 @@ def test_weights_and_numbers_of_half_precision_keep_the_laws_of_float32(name, ha
     torch.testing.assert_close(g.pinv(y, natural), g.pinv(y), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@bf16_and_long_fp16
 @pytest.mark.parametrize("name", FAST)
 def test_weights_of_half_precision_have_gradients(name, half):
     g, x, found = whole(ROWS[name].ready(torch.float32)).to(half), ROWS[name].x(torch.float32), []
@@ -295,7 +300,7 @@ def test_autocast_changes_no_law(name):
         torch.testing.assert_close((found, log_det), (expected[0], expected[2]))
 
 
-@pytest.mark.parametrize("factor", [1, 5, 20])
+@pytest.mark.parametrize("factor", [1, pytest.param(5, marks=pytest.mark.slow), 20])
 @pytest.mark.parametrize("name", [name for name in SMALL if not name.startswith("chain")])
 def test_at_extreme_parameters_an_inverse_is_off_by_rounding(name, factor):
     """In float32, by no more than 32 times what rounding x and y once costs: eps (|x| + |y| / least singular value)."""
@@ -388,7 +393,7 @@ def test_vmap_is_a_batch(name):
         assert vmap(g.pinv)(torch.full((2, 2, *ROWS[name].shape), -3.0)).isnan().all()
 
 
-@every_row
+@every_class
 @torch.no_grad()
 def test_an_ensemble_is_its_members(name):
     """`torch.func.stack_module_state` and vmap, over parameters and buffers."""
@@ -433,34 +438,33 @@ def saved(g: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda g: pickle.loads(pickle.dumps(g)), "torch.save": saved}
-
-
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-@every_row
+@every_class
 @torch.no_grad()
-def test_a_copy_is_a_module_of_its_own(name, copied):
+def test_a_copy_is_a_module_of_its_own(name):
     g = ROWS[name].ready(torch.float32)
     whole(g).checkpoint_activations = True  # travels along
     (g_of, x), (pinv_of, y), _ = calls(name, g, torch.float32)
     size = len(pickle.dumps(g))
     expected, state = (g_of(x), pinv_of(y)), copy.deepcopy(g.state_dict())
     assert len(pickle.dumps(g)) < size + 100  # what is kept stays behind
-    other = copied(g)
-    assert torch.equal(other(x), expected[0]) and torch.equal(other.pinv(y), expected[1])
-    assert whole(other).checkpoint_activations
+    others = [copy.deepcopy(g), pickle.loads(pickle.dumps(g)), saved(g)]
+    for other in others:
+        assert torch.equal(other(x), expected[0]) and torch.equal(other.pinv(y), expected[1])
+        assert whole(other).checkpoint_activations
     for parameter in g.parameters():
         parameter.mul_(0.5).add_(0.1)
     trains = any(True for _ in g.parameters())
     assert not trains or not (torch.equal(g(x), expected[0]) and torch.equal(g.pinv(y), expected[1]))
-    assert torch.equal(other(x), expected[0])
+    assert all(torch.equal(other(x), expected[0]) for other in others)
     g.load_state_dict(state)
     assert torch.equal(g(x), expected[0]) and torch.equal(g.pinv(y), expected[1])
 
 
-@named(name for name in ROWS if name not in ("weights", "SPNN of a mask"))  # which no checkpoint holds
+@every_class
 @torch.no_grad()
 def test_builds_on_the_meta_device_and_takes_weights(name):
+    if name in ("weights", "SPNN of a mask"):
+        return  # no checkpoint holds them
     row = ROWS[name]
     g = row.ready(torch.float32)
     with torch.device("meta"):
@@ -475,10 +479,10 @@ def test_builds_on_the_meta_device_and_takes_weights(name):
 
 # where a pass costs seconds: one chain of blocks of all kinds stands for the others
 REPEATED = ["tiny householder", "chain, oblong", "12x12, both mixings", "tiny map", "chain of bijections"]
-REPEATED += ["spline coupling", "spline coupling 1-D"]
+REPEATED += ["spline coupling"]
 
 
-@named(ROWS, slow=REPEATED)
+@named(ROWS, slow=[*REPEATED, "tiny cayley", *(name for name in ROWS if re.search(ALIKE_IN_CODE, name))])
 @torch.no_grad()
 def test_exports_and_stays_as_it_was(name):
     g = ROWS[name].ready(torch.float32)
@@ -545,7 +549,7 @@ def test_traces_to_the_same_values():
             torch.testing.assert_close(traced(images), part(images))
 
 
-@every_row
+@every_class
 def test_four_threads_share_a_module(name):
     """Each with the modes of its own, the process's switches as they were."""
     switches = lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)  # noqa: E731
