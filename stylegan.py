@@ -144,11 +144,6 @@ class Block(nn.Module):
         return self.epi2(self.conv1(x), w[1], noise[1])
 
 
-def published_channels(resolution: int) -> tuple[int, ...]:
-    """C of the blocks 4x4, 8x8, ..., R x R of the published networks."""
-    return tuple(min(512, 16384 // r) for r in _resolutions(resolution))
-
-
 def _resolutions(resolution: int) -> list[int]:
     return [4 << i for i in range(int(math.log2(resolution)) - 1)]
 
@@ -161,17 +156,17 @@ class StyleGAN(nn.Module):
         channels: C of each block, from 4x4 on; None: those of the published networks.
 
     Raises:
-        ValueError: another resolution, or not one number of channels for each block.
+        InputError: another resolution, or not one number of channels for each block.
     """
 
     def __init__(self, resolution: int, channels: Sequence[int] | None = None, dim: int = 512, depth: int = 8):
         super().__init__()
         if resolution not in [4 << i for i in range(9)]:
-            raise ValueError(f"StyleGAN: the resolution must be a power of two from 4 to 1024, got {resolution}")
+            raise InputError(f"StyleGAN: the resolution must be a power of two from 4 to 1024, got {resolution}")
         sides = _resolutions(resolution)
-        channels = published_channels(resolution) if channels is None else tuple(channels)
+        channels = tuple(channels if channels is not None else (min(512, 16384 // r) for r in sides))
         if len(channels) != len(sides) or min(channels) < 1 or min(dim, depth) < 1:
-            raise ValueError(f"StyleGAN: {resolution}x{resolution} has {len(sides)} blocks, got channels {channels}")
+            raise InputError(f"StyleGAN: {resolution}x{resolution} has {len(sides)} blocks, got channels {channels}")
         self.resolution, self.channels, self.dim, self.layers = resolution, channels, dim, 2 * len(sides)
         self.noise_shapes = [(1, r, r) for r in sides for _ in range(2)]
         dense = {f"dense{i}": Equalised((dim, dim), math.sqrt(2), lr=0.01) for i in range(depth)}
@@ -320,16 +315,9 @@ def generator_from_state_dict(
     """
     sides = sorted({int(m[1]) for name in state_dict if (m := _BLOCK.match(name))})
     resolution = resolution if resolution is not None else (sides or [4])[-1]
-    if resolution not in [4 << i for i in range(9)]:
-        raise InputError(
-            f"weights {source}: no StyleGAN of {resolution}x{resolution}: use a power of two from 4 to 1024"
-        )
     last = [f"g_synthesis.blocks.{r}x{r}.epi1.top_epi.noise.weight" for r in _resolutions(resolution)]
-    for name in ("g_mapping.dense0.weight", *last):
-        if name not in state_dict:
-            raise InputError(
-                f"weights {source}: not a StyleGAN generator of {resolution}x{resolution}: it has no {name}"
-            )
+    if missing := [name for name in ("g_mapping.dense0.weight", *last) if name not in state_dict]:
+        raise InputError(f"weights {source}: no StyleGAN of {resolution}x{resolution}: it has no {missing[0]}")
     depth = sum(bool(re.fullmatch(r"g_mapping\.dense\d+\.weight", name)) for name in state_dict)
     with torch.device("meta"):
         dim = state_dict["g_mapping.dense0.weight"].shape[-1]

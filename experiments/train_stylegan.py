@@ -29,17 +29,18 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoints import write_weights
 from images import find_images, grid, load_image, save_image, to_float, to_uint8
 from inversion import invert
 from loop import DONE, Ema, Loop, Run, open_run
 from procedural_faces import draw_face
 from stylegan import SLOPE, Equalised, Latents, StyleGAN, load_generator
-from utils import InputError, atomic_write, option, parse, resolve_device, run_command, seed_everything, write_json
+from utils import InputError, option, parse, resolve_device, run_command, seed_everything, write_json
 
 BF16, WEIGHTS = torch.bfloat16, "stylegan.safetensors"
 
@@ -92,8 +93,7 @@ def kept_faces(s: Settings) -> Tensor:
     """Procedural faces, drawn once, and kept in --out."""
     path = s.out / f"faces_{s.count}_{s.size}_{s.seed}.safetensors"  # all that decides which they are
     if not path.is_file():
-        with atomic_write(path) as temporary:
-            save_file({"images": drawn(s.count, s.size, s.seed)}, temporary)
+        write_weights(path, {"images": drawn(s.count, s.size, s.seed)})
     return load_file(path)["images"]
 
 
@@ -275,8 +275,7 @@ def invert_all(g: StyleGAN, images: Tensor, s: Settings, run: Run) -> Tensor:
 
 def save(s: Settings, g: StyleGAN, notes: dict) -> None:
     """The weights in float16, what made them, and samples from always the same z."""
-    with atomic_write(s.out / WEIGHTS) as temporary:
-        save_file({n: t.half().contiguous().cpu() for n, t in g.state_dict().items()}, temporary, {"format": "pt"})
+    write_weights(s.out / WEIGHTS, g.state_dict(), torch.float16)
     write_json(s.out / "stylegan.json", {**notes, "settings": dataclasses.asdict(s)})
     draws = torch.Generator().manual_seed(s.seed + 1)
     z, noise = torch.randn(64, g.dim, generator=draws), g.draw_noise(64, draws)
@@ -301,10 +300,7 @@ def train(s: Settings, run: Run) -> None:
         g, dim = load_generator(s.start, s.size).to(run.device), max(s.dim, 2 * len(images) - 2)
         save(s, with_components(g, invert_all(g, images, s, run), dim).to(run.device), {"faces": len(images)})
         return
-    try:
-        objective = Adversarial(s, images, run)
-    except ValueError as error:
-        raise InputError(f"--size, --channels: {error}") from None
+    objective = Adversarial(s, images, run)
     print(f"{len(images):,} images, generator {sum(p.numel() for p in objective.g.parameters()):,} parameters, on "
           f"{run.device}", flush=True)  # fmt: skip
 
@@ -326,7 +322,7 @@ def measure(s: Settings) -> dict:
 
     The kernel distance of its features, and how often it sees each attribute; both for two sets of drawn faces as well.
     """
-    from evaluate import JudgeFeatures, kid
+    from evaluate import JudgeFeatures, kid, seen
     from judge import load_judge
     from targets import FACES
 
@@ -336,10 +332,9 @@ def measure(s: Settings) -> dict:
     faces = to_float(drawn(2 * s.samples, judge.img_size, s.seed))
     z = torch.randn(s.samples, g.dim, generator=draws)
     made = torch.cat([g(part.to(device), noise=g.draw_noise(len(part), draws)).cpu() for part in z.split(50)])
-    features, said = [], []
-    for images in (to_float(to_uint8(made)), *faces.chunk(2)):
-        features.append(torch.cat([JudgeFeatures(judge)(part.to(device)).cpu() for part in images.split(50)]))
-        said.append((torch.cat([judge(part.to(device)).cpu() for part in images.split(50)]) > 0).float().mean(0))
+    sets = (to_float(to_uint8(made)), *faces.chunk(2))
+    features = [seen(JudgeFeatures(judge), images, device) for images in sets]
+    said = [(seen(judge, images, device) > 0).float().mean(0) for images in sets]
     found: dict = {}
     for name, i in (("samples", 0), ("drawn", 1)):
         distance, apart = kid(features[i], features[2])(torch.arange(s.samples)), (said[i] - said[2]).abs().mean()
