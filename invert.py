@@ -139,8 +139,7 @@ def identity(target: Target) -> dict[str, str | None]:
 def begin(s: Settings, own, target: Target, run: Run, result: str, *free: str):
     """Write settings.json, and give the log. What an earlier run wrote goes, unless it goes on with these settings.
 
-    Raises:
-        InputError: a ``result`` is there, or a run with other settings than these, but for `FREE` and ``free`` ones.
+    Raises InputError: there is a ``result``, or a run whose settings, but for `FREE` and ``free`` ones, are others.
     """
     given = {"command": type(own).__name__.lower(), **identity(target), **vars(s), **vars(own)}
     decisive = {key: value for key, value in given.items() if key not in (*FREE, *free)}
@@ -152,11 +151,7 @@ def begin(s: Settings, own, target: Target, run: Run, result: str, *free: str):
 
 
 def load_thetas(paths: Sequence[Path], target: Target, device: torch.device) -> Thetas:
-    """The thetas at ``paths``, by a name for the table.
-
-    Raises:
-        InputError: one is damaged, belongs to another network, or is there twice.
-    """
+    """The thetas at ``paths``. Raises InputError: one is damaged, of another network, or there twice."""
     thetas = {}
     for path in paths:
         state, notes = read_weights(path), read_json(path.with_suffix(".json"))
@@ -313,11 +308,7 @@ def draw_sheet(out: Path, columns: Mapping[str, Sequence[Tensor]], names: Sequen
 
 
 def find_judge(path: Path | None, target: Target, device: torch.device) -> nn.Module | None:
-    """The judge for the network's images; the demo's if it fits and none is given.
-
-    Raises:
-        InputError: the given one does not fit.
-    """
+    """The given judge, or the demo's if it fits. Raises InputError if the given one does not."""
     if target.img_size is None and path is None:
         return None
     judge = load_judge(path if path is not None else FACES / "judge.safetensors")
@@ -403,9 +394,7 @@ def summary(images: Sequence[dict], seconds: float) -> dict[str, float | None]:
 
 
 def compared(curves: Mapping[str, Sequence[float]]) -> list[dict]:
-    """Of the mean losses after each number of steps: what a landscape reaches and the plain steps to it, and vice
-    versa; for each landscape, and in the mean of several seeds.
-    """
+    """For each landscape, and their mean, from mean losses by step: what it reaches, plain steps to it; vice versa."""
 
     def steps(curve: Sequence[float], goal: float) -> int | None:
         return next((step for step, value in enumerate(curve) if value <= goal), None)

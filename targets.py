@@ -153,8 +153,7 @@ def of_spnn(network: str, s: Settings) -> Target:
 def load_targets(network: str, s: Settings) -> list[Target]:
     """The network called ``network`` (see invert.py): one target, or one for each space of StyleGAN's.
 
-    Raises:
-        InputError: an unknown name, weights that cannot be read, or a network that does not run on its own in_shape.
+    Raises InputError: an unknown name, weights that cannot be read, or a network that does not take its own in_shape.
     """
     if ":" not in network and network not in READY:
         hint = nearest(network, READY)
@@ -313,11 +312,7 @@ def load_vgg() -> nn.Sequential:
 
 
 def make_loss(target: Target, s: Settings) -> Loss:
-    """Mean squared error; for images plus LPIPS, or VGG's features as Image2StyleGAN has them, by ``--loss``.
-
-    Raises:
-        InputError: weights that were asked for cannot be had.
-    """
+    """Mean squared error, for images plus what --loss says. Raises InputError if its weights cannot be had."""
     weights = s.perceptual_weight
     if not target.to_image and s.loss in ("lpips", "vgg"):
         raise InputError(f"--loss {s.loss}: compares images, and {target.name} gives none from something else")
