@@ -94,19 +94,16 @@ def test_any_size_shows_the_same_face(size):
     assert np.abs(shrunk[0] - shrunk[1]).mean() < 8
 
 
-def test_the_face_is_centred(sampled):
+def test_the_face_is_centred():
     """The mean face is close to its mirror image: the pose varies around the frontal one."""
-    mean = np.mean([pixels(faces.draw_face(2, i, 24)[0]) for i in range(50)], axis=0)
+    mean = np.mean([pixels(faces.draw_face(2, i, 24)[0]) for i in range(30)], axis=0)
     assert np.abs(mean - mean[:, ::-1]).mean() < 8
 
 
 def test_layout_of_the_folder(tmp_path):
     faces.write_dataset(tmp_path / "new", 5, 20, seed=3, workers=1)
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
-        faces.IMAGE_FOLDER,
-        faces.ANNOTATION_FILE,
-        faces.MARK,
-    ]
+    written = {faces.IMAGE_FOLDER, faces.ANNOTATION_FILE, faces.MARK}
+    assert {p.name for p in (tmp_path / "new").iterdir()} == written
     found = read_annotations(tmp_path / "new" / faces.ANNOTATION_FILE)
     assert found.files == [f"{i}.jpg" for i in range(5)]
     for i, name in enumerate(found.files):
@@ -119,7 +116,7 @@ def test_layout_of_the_folder(tmp_path):
 def test_files_depend_neither_on_count_nor_on_workers(tmp_path):
     """Of a script without a main guard too, which processes that import it would run again."""
     faces.write_dataset(tmp_path / "one", 3, 16, seed=1, workers=1)
-    script = f"from procedural_faces import write_dataset\nwrite_dataset({str(tmp_path / 'two')!r}, 5, 16, 1, 2)\n"
+    script = f"from procedural_faces import write_dataset\nwrite_dataset({str(tmp_path / 'two')!r}, 4, 16, 1, 2)\n"
     (tmp_path / "script.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(Path(faces.__file__).parent)}
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -180,8 +177,8 @@ def classes(changes: dict[str, bool], size: int = 128) -> dict[str, np.ndarray]:
 def test_every_class_of_the_masks_is_drawn():
     seen = np.zeros(len(MASK_CLASSES))
     for index in range(40):
-        _, mask = faces.render(*faces.sample_face(0, index), 64)
-        assert mask.mode == "P" and mask.size == (64, 64)
+        _, mask = faces.render(*faces.sample_face(0, index), 48)
+        assert mask.mode == "P" and mask.size == (48, 48)
         seen += np.bincount(np.asarray(mask).ravel(), minlength=len(MASK_CLASSES)) > 0
     assert {name: n for name, n in zip(MASK_CLASSES, seen, strict=True) if n < 2} == {}
     always = ("background", "skin", "nose", "l_eye", "r_eye", "u_lip", "l_lip", "neck", "cloth")
@@ -195,34 +192,28 @@ def test_left_is_the_persons_own_left():
         assert right < 64 < left
 
 
-@pytest.mark.parametrize(
-    ("attribute", "name"),
-    [
-        ("Wearing_Hat", "hat"), ("Eyeglasses", "eye_g"), ("Wearing_Earrings", "ear_r"), ("Wearing_Necklace", "neck_l"),
-        ("Mouth_Slightly_Open", "mouth"),
-    ],
-)  # fmt: skip
-def test_what_is_worn_or_open_has_its_class_and_only_then(attribute, name):
-    assert not classes({})[name].any() and classes({attribute: True})[name].sum() > 40
-
-
-def test_a_bald_head_has_no_hair_and_glasses_hide_no_eye():
+def test_what_is_worn_or_open_has_its_class_and_only_then():
+    plain, glasses = classes({}), classes({"Eyeglasses": True})
+    worn = {"Wearing_Hat": "hat", "Wearing_Earrings": "ear_r", "Wearing_Necklace": "neck_l"}
+    for attribute, name in {**worn, "Mouth_Slightly_Open": "mouth"}.items():
+        assert not plain[name].any() and classes({attribute: True})[name].sum() > 40, name
+    assert not plain["eye_g"].any() and glasses["eye_g"].sum() > 40
+    assert (glasses["l_eye"] == plain["l_eye"]).all()  # they hide no eye
     assert not classes({"Bald": True, "Brown_Hair": False})["hair"].any()
-    assert (classes({"Eyeglasses": True})["l_eye"] == classes({})["l_eye"]).all()
 
 
 def test_masks_belong_to_the_pictures(tmp_path):
     """The same faces as without masks, and the loader reads what was drawn."""
     for name, masks in (("with", True), ("without", False)):
-        faces.write_dataset(tmp_path / name, 4, 48, seed=2, workers=1, masks=masks)
+        faces.write_dataset(tmp_path / name, 3, 32, seed=2, workers=1, masks=masks)
     plain = files_of(tmp_path / "without")
     assert {name: data for name, data in files_of(tmp_path / "with").items() if not name.startswith("masks/")} == plain
-    data = CelebAMaskHQ(tmp_path / "with", "all", 48, mask_size=48)
-    assert len(data) == 4
-    for index in range(4):
-        _, mask = faces.render(*faces.sample_face(2, index), 48)
+    data = CelebAMaskHQ(tmp_path / "with", "all", 32, mask_size=32)
+    assert len(data) == 3
+    for index in range(3):
+        _, mask = faces.render(*faces.sample_face(2, index), 32)
         assert (data[index][1].numpy() == np.asarray(mask)).all()
-    faces.write_dataset(tmp_path / "with", 2, 48, seed=2, workers=1, overwrite=True)
+    faces.write_dataset(tmp_path / "with", 1, 32, seed=2, workers=1, overwrite=True)
     assert list((tmp_path / "with" / "masks").iterdir()) == []
 
 
