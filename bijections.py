@@ -9,11 +9,11 @@ Letters: B batch, C channels, * any number of positions (none for vectors, W, H 
 z latent. Layers act on dimension 1 and take vectors (B, C) and maps (B, C, *) alike, unless they say otherwise.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial, reduce
 
 import torch
 import torch.distributed as dist
@@ -21,18 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace, Normal, Uniform, constraints
 
-from blocks import (
-    BLOCKS,
-    MIXINGS,
-    PixelUnshuffleBlock,
-    Surjection,
-    at_least_float32,
-    exact,
-    is_transformed,
-    no_volume,
-)
+from blocks import BLOCKS, MIXINGS, PixelUnshuffleBlock, Surjection
 from fixed_point import Banach, FixedPoint, norm
-from networks import SPECTRAL, full_precision, in_training, random_state
+from networks import SPECTRAL, at_least_float32, exact, full_precision, in_training, is_transformed, no_volume
 from utils import check_positive
 
 Shape = tuple[int, ...]  # of one image, without B: (C,), (C, L), (C, H, W) or (C, D, H, W)
@@ -47,7 +38,7 @@ def per_image(values: Tensor) -> Tensor:
 
 def widest(*tensors: Tensor) -> list[Tensor]:
     """All in the widest of their types, float32 at least."""
-    dtype = functools.reduce(torch.promote_types, (at_least_float32(t[:0]).dtype for t in tensors))
+    dtype = reduce(torch.promote_types, (at_least_float32(t[:0]).dtype for t in tensors))
     return [t.to(dtype) for t in tensors]
 
 
@@ -109,10 +100,6 @@ class Bijection(Surjection):
 
     lossy = False
     domain = codomain = constraints.real
-
-    @property
-    def name(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
 
     def output_shape(self, shape: Shape) -> Shape:
         return tuple(shape)
@@ -525,21 +512,13 @@ def positions(x: Tensor) -> int:
     return math.prod(x.shape[2:])
 
 
-class OverChannels(Bijection):
+class OverChannels(PerFeature):
     """A layer over exactly ``channels`` channels, the same at every position."""
 
     def __init__(self, channels: int):
-        super().__init__()
         check_positive(type(self).__name__, whole=True, channels=channels)
+        super().__init__(channels)
         self.channels = channels
-
-    def extra_repr(self) -> str:
-        return str(self.channels)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        if shape[0] != self.channels:
-            raise ValueError(f"{self.name}: channels is {self.channels}, but {shape[0]} channels arrive")
-        return tuple(shape)
 
     def over_columns(self, f: Callable[..., Tensor], x: Tensor, *matrices: Tensor) -> Tensor:
         """f of columns, (C, n), and of matrices, over the channels of x, (B, C, *) -> (B, C, *), in full precision."""
@@ -907,10 +886,10 @@ class Coupling(Split):
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         stays, moved, mask = self._parts(y)
-        watched = self.own and not is_transformed()
-        before = random_state(y.device) if watched else None
+        generator = partial(torch.cuda.get_rng_state, y.device) if y.is_cuda else torch.get_rng_state
+        before = generator() if self.own and not is_transformed() else None
         log_scale, shift = self._log_scale_and_shift(stays, moved, mask)
-        drew = watched and not torch.equal(before, random_state(y.device))
+        drew = before is not None and not torch.equal(before, generator())
         if drew or self.own and any(isinstance(part, SPECTRAL) for part in in_training(self)):
             raise ValueError(f"{self.name}: a network changes from pass to pass, which has no inverse: call eval()")
         return self._whole(stays, (moved - shift) * torch.exp(-log_scale), mask)

@@ -1,10 +1,9 @@
-"""Surjective blocks: what a block is, its orthogonal mixing, the coupling block, the pixel unshuffle, the registry.
+"""Surjective blocks: orthogonal mixing, what a block is, the pixel unshuffle, the coupling block, the registry.
 
 A surjective block maps many channels to few, ``y = g(x)``. The channels it drops, ``z``, would complete it to a
 bijection ``G(x) = (g(x), z)``. Its pseudo-inverse puts natural ones back, ``g'(y) = G^-1(y, r(y))`` with ``r`` learned.
 
-Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042. B batch, C channels, H and W
-size; x input, y output, z a latent, u a mixed feature map.
+Source and letters: those of models.py.
 """
 
 import math
@@ -17,28 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from networks import ConvMLP, Layer, any_size, located, pointwise, unet
+from networks import ConvMLP, Layer, at_least_float32, custom_layers, exact, is_transformed, no_volume
 from utils import check_positive, sides
 
 Shape = tuple[int, int, int]  # (C, H, W)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` in the type that mixing and coupling compute in: float32, or float64 if it has it already."""
-    if x.is_complex():
-        raise ValueError("a block takes real numbers, got complex ones: give view_as_real of them, say")
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def no_volume(x: Tensor) -> Tensor:
-    """The log-determinant of a map that keeps volumes: zeros, (B,), in float32 at least."""
-    return torch.zeros(x.shape[0], dtype=at_least_float32(x[:0]).dtype, device=x.device)
-
-
-def exact(x: Tensor) -> Tensor:
-    """``x`` in float64, or in float32 on a device that has nothing finer (Apple's)."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-
 
 # --- Orthogonal mixing -----------------------------------------------------------------------------------------------
 
@@ -52,7 +33,7 @@ def solved_once() -> Iterator[None]:
     Outside each such pass solves anew: weights may have been written to behind torch's back, by a step by hand or by
     `torch.autograd.gradcheck`.
     """
-    token = _block.set(object() if _block.get() is None else _block.get())
+    token = _block.set(_block.get() or object())
     try:
         yield
     finally:
@@ -68,19 +49,6 @@ def _mark_as_changed(optimizer: torch.optim.Optimizer, *_) -> None:
 
 
 register_optimizer_step_post_hook(_mark_as_changed)
-
-
-def is_transformed() -> bool:
-    """Whether this is a compiler's, an exporter's or a torch.func transform's pass: nothing to keep, read or refuse."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return tracing or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _is_passing(weight: Tensor) -> bool:
-    """Whether W of these weights is of no use to a later pass."""
-    if is_transformed() or not isinstance(weight, nn.Parameter):
-        return True
-    return weight.is_inference() or torch.autograd.forward_ad._current_level >= 0
 
 
 class Mixing(nn.Module):
@@ -106,21 +74,18 @@ class Mixing(nn.Module):
         return self(u, transpose=True)
 
     def matrix(self) -> Tensor:
-        """W itself, (C, C): the oracle of the tests, not used by the network."""
-        weight = getattr(self, self.weight_name)
-        return self(torch.eye(weight.shape[-1], dtype=at_least_float32(weight).dtype, device=weight.device)).T
+        """W itself, (C, C): for tests, the network never forms it."""
+        weight = at_least_float32(getattr(self, self.weight_name))
+        return self(torch.eye(weight.shape[-1]).to(weight)).T
 
 
-LARGEST = 1e7  # entry of a Cayley parameter that counts as it is
-
-
-def _shrunk(b: Tensor) -> Tensor:
-    """What scales B back to `LARGEST` if it has larger entries; a constant to derivatives."""
-    return LARGEST / exact(b.detach().abs().amax()).clamp(min=LARGEST)
+def _shrunk(b: Tensor, largest: float = 1e7) -> Tensor:
+    """What scales B back to ``largest`` if it has larger entries; a constant to derivatives."""
+    return largest / exact(b.detach().abs().amax()).clamp(min=largest)
 
 
 def cayley(b: Tensor) -> Tensor:
-    """``(I + A)^-1 (I - A)`` in float64, with ``A = B - B^T`` and B, (C, C), scaled back to `LARGEST` if above.
+    """``(I + A)^-1 (I - A)`` in float64, with ``A = B - B^T`` and B, (C, C), scaled back if it has entries above 1e7.
 
     ``I + A`` has no singular value below 1, but beside large entries I would be lost, and of odd size A is singular.
     """
@@ -133,7 +98,7 @@ def cayley(b: Tensor) -> Tensor:
 
 
 class _ApplyCayley(torch.autograd.Function):
-    """``u = W x`` for x of shape (..., C) and a constant W, with the gradient of B in the precision of B.
+    """``u = W x``, or ``W^T x``, for x (..., C) and a constant W (W^T), with the gradient of B in the precision of B.
 
     From ``du = -2 M dA M x`` and ``M = (W + I) / 2``: with ``d = W^T du``, ``dA = -(du + d) (u + x)^T / 2``.
     """
@@ -142,13 +107,13 @@ class _ApplyCayley(torch.autograd.Function):
     def forward(ctx, x: Tensor, b: Tensor, w: Tensor, transpose: bool) -> Tensor:
         ctx.save_for_backward(x, b, w)
         ctx.transpose = transpose
-        return F.linear(x, w.T if transpose else w)
+        return F.linear(x, w)
 
     @staticmethod
     def backward(ctx, du: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, b, w = ctx.saved_tensors
-        w = cayley(b) if torch.is_grad_enabled() else w  # a second derivative asks how W follows from B
-        w = w.T if ctx.transpose else w
+        if torch.is_grad_enabled():  # a second derivative asks how W follows from B
+            w = cayley(b).T if ctx.transpose else cayley(b)
         u, dx = F.linear(x, w), F.linear(du, w.T)
         left, right = ((part / 2).reshape(-1, len(b)).to(b.dtype) for part in (du + dx, u + x))
         if ctx.transpose:  # W^T is the transform of -A
@@ -176,22 +141,22 @@ class CayleyMixing(Mixing):
 
     def solved(self, recording: bool) -> Tensor:
         """W for the weights as they are now, (C, C), solved once for them; it records no gradients itself."""
-        b, block = self.A_unconstrained, _block.get() if recording else None
+        b, block = self.A_unconstrained, _block.get()
+        if recording and block is None:
+            self.__dict__.pop("_kept", None)  # a step by hand may follow
+            return cayley(b.detach())
         memory = b.untyped_storage()._cdata, b.storage_offset()  # fake tensors have no data_ptr
         state = id(b), memory, b.stride(), b.dtype, b.device, b._version  # known without reading a value
         kept = self.__dict__.get("_kept")
-        if kept is None or kept[0] != state or kept[1] not in (block, _block.get()):
+        if kept is None or kept[0] != state or kept[1] not in (block, block if recording else None):
             with torch.inference_mode(False), torch.no_grad():  # whose tensors could serve no later gradient
                 # the last two hold id and memory: no other weights can have them
-                kept = state, block, cayley(b), b, b.detach()
+                kept = state, block if recording else None, cayley(b), b, b.detach()
             self.__dict__["_kept"] = kept
         return kept[2]
 
-    def forget(self) -> None:
-        self.__dict__.pop("_kept", None)
-
     def train(self, mode: bool = True) -> "CayleyMixing":
-        self.forget()
+        self.__dict__.pop("_kept", None)
         return super().train(mode)
 
     def __getstate__(self):
@@ -199,15 +164,12 @@ class CayleyMixing(Mixing):
 
     def product(self, x: Tensor, transpose: bool) -> Tensor:
         b = self.A_unconstrained
-        if _is_passing(b):
-            w = cayley(b)
-            return F.linear(x, w.T if transpose else w)
-        recording = torch.is_grad_enabled() and b.requires_grad
-        alone = recording and _block.get() is None
-        if alone:
-            self.forget()  # a step by hand may follow
-        w = cayley(b.detach()) if alone else self.solved(recording)
-        return _ApplyCayley.apply(x, b, w, transpose) if recording else F.linear(x, w.T if transpose else w)
+        passing = is_transformed() or not isinstance(b, nn.Parameter) or b.is_inference()  # no use to a later pass
+        passing = passing or torch.autograd.forward_ad._current_level >= 0
+        recording = torch.is_grad_enabled() and b.requires_grad and not passing
+        w = cayley(b) if passing else self.solved(recording)
+        w = w.T if transpose else w
+        return _ApplyCayley.apply(x, b, w, transpose) if recording else F.linear(x, w)
 
 
 class HouseholderMixing(Mixing):
@@ -258,6 +220,10 @@ class Surjection(nn.Module):
     exact = True
     stateful = False
 
+    @property
+    def name(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def output_shape(self, shape: Shape) -> Shape:
         """(C, H, W) of y for an x of ``shape``; a ValueError if such an x does not fit."""
         raise NotImplementedError
@@ -301,10 +267,6 @@ class PixelUnshuffleBlock(Surjection):
         self.factors = sides(type(self).__name__, "r", r, dims)
         self.r = self.factors[0] if len(set(self.factors)) == 1 else self.factors
 
-    @property
-    def name(self) -> str:
-        return f"{type(self).__name__}(r={self.r})"
-
     def extra_repr(self) -> str:
         return f"r={self.r}"
 
@@ -325,10 +287,9 @@ class PixelUnshuffleBlock(Surjection):
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
         c, *size = self.output_shape(tuple(x.shape[1:]))
         pairs = [n for pair in zip(size, self.factors, strict=True) for n in pair]
-        y = x.reshape(x.shape[0], x.shape[1], *pairs)  # (B, C, H/rh, rh, W/rw, rw)
-        coarse, fine = range(2, y.dim(), 2), range(3, y.dim(), 2)
-        y = y.permute(0, 1, *fine, *coarse).reshape(x.shape[0], c, *size)  # torch's fails on an empty batch
-        return y, None, no_volume(x)
+        y = x.reshape(*x.shape[:2], *pairs)  # (B, C, H/rh, rh, W/rw, rw)
+        fine, coarse = range(3, y.dim(), 2), range(2, y.dim(), 2)
+        return y.permute(0, 1, *fine, *coarse).reshape(x.shape[0], c, *size), None, no_volume(x)
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         dims, (c, *size) = len(self.factors), self.input_shape(tuple(y.shape[1:]))
@@ -374,30 +335,25 @@ class ConvPINNBlock(Surjection):
         see_place: bool = False,
     ):
         super().__init__()
-        self.name = f"ConvPINNBlock({in_ch}->{out_ch})"
+        self.in_ch, self.out_ch, self.feat_size, self.scale_bound = in_ch, out_ch, feat_size, scale_bound
         check_positive(self.name, whole=True, in_ch=in_ch, out_ch=out_ch, hidden=hidden)
         check_positive(self.name, scale_bound=scale_bound)
-        size = None if feat_size is None else sides(self.name, "feat_size", feat_size)
+        self.size = size = None if feat_size is None else sides(self.name, "feat_size", feat_size)
         if out_ch >= in_ch:
             raise ValueError(f"{self.name}: out_ch must be below in_ch, got out_ch {out_ch}, in_ch {in_ch}")
         if size not in (None, (1, 1)) and (size[0] % 2 or size[1] % 2):
             raise ValueError(f"{self.name}: feat_size must be 1, even or None, got {feat_size}; None fits any size")
         if mix_type not in MIXINGS:
             raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
-        self.in_ch, self.out_ch, self.feat_size, self.scale_bound = in_ch, out_ch, feat_size, scale_bound
-        self.size = size
 
-        layers = any_size if size is None else pointwise if size == (1, 1) else unet
         dropped = in_ch - out_ch
-        st = layers(dropped, out_ch, min(max(hidden, dropped), 1024)) if st is None else st
-        r = layers(out_ch, dropped, min(max(hidden, out_ch), 1024)) if r is None else r
-        if see_place:
-            st, r = ([(located, *layers[0][1:]), *layers[1:]] for layers in (st, r))
-        self.t, self.s, self.r = ConvMLP(st, scale), ConvMLP(st, scale), ConvMLP(r, scale)
+        st = custom_layers(size, dropped, out_ch, hidden) if st is None else st
+        r = custom_layers(size, out_ch, dropped, hidden) if r is None else r
+        self.t, self.s, self.r = (ConvMLP(layers, scale, see_place) for layers in (st, st, r))
         self.mix = MIXINGS[mix_type](in_ch)
 
     def extra_repr(self) -> str:
-        return f"{self.in_ch}->{self.out_ch}, scale_bound={self.scale_bound}, feat_size={self.feat_size}"
+        return f"{self.in_ch}->{self.out_ch}"
 
     def output_shape(self, shape: Shape) -> Shape:
         c, h, w = shape
@@ -407,41 +363,30 @@ class ConvPINNBlock(Surjection):
             raise ValueError(f"{self.name}: feat_size is {self.feat_size}, but the map that arrives is {h}x{w}")
         return self.out_ch, h, w
 
-    def log_scale(self, u1: Tensor) -> Tensor:
-        """log S(u1), within +-scale_bound."""
-        return self.scale_bound * torch.tanh(self.s(u1))
-
-    def shift(self, u1: Tensor) -> Tensor:
-        """t(u1), within +-1."""
-        return torch.tanh(self.t(u1))
+    def coefficients(self, u1: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
+        """``log S(u1)``, within +-scale_bound, and ``t(u1)``, within +-1, of the shape of what they move."""
+        log_scale, shift = self.scale_bound * torch.tanh(self.s(u1)), torch.tanh(self.t(u1))
+        for name, value in (("s", log_scale), ("T", shift)):
+            if value.shape != moves.shape:  # no sum of what broadcasts
+                raise ValueError(f"{self.name}: {name} must give {tuple(moves.shape)} here, got {tuple(value.shape)}")
+        return log_scale, shift
 
     def natural_latent(self, y: Tensor) -> Tensor:
         return torch.tanh(self.r(at_least_float32(y)))  # (B, in_ch - out_ch, H, W)
 
-    def _coefficients(self, u1: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
-        """log S and t, of the shape of what they move: no sum of what broadcasts."""
-        log_scale, shift = self.log_scale(u1), self.shift(u1)
-        for name, value in (("s", log_scale), ("T", shift)):
-            if value.shape != moves.shape:
-                raise ValueError(f"{self.name}: {name} must give {tuple(moves.shape)} here, got {tuple(value.shape)}")
-        return log_scale, shift
-
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u = self.mix(x)  # (B, in_ch, H, W)
         u0, u1 = u[:, : self.out_ch], u[:, self.out_ch :]  # (B, out_ch, H, W), (B, in_ch - out_ch, H, W)
-        log_scale, shift = self._coefficients(u1, u0)
-        y = u0 * torch.exp(log_scale) + shift  # (B, out_ch, H, W)
-        return y, u1, log_scale.flatten(1).sum(1)  # |det W| = 1
+        log_scale, shift = self.coefficients(u1, u0)
+        return u0 * torch.exp(log_scale) + shift, u1, log_scale.flatten(1).sum(1)  # |det W| = 1
 
     def pinv(self, y: Tensor, latent: Tensor | None = None) -> Tensor:
         y = at_least_float32(y)
         u1 = self.natural_latent(y) if latent is None else at_least_float32(latent)  # (B, in_ch - out_ch, H, W)
-        log_scale, shift = self._coefficients(u1, y)
+        log_scale, shift = self.coefficients(u1, y)
         u0 = (y - shift) * torch.exp(-log_scale)  # (B, out_ch, H, W)
         return self.mix.inverse(torch.cat([u0, u1], dim=1))  # (B, in_ch, H, W)
 
 
-BLOCKS: dict[str, Callable[..., Surjection]] = {  # the registry: what a checkpoint or a preset may name
-    "PixelUnshuffleBlock": PixelUnshuffleBlock,
-    "ConvPINNBlock": ConvPINNBlock,
-}
+# the registry: what a checkpoint or a preset may name
+BLOCKS: dict[str, Callable[..., Surjection]] = {kind.__name__: kind for kind in (PixelUnshuffleBlock, ConvPINNBlock)}

@@ -7,9 +7,9 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 size, d classes; x an image, y logits, z a latent, u a mixed feature map.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -36,10 +36,10 @@ from utils import check_positive, sides
 __all__ = ["BUILT_IN", "PINN", "SPNN", "BackProjection", "CayleyMixing", "Completion", "ConvPINNBlock"]
 __all__ += ["HouseholderMixing", "PixelUnshuffleBlock", "Surjection"]
 
+Latents = list[Tensor | None]
+Completed = Tensor | tuple[Tensor, Latents]  # what was asked for, with latents or without
 
 # --- The chain -------------------------------------------------------------------------------------------------------
-
-Latents = list[Tensor | None]
 
 
 def concatenated(latents: Latents) -> Tensor:
@@ -47,34 +47,24 @@ def concatenated(latents: Latents) -> Tensor:
     return torch.cat([z.flatten(1) for z in latents if z is not None], dim=1)
 
 
+def along(a: Tensor, strength: float | Tensor, direction: Tensor) -> Tensor:
+    """``a + strength * direction``, (B, ...); strength is a number, or one per image, (B,)."""
+    if isinstance(strength, Tensor):
+        strength = strength.to(a).view(-1, *[1] * (a.dim() - 1))
+    return a + strength * direction
+
+
 @dataclass(frozen=True)
 class Completion:
-    """A point ``(y, z)`` of the completed network's output space, where ``G`` is a bijection.
+    """A point ``(y, z)`` of the completed network's output space, where ``G`` is a bijection."""
 
-    Attributes:
-        y: logits (B, d), or a feature map.
-        z: the latent of every block, in the order of forward; None for a block that drops nothing.
-    """
+    y: Tensor  # logits (B, d), or a feature map
+    z: Latents  # of the blocks, in the order of forward; None of one that drops nothing
 
-    y: Tensor
-    z: Latents
-
-    def _each(self, f: Callable[..., Tensor], *others: "Completion") -> "Completion":
-        parts = zip(self.z, *(other.z for other in others), strict=True)
-        return Completion(f(self.y, *(other.y for other in others)), [None if z[0] is None else f(*z) for z in parts])
-
-    def __sub__(self, other: "Completion") -> "Completion":
-        return self._each(torch.sub, other)
-
-    def moved(self, direction: "Completion", strength: float | Tensor) -> "Completion":
-        """``self + strength * direction``; strength is a number, or one per image, (B,)."""
-        one = not isinstance(strength, Tensor) or not strength.dim()
-        by_image = lambda a: strength if one else strength.to(a).view(-1, *[1] * (a.dim() - 1))  # noqa: E731
-        return self._each(lambda a, b: a + by_image(a) * b, direction)
-
-    def __getitem__(self, images) -> "Completion":
-        """The same for some images of the batch: an index, a mask or a slice over dimension 0."""
-        return self._each(lambda a: a[images])
+    def each(self, f: Callable[[Tensor, Tensor], Tensor], other: "Completion") -> "Completion":
+        """f of every part of both."""
+        latents = [a if a is None else f(a, b) for a, b in zip(self.z, other.z, strict=True)]
+        return Completion(f(self.y, other.y), latents)
 
 
 class PINN(nn.Module):
@@ -108,7 +98,7 @@ class PINN(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.in_shape, self.out_shape = tuple(in_shape), tuple(shape)
 
-    def forward(self, x: Tensor, return_latents: bool = False) -> Tensor | tuple[Tensor, Latents]:
+    def forward(self, x: Tensor, return_latents: bool = False) -> Completed:
         """``g(x)``, or ``G(x)`` as (y, latents)."""
         latents = []
         for block in self.blocks:
@@ -123,19 +113,33 @@ class PINN(nn.Module):
             return checkpoint(method, *arguments, use_reentrant=False)
         return method(*arguments)
 
-    def pinv(
-        self, y: Tensor, latents: Latents | None = None, return_latents: bool = False
-    ) -> Tensor | tuple[Tensor, Latents]:
+    def pinv(self, y: Tensor, latents: Latents | None = None, return_latents: bool = False) -> Completed:
         """``g'(y)``, or ``G^-1(y, latents)``; on request with the latents it used, natural if none are given."""
         latents = [None] * len(self.blocks) if latents is None else list(latents)
         if len(latents) != len(self.blocks):
             raise ValueError(f"pinv: expected one latent per block ({len(self.blocks)}), got {len(latents)}")
+        y = self._descend(y, latents, 0)
+        return (y, latents) if return_latents else y
+
+    def _descend(self, y: Tensor, latents: Latents, last: int) -> Tensor:
+        """The input of block ``last`` for the chain's output y. Latents that are None become natural ones."""
         for index in reversed(range(len(self.blocks))):
             block = self.blocks[index]
             if latents[index] is None:
                 latents[index] = self._run(block, block.natural_latent, y)
-            y = self._run(block, block.pinv, y, latents[index])
-        return (y, latents) if return_latents else y
+            if index >= last:
+                y = self._run(block, block.pinv, y, latents[index])
+        return y
+
+    def natural_latents(self, y: Tensor) -> Latents:
+        """The latents of ``g'(y)``, met on the way down to it: ``G(g'(y)) = (y, natural_latents(y))``.
+
+        No forward pass is needed to know them, nor the inverse of the first lossy block, the largest.
+        """
+        latents: Latents = [None] * len(self.blocks)
+        first = next((index for index, block in enumerate(self.blocks) if block.lossy), len(self.blocks))
+        self._descend(y, latents, first + 1)
+        return latents
 
     def forward_log_det(self, x: Tensor) -> tuple[Tensor, Latents, Tensor]:
         """``G(x)`` and ``log |det dG/dx|``: (y, latents, (B,))."""
@@ -149,20 +153,6 @@ class PINN(nn.Module):
     def log_abs_det(self, x: Tensor) -> Tensor:
         """``log |det dG/dx|``, (B,)."""
         return self.forward_log_det(x)[-1]
-
-    def natural_latents(self, y: Tensor) -> Latents:
-        """The latents of ``g'(y)``, met on the way down to it: ``G(g'(y)) = (y, natural_latents(y))``.
-
-        No forward pass is needed to know them, nor the inverse of the first lossy block, the largest.
-        """
-        latents: Latents = [None] * len(self.blocks)
-        first = next((index for index, block in enumerate(self.blocks) if block.lossy), len(self.blocks))
-        for index in reversed(range(first, len(self.blocks))):
-            block = self.blocks[index]
-            latents[index] = self._run(block, block.natural_latent, y)
-            if index > first:
-                y = self._run(block, block.pinv, y, latents[index])
-        return latents
 
 
 class BackProjection:
@@ -186,11 +176,11 @@ class BackProjection:
     def __init__(self, model: "SPNN", x: Tensor, goal: Completion):
         self.model = model
         self.start = model.complete(x)
-        self.direction = goal - model.natural(self.start.y)
+        self.direction = goal.each(torch.sub, model.natural(self.start.y))
 
     def __call__(self, strength: float | Tensor, images=slice(None)) -> Tensor:
         """x', (B, C, H, W), for a strength (a number, or (B,)) and, if given, for some ``images`` of the batch only."""
-        point = self.start[images].moved(self.direction[images], strength)
+        point = self.start.each(lambda a, b: along(a[images], strength, b[images]), self.direction)
         return self.model.pinv(point.y, point.z)
 
 
@@ -281,7 +271,7 @@ class SPNN(Pretrained):
         hidden: width of a built-in architecture's networks; 128 is the published one, others scale it.
         scale_bound: bound of a built-in architecture's log-scales. Custom blocks have their own, as they have hidden.
         img_size: H = W, or (H, W). 32, 64 and 256 have a built-in architecture.
-        mix_type: "cayley" or "householder"; for custom blocks, that of those which do not name one.
+        mix_type: "cayley" or "householder", of all blocks but custom ones that name theirs.
         layer_channels: a custom architecture, a list of (block class or its name, its arguments).
 
     Attributes:
@@ -316,36 +306,34 @@ class SPNN(Pretrained):
             entries = [[names.get(kind, getattr(kind, "__name__", kind)), dict(of)] for kind, of in layer_channels]
             self.config["layer_channels"] = entries
         elif self.img_size in BUILT_IN:
-            block = functools.partial(ConvPINNBlock, scale_bound=scale_bound, mix_type=mix_type, scale=hidden / 128)
+            block = partial(ConvPINNBlock, scale_bound=scale_bound, mix_type=mix_type, scale=hidden / 128)
             blocks = BUILT_IN[self.img_size](num_classes, block)
         else:
-            has = f"has no built-in architecture, as {sorted(BUILT_IN)} have"
-            raise ValueError(f"SPNN: img_size {img_size} {has}: give layer_channels")
+            raise ValueError(f"SPNN: img_size {img_size} is none of {sorted(BUILT_IN)}: give layer_channels")
         self.pinn = PINN(blocks, (img_ch, h, w))
         c, *size = self.pinn.out_shape
         self.in_shape, self.out_shape = self.pinn.in_shape, (c,) if size == [1, 1] else (c, *size)
         if c != num_classes:
-            last = f"block {len(blocks) - 1}"
-            raise ValueError(f"{last}: num_classes is {num_classes}, but the chain ends with {c} channels")
+            raise ValueError(f"block {len(blocks) - 1}: num_classes is {num_classes}, but {c} channels leave it")
+
+    @staticmethod
+    def _check(what: str, given: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(given.shape[1:]) != shape:
+            expected = ", ".join(map(str, ("B", *shape)))
+            raise ValueError(f"SPNN expects {what} of shape ({expected}), got {tuple(given.shape)}")
 
     def _as_map(self, logits: Tensor) -> Tensor:
-        if tuple(logits.shape[1:]) != self.out_shape:
-            expected = ", ".join(map(str, ("B", *self.out_shape)))
-            raise ValueError(f"SPNN expects logits of shape ({expected}), got {tuple(logits.shape)}")
+        self._check("logits", logits, self.out_shape)
         return logits.reshape(logits.shape[0], *self.pinn.out_shape)  # (B, d, H', W')
 
-    def forward(self, x: Tensor, return_latents: bool = False) -> Tensor | tuple[Tensor, Latents]:
+    def forward(self, x: Tensor, return_latents: bool = False) -> Completed:
         """Logits ``g(x)``, (B, *out_shape), of images (B, C, H, W) in [-1, 1]; on request with latents, ``G(x)``."""
-        if tuple(x.shape[1:]) != self.in_shape:
-            c, h, w = self.in_shape
-            raise ValueError(f"SPNN expects images of shape (B, {c}, {h}, {w}), got {tuple(x.shape)}")
+        self._check("images", x, self.in_shape)
         y, latents = self.pinn(x, return_latents=True)  # (B, d, H', W')
         y = y.reshape(x.shape[0], *self.out_shape)
         return (y, latents) if return_latents else y
 
-    def pinv(
-        self, logits: Tensor, latents: Latents | None = None, return_latents: bool = False
-    ) -> Tensor | tuple[Tensor, Latents]:
+    def pinv(self, logits: Tensor, latents: Latents | None = None, return_latents: bool = False) -> Completed:
         """Images ``g'(y)``, (B, C, H, W), of logits (B, *out_shape); with latents of `forward`, ``G^-1``."""
         return self.pinn.pinv(self._as_map(logits), latents, return_latents)
 

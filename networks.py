@@ -121,6 +121,12 @@ def any_size(before: int, after: int, width: int) -> list[Layer]:
     return [(conv, before, width), (conv, width, wide), (conv, wide, wide), (conv, wide, width), (conv, width, after)]
 
 
+def custom_layers(size: tuple[int, ...] | None, before: int, after: int, hidden: int) -> list[Layer]:
+    """Those of a custom block on a map of ``size``, or of any: at least as wide as what arrives, at most 1024."""
+    layers = any_size if size is None else pointwise if size == (1, 1) else unet
+    return layers(before, after, min(max(hidden, before), 1024))
+
+
 class ConvMLP(nn.Module):
     """One of a block's networks s, t, r: (B, in, H, W) -> (B, out, H', W'), in the precision of its own weights.
 
@@ -131,12 +137,15 @@ class ConvMLP(nn.Module):
     Args:
         layers: (kind, channels in, channels out) each; a pixel shuffle may come first.
         scale: a factor on the channels between layers.
+        see_place: the first layer sees where on the map it is.
     """
 
-    def __init__(self, layers: Sequence[Layer], scale: float = 1.0):
+    def __init__(self, layers: Sequence[Layer], scale: float = 1.0, see_place: bool = False):
         super().__init__()
         net: list[nn.Module] = []
         for index, (kind, before, after) in enumerate(layers):
+            if see_place and index == 0:
+                kind = located
             if kind is shuffle:
                 net.append(shuffle(before, after))
                 continue
@@ -167,12 +176,31 @@ def in_training(network: nn.Module) -> Iterator[object]:
             yield from (module, *module._forward_pre_hooks.values())
 
 
-def random_state(device: torch.device) -> Tensor:
-    """Of the generator that layers on ``device`` draw from."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
 # --- Precision -------------------------------------------------------------------------------------------------------
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in the type that coupling computes in: float32, or float64 if it has it already."""
+    if x.is_complex():
+        raise ValueError("a block takes real numbers, got complex ones: give view_as_real of them, say")
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def no_volume(x: Tensor) -> Tensor:
+    """The log-determinant of a map that keeps volumes: zeros, (B,), in float32 at least."""
+    return torch.zeros(x.shape[0], dtype=at_least_float32(x[:0]).dtype, device=x.device)
+
+
+def exact(x: Tensor) -> Tensor:
+    """``x`` in float64, or in float32 on a device that has nothing finer (Apple's)."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def is_transformed() -> bool:
+    """Whether this is a compiler's, an exporter's or a torch.func transform's pass: nothing to keep, read or refuse."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tracing or torch._C._functorch.peek_interpreter_stack() is not None
+
 
 PRECISIONS = ("float32", "tf32", "bf16")
 # torch's switches hold for all threads of the process

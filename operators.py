@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blocks import PixelUnshuffleBlock, Surjection, at_least_float32, exact, no_volume, solved_once
 from images import read_rgb
-from models import PINN, SPNN, BackProjection, Completion
+from models import PINN, SPNN, BackProjection, Completion, along
 from networks import networks_in
 from utils import InputError, nearest
 
@@ -153,9 +153,7 @@ class Shifted:
         self.x, self.y, self.direction = x, y, direction
 
     def __call__(self, strength: float | Tensor, images=slice(None)) -> Tensor:
-        if isinstance(strength, Tensor):
-            strength = strength.to(self.x).view(-1, *[1] * (self.x.ndim - 1))
-        return self.x[images] + strength * self.direction[images]
+        return along(self.x[images], strength, self.direction[images])
 
 
 class LinearOperator(SquaredError):

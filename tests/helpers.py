@@ -117,4 +117,4 @@ class ForgetsShift(ConvPINNBlock):
 
     def pinv(self, y, latent=None):
         u1 = self.natural_latent(y) if latent is None else latent
-        return self.mix.inverse(torch.cat([y * torch.exp(-self.log_scale(u1)), u1], dim=1))
+        return self.mix.inverse(torch.cat([y * torch.exp(-self.coefficients(u1, y)[0]), u1], dim=1))

@@ -476,7 +476,8 @@ class ScalesTwice(ConvPINNBlock):
 
     def pinv(self, y, latent=None):
         u1 = self.natural_latent(y) if latent is None else latent
-        return self.mix.inverse(torch.cat([(y - self.shift(u1)) * torch.exp(self.log_scale(u1)), u1], dim=1))
+        log_scale, shift = self.coefficients(u1, y)
+        return self.mix.inverse(torch.cat([(y - shift) * torch.exp(log_scale), u1], dim=1))
 
 
 class StaleMixing(CayleyMixing):
