@@ -102,12 +102,12 @@ def without_diagnostics(patch: pytest.MonkeyPatch) -> None:
 # --- Reconstruction ---
 
 
-def randomised(module, seed: int = 0):
+def randomised(module, seed: int = 0, strength: float = 0.7):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             fan = max(parameter[0].numel(), 1)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7 / fan**0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * strength / fan**0.5)
     return module.eval()
 
 

@@ -48,7 +48,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("build, message", REFUSED.values(), ids=REFUSED)
 def test_refused_when_built(build, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
         build()
 
 
@@ -86,10 +86,10 @@ def test_coupling_starts_at_zero():
 
 @pytest.mark.parametrize("build", [tiny, diy12, diy16, lambda: SPNN(num_classes=4, hidden=4, img_size=32)])
 def test_a_network_is_rebuilt_from_its_settings(build):
-    model = build()
-    for config in (model.config, json.loads(json.dumps(model.config))):
-        with torch.device("meta"):
-            again = SPNN(**config)
+    with torch.device("meta"):
+        model = build()
+        same = [SPNN(**config) for config in (model.config, json.loads(json.dumps(model.config)))]
+    for again in same:
         assert again.config == model.config
         assert {k: v.shape for k, v in again.state_dict().items()} == {
             k: v.shape for k, v in model.state_dict().items()
@@ -105,11 +105,8 @@ def test_settings_are_the_networks_own():
     assert model.config["layer_channels"][1][1]["out_ch"] == 3
 
 
-def test_latents_of_some_images():
+def test_back_projection_of_some_images():
     g = randomise(tiny().double(), seeded(0))
-    point = g.complete(random((4, 3, 4, 4), 1))
-    some = point[torch.tensor([True, False, True, False])]
-    torch.testing.assert_close(g.pinv(some.y, some.z), g.pinv(point.y, point.z)[[0, 2]])
     x, target = random((4, 3, 4, 4), 1), g.natural(random((4, 3), 2))
     nlbp = models.BackProjection(g, x, target)
     torch.testing.assert_close(nlbp(0.5, [1, 3]), nlbp(0.5)[[1, 3]])
@@ -125,23 +122,28 @@ def test_a_strength_of_another_type():
 # --- W is never stale ------------------------------------------------------------------------------------------------
 
 
+def one_block(mix_type: str) -> SPNN:
+    block = head(in_ch=12, hidden=1, feat_size=1)
+    return custom(("PixelUnshuffleBlock", {"r": 2}), block, img_size=2, mix_type=mix_type)
+
+
 def holds(g: SPNN) -> None:
     """g and g' use the W of the weights as they are: against matrices solved from a copy that remembers nothing."""
     dtype = next(g.parameters()).dtype
     fresh = type(g)(**g.config).to(dtype)
     fresh.load_state_dict(g.state_dict())
-    x, y = random((2, 3, 4, 4), 1, dtype), random((2, 3), 2, dtype)
+    x, y = random((2, 3, 2, 2), 1, dtype), random((2, 3), 2, dtype)
     with torch.no_grad():
         assert torch.equal(g(x), fresh(x)) and torch.equal(g.pinv(y), fresh.pinv(y))
     assert torch.equal(g(x), fresh(x)) and torch.equal(g.pinv(y), fresh.pinv(y))
 
 
 def by_load_state_dict(g):
-    g.load_state_dict(randomise(tiny(mix_type=g.config["mix_type"]), seeded(9)).state_dict())
+    g.load_state_dict(randomise(one_block(g.config["mix_type"]), seeded(9)).state_dict())
 
 
 def by_assignment(g):
-    state = randomise(tiny(mix_type=g.config["mix_type"]), seeded(9)).state_dict()
+    state = randomise(one_block(g.config["mix_type"]), seeded(9)).state_dict()
     g.load_state_dict(state, assign=True)
     g.requires_grad_()
 
@@ -156,7 +158,7 @@ def by_data(g):
 
 def by_hand(g):
     """As by_data, after a backward pass: the oldest step there is."""
-    (g(random((2, 3, 4, 4), 1, torch.float32)).sum() + g.pinv(torch.ones(1, 3)).sum()).backward()
+    (g(random((2, 3, 2, 2), 1, torch.float32)).sum() + g.pinv(torch.ones(1, 3)).sum()).backward()
     for p in g.parameters():
         p.data -= 0.1 * p.grad
 
@@ -174,7 +176,7 @@ def by_swapped_data(g):
 
 def by_optimiser(kind):
     def change(g):
-        x = random((2, 3, 4, 4), 1, torch.float32)
+        x = random((2, 3, 2, 2), 1, torch.float32)
         optimiser = OPTIMISERS[kind](g.parameters())
         (g(x).square().mean() + g.pinv(torch.ones(1, 3)).square().mean()).backward()
         optimiser.step()
@@ -201,8 +203,8 @@ CHANGES = {
 @pytest.mark.parametrize("mix_type", ["cayley", "householder"])
 @pytest.mark.parametrize("first", ["no_grad", "grad"])
 def test_changed_weights_change_w(change, mix_type, first):
-    g = randomise(tiny(mix_type=mix_type), seeded(0))
-    x = random((1, 3, 4, 4), 1, torch.float32)
+    g = randomise(one_block(mix_type), seeded(0))
+    x = random((1, 3, 2, 2), 1, torch.float32)
     with torch.set_grad_enabled(first == "grad"):
         before = g(x)
     change(g)
@@ -213,15 +215,6 @@ def test_changed_weights_change_w(change, mix_type, first):
 
 
 # --- Solved once -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def solves(monkeypatch) -> list:
-    """The sizes of the systems solved since."""
-    seen = []
-    inverse = torch.linalg.inv_ex
-    monkeypatch.setattr(torch.linalg, "inv_ex", lambda a: seen.append(len(a)) or inverse(a))
-    return seen
 
 
 def test_w_is_solved_once_for_its_weights(solves):

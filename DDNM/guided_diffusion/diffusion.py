@@ -21,14 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from blocks import solved_once
-from DDNM.guided_diffusion.guidance import NLBP, Denoiser, Gradient, Guidance, NoisePredictor, Switched, Unguided
+from DDNM.guided_diffusion.guidance import Denoiser, Guidance, NoisePredictor, RuleSettings, Unguided
 from DDNM.guided_diffusion.schedule import time_pairs
 from operators import Operator, as_operator
 
-
-def best(steps: int) -> Guidance:
-    """The best rule measured on the demo (docs/guidance.md), for so many steps and eta 0.5."""
-    return Switched(NLBP(max_move=3 / steps, nlbp_stop_cond=0.05), Gradient(0.03 * (50 / steps) ** 0.5), switch=400)
+# the best rule measured on the demo (docs/guidance.md), for eta 0.5
+BEST = RuleSettings(guidance="nlbp+gradient", nlbp_stop_cond=0.05, total_move=3.0)
 
 
 def added_variance(abar: Tensor, abar_next: Tensor, eta: float | None) -> Tensor:
@@ -41,10 +39,7 @@ def added_variance(abar: Tensor, abar_next: Tensor, eta: float | None) -> Tensor
 
 
 def renoise(x0: Tensor, eps: Tensor, noise: Tensor, abar: Tensor, abar_next: Tensor, eta: float | None) -> Tensor:
-    """The next, less noisy x from a clean image: ``sqrt(abar_next) x0 + c eps + sqrt(s2) noise``.
-
-    ``s2`` is `added_variance`, ``c^2 = max(0, 1 - abar_next - s2)``.
-    """
+    """The next, less noisy x: ``sqrt(abar_next) x0 + c eps + sqrt(s2) noise``, ``c^2 = max(0, 1 - abar_next - s2)``."""
     s2 = added_variance(abar, abar_next, eta)
     c = (1 - abar_next - s2).clamp_min(0).sqrt()
     return abar_next.sqrt() * x0 + c * eps + s2.sqrt() * noise
@@ -59,19 +54,7 @@ def image_generator(seed: int, name: str) -> torch.Generator:
 def evaluations(prior, guidance: Guidance, steps: int, travel_length: int = 1, travel_repeat: int = 1) -> int:
     """How often `sample` evaluates the prior. Raises ValueError: more steps than the prior was trained with."""
     pairs = time_pairs(prior.schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat)
-    return sum(guidance.recurrences(t) for t, t_next in pairs if t_next < t)
-
-
-def _shape(prior: NoisePredictor, count: int, operator: Operator | None, target: Tensor | None) -> tuple[int, ...]:
-    """Of the prior's images. Raises ValueError if the operator takes others, or the targets fit neither."""
-    shape = (3, prior.image_size, prior.image_size)
-    if operator is not None and tuple(operator.in_shape) != shape:
-        raise ValueError(f"the prior draws images {shape}, the operator measures images {tuple(operator.in_shape)}")
-    if target is not None and len(target) != count:
-        raise ValueError(f"{len(target)} targets for {count} images")
-    if operator is not None and target is not None and tuple(target.shape[1:]) != tuple(operator.out_shape):
-        raise ValueError(f"targets have shape {tuple(target.shape[1:])}, what is measured {tuple(operator.out_shape)}")
-    return shape
+    return sum(guidance.recurrences(prior.schedule.per_mille(t)) for t, t_next in pairs if t_next < t)
 
 
 @solved_once()  # gradients of g at every step, of weights that stand still
@@ -107,8 +90,13 @@ def sample(
     Raises:
         ValueError: more steps than the prior was trained with; operator, targets or their number that do not fit.
     """
-    target = target.clone() if target is not None and target.is_inference() else target
-    shape, denoise = _shape(prior, len(generators), operator, target), Denoiser(prior, clip_x0)
+    shape, denoise = (3, prior.image_size, prior.image_size), Denoiser(prior, clip_x0)
+    if operator is not None and tuple(operator.in_shape) != shape:
+        raise ValueError(f"the prior draws images {shape}, the operator measures images {tuple(operator.in_shape)}")
+    if operator is not None and target is not None:
+        expected, target = (len(generators), *operator.out_shape), target.clone() if target.is_inference() else target
+        if tuple(target.shape) != expected:
+            raise ValueError(f"targets must have shape {expected}, got {tuple(target.shape)}")
 
     def noise() -> Tensor:
         drawn = torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -121,7 +109,7 @@ def sample(
         if t_next > t:
             x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * noise()
             continue
-        for again in reversed(range(guidance.recurrences(t))):
+        for again in reversed(range(guidance.recurrences(prior.schedule.per_mille(t)))):
             x0, eps, correction, settle = steer(denoise, x, t)  # 1, 2, 3
             z = noise()
             if settle is not None:
@@ -152,12 +140,11 @@ def reconstruct(
 
     Args:
         spnn: an `models.SPNN`, or any `operators.Operator`; prior: see `prior.load_prior`. On one device.
-        guidance: a rule of guidance.py; none: `best`, for the number of steps. settings: of `sample`.
+        guidance: a rule of guidance.py; none: `BEST`, for the number of steps. settings: of `sample`.
         names: each image's noise comes of the seed and its name; by default its number, from 0.
     """
     device = next(prior.parameters()).device
     names = [str(i) for i in range(len(logits))] if names is None else names
     generators = [image_generator(seed, name) for name in names]
-    guidance = best(steps) if guidance is None else guidance
-    given = as_operator(spnn), logits.to(device), guidance
+    given = as_operator(spnn), logits.to(device), BEST.build(steps) if guidance is None else guidance
     return sample(prior, generators, device, *given, steps=steps, eta=eta, **settings).to(logits.device)

@@ -1,7 +1,8 @@
 """How a sampler is steered: rules that are handed the prior, x_t and t, and give back what it goes on with.
 
-A rule knows nothing of the loop that calls it, nor of the schedule's walk. ``guidance.towards(operator, y)`` is the
-rule for one batch of targets; called with (denoise, x_t, t) it makes steps 1 to 3 of `diffusion.sample`:
+A rule knows nothing of the loop that calls it, nor of the schedule's walk; steps in its settings are of 1000, whatever
+the schedule's T. ``guidance.towards(operator, y)`` is the rule for one batch of targets; called with (denoise, x_t, t)
+it makes steps 1 to 3 of `diffusion.sample`:
 
     1, 2  x0, eps = denoise(x_t, t)
     3     x0'     = x0 moved towards y;  and what is added to x_next
@@ -62,6 +63,9 @@ class Denoiser:
     def abar(self, t: int) -> Tensor:
         return self.prior.schedule.abar(t)  # on the CPU: a number, for which no copy waits
 
+    def per_mille(self, t: int) -> float:
+        return self.prior.schedule.per_mille(t)
+
     def in_range(self, x0: Tensor) -> Tensor:
         return x0.clamp(-1, 1) if self.clip_x0 else x0
 
@@ -80,14 +84,14 @@ class Guidance(Protocol):
     def towards(self, operator: Operator | None, y: Tensor | None) -> Steer:
         """The rule for targets y, (B, *out_shape)."""
 
-    def recurrences(self, t: int) -> int:
-        """How often the step from t is made; before each but the first, noise takes x_next back to t."""
+    def recurrences(self, t: float) -> int:
+        """How often the step from t, of 1000, is made; before each but the first, noise takes x_next back to t."""
 
 
 class Once:
     """A rule that makes every step once."""
 
-    def recurrences(self, t: int) -> int:
+    def recurrences(self, t: float) -> int:
         return 1
 
 
@@ -135,9 +139,10 @@ class NLBP(Once):
 
         def steer(denoise: Denoiser, x: Tensor, t: int) -> Denoised:
             x0, eps = denoise(x, t)
-            if t < self.last_bp_step:
+            step = denoise.per_mille(t)
+            if step < self.last_bp_step:
                 return Denoised(x0, eps)
-            strength = self.lambda1 if t < self.min_bp_step else self.lambda2
+            strength = self.lambda1 if step < self.min_bp_step else self.lambda2
             project = move(x0)
             far = operator.distance(project.y, y) > self.nlbp_stop_cond  # (B,)
 
@@ -274,7 +279,7 @@ class Gradient:
     repeat_from: int = 700
     repeat_to: int = 300
 
-    def recurrences(self, t: int) -> int:
+    def recurrences(self, t: float) -> int:
         return self.repeats if self.repeat_to <= t < self.repeat_from else 1
 
     def towards(self, operator: Operator, y: Tensor) -> Steer:
@@ -312,12 +317,12 @@ class Switched:
     clean: Guidance
     switch: int = 400
 
-    def recurrences(self, t: int) -> int:
+    def recurrences(self, t: float) -> int:
         return (self.noisy if t >= self.switch else self.clean).recurrences(t)
 
     def towards(self, operator: Operator, y: Tensor) -> Steer:
         noisy, clean = self.noisy.towards(operator, y), self.clean.towards(operator, y)
-        return lambda denoise, x, t: (noisy if t >= self.switch else clean)(denoise, x, t)
+        return lambda denoise, x, t: (noisy if denoise.per_mille(t) >= self.switch else clean)(denoise, x, t)
 
 
 RULES: dict[str, Callable[["RuleSettings"], Guidance]] = {

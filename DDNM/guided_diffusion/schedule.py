@@ -65,6 +65,10 @@ class Schedule:
             raise ValueError(f"t must be in -1 ... {last}, whole numbers, got {t.tolist()}")
         return self._abar.to(t.device)[t.long() + 1]
 
+    def per_mille(self, t: int) -> float:
+        """t in the unit in which a rule's settings name steps: as if T were 1000."""
+        return t * 1000 / self.num_diffusion_timesteps
+
 
 def sampling_timesteps(num_diffusion_timesteps: int, num_sampling_steps: int) -> list[int]:
     """The training-time steps t that a sampler of n = ``num_sampling_steps`` visits, ascending, of T training steps.
