@@ -113,9 +113,10 @@ def browser():
             yield chromium
 
 
-@pytest.fixture(params=[1280, 390])
+@pytest.fixture
 def tab(browser, address, request):
-    with contextlib.closing(browser.new_page(viewport={"width": request.param, "height": 900})) as tab:
+    size = {"width": getattr(request, "param", 1280), "height": 900}
+    with contextlib.closing(browser.new_page(viewport=size)) as tab:
         tab.set_default_timeout(60_000)
         tab.goto(address)
         tab.wait_for_selector("figure.pic img")
@@ -155,7 +156,11 @@ def test_a_face_is_drawn_and_saved(tab, studio, wish, tmp_path):
     tab.wait_for_function("() => [...document.querySelectorAll('input')].some(i => i.value === '-12')")
 
 
+wide_and_narrow = pytest.mark.parametrize("tab", [1280, 390], indirect=True)
+
+
 @pytest.mark.page
+@wide_and_narrow
 def test_the_page_fits_and_moves_all_sliders_without_filling_the_queue(tab):
     natural = tab.locator("figure.pic img").first.get_attribute("src")
     tab.get_by_label("a hat").check()
@@ -215,6 +220,7 @@ def test_a_portrait_is_edited(tab, studio):
 
 
 @pytest.mark.page
+@wide_and_narrow
 def test_rules_are_compared_and_a_walk_is_walked(tab):
     open_tab(tab, "Compare")
     press(tab, "Draw by every rule, from the same noise")
