@@ -449,7 +449,7 @@ def test_an_inverse_is_exact_at_any_scale(name, dtype, lipschitz):
 @pytest.mark.parametrize("name", RESIDUALS)
 def test_an_inverse_has_derivatives_of_every_order_in_both_modes(name):
     build, shape = RESIDUALS[name]
-    block, y = exaggerated(build(lipschitz=0.3), factor=3), randn(2, *shape).requires_grad_()
+    block, y = exaggerated(build(lipschitz=0.1), factor=3), randn(2, *shape).requires_grad_()
     parameters = tuple(block.parameters())
     inverse = lambda y, *_: block.pinv(y)  # noqa: E731
     assert torch.autograd.gradcheck(inverse, (y, *parameters), fast_mode=True)

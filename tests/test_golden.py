@@ -88,9 +88,10 @@ def network(request):
     """A network with by-name weights, the case's name and its figures."""
     figures = FIGURES[request.param]
     blocks = {"layer_channels": CUSTOM[request.param]} if request.param in CUSTOM else {}
-    model = SPNN(**figures["config"], **blocks).eval()
+    with torch.device("meta"):  # no random weights are drawn first
+        model = SPNN(**figures["config"], **blocks).eval()
     assert shapes_of(model) == figures["state_dict"]
-    model.load_state_dict(weights(shapes_of(model)))
+    model.load_state_dict(weights(shapes_of(model)), assign=True)
     return model, request.param, figures
 
 

@@ -336,7 +336,6 @@ RULES: dict[str, Callable[["RuleSettings"], Guidance]] = {
     "tfg": lambda s: Gradient(s.gradient_scale, s.mean_scale, s.recurrences, s.recur_from, s.recur_to),
     "linear": lambda s: Linear(s.noise),
 }
-THROUGH_THE_PRIOR = ("gradient", "freedom", "tfg")
 
 
 @dataclass(frozen=True)
@@ -390,7 +389,7 @@ class RuleSettings:
     @property
     def through_the_prior(self) -> bool:
         """Whether a rule differentiates the prior."""
-        return any(rule in THROUGH_THE_PRIOR for rule in self.rules)
+        return not {"gradient", "freedom", "tfg"}.isdisjoint(self.rules)
 
     def build(self, steps: int) -> Guidance:
         """The rule, for so many sampling steps. Raises InputError as `rules`."""
