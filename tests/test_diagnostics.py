@@ -194,7 +194,7 @@ def test_first_nonfinite_names_the_block(images, where):
     model.pinn.blocks[2] = Overflows(5, 4, hidden=6, feat_size=2)
     model.pinn.blocks[2].where = where
     randomise(model, seeded(0))
-    assert first_nonfinite(model, images) == f"block 2 ConvPINNBlock(5->4), its {where}"
+    assert first_nonfinite(model, images) == f"block 2 Overflows(5->4), its {where}"
 
 
 def test_diagnose_is_json_and_a_table(model, images):
