@@ -48,7 +48,10 @@ def named(names: Iterable[str], slow: Iterable[str] = ()) -> pytest.MarkDecorato
     return pytest.mark.parametrize("name", marked)
 
 
-every_row = named(ROWS)
+# where a pass costs seconds: one chain of blocks of all kinds stands for the others
+REPEATED = ["tiny householder", "chain, oblong", "12x12, both mixings", "tiny map", "chain of bijections"]
+REPEATED += ["spline coupling"]
+every_row, every_fast = named(ROWS), named(FAST, slow=REPEATED)
 every_class = named(ROWS, slow=[name for name in ROWS if re.search(ALIKE_IN_CODE, name)])
 bf16_and_long_fp16 = pytest.mark.parametrize(
     "half", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
@@ -264,7 +267,7 @@ def test_weights_and_numbers_of_half_precision_keep_the_laws_of_float32(name, ha
 
 
 @bf16_and_long_fp16
-@pytest.mark.parametrize("name", FAST)
+@every_fast
 def test_weights_of_half_precision_have_gradients(name, half):
     g, x, found = whole(ROWS[name].ready(torch.float32)).to(half), ROWS[name].x(torch.float32), []
     for part, at in ((g, x), (copy.deepcopy(g).double(), x.double())):
@@ -323,7 +326,7 @@ def test_at_extreme_parameters_an_inverse_is_off_by_rounding(name, factor):
 
 
 @pytest.mark.parametrize("size", [1e30, math.nan])
-@pytest.mark.parametrize("name", FAST)
+@every_fast
 def test_weights_of_a_diverging_step_give_values_or_one_line_that_says_so(name, size):
     g, x = ROWS[name].ready(torch.float32), ROWS[name].x(torch.float32).requires_grad_()
     with torch.no_grad():
@@ -348,7 +351,7 @@ def adjoint(f: Callable, primals: tuple, tangents: tuple) -> None:
     assert abs((v * push).sum() - pulled) <= 1e-9 * (1 + pulled.abs())
 
 
-@pytest.mark.parametrize("name", FAST)
+@every_fast
 def test_forward_mode_derivatives_are_those_of_reverse_mode(name):
     """By the input, and by input and parameters together: of g, of g' and of log |det|."""
     for part, at in calls(name, ROWS[name].ready(), batch=2):
@@ -383,7 +386,7 @@ def test_derivatives_at_zero_are_no_exception(name):
             assert torch.autograd.gradgradcheck(f, at.requires_grad_(), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", FAST)
+@every_fast
 @torch.no_grad()
 def test_vmap_is_a_batch(name):
     g = ROWS[name].ready()
@@ -406,7 +409,7 @@ def test_an_ensemble_is_its_members(name):
             torch.testing.assert_close(found, torch.stack([part(at) for part in each]))
 
 
-@pytest.mark.parametrize("name", FAST)
+@every_fast
 @torch.no_grad()
 def test_inference_mode_changes_nothing(name):
     """Nor what a layer does afterwards, gradients included."""
@@ -475,11 +478,6 @@ def test_builds_on_the_meta_device_and_takes_weights(name):
     frame.load_state_dict(g.state_dict(), assign=True)
     (_, x), (_, y), _ = calls(name, g, torch.float32)
     assert torch.equal(frame(x), g(x)) and torch.equal(frame.pinv(y), g.pinv(y))
-
-
-# where a pass costs seconds: one chain of blocks of all kinds stands for the others
-REPEATED = ["tiny householder", "chain, oblong", "12x12, both mixings", "tiny map", "chain of bijections"]
-REPEATED += ["spline coupling"]
 
 
 @named(ROWS, slow=[*REPEATED, "tiny cayley", *(name for name in ROWS if re.search(ALIKE_IN_CODE, name))])
@@ -574,7 +572,7 @@ def test_four_threads_share_a_module(name):
 # --- Shapes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAST)
+@every_fast
 def test_an_empty_batch_gives_an_empty_batch(name):
     row, g = ROWS[name], whole(ROWS[name].ready())
     shape, x = g(row.x()).shape[1:], row.x(batch=0).requires_grad_()
