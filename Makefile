@@ -83,16 +83,22 @@ prior: faces
 
 # --- The networks of real faces, from photographs of your own (weights of CelebA: non-commercial research only) ---
 
+REAL_SPNN = $(RUN) train_celeba.py --config configs/celeba_64.yml --dataset_path $(REAL) --resume \
+	--teachers check_points/teacher_2.safetensors check_points/teacher_3.safetensors check_points/teacher_5.safetensors
+
 train-real: | $(VENV)/ready
 	@test -d $(REAL_IMAGES) || { echo "$(REAL_IMAGES): no such folder; make train-real REAL=/path/to/CelebAMask-HQ [REAL_IMAGES=its images]"; exit 2; }
 	@echo "Half an hour on a GPU, a night on 2 CPU cores; when it is stopped, the same command goes on"
 	for seed in 2 3 5; do $(RUN) judge.py --dataset_path $(REAL) --out check_points/teacher_$$seed.safetensors --resume \
 		--img_size 64 --epochs 45 --batch_size 128 --lr 3e-3 --weight_decay 0.05 --augment 1 --seed $$seed \
 		--dtype float16 || exit; done
-	$(RUN) train_celeba.py --config configs/celeba_64.yml --dataset_path $(REAL) --resume \
-		--teachers check_points/teacher_2.safetensors check_points/teacher_3.safetensors check_points/teacher_5.safetensors
-	$(RUN) checkpoints.py convert check_points/celeba_64/best_model_r_opt_real.pth $(REAL_LOGS)/spnn.safetensors --dtype float16
-	cp check_points/celeba_64/config.json $(REAL_LOGS)/spnn.json
+	$(REAL_SPNN) --no-is_r_opt
+	$(REAL_SPNN) --no-is_r_opt --checkpoint_dir check_points/celeba_64_2 \
+		--init check_points/celeba_64/best_model.pth --lr 8e-4 --epoch 36
+	$(REAL_SPNN) --checkpoint_dir check_points/celeba_64_3 \
+		--init check_points/celeba_64_2/best_model.pth --lr 1.5e-4 --epoch 4 --balance 0.2
+	$(RUN) checkpoints.py convert check_points/celeba_64_3/best_model_r_opt_real.pth $(REAL_LOGS)/spnn.safetensors --dtype float16
+	cp check_points/celeba_64_3/config.json $(REAL_LOGS)/spnn.json
 	$(RUN) judge.py --dataset_path $(REAL) --out check_points/judge_celeba64.safetensors --resume --img_size 64 \
 		--epochs 60 --batch_size 128 --lr 3e-3 --weight_decay 0.05 --augment 1 --seed 1 --dtype float16
 	for suffix in json safetensors; do cp check_points/judge_celeba64.$$suffix $(REAL_LOGS)/judge.$$suffix; done
