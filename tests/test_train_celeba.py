@@ -98,7 +98,7 @@ def changed(index, **arguments):
 @pytest.mark.parametrize("chain, said", [
     (changed(0, r=5), r"architecture: block 0: .*r=5.*must divide the size, got 32x32"),
     (changed(1, feat_size=2), r"block 1: .*feat_size is 2, but the map that arrives is 8x8"),
-    (changed(5, out_ch=39), r"block 5: num_classes is 40, but the chain ends with 39"),
+    (changed(5, out_ch=39), r"block 5: num_classes is 40, but 39 channels leave it"),
     (changed(5, width=3), r"block 5: .*width"), (changed(1, in_ch="many"), r"block 1: "),
     (changed(1, out_ch=40)[:2], r"attributes need a chain that ends at 1x1, it ends at 8x8"),
     ([*CHAIN[:5], ["ConvBlock", {}]], r"block 5: unknown block 'ConvBlock'"),
@@ -113,7 +113,7 @@ def test_an_architecture_that_does_not_fit_is_one_line_that_names_the_block(tmp_
 @pytest.mark.parametrize("flags, changes, said", [
     ((), {}, "nothing to do: give --is_forward_train"),
     (("--is_forward_train",), {"epohc": 3}, "unknown key 'epohc', did you mean 'epoch'"),
-    (("--is_forward_train",), {"layer_channels": None, "img_size": 16}, "img_size 16 has no built-in architecture"),
+    (("--is_forward_train",), {"layer_channels": None, "img_size": 16}, "img_size 16 is none of"),
     (("--is_forward_train",), {"batch_size": 0}, "batch_size: '0' is out of range"),
     (("--is_forward_train",), {"mix_type": "givens"}, "mix_type: 'givens' must be one of"),
     (("--is_forward_train", "--device", "abacus"), {}, "--device abacus"),
