@@ -46,7 +46,7 @@ from images import grid, load_image, save_image
 from inversion import Inversion, Loss, MappingNet, invert, invert_through, train_mapping
 from judge import load_judge
 from logger import MetricsTable, format_table, get_logger, plot_curves
-from loop import STATE_NAME, Loop, Run, check_settings, load_state, open_run, save_state
+from loop import STATE_NAME, Loop, Run, check_settings, is_empty, load_state, open_run, save_state
 from metrics import agreement, psnr
 from stylegan import SPACES, Latents
 from targets import (
@@ -139,11 +139,13 @@ def identity(target: Target) -> dict[str, str | None]:
 def begin(s: Settings, own, target: Target, run: Run, result: str, *free: str):
     """Write settings.json, and give the log. What an earlier run wrote goes, unless it goes on with these settings.
 
-    Raises InputError: there is a ``result``, or a run whose settings, but for `FREE` and ``free`` ones, are others.
+    Raises InputError: the folder holds something else, or a run that differs in more than `FREE` and ``free`` settings.
     """
     given = {"command": type(own).__name__.lower(), **identity(target), **vars(s), **vars(own)}
     decisive = {key: value for key, value in given.items() if key not in (*FREE, *free)}
     run.find_state(decisive, s.resume, s.overwrite, s.out / result)
+    if run.state is None and not (s.overwrite or is_empty(s.out)):
+        raise InputError(f"--out {s.out}: not empty, and no run to go on with; give --overwrite or another folder")
     log = run.begin("invert", given, (result, *STALE))
     if run.state is None:
         save_state(s.out / STATE_NAME, {"settings": run.settings, "stage": given["command"]})

@@ -254,11 +254,13 @@ def test_results_are_kept_unless_asked(here, trained, tmp_path):
     assert (trained / "theta.safetensors").read_bytes() == before
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("mine.txt", "results.csv", "results.json"):
+    for name in ("mine.txt", "sheet.png", "results.json"):  # of another command, say
         (out / name).write_text("old")
     arguments = flags(here, "eval", out, "--images", "2")
-    with pytest.raises(InputError, match="--overwrite"):
-        main(arguments)
+    for more in ([], ["--resume"]):
+        with pytest.raises(InputError, match="not empty.*--overwrite"):
+            main([*arguments, *more])
+    assert (out / "sheet.png").read_text() == (out / "results.json").read_text() == "old"
     where = arguments.index("--judge") + 1
     arguments[where] = str(command.FACES / "judge.safetensors")
     with pytest.raises(InputError, match="64x64 images, g has 8"):
