@@ -462,11 +462,13 @@ class CelebATrainer:
         }
 
 
-def typical_logits(model: SPNN, loader: Iterable, device: torch.device) -> list[list[float]]:
-    """For each attribute the median logit of the images without it and of those with it, [d][2], that g tells right.
+def logit_statistics(model: SPNN, loader: Iterable, device: torch.device) -> dict[str, list[list[float]]]:
+    """What an edit of attributes needs to know of a network's logits (`edits.Edits`).
 
-    What "this attribute, set" means to a network: the value that reconstruction takes for ``--set NAME=0`` and ``=1``.
-    If none is told right, all count; a class without an image takes the other's, with its sign turned.
+    Returns:
+        ``typical_logits``, [d][2]: for each attribute the median logit of the images without it and of those with it
+        that g tells right, which is what ``--set NAME=0`` and ``=1`` mean. If none is told right, all count; a class
+        without an image takes the other's, with its sign turned. ``covariance``, [d][d]: of all images' logits.
     """
     logits, labels = predict(model, loader, device)
     typical = []
@@ -477,4 +479,4 @@ def typical_logits(model: SPNN, loader: Iterable, device: torch.device) -> list[
         low = without.median().item() if len(without) else -having.median().item()
         high = having.median().item() if len(having) else -low
         typical.append([low, high])
-    return typical
+    return {"typical_logits": typical, "covariance": logits.T.double().cov(correction=0).float().tolist()}

@@ -26,7 +26,7 @@ from logger import get_logger
 from loop import DONE, Run, check_settings, open_run
 from models import SPNN
 from networks import PRECISIONS, compile_networks, has_tf32, inner_networks, networks_in, prepare_networks
-from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
+from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, logit_statistics
 from utils import InputError, option, parse, run_command, seed_everything, write_json
 
 
@@ -176,13 +176,13 @@ def prepare(
 def report(run: Run, best: Path, loaders: Loaders, samples: int, stage: str) -> None:
     """What the leading process says of a stage's best model, which the others wait for.
 
-    After stage 1 typical logits and contradictions go into its config.json. Diagnostics go to the screen, the log and
-    diagnostics_<stage>.json; the first test faces, above what g' makes of their logits, to natural_<stage>.png.
+    After stage 1 the logits' statistics and contradictions go into its config.json. Diagnostics go to the screen, the
+    log and diagnostics_<stage>.json; the first test faces, above what g' makes of their logits, to natural_<stage>.png.
     """
     if run.world.leads:
         model = SPNN.from_pretrained(best).to(run.device)
         if stage == "forward":
-            model.notes["typical_logits"] = typical_logits(model, run.until_stopped(loaders.val), run.device)
+            model.notes |= logit_statistics(model, run.until_stopped(loaders.val), run.device)
             model.notes["contradictions"] = contradictions(loaders.train.dataset.source.labels, ATTRIBUTES)
             save_spnn(best, model)
         test = run.until_stopped(loaders.test)

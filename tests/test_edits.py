@@ -34,6 +34,23 @@ def test_what_contradicts_an_edit_gets_its_other_typical_logit_or_stays_beyond_i
     assert edits("Hat=1").told(followed) == "Bangs (1)"
 
 
+def test_the_rest_moves_to_its_mean_for_what_is_given_and_keeps_its_state():
+    draws = torch.randn(100_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mix = torch.tensor([[3.0, 1.0, 0.5], [0.0, 2.0, -1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    samples = draws @ mix
+    of = edits("Hat=+4", contradictions={}, covariance=samples.T.cov().tolist())
+    y = torch.tensor([[-2.0, 3.0, 2.0], [-2.0, -9.0, 0.1], [-2.0, -0.2, -0.7]])
+    edited, _, followed = of.apply(y)
+    near = samples[(samples[:, 0] - 4).abs() < 0.2].mean(0) - samples[(samples[:, 0] + 2).abs() < 0.2].mean(0)
+    torch.testing.assert_close(edited[0], y[0] + near.float(), atol=0.2, rtol=0)
+    assert not followed.any() and torch.equal(edited > 0, (y > 0) | torch.tensor([True, False, False]))
+    assert edited[1, 2].item() == pytest.approx(y[1, 2].item() + near[2].item(), abs=0.2)
+    assert edited[2, 1:].tolist() == pytest.approx([-0.2, -0.7])  # it was nearer to 0 than KEPT of the typical one
+    assert edits("Hat=+4", contradiction=0, covariance=samples.T.cov().tolist()).apply(y)[0][0, 1] == 3
+    dead = edits("Hat=+4", contradictions={}, covariance=torch.zeros(3, 3).tolist())  # never varied: says nothing
+    assert torch.equal(dead.apply(y)[0][:, 1:], y[:, 1:])
+
+
 @pytest.mark.parametrize(
     "of, changed",
     [

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,9 @@ from train import (
     bce_by_attribute,
     class_weights,
     forward_losses,
+    logit_statistics,
     lr_factor,
     natural_losses,
-    typical_logits,
 )
 from utils import InputError
 
@@ -293,13 +294,15 @@ def test_typical_logits_are_medians_of_the_images_that_are_told_right():
     labels = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 1]]).float()
     loader = DataLoader(TensorDataset(logits, labels), batch_size=2)
     model = torch.nn.Identity()
-    typical = typical_logits(model, loader, torch.device("cpu"))
+    found = logit_statistics(model, loader, torch.device("cpu"))
+    typical = found["typical_logits"]
     assert typical[0] == [-2.0, 4.0]  # of two values the lower one is the median
     assert typical[1] == [-9.0, 2.0]  # the 0 is not told right
     assert typical[2] == [-5.0, 5.0]  # no image without it: the other's, turned
-    flipped = typical_logits(model, DataLoader(TensorDataset(logits, 1 - labels)), torch.device("cpu"))
-    assert flipped[2] == [-8.0, 8.0]
-    json.dumps(typical, allow_nan=False)
+    flipped = logit_statistics(model, DataLoader(TensorDataset(logits, 1 - labels)), torch.device("cpu"))
+    assert flipped["typical_logits"][2] == [-8.0, 8.0]
+    np.testing.assert_allclose(found["covariance"], np.cov(logits.T, bias=True), rtol=1e-6)
+    json.dumps(found, allow_nan=False)
 
 
 def test_class_weights_average_to_one_and_at_one_make_both_classes_count_alike():

@@ -16,6 +16,7 @@ rules of guidance.py state their own.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,12 @@ def image_generator(seed: int, name: str) -> torch.Generator:
     """The noise source of one image. It depends on the seed and the image's name alone: not on batch, order, device."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal noise, (B, *shape), one image per generator, on the device."""
+    drawn = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
 def evaluations(prior, guidance: Guidance, steps: int, travel_length: int = 1, travel_repeat: int = 1) -> int:
@@ -98,10 +105,7 @@ def sample(
         if tuple(target.shape) != expected:
             raise ValueError(f"targets must have shape {expected}, got {tuple(target.shape)}")
 
-    def noise() -> Tensor:
-        drawn = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
-
+    noise = partial(draw_noise, generators, shape, device)
     x = x0 = noise()  # (B, 3, H, W)
     steer = guidance.towards(operator, target)
     for t, t_next in time_pairs(prior.schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat):

@@ -62,7 +62,7 @@ class TargetSettings:
     contradiction: float = option(
         CONTRADICTION,
         "--set: another attribute follows if the labels that the SPNN learned from have its state less than this times "
-        "as often beside what is set: a hat takes bangs away; 0: none",
+        "as often beside what is set: a hat takes bangs away; 0: no other logit changes at all",
         0,
         1,
     )
