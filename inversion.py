@@ -173,8 +173,8 @@ def invert(
         y, x, first = y.detach().clone(), found.last.requires_grad_(), len(found.curve) - 1
         curve, trajectory = [*found.curve[:-1]], []  # where it stands is evaluated once more
         optimiser = torch.optim.Adam([x], lr=lr)
-        moments = {"exp_avg": found.exp_avg, "exp_avg_sq": found.exp_avg_sq}
-        optimiser.state[x] = {"step": torch.tensor(float(first)), **moments}
+        step = torch.tensor(float(first))
+        optimiser.state[x] = {"step": step, "exp_avg": found.exp_avg, "exp_avg_sq": found.exp_avg_sq}
         for step in range(first, steps + 1):
             losses = _checked_losses(f, x, y, loss) if step == first < steps else _losses(loss, f(x), y)
             gradient = torch.autograd.grad(losses.sum(), x)[0] if step < steps else torch.zeros_like(x)
@@ -343,13 +343,12 @@ def train_mapping(
         y, x0 = draw(samples, torch.default_generator)  # seeded by the loop before each buffer
         theta.eval().requires_grad_(False)
         found = invert_through(theta, f, y, x0, loss, steps, z_lr, clip, keep_trajectory=True)
-        whole = found.stopped < 0
-        if not whole.any():
+        if not (whole := found.stopped < 0).any():
             raise InputError("landscape: no trajectory is finite; lower the learning rate")
         theta.train().requires_grad_(True)
         mean = fit(theta, f, optimizer, loss, found.trajectory[:, whole], x0[whole], y[whole], batch_size, updates)
-        return {"loss": torch.tensor(mean), "start_loss": found.curve[0, whole].mean(),
-                "end_loss": found.loss[whole].mean()}  # fmt: skip
+        start, end = found.curve[0, whole].mean(), found.loss[whole].mean()
+        return {"loss": torch.tensor(mean), "start_loss": start, "end_loss": end}
 
     run = run if run is not None else Run(None, next(theta.parameters()).device)
     loop = Loop(run, "", turn, lambda done: itertools.repeat(((), ())), buffers, row_every=1,
