@@ -16,7 +16,7 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from data_loader import FaceLoader, Key, augmented, batches_from, with_batches
 from diagnostics import first_nonfinite
 from images import listed
 from loop import Loop, Run, adam, clip_gradients, decaying
-from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, predict
+from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
 from models import SPNN, concatenated
 from networks import convolutions_in, networks_in
 from utils import option
@@ -462,15 +462,15 @@ class CelebATrainer:
         }
 
 
-def logit_statistics(model: SPNN, loader: Iterable, device: torch.device) -> dict[str, list[list[float]]]:
-    """What an edit of attributes needs to know of a network's logits (`edits.Edits`).
+def typical_logits(logits: Tensor, labels: Tensor) -> list[list[float]]:
+    """For each attribute the median logit of the images without it and of those with it, [d][2], that g tells right.
 
-    Returns:
-        ``typical_logits``, [d][2]: for each attribute the median logit of the images without it and of those with it
-        that g tells right, which is what ``--set NAME=0`` and ``=1`` mean. If none is told right, all count; a class
-        without an image takes the other's, with its sign turned. ``covariance``, [d][d]: of all images' logits.
+    What "this attribute, set" means to a network: the value that reconstruction takes for ``--set NAME=0`` and ``=1``.
+    If none is told right, all count; a class without an image takes the other's, with its sign turned.
+
+    Args:
+        logits, labels: of many images, (N, d).
     """
-    logits, labels = predict(model, loader, device)
     typical = []
     for values, present in zip(logits.T, labels.T > 0.5, strict=True):
         without, having = values[~present], values[present]
@@ -479,4 +479,4 @@ def logit_statistics(model: SPNN, loader: Iterable, device: torch.device) -> dic
         low = without.median().item() if len(without) else -having.median().item()
         high = having.median().item() if len(having) else -low
         typical.append([low, high])
-    return {"typical_logits": typical, "covariance": logits.T.double().cov(correction=0).float().tolist()}
+    return typical

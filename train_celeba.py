@@ -18,15 +18,16 @@ import torch
 from blocks import MIXINGS
 from checkpoints import load_strictly, save_spnn
 from data_loader import ATTRIBUTES, Loaders, download_dataset, make_loaders
-from DDNM.guided_diffusion.edits import contradictions
+from DDNM.guided_diffusion.edits import contradictions, effects_of_states
 from diagnostics import diagnose, format_table
 from images import grid, save_image
 from judge import Judge, load_judge
 from logger import get_logger
 from loop import DONE, Run, check_settings, open_run
+from metrics import predict
 from models import SPNN
 from networks import PRECISIONS, compile_networks, has_tf32, inner_networks, networks_in, prepare_networks
-from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, logit_statistics
+from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, CelebATrainer, Settings, typical_logits
 from utils import InputError, option, parse, run_command, seed_everything, write_json
 
 
@@ -176,13 +177,15 @@ def prepare(
 def report(run: Run, best: Path, loaders: Loaders, samples: int, stage: str) -> None:
     """What the leading process says of a stage's best model, which the others wait for.
 
-    After stage 1 the logits' statistics and contradictions go into its config.json. Diagnostics go to the screen, the
-    log and diagnostics_<stage>.json; the first test faces, above what g' makes of their logits, to natural_<stage>.png.
+    After stage 1 what edits need goes into its config.json. Diagnostics go to the screen, the log and
+    diagnostics_<stage>.json; the first test faces, above what g' makes of their logits, to natural_<stage>.png.
     """
     if run.world.leads:
         model = SPNN.from_pretrained(best).to(run.device)
         if stage == "forward":
-            model.notes |= logit_statistics(model, run.until_stopped(loaders.val), run.device)
+            logits, labels = predict(model, run.until_stopped(loaders.val), run.device)
+            model.notes["typical_logits"] = typical_logits(logits, labels)
+            model.notes["effects"] = effects_of_states(logits).tolist()
             model.notes["contradictions"] = contradictions(loaders.train.dataset.source.labels, ATTRIBUTES)
             save_spnn(best, model)
         test = run.until_stopped(loaders.test)

@@ -1,15 +1,16 @@
-"""Train a small StyleGAN v1 against a discriminator, and give one that has lost most kinds of faces another mapping.
+"""Train a small StyleGAN v1 as the decoder of an autoencoder, with a discriminator in the second half.
 
-    python experiments/train_stylegan.py --minutes 60 --out check_points/adversarial
-    python experiments/train_stylegan.py --objective components --start check_points/adversarial/stylegan.safetensors \
-        --out check_points/stylegan
+    python experiments/train_stylegan.py --minutes 60 --out check_points/stylegan
+    python experiments/train_stylegan.py --measure check_points/stylegan/stylegan.safetensors
 
-The generator is stylegan.py's. Objectives:
+A discriminator alone needs many more images than a CPU can draw from, or loses most kinds of faces; an autoencoder
+keeps all kinds, but blurs. So the generator of stylegan.py decodes what an encoder makes of images (Kingma and Welling
+2014, arXiv 1312.6114): differences of pixels and of their slopes, and --beta times the divergence of z. From
+--adversarial_from of the run on it is also trained against a discriminator, on decoded images and on samples:
+non-saturating loss, R1 in every 16th step, minibatch standard deviation (Karras et al. 2019); no progressive growing.
 
-    components   A new mapping for the generator of --start, whose own has lost most kinds of faces: --count faces are
-                 inverted in w+, and w becomes their principal components, normal as z is. Nothing else is trained.
-    adversarial  Any images: non-saturating loss, R1 in every 16th step, style mixing, minibatch standard deviation
-                 (Karras et al. 2019, 2020) against a small residual network; no progressive growing.
+What the encoder makes of images is not quite a standard normal. Its mean and covariance go into the mapping's first
+layer, so that for the weights that are written z is one.
 
 Writes stylegan.safetensors (the weights' moving average, float16), stylegan.json and a sheet of samples, and a state:
 a run that was stopped goes on with --resume.
@@ -20,11 +21,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -36,10 +36,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoints import write_weights
 from images import find_images, grid, load_image, save_image, to_float, to_uint8
-from inversion import invert
 from loop import DONE, Ema, Loop, Run, open_run
 from procedural_faces import draw_face
-from stylegan import SLOPE, Equalised, Latents, StyleGAN, load_generator
+from stylegan import SLOPE, Equalised, StyleGAN, load_generator
 from utils import InputError, option, parse, resolve_device, run_command, seed_everything, write_json
 
 BF16, WEIGHTS = torch.bfloat16, "stylegan.safetensors"
@@ -50,24 +49,23 @@ class Settings:
     """Settings."""
 
     out: Path = option(Path("check_points/stylegan"), "result folder")
-    objective: Literal["adversarial", "components"] = option("adversarial", "see above")
     data: Path | None = option(None, "folder of images; none: procedural faces, drawn first")
-    start: Path | None = option(None, "weights whose mapping is replaced (components)")
-    inversion_steps: int = option(60, "for each face (components)", 1)
     count: int = option(40_000, "procedural faces to draw, or the most images to read", 2)
     size: int = option(64, "side of the images, a power of two", 16, 1024)
     minutes: float = option(60.0, "of training, images apart", 0.0)
     steps: int = option(1_000_000, "stop after this many steps", 1)
-    channels: tuple[int, ...] = option((256, 256, 192, 96, 48), "of the generator's blocks, from 4x4 on", 1)
+    channels: tuple[int, ...] = option((128, 128, 96, 64, 32), "of the generator's blocks, from 4x4 on", 1)
     dim: int = option(128, "of z and w", 1)
-    depth: int = option(4, "layers of the mapping", 1)
-    batch_size: int = option(64, "", 2)
-    lr: float = option(4e-3, "peak learning rate of the generator, and of the discriminator", 1e-9)
+    depth: int = option(3, "layers of the mapping", 1)
+    width: int = option(128, "channels of encoder and discriminator, half of it at first", 2)
+    batch_size: int = option(16, "", 4)
+    lr: float = option(3e-3, "peak learning rate of all networks", 1e-9)
     mapping_lr: float = option(30.0, "of the mapping, whose weights are a hundred times as large: times --lr", 1e-9)
-    decay: float = option(0.999, "of the moving average of the weights", 0.0, 1.0)
-    width: int = option(128, "channels of the discriminator, half of it at the full resolution", 2)
-    gamma: float = option(1.0, "weight of R1", 0.0)
-    mixing: float = option(0.9, "share of fakes with two styles", 0.0, 1.0)
+    decay: float = option(0.998, "of the moving average of the weights", 0.0, 1.0)
+    beta: float = option(1.0, "weight of the divergence, in nats per number of an image", 0.0)
+    adversarial: float = option(0.02, "weight of the generator's adversarial loss; 0: no discriminator", 0.0)
+    adversarial_from: float = option(0.5, "share of the run after which the discriminator comes", 0.0, 1.0)
+    gamma: float = option(0.5, "weight of R1", 0.0)
     bf16: bool = option(True, "networks in bfloat16")
     save_every: int = option(500, "steps between two states", 1)
     measure: Path | None = option(None, "weights: train nothing, and hold their samples against drawn faces")
@@ -107,7 +105,7 @@ def read(folder: Path, s: Settings) -> Tensor:
         return torch.stack(list(tqdm(images, "images", len(paths), disable=None)))
 
 
-# --- Objectives ------------------------------------------------------------------------------------------------------
+# --- Networks --------------------------------------------------------------------------------------------------------
 
 
 class ResidualDown(nn.Module):
@@ -126,24 +124,30 @@ class ResidualDown(nn.Module):
         return (x + skip) * math.sqrt(0.5)
 
 
-class Discriminator(nn.Module):
-    """Images (B, 3, R, R) -> logits (B,), high for real ones."""
+class Classifier(nn.Module):
+    """Images (B, 3, R, R) -> numbers (B, out): an encoder, or with ``compares`` a discriminator.
 
-    def __init__(self, resolution: int, width: int):
+    Args:
+        compares: it is told how much an image's features differ from those of others, see `spread_in_groups`.
+    """
+
+    def __init__(self, resolution: int, width: int, out: int, compares: bool):
         super().__init__()
-        sizes = [width // 2] + [width] * (int(math.log2(resolution)) - 2)
-        self.from_rgb = Equalised((sizes[0], 3, 1, 1), math.sqrt(2))
+        sizes = [width // 2, width * 3 // 4, *[width] * (int(math.log2(resolution)) - 4)]  # from R / 2 down to 4
+        self.first, self.compares = Equalised((sizes[0], 12, 3, 3), math.sqrt(2)), compares
         self.blocks = nn.Sequential(*(ResidualDown(a, b) for a, b in zip(sizes, sizes[1:], strict=False)))
-        self.conv = Equalised((width, sizes[-1] + 1, 3, 3), math.sqrt(2))
-        self.dense = Equalised((width, width * 16), math.sqrt(2))
-        self.out = Equalised((1, width))
+        self.conv = Equalised((sizes[-1], sizes[-1] + compares, 3, 3), math.sqrt(2))
+        self.dense = Equalised((2 * width, sizes[-1] * 16), math.sqrt(2))
+        self.out = Equalised((out, 2 * width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(F.leaky_relu(self.from_rgb(x), 0.2))  # (B, C, 4, 4)
-        x = torch.cat([x, spread_in_groups(x)], dim=1)
+        x = F.leaky_relu(self.first(F.pixel_unshuffle(x, 2)), 0.2)  # (B, C, R/2, R/2)
+        x = self.blocks(x)  # (B, C, 4, 4)
+        if self.compares:
+            x = torch.cat([x, spread_in_groups(x)], dim=1)
         x = F.leaky_relu(self.conv(x), 0.2)
         x = F.leaky_relu(self.dense(x.flatten(1)), 0.2)
-        return self.out(x).float()[:, 0]
+        return self.out(x).float()
 
 
 def spread_in_groups(x: Tensor, most: int = 4) -> Tensor:
@@ -155,119 +159,142 @@ def spread_in_groups(x: Tensor, most: int = 4) -> Tensor:
     return spread.repeat(size)[:, None, None, None].expand(-1, 1, h, w).to(x.dtype)
 
 
-def mixed_styles(g: StyleGAN, batch: int, share: float, device: torch.device) -> Tensor:
-    """w+ (B, L, d) of random z; for a share of them a second w from a random layer on."""
-    first, second = g.mapping(torch.randn(2 * batch, g.dim, device=device)).chunk(2)
-    cut = torch.randint(1, g.layers, (batch,), device=device)
-    cut = torch.where(torch.rand(batch, device=device) < share, cut, g.layers)
-    own = torch.arange(g.layers, device=device) < cut[:, None]
-    return torch.where(own[..., None], first[:, None], second[:, None])
+class Gaussian(nn.Module):
+    """The normal distribution that the encoder makes of the images: ``z = mean + root e`` of standard normal e."""
+
+    mean: Tensor
+    root: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("root", torch.eye(dim))  # of the covariance, lower triangular
+
+    def fit(self, mean: Tensor, log_variance: Tensor) -> None:
+        """To the normal distributions of N images, (N, d) each."""
+        self.mean.copy_(mean.mean(0))
+        self.root.copy_(torch.linalg.cholesky(mean.T.cov() + log_variance.exp().mean(0).diag()))
+
+    def draw(self, count: int) -> Tensor:
+        """Samples of z, (count, d)."""
+        return self.mean + torch.randn(count, len(self.mean), device=self.mean.device) @ self.root.T
 
 
-class Adversarial:
-    """A generator whose G(z) passes for one of the images, and a step of its training.
+def mapped(g: StyleGAN, z: Tensor) -> Tensor:
+    """z (B, d) -> w+ (B, L, d), without the normalisation of z, which would bend what the encoder says."""
+    for dense in g.g_mapping.values():
+        z = F.leaky_relu(dense(z), SLOPE)
+    return g.spread(z)
+
+
+@torch.no_grad()
+def standardised(g: StyleGAN, of: Gaussian) -> StyleGAN:
+    """The generator for standard normal z: ``W (mean + root z) + b`` in the mapping's first layer."""
+    new = StyleGAN(g.resolution, g.channels, g.dim, len(g.g_mapping)).to(of.mean.device)
+    new.load_state_dict(g.state_dict())
+    first, old = new.g_mapping["dense0"], g.g_mapping["dense0"]
+    first.weight.copy_(old.weight @ of.root)
+    first.bias.copy_(old.bias + old.scaled() @ of.mean / old.lr)
+    return new.eval()
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+class Autoencoder:
+    """Generator, encoder and discriminator, and a step of their training.
 
     Attributes:
         parts: all that changes, for `loop.Loop`; its "model" is what the weights' average is of.
     """
 
     R1_EVERY = 16  # steps
+    FIT_EVERY, FITTED = 500, 1500  # steps, images
 
     def __init__(self, s: Settings, images: Tensor, run: Run):
         self.s, self.run, self.images = s, run, images.to(run.device)
         self.g = StyleGAN(s.size, s.channels, s.dim, s.depth).to(run.device)
-        self.d = Discriminator(s.size, s.width).to(run.device)
-        self.ema = Ema(self.g, s.decay)
+        self.encoder = Classifier(s.size, s.width, 2 * s.dim, False).to(run.device)
+        self.d = Classifier(s.size, s.width, 1, True).to(run.device)
+        self.ema, self.gaussian = Ema(self.g, s.decay), Gaussian(s.dim).to(run.device)
         self.precision = partial(torch.autocast, run.device.type, BF16, enabled=s.bf16)
-        lazy = self.R1_EVERY / (self.R1_EVERY + 1)  # as many updates an R1 step less, each that much smaller
-        groups = [{"params": list(self.g.g_synthesis.parameters()), "times": 1.0},
+        even = [*self.g.g_synthesis.parameters(), *self.encoder.parameters()]
+        groups = [{"params": even, "times": 1.0},
                   {"params": list(self.g.g_mapping.parameters()), "times": s.mapping_lr}]  # fmt: skip
-        optimizer = torch.optim.Adam(groups, betas=(0.0, 0.99))
-        self.d_optimizer = torch.optim.Adam(self.d.parameters(), lr=s.lr * lazy, betas=(0.0, 0.99**lazy))
-        self.parts = {"model": self.g, "ema": self.ema.model, "optimizer": optimizer, "d": self.d,
-                      "d_optimizer": self.d_optimizer}  # fmt: skip
+        self.parts = {"model": self.g, "encoder": self.encoder, "d": self.d, "ema": self.ema.model,
+                      "gaussian": self.gaussian, "optimizer": torch.optim.Adam(groups, betas=(0.5, 0.99)),
+                      "d_optimizer": torch.optim.Adam(self.d.parameters(), betas=(0.0, 0.99))}  # fmt: skip
 
-    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor, clipped: Iterable[nn.Parameter] = ()) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(clipped, 5.0)
         for group in optimizer.param_groups:  # the loop sets one rate for all
             group["lr"] *= group.get("times", 1.0)
         optimizer.step()
 
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, R, R) -> mean and logarithm of the variance of z, (B, d) each."""
+        mean, log_variance = self.encoder(images).chunk(2, dim=1)
+        return mean, log_variance.clamp(-12, 4)
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """The normal distribution of z to what the encoder now says."""
+        with self.precision():
+            said = [self.encode(to_float(part)) for part in self.images[: self.FITTED].split(100)]
+        self.gaussian.fit(*map(torch.cat, zip(*said, strict=True)))
+
     def step(self, done: int, progress: float) -> dict[str, Tensor]:
-        """One update of both networks on the same fakes."""
+        """One update of all networks."""
         s, device = self.s, self.run.device
+        opposed = s.adversarial > 0 and progress >= s.adversarial_from
+        if done and done % self.FIT_EVERY == 0:
+            self.fit()
+        if opposed and not self.parts["d_optimizer"].state:  # it begins with what the encoder sees
+            mine = self.d.state_dict()
+            alike = {n: p for n, p in self.encoder.state_dict().items() if p.shape == mine[n].shape}
+            self.d.load_state_dict(mine | alike)
         real = to_float(self.images[torch.randint(len(self.images), (s.batch_size,), device=device)])
-        real = torch.where(torch.rand(len(real), 1, 1, 1, device=device) < 0.5, real, real.flip(3))
         with self.precision():
-            fake = self.g.synthesis(mixed_styles(self.g, s.batch_size, s.mixing, device))
-            d_real, d_fake = self.d(real), self.d(fake.detach())
-        d_loss = F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
-        self.update(self.d_optimizer, d_loss)
-        if done % self.R1_EVERY == 0 and s.gamma > 0:
-            real.requires_grad_()
-            (slope,) = torch.autograd.grad(self.d(real).sum(), real, create_graph=True)
-            self.update(self.d_optimizer, slope.square().sum((1, 2, 3)).mean() * (s.gamma / 2 * self.R1_EVERY))
-        self.d.requires_grad_(False)
-        with self.precision():
-            g_loss = F.softplus(-self.d(fake)).mean()
-        self.update(self.parts["optimizer"], g_loss)
+            mean, log_variance = self.encode(real)  # (B, d) each
+            z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+            drawn = self.gaussian.draw(s.batch_size // 2 if opposed else 0)
+            made = self.g.synthesis(mapped(self.g, torch.cat([z, drawn]))).float()
+        again = made[: s.batch_size]
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
+        l1, slopes = (again - real).abs().mean(), slope_difference(again, real)
+        loss = l1 + slopes + s.beta * min(1.0, 0.05 + done / 300) * divergence / real[0].numel()
+        said = {"l1": l1, "slopes": slopes, "divergence": divergence}
+        if opposed:
+            fake = torch.cat([again[: s.batch_size // 2], made[s.batch_size :]])
+            said |= self.oppose(real, fake.detach(), done)
+            self.d.requires_grad_(False)
+            with self.precision():
+                g_loss = F.softplus(-self.d(fake)).mean()
+            loss = loss + s.adversarial * min(1.0, (progress - s.adversarial_from) / 0.05) * g_loss
+        self.update(self.parts["optimizer"], loss, self.g.parameters())
         self.d.requires_grad_(True)
         self.ema.update(self.g, done)
-        return {"loss": g_loss, "d_loss": d_loss, "real_known": (d_real > 0).float().mean()}
+        return {"loss": loss, **said}
+
+    def oppose(self, real: Tensor, fake: Tensor, done: int) -> dict[str, Tensor]:
+        """One update of the discriminator."""
+        with self.precision():
+            d_real, d_fake = self.d(real), self.d(fake)
+        d_loss = F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
+        self.update(self.parts["d_optimizer"], d_loss)
+        if done % self.R1_EVERY == 0 and self.s.gamma > 0:
+            real = real.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.d(real).sum(), real, create_graph=True)
+            r1 = slope.square().sum((1, 2, 3)).mean()
+            self.update(self.parts["d_optimizer"], r1 * (self.s.gamma / 2 * self.R1_EVERY))
+        return {"d_loss": d_loss, "real_known": (d_real > 0).float().mean()}
 
 
-# --- A new mapping ---------------------------------------------------------------------------------------------------
-
-
-def with_components(g: StyleGAN, w_plus: Tensor, dim: int) -> StyleGAN:
-    """The generator with a mapping from z to the principal components of some w+ (N, L, d).
-
-    What was w+ is normal then, with their mean and covariance: every style is an affine function of it, so the
-    components go into the styles' weights, and the mapping is one layer, whose units come in pairs: those of t and -t
-    after a leaky ReLU of slope a differ by (1 + a) t. Units beyond the 2 (N - 1) are 0 for every z; in w and w+ they
-    move a layer's styles in directions that no component has, the strongest first.
-
-    Args:
-        dim: of the new z and w, at least 2 (N - 1).
-    """
-    flat = w_plus.flatten(1).double()
-    _, spread, basis = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
-    count = len(flat) - 1  # one is lost to the mean
-    basis = basis[:count] * spread[:count, None] / count**0.5  # (N - 1, L d), for coordinates of variance 1
-    mean, basis = (x.unflatten(-1, w_plus.shape[1:]).float() for x in (flat.mean(0), basis))
-    new = StyleGAN(g.resolution, g.channels, dim, depth=1)
-    with torch.no_grad():
-        for block, old in zip(new.g_synthesis["blocks"].values(), g.g_synthesis["blocks"].values(), strict=True):
-            block.load_state_dict(old.state_dict() | {n: p for n, p in block.state_dict().items() if ".lin." in n})
-        new.g_synthesis["torgb"].load_state_dict(g.g_synthesis["torgb"].state_dict())
-        dense = new.g_mapping["dense0"]
-        eye = torch.eye(count, dim) / dense.scale
-        dense.weight.copy_(torch.cat([eye, -eye, torch.zeros(dim - 2 * count, dim)]))
-        for layer, (lin, old) in enumerate(zip(_styles(new), _styles(g), strict=True)):
-            moved = old.scaled() @ basis[:, layer].T / (1 + SLOPE)  # (2 C, N - 1)
-            outside = torch.linalg.svd(basis[:, layer])[2][count:]  # (d - N + 1, d), orthonormal
-            strongest = torch.linalg.svd(old.scaled() @ outside.T, full_matrices=False)[2] @ outside
-            rest = (old.scaled() @ strongest.T)[:, : dim - 2 * count]
-            rest = F.pad(rest, (0, dim - 2 * count - rest.shape[1]))
-            lin.weight.copy_(torch.cat([moved, -moved, rest], dim=1) / lin.scale)
-            lin.bias.copy_(old.bias + old.scaled() @ mean[layer])
-    return new.eval()
-
-
-def _styles(g: StyleGAN) -> list[Equalised]:
-    blocks = g.g_synthesis["blocks"].values()
-    return [epilogue.style_mod["lin"] for block in blocks for epilogue in (block.epi1, block.epi2)]
-
-
-def invert_all(g: StyleGAN, images: Tensor, s: Settings, run: Run) -> Tensor:
-    """w+ (N, L, d) of images, by ``--inversion_steps`` from the average latent."""
-    f = Latents(g.requires_grad_(False), "w+", g.draw_noise(1, torch.Generator().manual_seed(s.seed)), s.bf16)
-    found = []
-    for part in run.until_stopped(tqdm(images.split(s.batch_size), "inverting", unit="batch", disable=None)):
-        x0 = f.average().repeat(len(part), 1)
-        found.append(invert(f, to_float(part.to(x0)), x0, steps=s.inversion_steps).x)
-    return f.w_plus(torch.cat(found))
+def slope_difference(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute difference of the differences between neighbouring pixels, both ways added."""
+    return sum((x.diff(dim=dim) - y.diff(dim=dim)).abs().mean() for dim in (2, 3))
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -293,25 +320,23 @@ def train(s: Settings, run: Run) -> None:
         print(f"{s.out}: this training is finished")
         return
     seed_everything(s.seed)
-    images = kept_faces(s) if s.data is None else read(s.data, s)
-    if s.objective == "components":
-        if s.start is None:
-            raise InputError("--objective components: give the generator's weights by --start")
-        g, dim = load_generator(s.start, s.size).to(run.device), max(s.dim, 2 * len(images) - 2)
-        save(s, with_components(g, invert_all(g, images, s, run), dim).to(run.device), {"faces": len(images)})
-        return
-    objective = Adversarial(s, images, run)
-    print(f"{len(images):,} images, generator {sum(p.numel() for p in objective.g.parameters()):,} parameters, on "
+    model = Autoencoder(s, kept_faces(s) if s.data is None else read(s.data, s), run)
+    print(f"{len(model.images):,} images, generator {sum(p.numel() for p in model.g.parameters()):,} parameters, on "
           f"{run.device}", flush=True)  # fmt: skip
 
     def batches(done: int) -> Iterator[tuple[tuple, tuple]]:
         while True:
             yield (), (loop.done, loop.progress())
 
-    loop = Loop(run, "", step=objective.step, batches=batches, steps=s.steps, minutes=s.minutes, row_every=50,
-                axis="step", parts=objective.parts, rate=lambda done, progress: s.lr * min(1.0, (done + 1) / 100),
-                saved=lambda _: save(s, objective.ema.model, {"steps": loop.done, "seconds": loop.seconds})
-                )  # fmt: skip
+    def saved(_) -> None:
+        model.fit()
+        save(s, standardised(model.ema.model, model.gaussian), {"steps": loop.done, "seconds": loop.seconds})
+
+    def rate(done: int, progress: float) -> float:
+        return s.lr * min(1.0, (done + 1) / 100) * min(1.0, max(0.05, (1 - progress) / 0.3))
+
+    loop = Loop(run, "", step=model.step, batches=batches, steps=s.steps, minutes=s.minutes, row_every=50, axis="step",
+                parts=model.parts, rate=rate, saved=saved)  # fmt: skip
     loop.train()
     run.finish()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from DDNM.guided_diffusion.edits import Edits, contradictions
+from DDNM.guided_diffusion.edits import Edits, contradictions, effects_of_states
 from utils import InputError
 
 NAMES = ["Hat", "Bangs", "Smiling"]
@@ -34,21 +34,31 @@ def test_what_contradicts_an_edit_gets_its_other_typical_logit_or_stays_beyond_i
     assert edits("Hat=1").told(followed) == "Bangs (1)"
 
 
-def test_the_rest_moves_to_its_mean_for_what_is_given_and_keeps_its_state():
-    draws = torch.randn(100_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    mix = torch.tensor([[3.0, 1.0, 0.5], [0.0, 2.0, -1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    samples = draws @ mix
-    of = edits("Hat=+4", contradictions={}, covariance=samples.T.cov().tolist())
-    y = torch.tensor([[-2.0, 3.0, 2.0], [-2.0, -9.0, 0.1], [-2.0, -0.2, -0.7]])
-    edited, _, followed = of.apply(y)
-    near = samples[(samples[:, 0] - 4).abs() < 0.2].mean(0) - samples[(samples[:, 0] + 2).abs() < 0.2].mean(0)
-    torch.testing.assert_close(edited[0], y[0] + near.float(), atol=0.2, rtol=0)
-    assert not followed.any() and torch.equal(edited > 0, (y > 0) | torch.tensor([True, False, False]))
-    assert edited[1, 2].item() == pytest.approx(y[1, 2].item() + near[2].item(), abs=0.2)
-    assert edited[2, 1:].tolist() == pytest.approx([-0.2, -0.7])  # it was nearer to 0 than KEPT of the typical one
-    assert edits("Hat=+4", contradiction=0, covariance=samples.T.cov().tolist()).apply(y)[0][0, 1] == 3
-    dead = edits("Hat=+4", contradictions={}, covariance=torch.zeros(3, 3).tolist())  # never varied: says nothing
-    assert torch.equal(dead.apply(y)[0][:, 1:], y[:, 1:])
+def test_effects_are_those_of_each_state_alone():
+    """Hats are of men mostly, and have no part in what beards do to the third logit."""
+    draws = torch.rand(20_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    beard = (draws[:, 0] < 0.4).double()
+    hat = (draws[:, 1] < 0.1 + 0.6 * beard).double()
+    logits = torch.stack([8 * beard - 4, 8 * hat - 4 + 0.5 * beard, 3 + 0.5 * hat - 2 * beard], 1)
+    effects = effects_of_states(torch.cat([logits, -torch.ones(20_000, 1)], 1))
+    expected = [[8, 0.5, -2, 0], [0, 8, 0.5, 0], [0, 0, 0, 0], [0, 0, 0, 0]]  # what never changes says nothing
+    torch.testing.assert_close(effects[[0, 1, 3]], torch.tensor(expected).double()[[0, 1, 3]], rtol=0, atol=0.01)
+
+
+def test_the_rest_moves_by_the_effects_and_keeps_its_state():
+    effects = [[9.0, 2.0, 1.0], [0.0, 9.0, -0.5], [0.0, 0.0, 9.0]]
+    logits = torch.tensor([[-2.0, 3.0, 2.0], [-2.0, -9.0, 0.1], [-2.0, -0.2, -0.7], [1.0, 3.0, 2.0]])
+    edited, _, followed = edits("Hat=+4", contradictions={}, effects=effects).apply(logits)
+    # -0.2 and -0.7 were nearer to 0 than KEPT of the typical ones; the last had a hat
+    expected = [[4.0, 5.0, 3.0], [4.0, -7.0, 1.1], [4.0, -0.2, -0.7], [4.0, 3.0, 2.0]]
+    torch.testing.assert_close(edited, torch.tensor(expected))
+    assert not followed.any()
+    edited, _, followed = edits("Hat=1", effects=effects).apply(logits)  # bangs follow in the first: both have effects
+    assert followed.nonzero().tolist() == [[0, 1], [3, 1]]
+    torch.testing.assert_close(edited[[0, 3]], torch.tensor([[4.0, -3.0, 3.5], [4.0, -3.0, 2.5]]))
+    weak = edits("Hat=-5", contradictions={}, effects=[[0, 0, 8.0]] + effects[1:]).apply(logits)[0]
+    torch.testing.assert_close(weak[3], torch.tensor([-5.0, 3.0, 1.8]))  # 2 - 8, but KEPT of 6
+    assert torch.equal(edits("Hat=+4", contradiction=0, effects=effects).apply(logits)[0][:, 1:], logits[:, 1:])
 
 
 @pytest.mark.parametrize(

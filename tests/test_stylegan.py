@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from checkpoints import write_weights
 from experiments import train_stylegan
-from experiments.train_stylegan import Discriminator, main, mixed_styles, spread_in_groups
+from experiments.train_stylegan import Classifier, Gaussian, main, mapped, spread_in_groups, standardised
 from images import to_float
 from procedural_faces import draw_face
 from stylegan import (
@@ -259,14 +259,14 @@ def training(tmp_path, *more):
 def test_training_writes_what_load_generator_reads_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(training(whole, "--steps", "4")) == 0
-    step = train_stylegan.Adversarial.step
+    step = train_stylegan.Autoencoder.step
 
     def asked_to_stop(self, done, progress):
         if done == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, done, progress)
 
-    monkeypatch.setattr(train_stylegan.Adversarial, "step", asked_to_stop)
+    monkeypatch.setattr(train_stylegan.Autoencoder, "step", asked_to_stop)
     with pytest.raises(Stopped):
         main(training(parts, "--steps", "4"))
     monkeypatch.undo()
@@ -289,28 +289,27 @@ def test_training_writes_what_load_generator_reads_and_goes_on_where_it_was_stop
 
 @pytest.mark.parametrize(
     "more, words",
-    [(["--size", "32"], "4 blocks"), (["--data", "x"], "x"), (["--objective", "components"], "by --start")],
+    [(["--size", "32"], "4 blocks"), (["--data", "x"], "x"), (["--count", "1"], "out of range")],
 )
 def test_mistakes_in_training_are_one_line(more, words, tmp_path):
     with pytest.raises(InputError, match=words):
         main(training(tmp_path, *more))
 
 
-def test_a_mapping_to_principal_components(small):
-    """w+ has the mean and covariance of the given ones, and the images are the old generator's of it."""
-    w_plus = small.spread(torch.randn(5, 7)) + 0.3 * torch.randn(5, 6, 7)
-    new = train_stylegan.with_components(small, w_plus, 11)
-    z, noise = torch.randn(3, 11), small.draw_noise(3)
-    assert not new.mapping(z)[:, 8:].any() and not torch.equal(new(z, noise=noise), small(z[:, :7], noise=noise))
-    t = (z * z.square().mean(1, keepdim=True).rsqrt())[:, :4].double()
-    flat = w_plus.flatten(1).double()
-    _, spread, basis = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
-    expected = flat.mean(0) + t @ (basis[:4] * spread[:4, None] / 2)
-    image = small.synthesis(expected.float().view(3, 6, 7), noise)
-    torch.testing.assert_close(new(z, noise=noise), image, rtol=1e-3, atol=1e-3)
-    aside = new.spread(new.mapping(z)) + torch.eye(11)[8]
-    assert (new.synthesis(aside, noise) - image).abs().max() > 0.01
-    torch.testing.assert_close(basis[:4].T * spread[:4] ** 2 / 4 @ basis[:4], torch.cov(flat.T), rtol=1e-6, atol=1e-8)
+def test_standard_normal_z_has_the_distribution_of_what_was_encoded(small):
+    """The mapping of z without its normalisation, after the fold, is that of mean + root z."""
+    of, n = Gaussian(7), 20_000
+    mean, log_variance = torch.randn(n, 7) @ torch.randn(7, 7) + 3, torch.randn(n, 7)
+    of.fit(mean, log_variance)
+    z = mean + torch.randn(n, 7) * (log_variance / 2).exp()
+    drawn = of.draw(n)
+    torch.testing.assert_close(drawn.mean(0), z.mean(0), rtol=0, atol=0.1)
+    torch.testing.assert_close(drawn.T.cov(), z.T.cov(), rtol=0.05, atol=0.5)
+    new, e = standardised(small, of), torch.randn(3, 7)
+    assert mapped(new, e).shape == (3, 6, 7)
+    torch.testing.assert_close(mapped(new, e), mapped(small, of.mean + e @ of.root.T))
+    e = e * e.square().mean(1, keepdim=True).rsqrt()
+    torch.testing.assert_close(new.spread(new.mapping(e)), mapped(new, e))
 
 
 def test_samples_are_measured_beside_drawn_faces(monkeypatch, capsys):
@@ -336,18 +335,19 @@ def test_samples_are_measured_beside_drawn_faces(monkeypatch, capsys):
     assert len(shares) == 40 and all(a == b and 0 <= a <= 1 for a, b in shares.values())
 
 
-def test_the_discriminator_and_styles():
+@pytest.mark.parametrize("compares", [True, False])
+def test_a_discriminator_sees_what_sets_images_apart_and_an_encoder_each_alone(compares):
     torch.manual_seed(0)
-    d = Discriminator(8, 6)
-    assert d(torch.randn(4, 3, 8, 8)).shape == (4,)
+    network, x = Classifier(16, 6, 3, compares), torch.randn(4, 3, 16, 16)
+    y = network(x)
+    assert y.shape == (4, 3) and torch.allclose(network(x[:1])[0], y[0], atol=1e-5) != compares
+
+
+def test_spread_in_groups():
     x = torch.randn(8, 3, 2, 2)
     groups = x.unflatten(0, (4, 2))
     expected = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
     torch.testing.assert_close(spread_in_groups(x)[:, 0, 0, 0], expected.repeat(4))
-    g = StyleGAN(8, (6, 5), 7, 2)
-    w = mixed_styles(g, 50, 0.5, torch.device("cpu"))
-    changes = (w[:, 1:] != w[:, :-1]).all(2).sum(1)  # one crossing for the mixed, none for the others
-    assert w.shape == (50, 4, 7) and changes.max() == 1 and 10 < changes.sum() < 40
 
 
 @pytest.mark.parametrize("space", SPACES)

@@ -33,6 +33,20 @@ def contradictions(labels: Tensor, names: Sequence[str]) -> dict[str, dict[str, 
     }
 
 
+def effects_of_states(logits: Tensor) -> Tensor:
+    """How g's logits differ beside an attribute that g sees, the others being equal: (d, d), [attribute][logit].
+
+    The linear regression of logits on their signs, with a ridge of one image.
+
+    Args:
+        logits: of many images, (N, d).
+    """
+    y = logits.double()
+    states = torch.cat([(y > 0).double(), torch.ones(len(y), 1, dtype=y.dtype)], 1)  # (N, d + 1)
+    gram = states.T @ states + torch.eye(states.shape[1], dtype=y.dtype)
+    return torch.linalg.solve(gram, states.T @ y)[:-1].to(logits.dtype)
+
+
 @dataclass(frozen=True)
 class Edits:
     """Logits that targets are given, whatever the image's own are.
@@ -42,15 +56,15 @@ class Edits:
     - A state, present or absent, that the labels have less than ``contradiction`` times as often beside an edit (see
       `contradictions`) contradicts it: the attribute's logit is brought to the typical one of the other state, or stays
       beyond it. So a hat takes away bangs that it would cover.
-    - The rest r moves to where it is nearest, in Mahalanobis distance by the covariance S of g's logits, for the logits
-      f that were set: ``y'_r = y_r + S_rf S_ff^-1 (y'_f - y_f)``, which is the mean of a normal r if f is known. No
-      attribute changes its state by that, nor comes nearer to 0 than it was, or than `KEPT` of its typical logit.
+    - Every logit that was not set moves by the ``effects`` of the states that change: g says other things of hair
+      beside a hat than without one. None changes its own state by that, nor comes nearer to 0 than it was, or than
+      `KEPT` of its typical logit.
 
     Attributes:
         logits: attribute's index -> its logit.
         names: of all attributes, (d,).
         typical: each attribute's typical logits, (d, 2), without and with it.
-        seldom: `contradictions`. covariance: S, (d, d). None, or nothing: nothing follows in that way.
+        seldom: `contradictions`. effects: see `effects_of_states`. Without one of them nothing follows in its way.
         contradiction: see above; 0: nothing follows at all.
     """
 
@@ -58,7 +72,7 @@ class Edits:
     names: Sequence[str]
     typical: Tensor | None
     seldom: Contradictions
-    covariance: Tensor | None
+    effects: Tensor | None
     contradiction: float
 
     @classmethod
@@ -68,15 +82,15 @@ class Edits:
         """Of ``NAME=VALUE`` strings.
 
         Args:
-            notes: of the SPNN's config.json: ``typical_logits``, ``contradictions`` and ``covariance``, if it has them.
+            notes: of the SPNN's config.json: ``typical_logits``, ``contradictions`` and ``effects``, if it has them.
 
         Raises:
             InputError: an attribute that does not exist (with the nearest match), or a value that is no number.
         """
         typical = notes.get("typical_logits")
         typical = None if typical is None else torch.tensor(typical)
-        covariance = None if typical is None else notes.get("covariance")
-        covariance = None if covariance is None else torch.tensor(covariance, dtype=torch.float64)
+        effects = None if typical is None else notes.get("effects")
+        effects = None if effects is None else torch.tensor(effects)
         logits = {}
         for assignment in assignments:
             name, _, value = assignment.partition("=")
@@ -91,7 +105,7 @@ class Edits:
                 logits[index] = math.nan
             if not torch.tensor(logits[index]).isfinite():  # in float32: 1e99 is none
                 raise InputError(f"--set {assignment}: {value!r} is neither 0, 1 nor a logit such as {name}=+4")
-        return cls(logits, names, typical, notes.get("contradictions", {}), covariance, contradiction)
+        return cls(logits, names, typical, notes.get("contradictions", {}), effects, contradiction)
 
     def apply(self, logits: Tensor, judged: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Edited targets (N, d), what the judge should see of them (N, d), and whose state followed, (N, d) bool."""
@@ -108,22 +122,20 @@ class Edits:
         logits[:, edited] = logits.new_tensor(list(self.logits.values()))
         followed = (logits > 0) != (before > 0)
         followed[:, edited] = False
-        if self.covariance is not None and self.contradiction > 0:
+        if self.effects is not None and self.contradiction > 0:
             given = followed.clone()
             given[:, edited] = True
-            logits = torch.where(given, logits, self._nearest(logits, logits - before, given))
+            change = (logits > 0).to(logits) - (before > 0).to(logits)  # (N, d): -1, 0, 1
+            logits = torch.where(given, logits, self._beside(logits, change @ self.effects.to(logits)))
         if judged is not None:
             judged = torch.where(followed, logits, judged)
             judged[:, edited] = logits[:, edited]
         return logits, judged, followed
 
-    def _nearest(self, logits: Tensor, change: Tensor, given: Tensor) -> Tensor:
-        """Logits (N, d) that follow the change (N, d) of those that are ``given``, (N, d) bool; see the class."""
-        assert self.covariance is not None and self.typical is not None
-        f, change = given.double().cpu(), change.double().cpu()  # where float64 can be had
-        inverse = torch.linalg.pinv(self.covariance * f[:, :, None] * f[:, None], hermitian=True)  # S_ff^-1, else 0
-        moved = logits + ((inverse @ change[:, :, None])[..., 0] @ self.covariance).to(logits)
-        present, typical = logits > 0, self.typical.to(logits)
+    def _beside(self, logits: Tensor, move: Tensor) -> Tensor:
+        """Logits (N, d), moved as far as their states allow; see the class."""
+        assert self.typical is not None
+        present, typical, moved = logits > 0, self.typical.to(logits), logits + move
         least = torch.minimum(logits.abs(), KEPT * torch.where(present, typical[:, 1], typical[:, 0]).abs())
         return torch.where(present, moved.clamp(min=least), moved.clamp(max=-least))
 
