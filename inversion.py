@@ -167,8 +167,9 @@ def invert(
     low, high = bounds if bounds is not None else (-math.inf, math.inf)
     clip, each = math.inf if clip is None else clip, (-1, *[1] * (x0.dim() - 1))  # the shape of a number per sample
     with torch.inference_mode(False), torch.enable_grad():
+        # copies: tensors made in inference mode could not take part in a graph
         begun = after if after is not None else Inversion.begun(x0.detach().clamp(low, high))
-        found = Inversion(**{name: t.to(x0.device, copy=True) for name, t in begun.tensors().items()})  # for graphs
+        found = Inversion(**{name: t.to(x0.device, copy=True) for name, t in begun.tensors().items()})
         y, x, first = y.detach().clone(), found.last.requires_grad_(), len(found.curve) - 1
         curve, trajectory = [*found.curve[:-1]], []  # where it stands is evaluated once more
         state = {"step": torch.tensor(float(first)), "exp_avg": found.exp_avg, "exp_avg_sq": found.exp_avg_sq}
@@ -194,8 +195,8 @@ def invert(
                 optimiser.step()
                 now.copy_(torch.where(alive.view(each), now.clamp(low, high), found.x))
                 on_step(step + 1)
-    found.curve, found.last = torch.stack(curve), x.detach()
-    return replace(found, trajectory=torch.stack(trajectory) if keep_trajectory else None)
+    trajectory = torch.stack(trajectory) if keep_trajectory else None
+    return replace(found, curve=torch.stack(curve), last=x.detach(), trajectory=trajectory)
 
 
 # --- Landscape learning ----------------------------------------------------------------------------------------------

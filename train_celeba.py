@@ -185,7 +185,7 @@ def report(run: Run, best: Path, loaders: Loaders, samples: int, stage: str) -> 
         if stage == "forward":
             logits, labels = predict(model, run.until_stopped(loaders.val), run.device)
             model.notes["typical_logits"] = typical_logits(logits, labels)
-            model.notes["effects"] = effects_of_states(logits).tolist()
+            model.notes["effects"] = effects_of_states(logits).double().round(decimals=3).tolist()
             model.notes["contradictions"] = contradictions(loaders.train.dataset.source.labels, ATTRIBUTES)
             save_spnn(best, model)
         test = run.until_stopped(loaders.test)

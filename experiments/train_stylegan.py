@@ -5,12 +5,14 @@
 
 A discriminator alone needs many more images than a CPU can draw from, or loses most kinds of faces; an autoencoder
 keeps all kinds, but blurs. So the generator of stylegan.py decodes what an encoder makes of images (Kingma and Welling
-2014, arXiv 1312.6114): differences of pixels and of their slopes, and --beta times the divergence of z. From
---adversarial_from of the run on it is also trained against a discriminator, on decoded images and on samples:
-non-saturating loss, R1 in every 16th step, minibatch standard deviation (Karras et al. 2019); no progressive growing.
+2014, arXiv 1312.6114): differences of pixels and of their slopes, and --beta times the divergence of z, which comes in
+over 300 steps. From --adversarial_from of the run on it is also trained against a discriminator, on decoded images and
+on samples: non-saturating loss, R1 in every 16th step, minibatch standard deviation (Karras et al. 2019); no
+progressive growing.
 
-What the encoder makes of images is not quite a standard normal. Its mean and covariance go into the mapping's first
-layer, so that for the weights that are written z is one.
+In training z is not normalised, and what the encoder makes of images is not quite a standard normal. Its mean and
+covariance go into the mapping's first layer, so that for the weights that are written z is one, normalised as
+StyleGAN's.
 
 Writes stylegan.safetensors (the weights' moving average, float16), stylegan.json and a sheet of samples, and a state:
 a run that was stopped goes on with --resume.
@@ -58,7 +60,7 @@ class Settings:
     dim: int = option(128, "of z and w", 1)
     depth: int = option(3, "layers of the mapping", 1)
     width: int = option(128, "channels of encoder and discriminator, half of it at first", 2)
-    batch_size: int = option(16, "", 4)
+    batch_size: int = option(16, "a multiple of 8: half of it are samples, compared in fours", 8)
     lr: float = option(3e-3, "peak learning rate of all networks", 1e-9)
     mapping_lr: float = option(30.0, "of the mapping, whose weights are a hundred times as large: times --lr", 1e-9)
     decay: float = option(0.998, "of the moving average of the weights", 0.0, 1.0)
@@ -171,9 +173,13 @@ class Gaussian(nn.Module):
         self.register_buffer("root", torch.eye(dim))  # of the covariance, lower triangular
 
     def fit(self, mean: Tensor, log_variance: Tensor) -> None:
-        """To the normal distributions of N images, (N, d) each."""
+        """To the normal distributions of N images, (N, d) each. Raises FloatingPointError: one is not finite."""
+        mean, variance = mean.double().cpu(), log_variance.double().cpu().exp()  # where float64 can be had
+        root, failed = torch.linalg.cholesky_ex(mean.T.cov() + variance.mean(0).diag())
+        if failed:
+            raise FloatingPointError("the encoder's numbers")
         self.mean.copy_(mean.mean(0))
-        self.root.copy_(torch.linalg.cholesky(mean.T.cov() + log_variance.exp().mean(0).diag()))
+        self.root.copy_(root)
 
     def draw(self, count: int) -> Tensor:
         """Samples of z, (count, d)."""
@@ -226,6 +232,7 @@ class Autoencoder:
                       "d_optimizer": torch.optim.Adam(self.d.parameters(), betas=(0.0, 0.99))}  # fmt: skip
 
     def update(self, optimizer: torch.optim.Optimizer, loss: Tensor, clipped: Iterable[nn.Parameter] = ()) -> None:
+        """One step down the loss; gradients of ``clipped`` have a norm of 5 at most."""
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(clipped, 5.0)
@@ -239,27 +246,30 @@ class Autoencoder:
         return mean, log_variance.clamp(-12, 4)
 
     @torch.no_grad()
-    def fit(self) -> None:
-        """The normal distribution of z to what the encoder now says."""
+    def fit(self, gaussian: Gaussian) -> Gaussian:
+        """Fitted to what the encoder now says of evenly spaced images."""
+        some = self.images[:: max(1, len(self.images) // self.FITTED)]
         with self.precision():
-            said = [self.encode(to_float(part)) for part in self.images[: self.FITTED].split(100)]
-        self.gaussian.fit(*map(torch.cat, zip(*said, strict=True)))
+            said = [self.encode(to_float(part)) for part in some.split(100)]
+        gaussian.fit(*map(torch.cat, zip(*said, strict=True)))
+        return gaussian
 
     def step(self, done: int, progress: float) -> dict[str, Tensor]:
         """One update of all networks."""
         s, device = self.s, self.run.device
         opposed = s.adversarial > 0 and progress >= s.adversarial_from
-        if done and done % self.FIT_EVERY == 0:
-            self.fit()
-        if opposed and not self.parts["d_optimizer"].state:  # it begins with what the encoder sees
+        begins = opposed and not self.parts["d_optimizer"].state
+        if begins or opposed and done % self.FIT_EVERY == 0:
+            self.fit(self.gaussian)
+        if begins:  # with what the encoder sees
             mine = self.d.state_dict()
             alike = {n: p for n, p in self.encoder.state_dict().items() if p.shape == mine[n].shape}
             self.d.load_state_dict(mine | alike)
+        drawn = self.gaussian.draw(s.batch_size // 2 if opposed else 0)
         real = to_float(self.images[torch.randint(len(self.images), (s.batch_size,), device=device)])
         with self.precision():
             mean, log_variance = self.encode(real)  # (B, d) each
             z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
-            drawn = self.gaussian.draw(s.batch_size // 2 if opposed else 0)
             made = self.g.synthesis(mapped(self.g, torch.cat([z, drawn]))).float()
         again = made[: s.batch_size]
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
@@ -279,7 +289,9 @@ class Autoencoder:
         return {"loss": loss, **said}
 
     def oppose(self, real: Tensor, fake: Tensor, done: int) -> dict[str, Tensor]:
-        """One update of the discriminator."""
+        """One update of the discriminator, at the generator's rate."""
+        for group in self.parts["d_optimizer"].param_groups:
+            group["lr"] = self.parts["optimizer"].param_groups[0]["lr"]
         with self.precision():
             d_real, d_fake = self.d(real), self.d(fake)
         d_loss = F.softplus(-d_real).mean() + F.softplus(d_fake).mean()
@@ -319,6 +331,10 @@ def train(s: Settings, run: Run) -> None:
     if run.state is not None and run.state["stage"] == DONE:
         print(f"{s.out}: this training is finished")
         return
+    if s.batch_size % 8:
+        raise InputError(f"--batch_size {s.batch_size}: no multiple of 8")
+    if run.world.size > 1:
+        raise InputError("experiments/train_stylegan.py takes one process")
     seed_everything(s.seed)
     model = Autoencoder(s, kept_faces(s) if s.data is None else read(s.data, s), run)
     print(f"{len(model.images):,} images, generator {sum(p.numel() for p in model.g.parameters()):,} parameters, on "
@@ -329,8 +345,8 @@ def train(s: Settings, run: Run) -> None:
             yield (), (loop.done, loop.progress())
 
     def saved(_) -> None:
-        model.fit()
-        save(s, standardised(model.ema.model, model.gaussian), {"steps": loop.done, "seconds": loop.seconds})
+        gaussian = model.fit(Gaussian(s.dim).to(run.device))
+        save(s, standardised(model.ema.model, gaussian), {"steps": loop.done, "seconds": loop.seconds})
 
     def rate(done: int, progress: float) -> float:
         return s.lr * min(1.0, (done + 1) / 100) * min(1.0, max(0.05, (1 - progress) / 0.3))

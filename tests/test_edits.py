@@ -55,7 +55,8 @@ def test_the_rest_moves_by_the_effects_and_keeps_its_state():
     assert not followed.any()
     edited, _, followed = edits("Hat=1", effects=effects).apply(logits)  # bangs follow in the first: both have effects
     assert followed.nonzero().tolist() == [[0, 1], [3, 1]]
-    torch.testing.assert_close(edited[[0, 3]], torch.tensor([[4.0, -3.0, 3.5], [4.0, -3.0, 2.5]]))
+    expected = [[4.0, -3.0, 3.5], [4.0, -7.0, 1.1], [4.0, -1.0, -0.7], [4.0, -3.0, 2.5]]
+    torch.testing.assert_close(edited, torch.tensor(expected))  # -0.2 went to -3 first
     weak = edits("Hat=-5", contradictions={}, effects=[[0, 0, 8.0]] + effects[1:]).apply(logits)[0]
     torch.testing.assert_close(weak[3], torch.tensor([-5.0, 3.0, 1.8]))  # 2 - 8, but KEPT of 6
     assert torch.equal(edits("Hat=+4", contradiction=0, effects=effects).apply(logits)[0][:, 1:], logits[:, 1:])

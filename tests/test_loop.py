@@ -129,7 +129,7 @@ def spnn(faces, folder, *flags, **changes) -> int:
 @pytest.mark.parametrize("signum, place, calls, r_epoch", [
     (signal.SIGTERM, "train.forward_losses", 7, 1),  # the second epoch's second batch, validation's among them
     (signal.SIGINT, "train.right_inverse_error", 2, 1),  # the second validation
-    (signal.SIGTERM, "train_celeba.typical_logits", 1, 1),
+    (signal.SIGTERM, "train_celeba.predict", 1, 1),
     (signal.SIGTERM, "data_loader.to_float", 20, 3),  # while the logits of all images are asked for
 ])  # fmt: skip
 def test_a_stopped_run_saves_and_goes_on(faces, undisturbed, tmp_path, monkeypatch, signum, place, calls, r_epoch):

@@ -252,35 +252,36 @@ def test_latents_of_another_shape(small):
 
 
 def training(tmp_path, *more):
-    small = ["--size", "16", "--channels", "6,5,4", "--dim", "64", "--depth", "2", "--width", "6", "--batch_size", "4"]
+    small = ["--size", "16", "--channels", "6,5,4", "--dim", "64", "--depth", "2", "--width", "6", "--batch_size", "8"]
     return ["--out", str(tmp_path), "--count", "6", "--device", "cpu", *small, *more]
 
 
 def test_training_writes_what_load_generator_reads_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main(training(whole, "--steps", "4")) == 0
+    monkeypatch.setattr(train_stylegan.Autoencoder, "FIT_EVERY", 2)
+    assert main(training(whole, "--steps", "6", "--save_every", "1")) == 0  # to save changes nothing
     step = train_stylegan.Autoencoder.step
 
     def asked_to_stop(self, done, progress):
-        if done == 1:
+        if done == 4:  # the discriminator came after the third
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, done, progress)
 
     monkeypatch.setattr(train_stylegan.Autoencoder, "step", asked_to_stop)
     with pytest.raises(Stopped):
-        main(training(parts, "--steps", "4"))
-    monkeypatch.undo()
+        main(training(parts, "--steps", "6"))
+    monkeypatch.setattr(train_stylegan.Autoencoder, "step", step)
     with pytest.raises(InputError, match="give --resume"):
-        main(training(parts, "--steps", "4"))
-    assert main(training(parts, "--steps", "4", "--resume")) == 0
+        main(training(parts, "--steps", "6"))
+    assert main(training(parts, "--steps", "6", "--resume")) == 0
     assert (parts / "stylegan.safetensors").read_bytes() == (whole / "stylegan.safetensors").read_bytes()
     written = (whole / "stylegan.safetensors").stat().st_mtime_ns
     with pytest.raises(InputError, match="exists; give --overwrite"):
-        main(training(whole, "--steps", "4"))
-    assert main(training(whole, "--steps", "4", "--resume")) == 0  # and nothing is trained
+        main(training(whole, "--steps", "6"))
+    assert main(training(whole, "--steps", "6", "--resume")) == 0  # and nothing is trained
     assert (whole / "stylegan.safetensors").stat().st_mtime_ns == written
     notes = json.loads((whole / "stylegan.json").read_text())
-    assert notes["steps"] == 4 and notes["settings"]["channels"] == [6, 5, 4]
+    assert notes["steps"] == 6 and notes["settings"]["channels"] == [6, 5, 4]
     generator = load_generator(whole / "stylegan.safetensors", 16)
     start = generator_from_state_dict(StyleGAN(16, (6, 5, 4), 64, 2).state_dict())
     assert not torch.equal(generator.g_synthesis["torgb"].bias, start.g_synthesis["torgb"].bias)
@@ -289,7 +290,7 @@ def test_training_writes_what_load_generator_reads_and_goes_on_where_it_was_stop
 
 @pytest.mark.parametrize(
     "more, words",
-    [(["--size", "32"], "4 blocks"), (["--data", "x"], "x"), (["--count", "1"], "out of range")],
+    [(["--size", "32"], "4 blocks"), (["--data", "x"], "x"), (["--batch_size", "12"], "no multiple of 8")],
 )
 def test_mistakes_in_training_are_one_line(more, words, tmp_path):
     with pytest.raises(InputError, match=words):

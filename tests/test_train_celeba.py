@@ -46,6 +46,7 @@ def test_both_stages_leave_everything_that_is_promised(finished):
         model = SPNN.from_pretrained(finished / file)
         assert model.notes["attributes"] == list(ATTRIBUTES) and np.shape(model.notes["typical_logits"]) == (40, 2)
         assert {state.split("=")[0] for state in model.notes["contradictions"]} & set(ATTRIBUTES)
+        assert np.shape(model.notes["effects"]) == (40, 40) and np.isfinite(model.notes["effects"]).all()
         assert np.isfinite(model.notes["typical_logits"]).all() and model.config["layer_channels"] == CHAIN
     log = (finished / "log.txt").read_text()
     assert "stage 1" in log and "stage 2" in log and "test split after stage" in log and "done in" in log

@@ -56,9 +56,9 @@ class Edits:
     - A state, present or absent, that the labels have less than ``contradiction`` times as often beside an edit (see
       `contradictions`) contradicts it: the attribute's logit is brought to the typical one of the other state, or stays
       beyond it. So a hat takes away bangs that it would cover.
-    - Every logit that was not set moves by the ``effects`` of the states that change: g says other things of hair
-      beside a hat than without one. None changes its own state by that, nor comes nearer to 0 than it was, or than
-      `KEPT` of its typical logit.
+    - Then every attribute that keeps its state moves by the ``effects`` of the states that change: g says other things
+      of hair beside a hat than without one. No logit crosses 0; it stops at `KEPT` of its typical one, or where it was
+      if that is nearer to 0.
 
     Attributes:
         logits: attribute's index -> its logit.

@@ -1,6 +1,7 @@
 """What a run of the sampler starts from: its settings, its networks, and the targets that its images stand for."""
 
 import hashlib
+import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -139,10 +140,10 @@ class Networks:
 
 
 def fingerprint(network: nn.Module | None) -> str | None:
-    """What tells a network's weights from others."""
+    """What tells a network's weights, and the notes beside them, from others."""
     if network is None:
         return None
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(getattr(network, "notes", None), sort_keys=True).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
