@@ -63,9 +63,9 @@ class Settings:
     batch_size: int = option(16, "a multiple of 8: half of it are samples, compared in fours", 8)
     lr: float = option(3e-3, "peak learning rate of all networks", 1e-9)
     mapping_lr: float = option(30.0, "of the mapping, whose weights are a hundred times as large: times --lr", 1e-9)
-    decay: float = option(0.998, "of the moving average of the weights", 0.0, 1.0)
+    decay: float = option(0.99, "of the moving average of the weights", 0.0, 1.0)
     beta: float = option(1.0, "weight of the divergence, in nats per number of an image", 0.0)
-    adversarial: float = option(0.02, "weight of the generator's adversarial loss; 0: no discriminator", 0.0)
+    adversarial: float = option(0.03, "weight of the generator's adversarial loss; 0: no discriminator", 0.0)
     adversarial_from: float = option(0.5, "share of the run after which the discriminator comes", 0.0, 1.0)
     gamma: float = option(0.5, "weight of R1", 0.0)
     bf16: bool = option(True, "networks in bfloat16")
@@ -186,6 +186,12 @@ class Gaussian(nn.Module):
         return self.mean + torch.randn(count, len(self.mean), device=self.mean.device) @ self.root.T
 
 
+def encoded(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, R, R) -> mean and logarithm of the variance of z, (B, d) each."""
+    mean, log_variance = encoder(images).chunk(2, dim=1)
+    return mean, log_variance.clamp(-12, 4)
+
+
 def mapped(g: StyleGAN, z: Tensor) -> Tensor:
     """z (B, d) -> w+ (B, L, d), without the normalisation of z, which would bend what the encoder says."""
     for dense in g.g_mapping.values():
@@ -215,19 +221,20 @@ class Autoencoder:
     """
 
     R1_EVERY = 16  # steps
-    FIT_EVERY, FITTED = 500, 1500  # steps, images
+    FIT_EVERY, FITTED = 100, 1500  # steps, images
 
     def __init__(self, s: Settings, images: Tensor, run: Run):
         self.s, self.run, self.images = s, run, images.to(run.device)
         self.g = StyleGAN(s.size, s.channels, s.dim, s.depth).to(run.device)
         self.encoder = Classifier(s.size, s.width, 2 * s.dim, False).to(run.device)
         self.d = Classifier(s.size, s.width, 1, True).to(run.device)
-        self.ema, self.gaussian = Ema(self.g, s.decay), Gaussian(s.dim).to(run.device)
+        self.both = nn.ModuleDict({"g": self.g, "encoder": self.encoder})  # averaged together, as they fit each other
+        self.ema, self.gaussian = Ema(self.both, s.decay), Gaussian(s.dim).to(run.device)
         self.precision = partial(torch.autocast, run.device.type, BF16, enabled=s.bf16)
         even = [*self.g.g_synthesis.parameters(), *self.encoder.parameters()]
         groups = [{"params": even, "times": 1.0},
                   {"params": list(self.g.g_mapping.parameters()), "times": s.mapping_lr}]  # fmt: skip
-        self.parts = {"model": self.g, "encoder": self.encoder, "d": self.d, "ema": self.ema.model,
+        self.parts = {"model": self.both, "d": self.d, "ema": self.ema.model,
                       "gaussian": self.gaussian, "optimizer": torch.optim.Adam(groups, betas=(0.5, 0.99)),
                       "d_optimizer": torch.optim.Adam(self.d.parameters(), betas=(0.0, 0.99))}  # fmt: skip
 
@@ -240,17 +247,12 @@ class Autoencoder:
             group["lr"] *= group.get("times", 1.0)
         optimizer.step()
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, R, R) -> mean and logarithm of the variance of z, (B, d) each."""
-        mean, log_variance = self.encoder(images).chunk(2, dim=1)
-        return mean, log_variance.clamp(-12, 4)
-
     @torch.no_grad()
-    def fit(self, gaussian: Gaussian) -> Gaussian:
-        """Fitted to what the encoder now says of evenly spaced images."""
+    def fit(self, gaussian: Gaussian, encoder: nn.Module) -> Gaussian:
+        """Fitted to what the encoder says of evenly spaced images."""
         some = self.images[:: max(1, len(self.images) // self.FITTED)]
         with self.precision():
-            said = [self.encode(to_float(part)) for part in some.split(100)]
+            said = [encoded(encoder, to_float(part)) for part in some.split(100)]
         gaussian.fit(*map(torch.cat, zip(*said, strict=True)))
         return gaussian
 
@@ -260,7 +262,7 @@ class Autoencoder:
         opposed = s.adversarial > 0 and progress >= s.adversarial_from
         begins = opposed and not self.parts["d_optimizer"].state
         if begins or opposed and done % self.FIT_EVERY == 0:
-            self.fit(self.gaussian)
+            self.fit(self.gaussian, self.encoder)
         if begins:  # with what the encoder sees
             mine = self.d.state_dict()
             alike = {n: p for n, p in self.encoder.state_dict().items() if p.shape == mine[n].shape}
@@ -268,7 +270,7 @@ class Autoencoder:
         drawn = self.gaussian.draw(s.batch_size // 2 if opposed else 0)
         real = to_float(self.images[torch.randint(len(self.images), (s.batch_size,), device=device)])
         with self.precision():
-            mean, log_variance = self.encode(real)  # (B, d) each
+            mean, log_variance = encoded(self.encoder, real)  # (B, d) each
             z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
             made = self.g.synthesis(mapped(self.g, torch.cat([z, drawn]))).float()
         again = made[: s.batch_size]
@@ -285,7 +287,7 @@ class Autoencoder:
             loss = loss + s.adversarial * min(1.0, (progress - s.adversarial_from) / 0.05) * g_loss
         self.update(self.parts["optimizer"], loss, self.g.parameters())
         self.d.requires_grad_(True)
-        self.ema.update(self.g, done)
+        self.ema.update(self.both, done)
         return {"loss": loss, **said}
 
     def oppose(self, real: Tensor, fake: Tensor, done: int) -> dict[str, Tensor]:
@@ -345,8 +347,9 @@ def train(s: Settings, run: Run) -> None:
             yield (), (loop.done, loop.progress())
 
     def saved(_) -> None:
-        gaussian = model.fit(Gaussian(s.dim).to(run.device))
-        save(s, standardised(model.ema.model, gaussian), {"steps": loop.done, "seconds": loop.seconds})
+        average = model.ema.model
+        gaussian = model.fit(Gaussian(s.dim).to(run.device), average["encoder"])
+        save(s, standardised(average["g"], gaussian), {"steps": loop.done, "seconds": loop.seconds})
 
     def rate(done: int, progress: float) -> float:
         return s.lr * min(1.0, (done + 1) / 100) * min(1.0, max(0.05, (1 - progress) / 0.3))
