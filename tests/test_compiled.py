@@ -1,11 +1,17 @@
 """A prior through OpenVINO computes what it computes without."""
 
+import faulthandler
+import gc
+import os
+import signal
 import sys
 
 import pytest
 import torch
+from runs import forks
 
-from DDNM.guided_diffusion.compiled import compile_for_cpu
+from DDNM.guided_diffusion import compiled as module
+from DDNM.guided_diffusion.compiled import compile_for_cpu, openvino_core
 from DDNM.guided_diffusion.prior import Prior, small_unet
 from utils import InputError
 
@@ -32,16 +38,39 @@ def test_it_gives_the_same_noise_for_any_batch_and_gradients_pass_through_pytorc
 
 
 def test_bf16_is_the_hint_of_a_cpu_that_has_it():
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     prior = tiny_prior(torch.bfloat16)
-    has = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    has = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert compile_for_cpu(prior) == ("bf16" if has else "f32")
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         torch.testing.assert_close(prior(x, 500), tiny_prior()(x, 500), rtol=0.1, atol=0.1)
 
 
+def two_come_and_go() -> None:
+    faulthandler.enable()  # as pytest has it: signals have a stack of their own
+    priors = [tiny_prior() for _ in range(2)]
+    for prior in priors:
+        compile_for_cpu(prior)
+        with torch.no_grad():
+            prior(torch.zeros(1, 3, 16, 16), 5)
+    for prior in priors:
+        del prior.unet.forward  # and with it what was compiled, in the order in which it came
+        gc.collect()
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_after_compiled_networks_are_gone_does_no_harm():
+    pytest.importorskip("openvino")
+    process = forks().Process(target=two_come_and_go)
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+
+
 def test_without_openvino_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr(module, "openvino_core", openvino_core.__wrapped__)
     with pytest.raises(InputError, match="pip install -r requirements-openvino.txt"):
         compile_for_cpu(tiny_prior())

@@ -1,5 +1,6 @@
 """A prior's U-Net, run by OpenVINO on a CPU. It computes what PyTorch does, to rounding, and keeps no gradients."""
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -8,6 +9,23 @@ from torch import Tensor, nn
 
 from DDNM.guided_diffusion.prior import Prior
 from utils import InputError
+
+
+@functools.cache
+def openvino_core():
+    """OpenVINO, once for the process: each one moves the stack that signals are handled on, and when two are gone, the
+    next signal (of a child process that ends, say) may find none and crash the process.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import openvino
+    except ImportError:
+        raise InputError(
+            "--compile on a CPU needs OpenVINO: pip install -r requirements-openvino.txt, or leave --compile out"
+        ) from None
+    return openvino.Core()
 
 
 def compile_for_cpu(prior: Prior) -> str:
@@ -22,13 +40,7 @@ def compile_for_cpu(prior: Prior) -> str:
     Raises:
         InputError: OpenVINO is not installed.
     """
-    try:
-        import openvino
-    except ImportError:
-        raise InputError(
-            "--compile on a CPU needs OpenVINO: pip install -r requirements-openvino.txt, or leave --compile out"
-        ) from None
-    core = openvino.Core()
+    core = openvino_core()
     bf16 = prior.autocast is torch.bfloat16 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     precision = "bf16" if bf16 else "f32"
     unet, plain = prior.unet, prior.unet.forward
