@@ -39,10 +39,10 @@ test-page: $(VENV)/ready
 	else echo "SKIPPED: the page's tests need Chromium: apt install chromium"; fi
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "slow or not slow"
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
