@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from DDNM.guided_diffusion.diffusion import image_generator, sample
+from DDNM.guided_diffusion.edits import CONTRADICTION
 from DDNM.guided_diffusion.guidance import RuleSettings
 from DDNM.guided_diffusion.inputs import (
     CONFIGS,
@@ -116,11 +117,14 @@ class Studio:
         networks: on one device.
         rule, walk: the preset's; a wish brings its own rule, steps and seed.
         page: the page's own settings. flags: what was given beside them, for command lines.
+        contradiction: the preset's, see `Edits`.
     """
 
     def __init__(
-        self, networks: Networks, rule: RuleSettings, walk: WalkSettings, page: Page, flags: Sequence[str] = ()
-    ) -> None:
+        self, networks: Networks, rule: RuleSettings, walk: WalkSettings, page: Page, flags: Sequence[str] = (),
+        contradiction: float = CONTRADICTION,
+    ) -> None:  # fmt: skip
+        self.contradiction = contradiction
         self.networks, self.rule, self.walk, self.page, self.flags = networks, rule, walk, page, tuple(flags)
         self.attributes = networks.attributes
         typical = networks.spnn.notes.get("typical_logits") or [[-8.0, 8.0]] * len(self.attributes)
@@ -135,13 +139,12 @@ class Studio:
         self.size = networks.spnn.img_size
 
     def changed(self, change: str, logits: Sequence[float]) -> list[float]:
-        """The sliders after a button of `CHANGES`; the others stay."""
-        after = list(logits)
-        for word in CHANGES[change].split():
-            if word[1:] in self.attributes:
-                i = self.attributes.index(word[1:])
-                after[i] = self.typical[i][word[0] == "+"]
-        return after
+        """The sliders after a button of `CHANGES`; the others follow as they do after --set."""
+        typical = dict(zip(self.attributes, self.typical, strict=True))
+        words = [(word[1:], word[0] == "+") for word in CHANGES[change].split() if word[1:] in typical]
+        edits = self.networks.edits([f"{name}={typical[name][there]}" for name, there in words], self.contradiction)
+        after = edits.apply(torch.tensor([logits]))[0][0].tolist()
+        return [round(min(max(y, low), high), 1) for y, (low, high) in zip(after, self.range, strict=True)]
 
     def target(self, wish: Wish) -> Tensor:
         return torch.tensor([wish.logits], device=self.networks.device)  # (1, d)
@@ -346,7 +349,7 @@ class Events:
             if share < 1:
                 yield figure(image, f"x0 after {share:.0%}"), "", ""
         before, after = torch.tensor(portrait), studio.seen(image)[0]
-        kept = [i for i, y in enumerate(wish.logits) if abs(y - portrait[i]) <= 0.051]
+        kept = [i for i, y in enumerate(wish.logits) if (y > 0) == (portrait[i] > 0)]
         flipped = [studio.attributes[i].replace("_", " ") for i in kept if (before[i] > 0) != (after[i] > 0)]
         told = f"Of the {len(kept)} attributes that were left alone, {len(flipped)} changed by g"
         told += f": {', '.join(flipped)}." if flipped else "."
@@ -521,8 +524,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         raise InputError("the page needs gradio: pip install -r requirements-page.txt") from None
     device = resolve_device(networks.device)
+    contradiction = float(architecture.get("contradiction", CONTRADICTION))
     architecture = {key: value for key, value in architecture.items() if key in PRESET_ONLY}
-    studio = Studio(load_networks(networks, architecture, device), rule, walk, page, given_flags(argv))
+    loaded = load_networks(networks, architecture, device)
+    studio = Studio(loaded, rule, walk, page, given_flags(argv), contradiction)
     with tempfile.TemporaryDirectory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
