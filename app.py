@@ -67,7 +67,7 @@ NAME = "face"  # of every picture: its noise comes of the seed and this
 SHOWN_EVERY = 5  # evaluations of the prior between two pictures of one that is being drawn
 LARGEST_UPLOAD = "10mb"
 # keys of presets that the page has no use for
-COMMAND_ONLY = (*PRESET_ONLY, "base_rate", "contradiction", "lpips", "path_y", "set")
+COMMAND_ONLY = (*PRESET_ONLY, "base_rate", "lpips", "path_y", "set")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Page:
     waiting: int = option(64, "visitors that may wait for their picture", 1, 10_000)
     steps: int = option(50, "T_sampling at first", 1, 1000)
     faces: str = option("celeba.csv", "faces to start from, as --path_y of DDNM/main.py")
+    contradiction: float = option(CONTRADICTION, "what follows a button, as --set of DDNM/main.py has it", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,11 @@ class Studio:
         networks: on one device.
         rule, walk: the preset's; a wish brings its own rule, steps and seed.
         page: the page's own settings. flags: what was given beside them, for command lines.
-        contradiction: the preset's, see `Edits`.
     """
 
     def __init__(
-        self, networks: Networks, rule: RuleSettings, walk: WalkSettings, page: Page, flags: Sequence[str] = (),
-        contradiction: float = CONTRADICTION,
-    ) -> None:  # fmt: skip
-        self.contradiction = contradiction
+        self, networks: Networks, rule: RuleSettings, walk: WalkSettings, page: Page, flags: Sequence[str] = ()
+    ) -> None:
         self.networks, self.rule, self.walk, self.page, self.flags = networks, rule, walk, page, tuple(flags)
         self.attributes = networks.attributes
         typical = networks.spnn.notes.get("typical_logits") or [[-8.0, 8.0]] * len(self.attributes)
@@ -141,9 +139,10 @@ class Studio:
     def changed(self, change: str, logits: Sequence[float]) -> list[float]:
         """The sliders after a button of `CHANGES`; the others follow as they do after --set."""
         typical = dict(zip(self.attributes, self.typical, strict=True))
-        words = [(word[1:], word[0] == "+") for word in CHANGES[change].split() if word[1:] in typical]
-        edits = self.networks.edits([f"{name}={typical[name][there]}" for name, there in words], self.contradiction)
-        after = edits.apply(torch.tensor([logits]))[0][0].tolist()
+        words = [word for word in CHANGES[change].split() if word[1:] in typical]
+        edits = [f"{word[1:]}={typical[word[1:]][word[0] == '+']}" for word in words]
+        edited = self.networks.edits(edits, self.page.contradiction)
+        after = edited.apply(torch.tensor([logits]))[0][0].tolist()
         return [round(min(max(y, low), high), 1) for y, (low, high) in zip(after, self.range, strict=True)]
 
     def target(self, wish: Wish) -> Tensor:
@@ -351,7 +350,7 @@ class Events:
         before, after = torch.tensor(portrait), studio.seen(image)[0]
         kept = [i for i, y in enumerate(wish.logits) if (y > 0) == (portrait[i] > 0)]
         flipped = [studio.attributes[i].replace("_", " ") for i in kept if (before[i] > 0) != (after[i] > 0)]
-        told = f"Of the {len(kept)} attributes that were left alone, {len(flipped)} changed by g"
+        told = f"Of the {len(kept)} attributes that were to stay, {len(flipped)} changed by g"
         told += f": {', '.join(flipped)}." if flipped else "."
         yield (figure(image, "the edited face", "edited"), figure(studio.natural(wish.logits), "g'(y)", "natural"),
                f"<p>{escape(told)}</p>" + verdicts(studio, image, wish.logits) + recipe(studio, wish))  # fmt: skip
@@ -524,10 +523,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         raise InputError("the page needs gradio: pip install -r requirements-page.txt") from None
     device = resolve_device(networks.device)
-    contradiction = float(architecture.get("contradiction", CONTRADICTION))
     architecture = {key: value for key, value in architecture.items() if key in PRESET_ONLY}
-    loaded = load_networks(networks, architecture, device)
-    studio = Studio(loaded, rule, walk, page, given_flags(argv), contradiction)
+    studio = Studio(load_networks(networks, architecture, device), rule, walk, page, given_flags(argv))
     with tempfile.TemporaryDirectory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

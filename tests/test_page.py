@@ -216,7 +216,7 @@ def test_a_portrait_is_edited(tab, studio):
     tab.set_input_files("input[type=file]", str(portrait))
     tab.wait_for_selector("text=the portrait.")
     press(tab, "Draw with these sliders")
-    tab.wait_for_selector("text=Of the 40 attributes that were left alone")
+    tab.wait_for_selector("text=Of the 40 attributes that were to stay")
 
 
 @pytest.mark.page
