@@ -33,6 +33,7 @@ import dataclasses
 import functools
 import multiprocessing
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -44,7 +45,6 @@ from tqdm import tqdm
 from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, MASK_CLASSES, MASK_FOLDER
 from utils import InputError, atomic_write, option, parse, run_command, write_json
 
-SMALLEST_SIZE = 16  # pixels
 MARK = "procedural_faces.json"  # says that a folder's pictures were drawn here
 
 HAIR_COLOURS = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")
@@ -227,9 +227,9 @@ def mirror(points) -> np.ndarray:
     return np.asarray(points, float) * (-1, 1)
 
 
-def both(points) -> list[np.ndarray]:
-    """A shape of the right half and its mirror image."""
-    return [np.asarray(points, float), mirror(points)]
+def both(*shapes) -> list[np.ndarray]:
+    """Shapes of the right half, each with its mirror image."""
+    return [side for shape in shapes for side in (np.asarray(shape, float), mirror(shape))]
 
 
 def arch(right_half) -> np.ndarray:
@@ -250,70 +250,65 @@ def stroke(points, width: float, ends: float = 0.25) -> np.ndarray:
     return ribbon(spline(points), width, ends)
 
 
+def scallop(curve: np.ndarray, depth: float, period: float) -> np.ndarray:
+    """The curve with round bumps on its outer (left-hand) side."""
+    length = np.hypot(*np.diff(curve, axis=0).T).sum()
+    bumps = max(int(round(length / period)), 1)
+    curve = resample(curve, 10 * bumps + 1)
+    height = np.abs(np.sin(np.pi * bumps * np.linspace(0, 1, len(curve))))
+    return curve + depth * height[:, None] * normals(curve)
+
+
 # ---------------------------------------------------------------- the canvas
 
 
 class Canvas:
-    """A supersampled picture, addressed in the unit square, or in the head's own coordinates.
+    """A supersampled picture, and the classes of what it shows, drawn in the coordinates of the head or of the body.
 
     The head's coordinates have their origin between the eyes, u to the right and v down, in units of the picture's
     width; roll, scale and yaw are applied here. Yaw shifts a part by its depth: 0 for the middle of the head, 1 for the
-    eyes, more for the nose.
+    eyes, more for the nose. The body's have v of the picture, and u from the middle of the body, which does not roll.
     """
 
-    def __init__(self, size: int, variation: Variation):
-        v = variation
+    def __init__(self, size: int, v: Variation):
         self.size = size
         # enough samples for smooth edges, fewer if the picture itself is fine enough
         self.pixels = size * (4 if size <= 96 else 3 if size <= 192 else 2)
         self.image = Image.new("RGB", (self.pixels, self.pixels))
-        self.draw = ImageDraw.Draw(self.image)
         self.classes = Image.new("L", self.image.size)  # of what is seen, as numbers
         self.yaw = between(-0.026, 0.026, v.yaw)
         angle = np.deg2rad(between(-6, 6, v.roll))
-        self.turn = between(0.95, 1.05, v.scale) * np.array(
-            [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
-        )
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        self.turn = between(0.95, 1.05, v.scale) * turn
         self.origin = np.array([0.5 + between(-0.012, 0.012, v.shift_x), 0.455 + between(-0.012, 0.012, v.shift_y)])
+        self.body = 0.5 * (0.5 + self.head([(0, 0.4)])[0, 0])  # its middle in the picture
 
     def head(self, points, depth: float = 0.0) -> np.ndarray:
         """Map points of the head, (n, 2), to the unit square."""
         return (np.asarray(points, float) + (self.yaw * depth, 0)) @ self.turn + self.origin
 
     def _in_pixels(self, shapes, depth: float | None) -> list[np.ndarray]:
-        """Of one outline, or several: of the head at this depth, or of the unit square when depth is None."""
+        """Of one outline, or several: of the head at this depth, or of the body when depth is None."""
         shapes = shapes if isinstance(shapes, list) else [shapes]
-        return [(s if depth is None else self.head(s, depth)) * self.pixels for s in shapes]
-
-    def mark(self, shapes, part: str, depth: float | None = None, spare: tuple[str, ...] = ()) -> None:
-        """Say what outlines show, by its name in `data_loader.MASK_CLASSES`; what shows a class to ``spare`` stays.
-
-        ``part`` "_eye" stands for a pair, of which the right half of the picture shows the left one.
-        """
-        for shape in self._in_pixels(shapes, depth):
-            middle = self.head([(0, 0)])[0, 0] * self.pixels
-            side = ("l" if shape[:, 0].mean() > middle else "r") if part[0] == "_" else ""
-            number = MASK_CLASSES.index(side + part)
-            if spare:
-                kept = [MASK_CLASSES.index(name) for name in spare]
-                free = self.classes.point([0 if k in kept else 255 for k in range(256)])
-                self.classes.paste(number, mask=ImageChops.multiply(self.mask(shape / self.pixels, None), free))
-            else:
-                ImageDraw.Draw(self.classes).polygon(shape.ravel().tolist(), fill=number)
+        return [(s + (self.body, 0) if depth is None else self.head(s, depth)) * self.pixels for s in shapes]
 
     def fill(self, shapes, colour, depth: float | None = None, alpha: float = 1.0, blur: float = 0.0, clip=None,
              part: str | None = None) -> None:  # fmt: skip
-        """Fill one outline, or several at once; of the head at this depth, or of the unit square when depth is None.
+        """Fill one outline, or several at once; of the head at this depth, or of the body when depth is None.
 
         ``alpha`` is the opacity, ``blur`` the standard deviation of a soft edge as a part of the picture's width,
-        ``clip`` a mask (see `mask`) outside which nothing is drawn, and ``part`` what it shows, see `mark`.
+        ``clip`` a mask outside which nothing is drawn (see `inside`), and ``part`` what the outlines show, by its name
+        in `data_loader.MASK_CLASSES`, "_eye" for one of a pair, of which the right half of the picture shows the left.
         """
-        if part is not None:
-            self.mark(shapes, part, depth)
         shapes = self._in_pixels(shapes, depth)
+        if part is not None:
+            classes, middle = ImageDraw.Draw(self.classes), self.head([(0, 0)])[0, 0] * self.pixels
+            for shape in shapes:
+                side = ("l" if shape[:, 0].mean() > middle else "r") if part[0] == "_" else ""
+                classes.polygon(shape.ravel().tolist(), fill=MASK_CLASSES.index(side + part))
         if alpha == 1 and not blur and clip is None:
             for shape in shapes:
-                self.draw.polygon(shape.ravel().tolist(), fill=colour)
+                ImageDraw.Draw(self.image).polygon(shape.ravel().tolist(), fill=colour)
             return
         margin = 2.6 * blur * self.pixels + 1
         points = np.concatenate(shapes)
@@ -322,20 +317,18 @@ class Canvas:
         if (high <= low).any():
             return
         mask = Image.new("L", tuple((high - low).tolist()))
-        draw = ImageDraw.Draw(mask)
         for shape in shapes:
-            draw.polygon((shape - low).ravel().tolist(), fill=int(round(255 * alpha)))
+            ImageDraw.Draw(mask).polygon((shape - low).ravel().tolist(), fill=int(round(255 * alpha)))
         if blur:
             mask = mask.filter(ImageFilter.GaussianBlur(blur * self.pixels))
         box = (*low.tolist(), *high.tolist())
         self.image.paste(colour, box, mask if clip is None else ImageChops.multiply(mask, clip.crop(box)))
 
-    def mask(self, shapes, depth: float | None) -> Image.Image:
-        """A mask of outlines to clip other shapes with; ``depth`` as for `fill`."""
+    def inside(self, outline, depth: float | None = None) -> Callable[..., None]:
+        """`fill` at this depth, unless it is given another, that draws nothing outside the outline."""
         mask = Image.new("L", self.image.size)
-        for shape in self._in_pixels(shapes, depth):
-            ImageDraw.Draw(mask).polygon(shape.ravel().tolist(), fill=255)
-        return mask
+        ImageDraw.Draw(mask).polygon(self._in_pixels(outline, depth)[0].ravel().tolist(), fill=255)
+        return functools.partial(self.fill, depth=depth, clip=mask)
 
     def finish(self, blurry: bool) -> tuple[Image.Image, Image.Image]:
         """The picture and its mask at their final size."""
@@ -351,6 +344,11 @@ class Canvas:
 TOP = -0.29  # v of the skull's highest point
 MOUTH = 0.205
 LONG_HAIR = 0.16  # hair that ends below this v falls in locks at the sides of the face
+HEADS = {  # half the width at the eyes and at the mouth, from least to most, and at the chin; and the chin's v
+    "Chubby": ((0.232, 0.240), (0.246, 0.256), 0.175, 0.305),
+    "Oval_Face": ((0.178, 0.186), (0.126, 0.134), 0.070, 0.345),
+    "neither": ((0.208, 0.216), (0.176, 0.186), 0.118, 0.292),
+}
 
 
 class Face:
@@ -358,16 +356,11 @@ class Face:
 
     def __init__(self, a: dict[str, bool], v: Variation) -> None:
         self.a, self.v = a, v
-        if a["Chubby"]:  # half the width at the eyes, at the mouth, at the chin, and the chin's v
-            width, jaw, chin_width, chin = between(0.232, 0.240, v.width), between(0.246, 0.256, v.width), 0.175, 0.305
-        elif a["Oval_Face"]:
-            width, jaw, chin_width, chin = between(0.178, 0.186, v.width), between(0.126, 0.134, v.width), 0.070, 0.345
-        else:
-            width, jaw, chin_width, chin = between(0.208, 0.216, v.width), between(0.176, 0.186, v.width), 0.118, 0.292
-        chin += between(-0.006, 0.006, v.length)
-        if a["Male"]:
-            jaw, chin_width = jaw + 0.012, chin_width + 0.022
-        self.width, self.jaw, self.chin_width, self.chin = width, jaw, chin_width, chin
+        widths, jaws, chin_width, chin = HEADS[next((name for name in HEADS if a.get(name)), "neither")]
+        self.width = width = between(*widths, v.width)
+        self.jaw = jaw = between(*jaws, v.width) + (0.012 if a["Male"] else 0)
+        self.chin_width = chin_width = chin_width + (0.022 if a["Male"] else 0)
+        self.chin = chin = chin + between(-0.006, 0.006, v.length)
         skull = [(0, TOP), (0.60 * width, TOP + 0.034), (0.92 * width, -0.17), (width, -0.05), (0.99 * width, 0.06)]
         lower = [(jaw, 0.19), (chin_width, chin - 0.045), (0.5 * chin_width, chin - 0.008), (0, chin)]
         self.outline = arch(skull + lower)
@@ -380,20 +373,21 @@ class Face:
         self.hair = hair = mix(colour, BLACK if v.hair_shade < 0.5 else WHITE, 0.10 * abs(2 * v.hair_shade - 1))
         self.hair_dark, self.hair_light = mix(hair, BLACK, 0.42), mix(hair, (255, 250, 235), 0.30)
         self.beard = mix(hair, BLACK, 0.25)
+        self.beard_light = mix(self.beard, WHITE, 0.25)
         short = v.hair_length < (0.88 if a["Male"] else 0.14)
         end = 0.03 if short else 0.24 if v.hair_length < 0.42 else between(0.38, 0.46, v.hair_length)
         # v where the hair ends at the sides; below a hat none would show else
         self.hair_end = max(end, 0.20) if a["Wearing_Hat"] else end
         self.volume = between(0.0, 0.014, v.hair_volume) + (0.012 if a["Wavy_Hair"] else 0)
 
-    def half_width(self, at) -> np.ndarray:
-        """Half the width of the head at heights v."""
+    def edge(self, *heights: float, beyond: float = 0.0) -> np.ndarray:
+        """Points (n, 2) of the head's right edge at heights v, or to the right of it."""
         right = self.outline[self.outline[:, 0] >= 0]
         right = right[np.argsort(right[:, 1])]
-        return np.interp(at, right[:, 1], right[:, 0])
+        return np.stack([np.interp(heights, right[:, 1], right[:, 0]) + beyond, heights], 1)
 
 
-# ---------------------------------------------------------------- behind the face
+# ---------------------------------------------------------------- what is drawn, from back to front
 
 
 def draw_background(c: Canvas, f: Face) -> None:
@@ -407,70 +401,47 @@ def draw_background(c: Canvas, f: Face) -> None:
 
 
 def draw_body(c: Canvas, f: Face) -> None:
-    """Neck, shoulders, clothes, and what is worn there. The body does not roll with the head."""
-    a, v = f.a, f.v
-    male = a["Male"]
-    centre = 0.5 * (0.5 + c.head([(0, 0.4)])[0, 0])
+    """Neck, shoulders, clothes, and what is worn there."""
+    a, male = f.a, f.a["Male"]
     neck, shoulder, drop = (0.128, 0.60, 0.835) if male else (0.074, 0.40, 0.885)
-    cloth = pick(MEN_CLOTHES if male else WOMEN_CLOTHES, v.clothes)
-
-    def at(points):
-        return np.asarray(points, float) + (centre, 0)
-
-    right = [(0.9 * neck, 0.80), (neck + 0.05, drop + 0.005), (0.72 * shoulder, drop + 0.035), (shoulder, 1.02)]
-    c.fill(at(np.concatenate([spline(right), mirror(spline(right))[::-1]])), cloth, part="cloth")
+    cloth = pick(MEN_CLOTHES if male else WOMEN_CLOTHES, f.v.clothes)
+    right = spline([(0.9 * neck, 0.80), (neck + 0.05, drop + 0.005), (0.72 * shoulder, drop + 0.035), (shoulder, 1.02)])
+    c.fill(np.concatenate([right, mirror(right)[::-1]]), cloth, part="cloth")
     fold = stroke([(0.62 * shoulder, drop + 0.06), (0.58 * shoulder, 0.96), (0.60 * shoulder, 1.03)], 0.02)
-    c.fill([at(s) for s in both(fold)], mix(cloth, BLACK, 0.4), alpha=0.6, blur=0.008)
-    left, right = c.head([(-neck * 0.96, 0.15), (neck * 0.96, 0.15)])
-    throat = np.array([left, right, (centre + neck, 0.85), (centre, 0.90), (centre - neck, 0.85)])
+    c.fill(both(fold), mix(cloth, BLACK, 0.4), alpha=0.6, blur=0.008)
+    left, right = c.head([(-neck * 0.96, 0.15), (neck * 0.96, 0.15)]) - (c.body, 0)
+    throat = np.array([left, right, (neck, 0.85), (0, 0.90), (-neck, 0.85)])
     c.fill(throat, f.skin, part="neck")
     if male:
-        c.fill(at(loop([(0, 0.875), (neck + 0.02, 0.84), (0, 0.915)])), f.skin, part="neck")
+        c.fill(loop([(0, 0.875), (neck + 0.02, 0.84), (0, 0.915)]), f.skin, part="neck")
         collar = ribbon(arch([(0, 0.912), (0.06, 0.895), (neck + 0.025, 0.835)]), 0.022, 0.8)
-        c.fill(at(collar), mix(cloth, WHITE, 0.25), part="cloth")
-        c.fill(at(ellipse(0, 0.835, 0.020, 0.030)), f.shadow, alpha=0.75, blur=0.010)  # Adam's apple
+        c.fill(collar, mix(cloth, WHITE, 0.25), part="cloth")
+        c.fill(ellipse(0, 0.835, 0.020, 0.030), f.shadow, alpha=0.75, blur=0.010)  # Adam's apple
     else:
         chest = loop([(0, 0.85), (neck, 0.86), (0.19, drop + 0.02), (0.11, 0.975), (0, 0.995)])
-        c.fill(at(chest), f.skin, part="neck")
+        c.fill(chest, f.skin, part="neck")
         bone = stroke([(0.03, 0.912), (0.08, 0.902), (0.14, 0.895)], 0.012)
-        c.fill([at(s) for s in both(bone)], f.shadow, alpha=0.6, blur=0.006)
+        c.fill(both(bone), f.shadow, alpha=0.6, blur=0.006)
     under_chin = ellipse(-0.02 * f.lit_side, f.chin + 0.005, 0.95 * f.jaw, 0.062)
-    c.fill(under_chin, f.shadow, depth=0.2, alpha=0.85, blur=0.016, clip=c.mask(throat, None))
+    c.inside(throat)(under_chin, f.shadow, depth=0.2, alpha=0.85, blur=0.016)
     if a["Wearing_Necktie"]:
-        _draw_necktie(c, at, pick(TIES, v.accessory))
+        draw_necktie(c, pick(TIES, f.v.accessory))
     if a["Wearing_Necklace"]:
-        _draw_necklace(c, at, neck)
+        t = np.linspace(-1, 1, 11)
+        beads = list(zip((neck + 0.03) * t, 0.935 - 0.085 * t**2, strict=True))
+        c.fill([ellipse(x, y, 0.0185, 0.0185, 14) for x, y in beads], (40, 30, 60), part="neck_l")
+        c.fill([ellipse(x, y, 0.0150, 0.0150, 14) for x, y in beads], (70, 236, 250))
+        c.fill([ellipse(x - 0.004, y - 0.004, 0.006, 0.006, 10) for x, y in beads], WHITE)
 
 
-def _draw_necktie(c: Canvas, at, colour) -> None:
-    white = (246, 246, 250)
+def draw_necktie(c: Canvas, colour) -> None:
+    """A tie below a white collar."""
     for flap in both([(0, 0.885), (0.115, 0.815), (0.150, 0.86), (0.085, 0.965)]):
-        c.fill(at(flap), white, part="cloth")
-        c.fill(at(ribbon(np.array([flap[0], flap[3], flap[2]]), 0.007, 1)), (120, 120, 140), alpha=0.7)
-    knot = at([(-0.036, 0.872), (0.036, 0.872), (0.026, 0.925), (-0.026, 0.925)])
+        c.fill(flap, (246, 246, 250), part="cloth")
+        c.fill(ribbon(flap[[0, 3, 2]], 0.007, 1), (120, 120, 140), alpha=0.7)
+    knot = np.array([(-0.036, 0.872), (0.036, 0.872), (0.026, 0.925), (-0.026, 0.925)])
     c.fill(knot, mix(colour, BLACK, 0.25), part="cloth")
-    c.fill(at([(-0.026, 0.925), (0.026, 0.925), (0.062, 1.02), (-0.062, 1.02)]), colour, part="cloth")
-
-
-def _draw_necklace(c: Canvas, at, neck: float) -> None:
-    t = np.linspace(-1, 1, 11)
-    x, y = (neck + 0.03) * t, 0.935 - 0.085 * t**2
-    beads = [at(ellipse(*p, 0.0185, 0.0185, 14)) for p in zip(x, y, strict=True)]
-    c.fill(beads, (40, 30, 60), part="neck_l")
-    c.fill([at(ellipse(*p, 0.0150, 0.0150, 14)) for p in zip(x, y, strict=True)], (70, 236, 250))
-    c.fill([at(ellipse(p - 0.004, q - 0.004, 0.006, 0.006, 10)) for p, q in zip(x, y, strict=True)], WHITE)
-
-
-# ---------------------------------------------------------------- hair
-
-
-def scallop(curve: np.ndarray, depth: float, period: float) -> np.ndarray:
-    """The curve with round bumps on its outer (left-hand) side."""
-    length = np.hypot(*np.diff(curve, axis=0).T).sum()
-    bumps = max(int(round(length / period)), 1)
-    curve = resample(curve, 10 * bumps + 1)
-    height = np.abs(np.sin(np.pi * bumps * np.linspace(0, 1, len(curve))))
-    return curve + depth * height[:, None] * normals(curve)
+    c.fill(np.array([(-0.026, 0.925), (0.026, 0.925), (0.062, 1.02), (-0.062, 1.02)]), colour, part="cloth")
 
 
 def hair_outline(f: Face, end: float) -> np.ndarray:
@@ -479,7 +450,7 @@ def hair_outline(f: Face, end: float) -> np.ndarray:
     half = [(0, TOP - 0.045 - vol), (0.58 * w, TOP - 0.022 - vol), (w + 0.004 + vol, -0.20), (w + 0.030 + vol, -0.06)]
     half.append((w + 0.030 + vol, 0.035))
     if end > LONG_HAIR:
-        widest = max(w, float(f.half_width(0.15)))
+        widest = max(w, f.edge(0.15)[0, 0])
         half += [(widest + 0.052 + vol, 0.15), (widest + 0.050 + vol, end - 0.05), (widest + 0.03, end)]
     curve = arch(half)
     return scallop(curve, 0.030, 0.078) if f.a["Wavy_Hair"] else curve
@@ -487,98 +458,83 @@ def hair_outline(f: Face, end: float) -> np.ndarray:
 
 def draw_back_hair(c: Canvas, f: Face) -> None:
     """The hair behind neck and ears."""
-    if not f.a["Bald"]:
-        colour = f.hair_dark if f.hair_end > LONG_HAIR else f.hair
-        c.fill(hair_outline(f, f.hair_end), colour, depth=-0.1, part="hair")
+    colour = f.hair_dark if f.hair_end > LONG_HAIR else f.hair
+    c.fill(hair_outline(f, f.hair_end), colour, -0.1, part="hair")
 
 
 def hairline(f: Face) -> np.ndarray:
     """The inner edge of the hair on the forehead, from the left ear to the right one."""
-    w, a = f.width, f.a
-    if a["Receding_Hairline"]:
+    w = f.width
+    if f.a["Receding_Hairline"]:
         temple = [(0.52 * w, -0.285), (0.80 * w, -0.235), (0.90 * w, -0.13), (0.97 * w, 0.02)]
         return arch([(0, -0.222), (0.22 * w, -0.235), *temple])
     part = between(-0.02, 0.02, f.v.parting)
     return arch([(0, -0.200), (0.42 * w, -0.192), (0.74 * w, -0.165), (0.90 * w, -0.09), (0.97 * w, 0.02)]) + (part, 0)
 
 
-def strands(f: Face, outer: np.ndarray, inner: np.ndarray, at, width: float, parted: bool) -> list[np.ndarray]:
-    """Brush strokes that follow the hair between its two edges, ``at`` 0 (outer) to 1; they wave if the hair does.
+def comb_hair(within: Callable, f: Face, outer: np.ndarray, inner: np.ndarray, parted: bool) -> None:
+    """Brush strokes along the hair between its two edges: dark and light waves, or a straight sheen, or none.
 
     ``parted`` strokes start together at the crown, as combed hair does, and need edges that run from ear to ear.
     """
-    strokes = []
-    middle = len(outer) // 2
-    for t in at:
-        curve = (1 - t) * outer + t * inner
-        if parted:
-            spread = np.abs(np.linspace(-1, 1, len(curve)))[:, None]
-            spread = np.clip(spread / 0.5, 0, 1) ** 0.7
-            crown = 0.75 * outer[middle] + 0.25 * inner[middle] + (between(-0.03, 0.03, f.v.parting), 0)
-            curve = spread * curve + (1 - spread) * crown
-        if f.a["Wavy_Hair"]:
-            wave = np.sin(np.linspace(0, 2 * np.pi * len(curve) / 13, len(curve)))
-            curve = curve + 0.011 * wave[:, None] * normals(curve)
-        halves = (curve[: middle + 1], curve[middle:]) if parted else (curve,)
-        strokes += [ribbon(half, width, 0.25) for half in halves]
-    return strokes
-
-
-def draw_hair_strands(c: Canvas, f: Face, outer, inner, clip, parted: bool) -> None:
-    """Dark and light strands if the hair is wavy, a straight sheen if it is straight, none otherwise."""
     outer, inner = resample(outer, 60), resample(inner, 60)
-
-    def comb(at, width, colour, alpha):
-        c.fill(strands(f, outer, inner, at, width, parted), colour, depth=0.1, alpha=alpha, clip=clip)
-
-    if f.a["Wavy_Hair"]:
-        comb((0.10, 0.42, 0.74), 0.014, f.hair_dark, 0.9)
-        comb((0.26, 0.58, 0.90), 0.012, f.hair_light, 0.6)
+    middle, wavy, combs = len(outer) // 2, f.a["Wavy_Hair"], []
+    if wavy:
+        combs = [((0.10, 0.42, 0.74), 0.014, f.hair_dark, 0.9), ((0.26, 0.58, 0.90), 0.012, f.hair_light, 0.6)]
     elif f.a["Straight_Hair"]:
-        comb((0.34, 0.66), 0.010, f.hair_dark, 0.7)
-        comb((0.20, 0.50, 0.82), 0.014, f.streak, 0.9)
+        combs = [((0.34, 0.66), 0.010, f.hair_dark, 0.7), ((0.20, 0.50, 0.82), 0.014, f.streak, 0.9)]
+    spread = np.abs(np.linspace(-1, 1, len(outer)))[:, None]
+    spread = np.clip(spread / 0.5, 0, 1) ** 0.7
+    crown = 0.75 * outer[middle] + 0.25 * inner[middle] + (between(-0.03, 0.03, f.v.parting), 0)
+    wave = np.sin(np.linspace(0, 2 * np.pi * len(outer) / 13, len(outer)))[:, None]
+    for places, width, colour, alpha in combs:
+        strokes = []
+        for t in places:  # from the outer edge, 0, to the inner one, 1
+            curve = (1 - t) * outer + t * inner
+            if parted:
+                curve = spread * curve + (1 - spread) * crown
+            if wavy:
+                curve = curve + 0.011 * wave * normals(curve)
+            halves = (curve[: middle + 1], curve[middle:]) if parted else (curve,)
+            strokes += [ribbon(half, width) for half in halves]
+        within(strokes, colour, alpha=alpha)
 
 
 def draw_front_hair(c: Canvas, f: Face) -> None:
     """The hair on top of the head, the locks beside the face, and the fringe."""
-    if f.a["Bald"]:
-        return
     if f.hair_end > LONG_HAIR:
-        _draw_locks(c, f)
+        draw_locks(c, f)
     if not f.a["Wearing_Hat"]:
         outer, inner = hair_outline(f, 0.0), hairline(f)
         cap = np.concatenate([outer, inner[::-1]])
-        c.fill(cap, f.hair, depth=0.1, part="hair")
-        clip = c.mask(cap, 0.1)
-        side = f.lit_side * 0.4 * f.width
-        c.fill(ellipse(side, TOP + 0.01, 0.13, 0.055), f.hair_light, depth=0.1, alpha=0.55, blur=0.025, clip=clip)
-        dark = ellipse(-f.lit_side * f.width, -0.12, 0.07, 0.14)
-        c.fill(dark, f.hair_dark, depth=0.1, alpha=0.55, blur=0.03, clip=clip)
-        draw_hair_strands(c, f, outer, inner, clip, parted=True)
+        c.fill(cap, f.hair, 0.1, part="hair")
+        within = c.inside(cap, 0.1)
+        within(ellipse(f.lit_side * 0.4 * f.width, TOP + 0.01, 0.13, 0.055), f.hair_light, alpha=0.55, blur=0.025)
+        within(ellipse(-f.lit_side * f.width, -0.12, 0.07, 0.14), f.hair_dark, alpha=0.55, blur=0.03)
+        comb_hair(within, f, outer, inner, parted=True)
     if f.a["Bangs"]:
-        _draw_bangs(c, f)
+        draw_bangs(c, f)
 
 
-def _draw_locks(c: Canvas, f: Face) -> None:
+def draw_locks(c: Canvas, f: Face) -> None:
+    """Long hair at both sides of the face."""
     end = f.hair_end
-    heights = np.array([-0.16, -0.05, 0.06, 0.16, max(0.24, 0.6 * end), end])
-    inner = np.stack([f.half_width(heights) - 0.016, heights], 1)
-    inner[4:, 0] = np.minimum(inner[3, 0], (0.175, 0.150))[: len(inner[4:])]
+    inner = f.edge(-0.16, -0.05, 0.06, 0.16, max(0.24, 0.6 * end), end, beyond=-0.016)
+    inner[4:, 0] = np.minimum(inner[3, 0], (0.175, 0.150))
     right = resample(hair_outline(f, end)[::-1], 120)
     outer = right[(right[:, 0] > 0) & (right[:, 1] > -0.17)][::-1]
     inner = spline(inner)
     for side in (1, -1):
         edge, inside = outer * (side, 1), inner * (side, 1)
         lock = np.concatenate([edge, inside[::-1]])
-        c.fill(lock, f.hair, depth=0.1, part="hair")
-        clip = c.mask(lock, 0.1)
-        away = 0.60 if side != f.lit_side else 0.35
-        tip = ellipse(side * (f.width + 0.02), end, 0.07, 0.15)
-        c.fill(tip, f.hair_dark, depth=0.1, alpha=away, blur=0.05, clip=clip)
-        draw_hair_strands(c, f, edge, inside, clip, parted=False)
+        c.fill(lock, f.hair, 0.1, part="hair")
+        within, away = c.inside(lock, 0.1), 0.60 if side != f.lit_side else 0.35
+        within(ellipse(side * (f.width + 0.02), end, 0.07, 0.15), f.hair_dark, alpha=away, blur=0.05)
+        comb_hair(within, f, edge, inside, parted=False)
 
 
-def _draw_bangs(c: Canvas, f: Face) -> None:
+def draw_bangs(c: Canvas, f: Face) -> None:
+    """A fringe of seven tufts."""
     w = f.width
     tips = np.linspace(-0.86 * w, 0.86 * w, 8)
     lower = []
@@ -587,13 +543,13 @@ def _draw_bangs(c: Canvas, f: Face) -> None:
     lower.append((tips[-1], -0.126))
     upper = [(0.93 * w, -0.16), (0.6 * w, -0.245), (0, -0.27), (-0.6 * w, -0.245), (-0.93 * w, -0.16)]
     shape = np.array(lower + upper)
-    c.fill(shape + (0, 0.018), f.shadow, depth=0.3, alpha=0.55, blur=0.008)
-    c.fill(shape, f.hair, depth=0.3, part="hair")
+    c.fill(shape + (0, 0.018), f.shadow, 0.3, alpha=0.55, blur=0.008)
+    c.fill(shape, f.hair, 0.3, part="hair")
     lines = [ribbon([(0.75 * u, -0.24), (0.95 * u, -0.17), (u, -0.115)], 0.009, 0.4) for u in tips[1:-1]]
-    c.fill(lines, f.hair_dark, depth=0.3, alpha=0.8)
+    c.fill(lines, f.hair_dark, 0.3, alpha=0.8)
     if f.a["Straight_Hair"]:
         lines = [ribbon([(0.75 * u + 0.01, -0.24), (0.97 * u + 0.012, -0.11)], 0.008, 0.4) for u in tips[1:-1]]
-        c.fill(lines, f.streak, depth=0.3, alpha=0.9)
+        c.fill(lines, f.streak, 0.3, alpha=0.9)
 
 
 def draw_hat(c: Canvas, f: Face) -> None:
@@ -601,79 +557,64 @@ def draw_hat(c: Canvas, f: Face) -> None:
     colour = pick(HATS, f.v.accessory)
     w = f.width + f.volume
     crown = arch([(0, -0.425), (0.55 * w, -0.410), (0.95 * w, -0.32), (w + 0.025, -0.17)])
-    c.fill(ellipse(0, -0.125, w, 0.05), f.shadow, depth=0.2, alpha=0.6, blur=0.012)
-    c.fill(crown, colour, depth=0.1, part="hat")
-    clip = c.mask(crown, 0.1)
-    shine = ellipse(f.lit_side * 0.09, -0.34, 0.06, 0.09)
-    c.fill(shine, mix(colour, WHITE, 0.6), depth=0.1, alpha=0.6, blur=0.03, clip=clip)
-    c.fill(ellipse(-f.lit_side * 0.20, -0.26, 0.07, 0.16), BLACK, depth=0.1, alpha=0.45, blur=0.03, clip=clip)
+    c.fill(ellipse(0, -0.125, w, 0.05), f.shadow, 0.2, alpha=0.6, blur=0.012)
+    c.fill(crown, colour, 0.1, part="hat")
+    within = c.inside(crown, 0.1)
+    within(ellipse(f.lit_side * 0.09, -0.34, 0.06, 0.09), mix(colour, WHITE, 0.6), alpha=0.6, blur=0.03)
+    within(ellipse(-f.lit_side * 0.20, -0.26, 0.07, 0.16), BLACK, alpha=0.45, blur=0.03)
     band = np.array([(-w - 0.03, -0.245), (w + 0.03, -0.245), (w + 0.03, -0.16), (-w - 0.03, -0.16)])
-    c.fill(band, mix(colour, WHITE, 0.75), depth=0.1, clip=clip)
+    within(band, mix(colour, WHITE, 0.75))
     brim = loop([(0, -0.205), (w + 0.115, -0.165), (0.6 * w, -0.135), (0, -0.128)])
-    c.fill(brim, mix(colour, BLACK, 0.22), depth=0.1, part="hat")
-
-
-# ---------------------------------------------------------------- the head and its shading
+    c.fill(brim, mix(colour, BLACK, 0.22), 0.1, part="hat")
 
 
 def draw_ears(c: Canvas, f: Face) -> None:
     """Both ears; the head covers what yaw turns away."""
     for side in (-1, 1):
         x = side * (f.width + 0.010)
-        c.fill(ellipse(x, 0.03, 0.030, 0.058), f.skin, depth=-0.3, part="_ear")
-        c.fill(ellipse(x + side * 0.002, 0.026, 0.016, 0.036), f.shadow, depth=-0.3, alpha=0.7, blur=0.006)
+        c.fill(ellipse(x, 0.03, 0.030, 0.058), f.skin, -0.3, part="_ear")
+        c.fill(ellipse(x + side * 0.002, 0.026, 0.016, 0.036), f.shadow, -0.3, alpha=0.7, blur=0.006)
 
 
-def draw_head(c: Canvas, f: Face) -> Image.Image:
-    """The head's skin and its modelling by the light; returns the mask of the face."""
+def draw_head(c: Canvas, f: Face) -> Callable:
+    """The head's skin and its modelling by the light; returns what draws on the face alone, see `Canvas.inside`."""
     if f.a["Double_Chin"]:
-        _draw_second_chin(c, f)
-    c.fill(f.outline, f.skin, depth=0.2, part="skin")
-    clip = c.mask(f.outline, 0.2)
-    w, jaw = f.width, f.jaw
+        half = min(f.chin_width + 0.030, 0.158)
+        roll = [(half + 0.02, f.chin - 0.09), (half, f.chin), (0.6 * half, f.chin + 0.052), (0, f.chin + 0.064)]
+        c.fill(loop(roll) + (0, 0.022), mix(f.shadow, BLACK, 0.35), 0.2, alpha=0.8, blur=0.008)
+        c.fill(loop(roll), mix(f.skin, f.light, 0.4), 0.2, part="skin")
+        crease = arch([(0, f.chin + 0.020), (0.5 * half, f.chin + 0.008), (half, f.chin - 0.05)])
+        c.fill(ribbon(crease, 0.030, 0.4), mix(f.shadow, BLACK, 0.45), 0.2, blur=0.004)
+    c.fill(f.outline, f.skin, 0.2, part="skin")
+    face, w, jaw, lit = c.inside(f.outline, 0.2), f.width, f.jaw, f.lit_side
     shade = [(0.62 * w, -0.30), (1.3 * w, -0.2), (1.4 * w, 0.1), (0.9 * jaw, 0.36), (0.25 * jaw, 0.33)]
-    shade = spline([*shade, (0.78 * jaw, 0.15), (0.86 * w, -0.05)], closed=True) * (-f.lit_side, 1)
-    c.fill(shade, f.shadow, depth=0.2, alpha=0.62, blur=0.03, clip=clip)
-    c.fill(ellipse(f.lit_side * 0.06, -0.15, 0.085, 0.06), f.light, depth=0.5, alpha=0.6, blur=0.035, clip=clip)
-    c.fill(ellipse(f.lit_side * 0.115, 0.085, 0.04, 0.035), f.light, depth=0.8, alpha=0.5, blur=0.022, clip=clip)
-    chin = ellipse(0.01 * f.lit_side, f.chin - 0.045, 0.035, 0.02)
-    c.fill(chin, f.light, depth=0.8, alpha=0.5, blur=0.015, clip=clip)
-    c.fill(both(ellipse(0.095, -0.028, 0.058, 0.032)), f.shadow, depth=1, alpha=0.42, blur=0.016, clip=clip)
+    shade = spline([*shade, (0.78 * jaw, 0.15), (0.86 * w, -0.05)], closed=True) * (-lit, 1)
+    face(shade, f.shadow, alpha=0.62, blur=0.03)
+    face(ellipse(lit * 0.06, -0.15, 0.085, 0.06), f.light, depth=0.5, alpha=0.6, blur=0.035)
+    face(ellipse(lit * 0.115, 0.085, 0.04, 0.035), f.light, depth=0.8, alpha=0.5, blur=0.022)
+    face(ellipse(0.01 * lit, f.chin - 0.045, 0.035, 0.02), f.light, depth=0.8, alpha=0.5, blur=0.015)
+    face(both(ellipse(0.095, -0.028, 0.058, 0.032)), f.shadow, depth=1, alpha=0.42, blur=0.016)
     if f.a["Bald"]:
-        shine = ellipse(f.lit_side * 0.07, TOP + 0.075, 0.055, 0.028)
-        c.fill(shine, WHITE, depth=0.3, alpha=0.75, blur=0.012, clip=clip)
-    return clip
+        face(ellipse(lit * 0.07, TOP + 0.075, 0.055, 0.028), WHITE, depth=0.3, alpha=0.75, blur=0.012)
+    return face
 
 
-def _draw_second_chin(c: Canvas, f: Face) -> None:
-    half = min(f.chin_width + 0.030, 0.158)
-    roll = [(half + 0.02, f.chin - 0.09), (half, f.chin), (0.6 * half, f.chin + 0.052), (0, f.chin + 0.064)]
-    roll = loop(roll)
-    c.fill(roll + (0, 0.022), mix(f.shadow, BLACK, 0.35), depth=0.2, alpha=0.8, blur=0.008)
-    c.fill(roll, mix(f.skin, f.light, 0.4), depth=0.2, part="skin")
-    crease = arch([(0, f.chin + 0.020), (0.5 * half, f.chin + 0.008), (half, f.chin - 0.05)])
-    c.fill(ribbon(crease, 0.030, 0.4), mix(f.shadow, BLACK, 0.45), depth=0.2, blur=0.004)
-
-
-def draw_cheeks(c: Canvas, f: Face, clip) -> None:
+def draw_cheeks(face: Callable, f: Face) -> None:
     """Rosy discs, and the light and the hollow that high cheekbones give."""
     if f.a["Rosy_Cheeks"]:
-        c.fill(both(ellipse(0.128, 0.105, 0.046, 0.040)), (240, 60, 90), depth=0.8, alpha=0.72, blur=0.010, clip=clip)
+        face(both(ellipse(0.128, 0.105, 0.046, 0.040)), (240, 60, 90), depth=0.8, alpha=0.72, blur=0.010)
     if f.a["High_Cheekbones"]:
         hollow = stroke([(0.195, 0.105), (0.150, 0.150), (0.105, 0.185)], 0.042, 0.5)
-        c.fill(both(hollow), mix(f.shadow, (70, 20, 20), 0.55), depth=0.7, alpha=0.85, blur=0.007, clip=clip)
+        face(both(hollow), mix(f.shadow, (70, 20, 20), 0.55), depth=0.7, alpha=0.85, blur=0.007)
         bone = stroke([(0.190, 0.035), (0.150, 0.075), (0.105, 0.088)], 0.030, 0.4)
-        c.fill(both(bone), (255, 248, 232), depth=0.7, alpha=0.85, blur=0.006, clip=clip)
+        face(both(bone), (255, 248, 232), depth=0.7, alpha=0.85, blur=0.006)
 
 
-def draw_age(c: Canvas, f: Face, clip) -> None:
+def draw_age(face: Callable, f: Face) -> None:
     """Wrinkles: forehead, crow's feet, from nose to mouth, beside the chin."""
-    if f.a["Young"]:
-        return
     ink = mix(f.shadow, (60, 26, 26), 0.5)
     lines = [arch([(0, y + 0.004), (0.05, y - 0.004), (0.115, y + 0.008)]) for y in (-0.180, -0.150, -0.120)]
-    forehead = [ribbon(line, 0.012) for line in lines]
-    c.fill(forehead, ink, depth=0.8, alpha=0.8, blur=0.002, clip=clip)
+    face([ribbon(line, 0.012) for line in lines], ink, depth=0.8, alpha=0.8, blur=0.002)
     folds = [
         stroke([(0.058, 0.100), (0.092, 0.140), (0.108, 0.190), (0.104, 0.225)], 0.018, 0.35),
         ribbon([(0.152, -0.006), (0.172, -0.018), (0.192, -0.034)], 0.010, 0.5),
@@ -681,96 +622,77 @@ def draw_age(c: Canvas, f: Face, clip) -> None:
         ribbon([(0.150, 0.018), (0.170, 0.032), (0.188, 0.050)], 0.010, 0.5),
         stroke([(0.100, 0.235), (0.104, 0.260), (0.094, 0.285)], 0.013, 0.35),
     ]
-    c.fill([s for fold in folds for s in both(fold)], ink, depth=0.8, alpha=0.85, blur=0.002, clip=clip)
+    face(both(*folds), ink, depth=0.8, alpha=0.85, blur=0.002)
 
 
-# ---------------------------------------------------------------- beards
-
-
-def draw_beard(c: Canvas, f: Face, clip) -> None:
+def draw_beard(c: Canvas, face: Callable, f: Face) -> None:
     """What grows below the mouth and on the cheeks; the moustache is drawn after the mouth."""
-    a = f.a
+    a, chin = f.a, f.chin
     if a["5_o_Clock_Shadow"]:
-        heights = np.array([0.115, 0.16, 0.22, 0.27, f.chin])
-        edge = np.stack([f.half_width(heights) + 0.01, heights], 1)
-        inner = [(0.05, 0.135), (0.11, 0.150)]
-        right = np.concatenate([inner, edge])
+        right = np.concatenate([[(0.05, 0.135), (0.11, 0.150)], f.edge(0.115, 0.16, 0.22, 0.27, chin, beyond=0.01)])
         area = np.concatenate([right, mirror(right)[::-1]])
-        c.fill(area, (62, 76, 104), depth=0.4, alpha=0.62, blur=0.007, clip=clip)
+        face(area, (62, 76, 104), depth=0.4, alpha=0.62, blur=0.007)
     if a["Sideburns"]:
-        heights = np.array([-0.12, -0.05, 0.02, 0.08, 0.125])
-        edge = np.stack([f.half_width(heights) + 0.002, heights], 1)
+        edge = f.edge(-0.12, -0.05, 0.02, 0.08, 0.125, beyond=0.002)
         inner = edge - np.stack([(0.022, 0.036, 0.048, 0.060, 0.068), (0, 0, 0, 0, -0.016)], 1)
-        c.fill(both(np.concatenate([spline(edge), spline(inner)[::-1]])), f.beard, depth=0.2)
+        c.fill(both(np.concatenate([spline(edge), spline(inner)[::-1]])), f.beard, 0.2)
         hairs = [ribbon([(x - 0.018, y - 0.05), (x - 0.030, y + 0.01)], 0.007) for x, y in edge[1:]]
-        c.fill([h for hair in hairs for h in both(hair)], mix(f.beard, WHITE, 0.25), depth=0.2, alpha=0.6)
+        c.fill(both(*hairs), f.beard_light, 0.2, alpha=0.6)
     if not a["No_Beard"] and not any(a[name] for name in BEARDS):
-        heights = np.array([0.095, 0.16, 0.20, 0.24, 0.27])
-        edge = np.stack([f.half_width(heights) + 0.010, heights], 1)
-        tip = [(0.75 * f.chin_width, f.chin + 0.020), (0, f.chin + 0.036)]
+        edge = f.edge(0.095, 0.16, 0.20, 0.24, 0.27, beyond=0.010)
+        tip = [(0.75 * f.chin_width, chin + 0.020), (0, chin + 0.036)]
         inner = [(0, 0.262), (0.055, 0.256), (0.105, 0.225), (0.80 * edge[1, 0], 0.180), (edge[0, 0] - 0.02, 0.10)]
-        c.fill(both(np.concatenate([spline([*edge, *tip]), spline(inner)])), f.beard, depth=0.4, part="skin")
-        hairs = [ribbon([(u, 0.27), (0.97 * u, f.chin + 0.012)], 0.007) for u in np.linspace(-0.1, 0.1, 7)]
-        c.fill(hairs, mix(f.beard, WHITE, 0.25), depth=0.5, alpha=0.6)
+        c.fill(both(np.concatenate([spline([*edge, *tip]), spline(inner)])), f.beard, 0.4, part="skin")
+        hairs = [ribbon([(u, 0.27), (0.97 * u, chin + 0.012)], 0.007) for u in np.linspace(-0.1, 0.1, 7)]
+        c.fill(hairs, f.beard_light, 0.5, alpha=0.6)
     if a["Goatee"]:
-        tip = [(0.062, f.chin - 0.015), (0.032, f.chin + 0.030), (0, f.chin + 0.044)]
-        patch = loop([(0, 0.262), (0.058, 0.250), *tip])
-        c.fill(patch, f.beard, depth=0.8, part="skin")
-        hairs = [ribbon([(u, 0.265), (0.7 * u, f.chin + 0.028)], 0.006) for u in (-0.036, -0.012, 0.012, 0.036)]
-        c.fill(hairs, mix(f.beard, WHITE, 0.25), depth=0.8, alpha=0.6)
+        patch = loop([(0, 0.262), (0.058, 0.250), (0.062, chin - 0.015), (0.032, chin + 0.030), (0, chin + 0.044)])
+        c.fill(patch, f.beard, 0.8, part="skin")
+        hairs = [ribbon([(u, 0.265), (0.7 * u, chin + 0.028)], 0.006) for u in (-0.036, -0.012, 0.012, 0.036)]
+        c.fill(hairs, f.beard_light, 0.8, alpha=0.6)
 
 
 def draw_mustache(c: Canvas, f: Face) -> None:
     """Two drooping halves between nose and mouth."""
-    if not f.a["Mustache"]:
-        return
     lower = [(0.112, 0.196), (0.074, 0.186), (0.03, 0.180), (0, 0.176)]
-    half = spline([(0, 0.140), (0.045, 0.138), (0.085, 0.158), *lower])
-    c.fill(both(half), f.beard, depth=1.1, part="skin")
+    c.fill(both(spline([(0, 0.140), (0.045, 0.138), (0.085, 0.158), *lower])), f.beard, 1.1, part="skin")
     hairs = [ribbon([(0.012 + 0.5 * u, 0.146), (u + 0.012, 0.176)], 0.005) for u in (0.015, 0.035, 0.055)]
-    c.fill([s for h in hairs for s in both(h)], mix(f.beard, WHITE, 0.25), depth=1.1, alpha=0.6)
-
-
-# ---------------------------------------------------------------- the features
+    c.fill(both(*hairs), f.beard_light, 1.1, alpha=0.6)
 
 
 def draw_eye(c: Canvas, f: Face, side: int) -> None:
     """The left (side -1) or right (side 1) eye with lid, lashes, make-up, and the bag below it."""
-    a, v = f.a, f.v
-    x = side * between(0.093, 0.099, v.eyes)
-    half = 0.050
+    a, v, made_up = f.a, f.v, f.a["Heavy_Makeup"]
+    x, half = side * between(0.093, 0.099, v.eyes), 0.050
     height = between(0.0080, 0.0100, v.eyes) if a["Narrow_Eyes"] else between(0.028, 0.032, v.eyes)
     upper = arch([(0, -height), (0.5 * half, -0.78 * height), (half, 0.002)]) + (x, 0)
     lower = arch([(0, 0.82 * height), (0.5 * half, 0.66 * height), (half, 0.002)])[::-1] + (x, 0)
-    almond = np.concatenate([upper, lower])
-    if a["Heavy_Makeup"]:
+    if made_up:
         brow_bone = (upper - (x, 0)) * (1.16, 0.3) + (x + side * 0.010, -0.050)
         lid = np.concatenate([upper + (side * 0.006, 0), brow_bone[::-1]])
-        c.fill(lid, pick(MAKEUP, v.accessory), depth=1, alpha=0.92, blur=0.004)
+        c.fill(lid, pick(MAKEUP, v.accessory), 1, alpha=0.92, blur=0.004)
     if a["Bags_Under_Eyes"]:
         bag = ribbon(arch([(0, 0.056), (0.026, 0.050), (0.052, 0.026)]) + (x, 0), 0.030, 0.4)
-        c.fill(bag, (74, 46, 92), depth=0.95, alpha=0.82, blur=0.004)
-    c.fill(almond, (252, 250, 248), depth=1, part="_eye")
-    clip = c.mask(almond, 1)
-    iris = pick(EYE_COLOURS, v.eye_colour)
-    gaze = x + 0.35 * c.yaw
-    c.fill(ellipse(gaze, -0.002, 0.0245, 0.0245), mix(iris, BLACK, 0.45), depth=1, clip=clip)
-    c.fill(ellipse(gaze, 0.000, 0.0200, 0.0200), iris, depth=1, clip=clip)
-    c.fill(ellipse(gaze, -0.001, 0.0105, 0.0105), (12, 8, 8), depth=1, clip=clip)
-    c.fill(upper + (0, 0.006), BLACK, depth=1, alpha=0.30, blur=0.005, clip=clip)
-    c.fill(ellipse(gaze + f.lit_side * 0.008, -0.010, 0.0062, 0.0062, 12), WHITE, depth=1, clip=clip)
-    made_up = a["Heavy_Makeup"]
-    c.fill(ribbon(upper, 0.017 if made_up else 0.010 if a["Male"] else 0.014, 0.5), INK, depth=1)
-    c.fill(ribbon(lower, 0.005, 0.3), mix(f.shadow, INK, 0.5), depth=1, alpha=0.8)
+        c.fill(bag, (74, 46, 92), 0.95, alpha=0.82, blur=0.004)
+    almond = np.concatenate([upper, lower])
+    c.fill(almond, (252, 250, 248), 1, part="_eye")
+    within, iris, gaze = c.inside(almond, 1), pick(EYE_COLOURS, v.eye_colour), x + 0.35 * c.yaw
+    within(ellipse(gaze, -0.002, 0.0245, 0.0245), mix(iris, BLACK, 0.45))
+    within(ellipse(gaze, 0.000, 0.0200, 0.0200), iris)
+    within(ellipse(gaze, -0.001, 0.0105, 0.0105), (12, 8, 8))
+    within(upper + (0, 0.006), BLACK, alpha=0.30, blur=0.005)
+    within(ellipse(gaze + f.lit_side * 0.008, -0.010, 0.0062, 0.0062, 12), WHITE)
+    c.fill(ribbon(upper, 0.017 if made_up else 0.010 if a["Male"] else 0.014, 0.5), INK, 1)
+    c.fill(ribbon(lower, 0.005, 0.3), mix(f.shadow, INK, 0.5), 1, alpha=0.8)
     if not a["Narrow_Eyes"] and not made_up:
-        c.fill(ribbon(upper + (0, -0.014), 0.006, 0.2), mix(f.shadow, INK, 0.4), depth=1, alpha=0.8)
+        c.fill(ribbon(upper + (0, -0.014), 0.006, 0.2), mix(f.shadow, INK, 0.4), 1, alpha=0.8)
     if made_up or not a["Male"]:
         reach, width = (0.034, 0.011) if made_up else (0.016, 0.007)
         lashes = []
         for along, sideways in ((0.35, 0.35), (0.65, 0.6), (0.95, 0.9)):
             u, root = upper[np.argmin(abs(upper[:, 0] - x - side * half * along))]
             lashes.append(ribbon([(u, root), (u + side * reach * sideways, root - 0.75 * reach)], width, 0.6))
-        c.fill(lashes, INK, depth=1)
+        c.fill(lashes, INK, 1)
 
 
 def draw_brows(c: Canvas, f: Face) -> None:
@@ -781,48 +703,45 @@ def draw_brows(c: Canvas, f: Face) -> None:
     else:
         y = between(-0.067, -0.073, v.brows)
         curve = spline([(0.042, y + 0.003), (0.075, y - 0.003), (0.110, y - 0.004), (0.152, y + 0.006)])
-    colour = mix(f.hair_dark if not a["Gray_Hair"] else f.hair, INK, 0.35)
+    colour, width, ends = mix(f.hair if a["Gray_Hair"] else f.hair_dark, INK, 0.35), (0.0135, 0.0165), 0.35
     if a["Bushy_Eyebrows"]:
-        c.fill(both(ribbon(curve, 0.044, 0.65)), mix(colour, (20, 14, 12), 0.7), depth=1, part="_brow")
-    else:
-        c.fill(both(ribbon(curve, between(0.0135, 0.0165, v.brows), 0.35)), colour, depth=1, part="_brow")
+        colour, width, ends = mix(colour, (20, 14, 12), 0.7), (0.044, 0.044), 0.65
+    c.fill(both(ribbon(curve, between(*width, v.brows), ends)), colour, 1, part="_brow")
 
 
 def draw_nose(c: Canvas, f: Face) -> None:
     """A small or a big one, round or as a sharp pyramid with one side in the shade."""
-    a, v = f.a, f.v
-    big, pointy = a["Big_Nose"], a["Pointy_Nose"]
-    half = between(0.062, 0.068, v.nose) if big else between(0.029, 0.033, v.nose)
+    big, dark = f.a["Big_Nose"], -f.lit_side
+    half = between(0.062, 0.068, f.v.nose) if big else between(0.029, 0.033, f.v.nose)
     tip = 0.128 if big else 0.112
-    dark = -f.lit_side
     strong = mix(f.shadow, (60, 16, 16), 0.45)
     bridge = stroke([(dark * 0.020, -0.035), (dark * 0.018, 0.02), (dark * 0.7 * half, 0.085)], 0.020, 0.5)
-    c.mark(np.array([(-0.016, -0.03), (0.016, -0.03), (half, tip - 0.01), (0, tip), (-half, tip - 0.01)]), "nose", 1.3)
-    c.fill(bridge, f.shadow, depth=1.2, alpha=0.6, blur=0.008)
-    c.fill(ribbon([(0, -0.03), (0, 0.03), (0, 0.075)], 0.016, 0.5), f.light, depth=1.35, alpha=0.7, blur=0.006)
-    if pointy:
+    whole = np.array([(-0.016, -0.03), (0.016, -0.03), (half, tip - 0.01), (0, tip), (-half, tip - 0.01)])
+    c.fill(whole, f.skin, 1.3, alpha=0, part="nose")  # has no edges of its own in the picture
+    c.fill(bridge, f.shadow, 1.2, alpha=0.6, blur=0.008)
+    c.fill(ribbon([(0, -0.03), (0, 0.03), (0, 0.075)], 0.016, 0.5), f.light, 1.35, alpha=0.7, blur=0.006)
+    if f.a["Pointy_Nose"]:
         tip += 0.022
         left, right, top = (-half - 0.012, tip - 0.024), (half + 0.012, tip - 0.024), (0, -0.020)
-        c.fill(np.array([top, left, (0, tip), right]), f.light, depth=1.4, part="nose")
-        c.fill(np.array([top, (dark * (half + 0.012), tip - 0.024), (0, tip)]), strong, depth=1.4)
-        nostril = 0.45 * half
-        c.fill(both(ellipse(nostril + 0.008, tip - 0.016, 0.30 * half, 0.007)), mix(strong, BLACK, 0.55), depth=1.3)
+        c.fill(np.array([top, left, (0, tip), right]), f.light, 1.4, part="nose")
+        c.fill(np.array([top, (dark * (half + 0.012), tip - 0.024), (0, tip)]), strong, 1.4)
+        nostrils = both(ellipse(0.45 * half + 0.008, tip - 0.016, 0.30 * half, 0.007))
+        c.fill(nostrils, mix(strong, BLACK, 0.55), 1.3)
         return
-    c.fill(ellipse(0, tip + 0.010, 1.25 * half, 0.016), f.shadow, depth=1.2, alpha=0.7, blur=0.007)
-    wing = 0.026 if big else 0.014
+    c.fill(ellipse(0, tip + 0.010, 1.25 * half, 0.016), f.shadow, 1.2, alpha=0.7, blur=0.007)
+    wing, ball = (0.026, 0.046) if big else (0.014, 0.024)
     wings = both(ellipse(half - 0.5 * wing, tip - wing, wing, 1.05 * wing))
-    c.fill(wings, mix(f.skin, f.shadow, 0.55), depth=1.25, part="nose")
-    ball = 0.046 if big else 0.024
-    c.fill(ellipse(0, tip - 0.62 * ball, ball, 0.86 * ball), mix(f.skin, f.shadow, 0.18), depth=1.45, part="nose")
+    c.fill(wings, mix(f.skin, f.shadow, 0.55), 1.25, part="nose")
+    c.fill(ellipse(0, tip - 0.62 * ball, ball, 0.86 * ball), mix(f.skin, f.shadow, 0.18), 1.45, part="nose")
     shade = ellipse(dark * 0.4 * ball, tip - 0.5 * ball, 0.6 * ball, 0.6 * ball)
-    c.fill(shade, f.shadow, depth=1.45, alpha=0.55, blur=0.006)
+    c.fill(shade, f.shadow, 1.45, alpha=0.55, blur=0.006)
     shine = ellipse(-dark * 0.25 * ball, tip - 0.95 * ball, 0.36 * ball, 0.28 * ball)
-    c.fill(shine, WHITE, depth=1.45, alpha=0.65, blur=0.004)
+    c.fill(shine, WHITE, 1.45, alpha=0.65, blur=0.004)
     nostrils = both(ellipse(0.55 * half, tip - 0.003, 0.30 * half, 0.0085 if big else 0.006))
-    c.fill(nostrils, mix(strong, BLACK, 0.55), depth=1.35)
+    c.fill(nostrils, mix(strong, BLACK, 0.55), 1.35)
     if big:
         rim = stroke([(half + 0.006, tip - 0.045), (half + 0.016, tip - 0.022), (half + 0.004, tip)], 0.012, 0.5)
-        c.fill(both(rim), strong, depth=1.25, alpha=0.9)
+        c.fill(both(rim), strong, 1.25, alpha=0.9)
 
 
 def draw_mouth(c: Canvas, f: Face) -> None:
@@ -843,90 +762,78 @@ def draw_mouth(c: Canvas, f: Face) -> None:
     full = (0.6 * half, y - 0.3 * lift + 1.1 * gap + 0.75 * low)
     outer_low = arch([(0, low_edge + 1.1 * low), full, corner])[::-1]
     lip = pick(LIPSTICKS, v.mouth) if a["Wearing_Lipstick"] else mix(f.skin, (204, 68, 84), 0.6)
-    c.fill(outer_low + (0, 0.016), f.shadow, depth=1, alpha=0.5, blur=0.008)
-    c.fill(np.concatenate([outer_up, outer_low]), lip, depth=1, part="l_lip")
-    c.fill(np.concatenate([outer_up, inner_up[::-1]]), mix(lip, BLACK, 0.22), depth=1, part="u_lip")
+    c.fill(outer_low + (0, 0.016), f.shadow, 1, alpha=0.5, blur=0.008)
+    c.fill(np.concatenate([outer_up, outer_low]), lip, 1, part="l_lip")
+    c.fill(np.concatenate([outer_up, inner_up[::-1]]), mix(lip, BLACK, 0.22), 1, part="u_lip")
     shine = ellipse(f.lit_side * 0.012, y + 1.3 * gap + 0.55 * low, 0.024, 0.30 * low)
-    c.fill(shine, mix(lip, WHITE, 0.65), depth=1, alpha=0.75, blur=0.004)
+    c.fill(shine, mix(lip, WHITE, 0.65), 1, alpha=0.75, blur=0.004)
     if gap:
         hole = np.concatenate([inner_up, inner_low])
-        c.fill(hole, (52, 8, 14), depth=1, part="mouth")
+        c.fill(hole, (52, 8, 14), 1, part="mouth")
         teeth = np.concatenate([inner_up, 0.45 * inner_low + 0.55 * inner_up[::-1]])
-        c.fill(teeth * (0.86, 1), (250, 248, 242), depth=1, clip=c.mask(hole, 1))
+        c.inside(hole, 1)(teeth * (0.86, 1), (250, 248, 242))
     else:
-        c.fill(ribbon(inner_up, 0.008, 0.5), mix(lip, (30, 0, 0), 0.65), depth=1)
+        c.fill(ribbon(inner_up, 0.008, 0.5), mix(lip, (30, 0, 0), 0.65), 1)
     if smile:
         dimple = [(half + 0.006, y - lift - 0.030), (half + 0.022, y - lift), (half + 0.014, y - lift + 0.026)]
-        cheek = stroke(dimple, 0.017, 0.3)
-        c.fill(both(cheek), mix(f.shadow, (60, 20, 20), 0.35), depth=0.9, alpha=0.9)
+        c.fill(both(stroke(dimple, 0.017, 0.3)), mix(f.shadow, (60, 20, 20), 0.35), 0.9, alpha=0.9)
 
 
 def draw_glasses(c: Canvas, f: Face) -> None:
     """Dark frames, hardly tinted lenses."""
-    colour = pick(FRAMES, f.v.accessory)
+    colour, before = pick(FRAMES, f.v.accessory), c.classes.copy()
     top = [(0.024, -0.038), (0.096, -0.046), (0.170, -0.038), (0.172, 0.022)]
     ring = spline([*top, (0.150, 0.058), (0.096, 0.066), (0.042, 0.056), (0.024, 0.020)], closed=True)
-    c.fill(both(ring), (225, 240, 255), depth=1.1, alpha=0.16)
-    closed = np.concatenate([ring, ring[:2]])
-    bridge = stroke([(-0.026, -0.012), (0, -0.020), (0.026, -0.012)], 0.017, 1)
-    temples = both(ribbon([(0.168, -0.015), (f.width, -0.012)], 0.015, 1))
-    c.fill(both(ribbon(closed, 0.017, 1)), colour, depth=1.1)
-    c.fill(bridge, colour, depth=1.2)
-    c.fill(temples, colour, depth=0.8)
-    behind = ("l_eye", "r_eye", "l_brow", "r_brow")
-    for shapes, depth in ((both(ring), 1.1), (both(ribbon(closed, 0.017, 1)), 1.1), ([bridge], 1.2), (temples, 0.8)):
-        c.mark(shapes, "eye_g", depth, spare=behind)
+    c.fill(both(ring), (225, 240, 255), 1.1, alpha=0.16, part="eye_g")
+    c.fill(both(ribbon(np.concatenate([ring, ring[:2]]), 0.017, 1)), colour, 1.1, part="eye_g")
+    c.fill(stroke([(-0.026, -0.012), (0, -0.020), (0.026, -0.012)], 0.017, 1), colour, 1.2, part="eye_g")
+    c.fill(both(ribbon([(0.168, -0.015), (f.width, -0.012)], 0.015, 1)), colour, 0.8, part="eye_g")
+    behind = [MASK_CLASSES.index(name) for name in ("l_eye", "r_eye", "l_brow", "r_brow")]
+    c.classes.paste(before, mask=before.point([255 if k in behind else 0 for k in range(256)]))
 
 
 def draw_earrings(c: Canvas, f: Face) -> None:
     """Golden discs below the ears."""
     x, y = f.width + 0.022, 0.118
-    c.fill(both(ellipse(x, y, 0.041, 0.041)), (110, 66, 0), depth=-0.3, part="ear_r")
-    c.fill(both(ellipse(x, y, 0.034, 0.034)), (255, 206, 20), depth=-0.3)
-    for side in (-1, 1):
-        c.fill(ellipse(side * x - 0.010, y - 0.011, 0.012, 0.012), (255, 255, 220), depth=-0.3)
+    c.fill(both(ellipse(x, y, 0.041, 0.041)), (110, 66, 0), -0.3, part="ear_r")
+    c.fill(both(ellipse(x, y, 0.034, 0.034)), (255, 206, 20), -0.3)
+    c.fill([ellipse(side * x - 0.010, y - 0.011, 0.012, 0.012) for side in (-1, 1)], (255, 255, 220), -0.3)
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def render(attributes: dict[str, bool], variation: Variation, size: int) -> tuple[Image.Image, Image.Image]:
-    """Draw the face with these attributes, ``size`` pixels square, RGB; and what is seen there. Free of chance.
+def render(a: dict[str, bool], variation: Variation, size: int) -> tuple[Image.Image, Image.Image]:
+    """Draw the face with attributes ``a``, ``size`` pixels square, RGB; and what is seen there. Free of chance.
 
     Returns:
         picture, mask: the mask as a palette picture of the classes `data_loader.MASK_CLASSES`.
-
-    Raises:
-        ValueError: when ``size`` is below `SMALLEST_SIZE`.
     """
-    if size < SMALLEST_SIZE:
-        raise ValueError(f"size {size} is too small: the smallest face is {SMALLEST_SIZE} pixels wide")
-    a = attributes
-    c, f = Canvas(size, variation), Face(attributes, variation)
+    c, f = Canvas(size, variation), Face(a, variation)
     draw_background(c, f)
-    draw_back_hair(c, f)
+    if not a["Bald"]:
+        draw_back_hair(c, f)
     draw_body(c, f)
-    ears_free = a["Bald"] or f.hair_end <= LONG_HAIR or a["Wearing_Earrings"]
     draw_ears(c, f)
-    clip = draw_head(c, f)
-    draw_cheeks(c, f, clip)
-    draw_age(c, f, clip)
-    draw_front_hair(c, f)
-    if ears_free and f.hair_end > LONG_HAIR and not a["Bald"]:
-        draw_ears(c, f)
-    draw_beard(c, f, clip)
+    face = draw_head(c, f)
+    draw_cheeks(face, f)
+    if not a["Young"]:
+        draw_age(face, f)
+    if not a["Bald"]:
+        draw_front_hair(c, f)
+        if a["Wearing_Earrings"] and f.hair_end > LONG_HAIR:
+            draw_ears(c, f)  # before the hair
+    draw_beard(c, face, f)
     draw_nose(c, f)
     draw_mouth(c, f)
-    draw_mustache(c, f)
+    if a["Mustache"]:
+        draw_mustache(c, f)
     for side in (-1, 1):
         draw_eye(c, f, side)
     draw_brows(c, f)
-    if a["Eyeglasses"]:
-        draw_glasses(c, f)
-    if a["Wearing_Hat"]:
-        draw_hat(c, f)
-    if a["Wearing_Earrings"]:
-        draw_earrings(c, f)
+    for name, draw in (("Eyeglasses", draw_glasses), ("Wearing_Hat", draw_hat), ("Wearing_Earrings", draw_earrings)):
+        if a[name]:
+            draw(c, f)
     return c.finish(a["Blurry"])
 
 
@@ -937,11 +844,7 @@ def sample_face(seed: int, index: int) -> tuple[dict[str, bool], Variation]:
 
 
 def draw_face(seed: int, index: int, size: int) -> tuple[Image.Image, dict[str, bool]]:
-    """Image ``index`` of ``seed`` (both 0 or more), ``size`` pixels square, with its 40 attributes.
-
-    Raises:
-        ValueError: when seed or index is negative, or ``size`` is below `SMALLEST_SIZE`.
-    """
+    """Image ``index`` of ``seed``, ``size`` pixels square, with its 40 attributes, as `sample_face` has them."""
     attributes, variation = sample_face(seed, index)
     return render(attributes, variation, size)[0], attributes
 
@@ -956,14 +859,9 @@ def _write_face(index: int, out: Path, seed: int, size: int, masks: bool) -> str
 
 
 def write_dataset(
-    out: str | Path,
-    count: int,
-    size: int,
-    seed: int,
-    workers: int | None = None,
-    overwrite: bool = False,
+    out: str | Path, count: int, size: int, seed: int, workers: int | None = None, overwrite: bool = False,
     masks: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write ``count`` faces, and with ``masks`` those, into the folder ``out``, laid out as CelebAMask-HQ is.
 
     procedural_faces.json says what was drawn, and that it was: only such a folder is ever overwritten. With
@@ -1007,9 +905,10 @@ def _prepare_folder(out: Path, overwrite: bool, settings: dict, masks: bool) -> 
         (out / MASK_FOLDER).mkdir(exist_ok=True)
     write_json(out / MARK, settings)  # before the first picture: an interrupted run may be replaced too
     (out / ANNOTATION_FILE).unlink(missing_ok=True)
-    for old in (old for name, pattern in folders.items() for old in (out / name).glob(pattern)):
-        if old.stem.isdecimal():
-            old.unlink()
+    for name, pattern in folders.items():
+        for old in (out / name).glob(pattern):
+            if old.stem.isdecimal():
+                old.unlink()
 
 
 @dataclasses.dataclass
@@ -1018,7 +917,7 @@ class Options:
 
     out: Path = option(..., "folder to write; new or empty")
     count: int = option(..., "number of faces", 1)
-    size: int = option(64, "width and height in pixels", SMALLEST_SIZE, 4096)
+    size: int = option(64, "width and height in pixels", 16, 4096)
     seed: int = option(0, "same seed, same faces", 0, 2**63 - 1)
     workers: int | None = option(None, "processes; none: one for each core", 1, 1024)
     overwrite: bool = option(False, "replace the faces in a folder that is not empty")
