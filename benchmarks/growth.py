@@ -15,24 +15,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the command runs from any folder
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from benchmarks.speed import SIZES, Common, images, network, randomise, record, seconds, stage_losses  # noqa: E402
-from logger import format_table  # noqa: E402
-from models import SPNN, BackProjection  # noqa: E402
-from networks import prepare_networks  # noqa: E402
-from train import Settings, backward  # noqa: E402
-from utils import option, parse, peak_gib, resolve_device, run_command, write_json  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.speed import SIZES, Common, begin, images, network, randomise, record, seconds, stage_losses
+from logger import format_table
+from models import SPNN, BackProjection
+from networks import prepare_networks
+from train import Settings, backward
+from utils import option, parse, peak_gib, run_command, write_json
 
 TASKS = ("back_projection", "stage1")
 KINDS = {  # parts of operator names, looked for in this order
     "solve": ("linalg_inv", "linalg_lu", "triangular"),
-    "matrix product": ("conv", "mm", "addmm", "linear", "mkldnn", "cudnn"),
+    "matrix product": ("conv", "mm", "linear", "mkldnn", "cudnn"),
+    "memory traffic": ("",),
 }
 
 
@@ -83,9 +81,7 @@ def task(name: str, model: SPNN, batch: int, device: torch.device) -> Callable[[
 
 def measure(name: str, size: int, batch: int, depth: int | None, args: Options) -> dict:
     """One row. Runs in its own process."""
-    device = resolve_device(args.device)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    device = begin(args)
     model = network(size, args.hidden, device) if depth is None else deep_network(depth, args.hidden // 2)
     model = prepare_networks(model, device)
     peak_gib(device, reset=True)
@@ -95,45 +91,42 @@ def measure(name: str, size: int, batch: int, depth: int | None, args: Options) 
     median = statistics.median(seconds(run, device) for _ in range(args.repeats))
     with torch.profiler.profile() as profile:
         run()
-    shares = dict.fromkeys((*KINDS, "memory traffic"), 0.0)
+    spent = dict.fromkeys(KINDS, 0.0)
     for event in profile.key_averages():
-        spent = event.self_cpu_time_total if device.type == "cpu" else event.self_device_time_total
-        kind = next((k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "memory traffic")
-        shares[kind] += spent
-    total = sum(shares.values())
-    return {
-        "task": name, "size": size, "batch": batch, "depth": depth, "seconds": median, "peak_gib": peak,
-        "shares": {kind: spent / total for kind, spent in shares.items()},
-        "parameters": sum(p.numel() for p in nn.Module.parameters(model)),
-    }  # fmt: skip
+        kind = next(kind for kind, parts in KINDS.items() if any(part in event.key for part in parts))
+        spent[kind] += event.self_cpu_time_total if device.type == "cpu" else event.self_device_time_total
+    shares = {kind: time / sum(spent.values()) for kind, time in spent.items()}
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"task": name, "size": size, "batch": batch, "depth": depth, "seconds": median, "peak_gib": peak, **shares,
+            "parameters": parameters}  # fmt: skip
 
 
-def fits(rows: Sequence[dict], args: Options) -> list[str]:
-    """One sentence per fit."""
+def fits(rows: Sequence[dict]) -> list[str]:
+    """One sentence per fit: a power of batch or pixels, a line over depth."""
+    groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for r in rows:
+        points = {"depth n": r["depth"]} if r["depth"] is not None else {
+            f"{r['size']}x{r['size']}: seconds ~ batch": r["batch"],
+            f"batch {r['batch']}: seconds ~ pixels": r["size"] ** 2,
+        }  # fmt: skip
+        for what, x in points.items():
+            groups.setdefault((r["task"], what), []).append((x, r["seconds"]))
     lines = []
-    for name in TASKS:
-        own = [r for r in rows if r["task"] == name]
-        groups = [(f"{size}x{size}", "batch", "batch", 1, {"size": size, "depth": None}) for size in args.sizes]
-        groups += [(f"batch {batch}", "pixels", "size", 2, {"batch": batch, "depth": None}) for batch in args.batches]
-        for what, variable, key, power, fixed in groups:
-            line = [r for r in own if fixed.items() <= r.items()]
-            if len(line) > 1:
-                x, y = (np.log([r[k] for r in line]) for k in (key, "seconds"))
-                lines.append(f"{name}, {what}: seconds ~ {variable}^{np.polyfit(power * x, y, 1)[0]:.2f}")
-        line = [r for r in own if r["depth"] is not None]
-        if len(line) > 1:
-            slope, start = np.polyfit([r["depth"] for r in line], [r["seconds"] for r in line], 1)
-            lines.append(f"{name}, depth n: seconds ~ {start:.3g} + {slope:.3g} n")
+    for (name, what), points in groups.items():
+        x, y = np.array(points).T
+        if len(points) > 1 and what == "depth n":
+            slope, start = np.polyfit(x, y, 1)
+            lines.append(f"{name}, {what}: seconds ~ {start:.3g} + {slope:.3g} n")
+        elif len(points) > 1:
+            lines.append(f"{name}, {what}^{np.polyfit(np.log(x), np.log(y), 1)[0]:.2f}")
     return lines
 
 
 def table(rows: Sequence[dict]) -> str:
     """The rows as a Markdown table."""
-    shares = {f"share_{kind}": (kind, ".0%") for kind in (*KINDS, "memory traffic")}
     columns = {"size": ("size", ".0f"), "batch": ("batch", ".0f"), "depth": ("added blocks", ".0f"),
-               "seconds": ("seconds", ".3g"), "peak_gib": ("peak GiB", ".2f"), **shares}  # fmt: skip
-    flat = [{**r, **{f"share_{kind}": share for kind, share in r["shares"].items()}} for r in rows]
-    return format_table(flat, "task", columns)
+               "seconds": ("seconds", ".3g"), "peak_gib": ("peak GiB", ".2f")}  # fmt: skip
+    return format_table(rows, "task", columns | {kind: (kind, ".0%") for kind in KINDS})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases += [(name, 64, 4, depth) for name in TASKS for depth in options.depths]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         kept = record(options, (pool.apply(measure, (*case, options)) for case in cases), table)
-    kept["fits"] = fits(kept["rows"], options)
+    kept["fits"] = fits(kept["rows"])
     print(*kept["fits"], sep="\n")
     if options.json is not None:
         write_json(options.json, kept)

@@ -12,21 +12,21 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the command runs from any folder
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
-
-from benchmarks.speed import stage_losses  # noqa: E402
-from models import SPNN  # noqa: E402
-from train import Settings, adam, backward  # noqa: E402
-from utils import option, parse, run_command, write_json  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.speed import stage_losses
+from logger import format_table
+from models import SPNN
+from train import Settings, adam, backward
+from utils import option, parse, run_command, write_json
 
 CPU = torch.device("cpu")
 
@@ -72,15 +72,14 @@ def two_steps(stage: int, model: SPNN, batch: int, precision: str) -> None:
         optimizer.step()
 
 
-def measure(stage: int, size: int, batch: int, precision: str, recompute: bool, hidden: int = 128) -> dict:
-    """One row of the table."""
+def peak_gib(stage: int, size: int, batch: int, precision: str, recompute: bool, hidden: int) -> float:
+    """Of two steps."""
     with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
         model = SPNN(img_size=size, hidden=hidden).train()
         if recompute:
             model.pinn.checkpoint_activations = True
         two_steps(stage, model, batch, precision)
-        return {"stage": stage, "img_size": size, "batch_size": batch, "precision": precision,
-                "checkpoint_activations": recompute, "peak_bytes": memory.peak}  # fmt: skip
+        return memory.peak / 2**30
 
 
 @dataclass(frozen=True)
@@ -98,25 +97,15 @@ class Options:
     json: Path | None = option(None, "also write the figures there")
 
 
-def table(rows: Sequence[dict]) -> str:
-    """The rows as a Markdown table, with and without recomputation side by side."""
-    lines = ["| stage | size | batch | precision | peak | with --checkpoint_activations |", "|---|---|---|---|---|---|"]
-    for plain, recomputed in zip(rows[::2], rows[1::2], strict=True):
-        r, (a, b) = plain, (f"{row['peak_bytes'] / 2**30:.1f} GiB" for row in (plain, recomputed))
-        lines.append(f"| {r['stage']} | {r['img_size']} | {r['batch_size']} | {r['precision']} | {a} | {b} |")
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     o, _ = parse(__doc__, Options, argv=argv)
-    rows = [
-        measure(stage, o.img_size, batch, precision, recompute, o.hidden)
-        for stage in o.stages
-        for batch in o.batch_size
-        for precision in o.precisions
-        for recompute in (False, True)
-    ]
-    print(f"torch {torch.__version__}, from shapes\n{table(rows)}")
+    columns = {"kept": ("peak, GiB", ".1f"), "recomputed": ("with --checkpoint_activations", ".1f")}
+    rows = []
+    for stage, batch, precision in product(o.stages, o.batch_size, o.precisions):
+        peaks = [peak_gib(stage, o.img_size, batch, precision, recompute, o.hidden) for recompute in (False, True)]
+        what = f"stage {stage}, {o.img_size}x{o.img_size}, batch {batch}, {precision}"
+        rows.append({"what": what, **dict(zip(columns, peaks, strict=True))})
+    print(f"torch {torch.__version__}, from shapes\n{format_table(rows, 'what', columns)}")
     if o.json is not None:
         write_json(o.json, {"torch": torch.__version__, "settings": asdict(o), "rows": rows})
     return 0

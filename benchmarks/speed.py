@@ -10,7 +10,6 @@ the machine does meets both; figures are medians.
 """
 
 import copy
-import math
 import platform
 import statistics
 import sys
@@ -22,31 +21,31 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import plain
+from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, CelebAMaskHQ, make_loader
+from DDNM.guided_diffusion.compiled import compile_for_cpu
+from DDNM.guided_diffusion.ddpm_layout import ddpm_unet
+from DDNM.guided_diffusion.diffusion import renoise
+from DDNM.guided_diffusion.guidance import NLBP, Denoiser
+from DDNM.guided_diffusion.prior import Prior
+from DDNM.guided_diffusion.schedule import Schedule
+from logger import format_table
+from models import SPNN, BackProjection
+from networks import networks_in, prepare_networks
+from operators import SPNNOperator
+from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents
+from train import step as take_step
+from utils import InputError, option, parse, resolve_device, run_command, write_json
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the command runs from any folder
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-
-from benchmarks import plain  # noqa: E402
-from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, CelebAMaskHQ, make_loader  # noqa: E402
-from DDNM.guided_diffusion.compiled import compile_for_cpu  # noqa: E402
-from DDNM.guided_diffusion.ddpm_layout import ddpm_unet  # noqa: E402
-from DDNM.guided_diffusion.diffusion import renoise  # noqa: E402
-from DDNM.guided_diffusion.guidance import NLBP, Denoiser  # noqa: E402
-from DDNM.guided_diffusion.prior import Prior  # noqa: E402
-from DDNM.guided_diffusion.schedule import Schedule  # noqa: E402
-from models import SPNN, BackProjection  # noqa: E402
-from networks import networks_in, prepare_networks  # noqa: E402
-from operators import SPNNOperator  # noqa: E402
-from train import Settings, adam, backward, forward_losses, freeze_g, natural_losses, origin_latents  # noqa: E402
-from train import step as take_step  # noqa: E402
-from utils import InputError, option, parse, resolve_device, run_command, write_json  # noqa: E402
-
 SEED = 0
 STEP = (500, 490)  # t and the next one, of a sampling step
 SIZES = (32, 64, 256)  # of the published architectures
@@ -105,16 +104,26 @@ def take_turns(ways: dict[str, Callable[[], object]], device: torch.device, repe
 
 def row(name: str, medians: dict[str, float], difference: float, scale: float, note: str, kind: str = "") -> dict:
     """A row of the table; ``difference`` is absolute for images, relative for a loss."""
-    return {
-        "row": name + kind, "plain_seconds": medians["plain"], "seconds": medians["ours" + kind],
-        "ratio": medians["plain"] / medians["ours" + kind], "largest_difference": difference, "largest_value": scale,
-        "note": note,
-    }  # fmt: skip
+    ours = medians["ours" + kind]
+    return {"row": name + kind, "plain_seconds": medians["plain"], "seconds": ours, "ratio": medians["plain"] / ours,
+            "largest_difference": difference, "largest_value": scale, "note": note}  # fmt: skip
+
+
+def apart(expected: Tensor, got: Tensor) -> tuple[float, float]:
+    """The largest difference, and the largest value that was expected."""
+    return (expected - got).abs().max().item(), expected.abs().max().item()
+
+
+def begin(options: Common) -> torch.device:
+    """The device that is measured, with as many threads as were asked for."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return resolve_device(options.device)
 
 
 def record(options: Common, rows: Iterable[dict], table: Callable[[Sequence[dict]], str], **more) -> dict:
     """Take measured rows one after the other, with what their figures need beside them; print them as a table."""
-    device, date = resolve_device(options.device), datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    device, date = begin(options), datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     kept = {"machine": machine(device), "device": str(device), "torch": torch.__version__, "date": date, "seed": SEED,
             **more, "settings": asdict(options), "rows": []}  # fmt: skip
     print(f"{kept['machine']}, {device}, torch {torch.__version__}, {date}", flush=True)
@@ -187,9 +196,8 @@ def back_projection(args: Options, device: torch.device) -> Iterable[dict]:
         "ours": lambda: BackProjection(prepared, x, goal)(1.0),
     }
     note = f"{args.sampling_size}x{args.sampling_size}, batch {len(x)}, float32"
-    expected, got = ways["plain"](), ways["ours"]()
     medians = take_turns(ways, device, args.repeats)
-    yield row("back_projection", medians, _distance(expected, got), _size(expected), note)
+    yield row("back_projection", medians, *apart(ways["plain"](), ways["ours"]()), note)
 
 
 @torch.no_grad()
@@ -226,9 +234,8 @@ def sampling_step(args: Options, device: torch.device) -> Iterable[dict]:
     results = {name: compute() for name, compute in ways.items()}
     medians = take_turns(ways, device, args.repeats)
     for name in priors:
-        difference, kind = _distance(results["plain"], results[name]), name.removeprefix("ours")
-        note = f"{size}x{size}, batch {batch}, prior included, {'bf16' if 'bf16' in kind else 'float32'} prior"
-        yield row("sampling_step", medians, difference, _size(results["plain"]), note, kind)
+        note = f"{size}x{size}, batch {batch}, prior included, {'bf16' if 'bf16' in name else 'float32'} prior"
+        yield row("sampling_step", medians, *apart(results["plain"], results[name]), note, name.removeprefix("ours"))
 
 
 def stage_losses(
@@ -256,22 +263,20 @@ def training(stage: int, args: Options, device: torch.device) -> Iterable[dict]:
     weights = {kind: [p for p in model.parameters() if p.requires_grad] for kind, model in models.items()}
     optimizers = {"plain": torch.optim.Adam(weights["plain"], lr=1e-6), "ours": adam(weights["ours"], 1e-6, device)}
 
-    def plain_backward() -> Tensor:
-        loss = (plain.stage1_loss if stage == 1 else plain.stage2_loss)(start, x, labels, settings)
-        loss.backward()
-        return loss.detach()
+    plain_loss = {1: plain.stage1_loss, 2: plain.stage2_loss}[stage]
 
     def plain_step() -> None:
         optimizers["plain"].zero_grad(set_to_none=True)
-        plain_backward()
+        plain_loss(start, x, labels, settings).backward()
         nn.utils.clip_grad_norm_(weights["plain"], 1.0)
         optimizers["plain"].step()
 
-    loss, own = plain_backward(), backward(losses_of["ours"], "float32", device)["total"].detach()
+    (loss := plain_loss(start, x, labels, settings)).backward()
+    own = backward(losses_of["ours"], "float32", device)["total"]
     gradients = [torch.cat([p.grad.flatten() for p in each if p.grad is not None]) for each in weights.values()]
-    apart = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
+    error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
     note = (f"{args.training_size}x{args.training_size}, batch {len(x)}; difference of the loss is relative; "
-            f"gradients {apart:.1e} apart, relative")  # fmt: skip
+            f"gradients {error:.1e} apart, relative")  # fmt: skip
     our_step = partial(take_step, models["ours"], optimizers["ours"], losses_of["ours"], settings, device)
     medians = take_turns({"plain": plain_step, "ours": our_step}, device, args.repeats)
     yield row(f"stage{stage}", medians, ((loss - own).abs() / loss.abs()).item(), loss.item(), note)
@@ -289,7 +294,7 @@ def loader(args: Options, device: torch.device) -> Iterable[dict]:
         keep = args.workers > 0
         loaders = {"plain": DataLoader(decoding, 32, num_workers=args.workers, persistent_workers=keep),
                    "ours": make_loader(source, 32, args.workers)}  # fmt: skip
-        worst = max(_distance(a[0], b[0]) for a, b in zip(*loaders.values(), strict=True))
+        worst = max(apart(a[0], b[0])[0] for a, b in zip(*loaders.values(), strict=True))
         ways = {name: lambda batches=batches: [x.shape for x, _ in batches] for name, batches in loaders.items()}
         medians = take_turns(ways, torch.device("cpu"), min(args.repeats, 3))
     note = f"second epoch of {args.images} {args.image_side}x{args.image_side} JPEGs at {size}, {args.workers} workers"
@@ -309,36 +314,19 @@ def write_jpegs(root: Path, count: int, side: int) -> None:
     (root / ANNOTATION_FILE).write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
-def _size(a: Tensor) -> float:
-    return a.abs().max().item()
-
-
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[dict]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| what | plain | here | ratio | largest difference |", "|---|---|---|---|---|"]
-    for r in rows:
-        lines.append(
-            f"| {r['row']}: {r['note']} | {_time(r['plain_seconds'])} | {_time(r['seconds'])} | {r['ratio']:.1f}x "
-            f"| {r['largest_difference']:.1e} (values up to {r['largest_value']:.2g}) |"
-        )
-    return "\n".join(lines)
-
-
-def _time(value: float) -> str:
-    digits = max(0, 2 - math.floor(math.log10(value)))  # three significant ones
-    return f"{value:.{digits}f} s" if value >= 0.1 else f"{1000 * value:.{max(0, digits - 3)}f} ms"
+    columns = {"plain_seconds": ("plain, s", ".3g"), "seconds": ("here, s", ".3g"), "ratio": ("ratio", ".1f"),
+               "largest_difference": ("difference", ".1e"), "largest_value": ("of values up to", ".2g")}  # fmt: skip
+    return format_table([{**r, "what": f"{r['row']}: {r['note']}"} for r in rows], "what", columns)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, _ = parse(__doc__, Options, argv=argv)
-    threads, device = torch.get_num_threads(), resolve_device(options.device)
+    device = begin(options)
     measurements = back_projection, sampling_step, partial(training, 1), partial(training, 2), loader
     rows = dict(zip(ROW_NAMES, measurements, strict=True))
 
@@ -347,12 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.manual_seed(SEED)
             yield from rows[name](options, device)
 
-    try:
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        record(options, measured(), table)
-    finally:
-        torch.set_num_threads(threads)
+    record(options, measured(), table)
     return 0
 
 

@@ -17,30 +17,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the command runs from any folder
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-from benchmarks.speed import (  # noqa: E402
-    SIZES,
-    Common,
-    images,
-    network,
-    published_unet,
-    record,
-    seconds,
-    stage_losses,
-)  # fmt: skip
-from DDNM.guided_diffusion.diffusion import image_generator, sample  # noqa: E402
-from DDNM.guided_diffusion.guidance import NLBP, Guidance, Unguided  # noqa: E402
-from DDNM.guided_diffusion.prior import Prior  # noqa: E402
-from logger import format_table  # noqa: E402
-from networks import PRECISIONS, compile_networks, inner_networks, prepare_networks  # noqa: E402
-from operators import SPNNOperator  # noqa: E402
-from train import Settings, adam, step  # noqa: E402
-from utils import option, parse, peak_gib, resolve_device, run_command  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.speed import SIZES, Common, begin, images, network, published_unet, record, seconds, stage_losses
+from DDNM.guided_diffusion.diffusion import image_generator, sample
+from DDNM.guided_diffusion.guidance import NLBP, Guidance, Unguided
+from DDNM.guided_diffusion.prior import Prior
+from logger import format_table
+from networks import PRECISIONS, compile_networks, inner_networks, prepare_networks
+from operators import SPNNOperator
+from train import Settings, adam, step
+from utils import option, parse, peak_gib, run_command
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,6 @@ class Options(Common):
     steps: int = option(100, "of the sampler", 1, 1000)
     timed_steps: int = option(5, "that are timed of them", 1, 1000)
     prior_channels: int = option(128, "of the U-Net", 32)
-    checkpoint_activations: bool = option(False, "as in training")
     compile: bool = option(False, "the SPNN's networks and the U-Net through torch.compile")
 
 
@@ -84,10 +72,7 @@ def training(args: Options, device: torch.device, rate: float, stage: int, preci
     labels = (torch.rand(len(x), model.num_classes) < 0.5).float().to(device)
     settings = Settings(precision=precision)
     losses_of = stage_losses(stage, model, x, labels, settings)
-    if args.checkpoint_activations:
-        model.pinn.checkpoint_activations = True
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = adam(trained, 1e-6, device)
+    optimizer = adam([p for p in model.parameters() if p.requires_grad], 1e-6, device)
     run = partial(step, model, optimizer, losses_of, settings, device)
     count = operations(run)  # before the compiler, whose kernels it cannot count
     if args.compile:
@@ -136,9 +121,7 @@ def table(rows: Sequence[dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, _ = parse(__doc__, Options, argv=argv)
-    device = resolve_device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    device = begin(options)
     gpu = device.type == "cuda"
     precisions = options.precisions or [p for p in PRECISIONS if gpu or p != "tf32"]
     rate = matrix_rate(device, 8192 if gpu else 1024)
