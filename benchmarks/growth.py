@@ -1,11 +1,18 @@
-"""How cost grows: seconds, peak memory and where the time goes, by image size, batch and depth.
+"""What it costs, by image size, batch and depth: seconds, images per second, peak memory, and where the time goes.
 
     python benchmarks/growth.py
-    python benchmarks/growth.py --sizes 32 64 --batches 1 8 --json benchmarks/results/growth.json
+    python benchmarks/growth.py --tasks stage1 stage2 --sizes 256 --batches 256 --depths none --precision bf16
+    python benchmarks/growth.py --tasks back_projection unguided sampling --sizes 256 --batches 1 16 64 --depths none
 
-Each measurement has a process of its own, so that one's peak memory is not another's. What the time goes into is
-torch's profiler's view of the operators, summed by kind: matrix products (convolutions included), linear solves, and
-the rest, which moves memory. The fit is least squares on logarithms: ``seconds ~ batch^a``, ``seconds ~ pixels^b``.
+A task is a step of training (losses, backward, clipping, Adam), one back-projection, or a step of the sampler with a
+bf16 prior, with back-projection or without; a drawn image takes as many of these as the sampler has steps. Weights are
+random: none of it depends on their values. Each measurement has a process of its own, so that one's peak memory is not
+another's.
+
+What the time goes into is torch's profiler's view of the operators, summed by kind: matrix products (convolutions
+included), linear solves, and the rest, which moves memory. The share of the matrix rate counts the multiply-adds of
+convolutions and matrix products (two operations each) against a product of two large bf16 matrices, timed in the same
+process. The fit is least squares on logarithms: ``seconds ~ batch^a``, ``seconds ~ pixels^b``.
 """
 
 import multiprocessing
@@ -13,20 +20,37 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.speed import SIZES, Common, begin, images, network, randomise, record, seconds, stage_losses
+from benchmarks.speed import (
+    SIZES,
+    Common,
+    begin,
+    images,
+    network,
+    published_unet,
+    randomise,
+    record,
+    seconds,
+    stage_losses,
+    step_of_sampling,
+)
+from DDNM.guided_diffusion.guidance import NLBP, Unguided
+from DDNM.guided_diffusion.prior import Prior
 from logger import format_table
 from models import SPNN, BackProjection
-from networks import prepare_networks
-from train import Settings, backward
+from networks import PRECISIONS, prepare_networks
+from operators import SPNNOperator
+from train import Settings, adam, step
 from utils import option, parse, peak_gib, run_command, write_json
 
-TASKS = ("back_projection", "stage1")
+TASKS = ("back_projection", "stage1", "stage2", "unguided", "sampling")
 KINDS = {  # parts of operator names, looked for in this order
     "solve": ("linalg_inv", "linalg_lu", "triangular"),
     "matrix product": ("conv", "mm", "linear", "mkldnn", "cudnn"),
@@ -39,9 +63,12 @@ class Options(Common):
     """What is measured."""
 
     repeats: int = option(3, "timed runs of each", 1)
+    tasks: tuple[str, ...] = option(TASKS[:2], "what is timed", choices=TASKS)
     sizes: tuple[int, ...] = option(SIZES, "of images", choices=SIZES)
     batches: tuple[int, ...] = option((1, 4, 16), "images at a time", 1)
-    depths: tuple[int, ...] = option((1, 4, 16), "blocks added at 64x64, batch 4", 0, 43)
+    depths: tuple[int, ...] | None = option((1, 4, 16), "blocks added at 64x64, batch 4", 0, 43)
+    precision: str = option("float32", "of the SPNN's networks in training", choices=PRECISIONS)
+    prior_channels: int = option(128, "of the U-Net", 32)
 
 
 def deep_network(depth: int, hidden: int) -> SPNN:
@@ -63,32 +90,47 @@ def deep_network(depth: int, hidden: int) -> SPNN:
     return randomise(SPNN(img_size=64, layer_channels=chain))
 
 
-def task(name: str, model: SPNN, batch: int, device: torch.device) -> Callable[[], object]:
-    """What is timed: one back-projection, or one forward and backward of stage 1."""
+@torch.no_grad()
+def task(name: str, model: SPNN, batch: int, args: Options, device: torch.device) -> Callable[[], object]:
+    """What is timed."""
     x = images(batch, model.img_size, device)
-    if name == "stage1":
-        losses_of = stage_losses(1, model.train(), x, torch.zeros(batch, model.num_classes, device=device), Settings())
+    target = torch.randn(batch, model.num_classes).to(device)
+    if name.startswith("stage"):
+        settings = Settings(precision=args.precision)
+        losses_of = stage_losses(int(name[-1]), model.train(), x, (target > 0).float(), settings)
+        optimizer = adam([p for p in model.parameters() if p.requires_grad], 1e-6, device)
+        run = partial(step, model, optimizer, losses_of, settings, device)
+    elif name == "back_projection":
+        goal = model.natural(target)
+        run = torch.no_grad()(lambda: BackProjection(model, x, goal)(1.0))
+    else:
+        unet = published_unet(model.img_size, args.prior_channels).to(device)
+        prior = Prior(unet, torch.bfloat16, channels_last=True)
+        rule = Unguided() if name == "unguided" else NLBP(nlbp_stop_cond=0.0, max_move=None)
+        steer = rule.towards(SPNNOperator(model), target)
+        run = partial(step_of_sampling, prior, steer, x, torch.randn_like(x))
+    return run
 
-        def step() -> None:
-            model.zero_grad(set_to_none=True)
-            backward(losses_of, "float32", device)
 
-        return step
-    with torch.no_grad():
-        goal = model.natural(torch.randn(batch, model.num_classes).to(device))
-    return torch.no_grad()(lambda: BackProjection(model, x, goal)(1.0))
+def matrix_rate(device: torch.device) -> float:
+    """Operations per second in a product of two bf16 matrices."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 
 
 def measure(name: str, size: int, batch: int, depth: int | None, args: Options) -> dict:
     """One row. Runs in its own process."""
     device = begin(args)
-    model = network(size, args.hidden, device) if depth is None else deep_network(depth, args.hidden // 2)
-    model = prepare_networks(model, device)
+    rate = matrix_rate(device)
+    model = network(size, args.hidden, device) if depth is None else deep_network(depth, args.hidden // 2).to(device)
+    run = task(name, prepare_networks(model, device), batch, args, device)
     peak_gib(device, reset=True)
-    run = task(name, model, batch, device)
     run()
     peak = peak_gib(device)  # before the profiler, which keeps its own books
     median = statistics.median(seconds(run, device) for _ in range(args.repeats))
+    with FlopCounterMode(display=False) as counter:
+        run()
     with torch.profiler.profile() as profile:
         run()
     spent = dict.fromkeys(KINDS, 0.0)
@@ -96,9 +138,9 @@ def measure(name: str, size: int, batch: int, depth: int | None, args: Options) 
         kind = next(kind for kind, parts in KINDS.items() if any(part in event.key for part in parts))
         spent[kind] += event.self_cpu_time_total if device.type == "cpu" else event.self_device_time_total
     shares = {kind: time / sum(spent.values()) for kind, time in spent.items()}
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"task": name, "size": size, "batch": batch, "depth": depth, "seconds": median, "peak_gib": peak, **shares,
-            "parameters": parameters}  # fmt: skip
+    return {"task": name, "size": size, "batch": batch, "depth": depth, "seconds": median,
+            "images_per_second": batch / median, "peak_gib": peak, **shares,
+            "matrix_rate_share": counter.get_total_flops() / median / rate}  # fmt: skip
 
 
 def fits(rows: Sequence[dict]) -> list[str]:
@@ -125,14 +167,16 @@ def fits(rows: Sequence[dict]) -> list[str]:
 def table(rows: Sequence[dict]) -> str:
     """The rows as a Markdown table."""
     columns = {"size": ("size", ".0f"), "batch": ("batch", ".0f"), "depth": ("added blocks", ".0f"),
-               "seconds": ("seconds", ".3g"), "peak_gib": ("peak GiB", ".2f")}  # fmt: skip
-    return format_table(rows, "task", columns | {kind: (kind, ".0%") for kind in KINDS})
+               "seconds": ("seconds", ".3g"), "images_per_second": ("images/s", ".3g"), "peak_gib": ("peak GiB", ".2f"),
+               **{kind: (kind, ".0%") for kind in KINDS},
+               "matrix_rate_share": ("of the matrix rate", ".0%")}  # fmt: skip
+    return format_table(rows, "task", columns)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, _ = parse(__doc__, Options, argv=argv)
-    cases = [(name, size, batch, None) for name in TASKS for size in options.sizes for batch in options.batches]
-    cases += [(name, 64, 4, depth) for name in TASKS for depth in options.depths]
+    cases = [(name, size, batch, None) for name in options.tasks for size in options.sizes for batch in options.batches]
+    cases += [(name, 64, 4, depth) for name in options.tasks for depth in options.depths or ()]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         kept = record(options, (pool.apply(measure, (*case, options)) for case in cases), table)
     kept["fits"] = fits(kept["rows"])

@@ -34,7 +34,7 @@ from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, CelebAMaskHQ,
 from DDNM.guided_diffusion.compiled import compile_for_cpu
 from DDNM.guided_diffusion.ddpm_layout import ddpm_unet
 from DDNM.guided_diffusion.diffusion import renoise
-from DDNM.guided_diffusion.guidance import NLBP, Denoiser
+from DDNM.guided_diffusion.guidance import NLBP, Denoiser, Steer
 from DDNM.guided_diffusion.prior import Prior
 from DDNM.guided_diffusion.schedule import Schedule
 from logger import format_table
@@ -201,10 +201,18 @@ def back_projection(args: Options, device: torch.device) -> Iterable[dict]:
 
 
 @torch.no_grad()
+def step_of_sampling(prior: Prior, steer: Steer, x: Tensor, noise: Tensor) -> Tensor:
+    """x_t to the next, less noisy x."""
+    abar, abar_next = (Schedule().abar(t).to(x.device) for t in STEP)
+    x0, eps, *_ = steer(Denoiser(prior), x, STEP[0])
+    return renoise(x0, eps, noise, abar, abar_next, None)
+
+
+@torch.no_grad()
 def sampling_step(args: Options, device: torch.device) -> Iterable[dict]:
     """U-Net, clean image, back-projection at full strength, next noisy image: as DDNM/main.py does it."""
     size, batch = args.sampling_size, args.sampling_batch
-    model, schedule = network(size, args.hidden, device), Schedule()
+    model = network(size, args.hidden, device)
     prepared = prepare_networks(copy.deepcopy(model), device)
     unet = published_unet(size, args.prior_channels).to(device)
     priors = {name: Prior(copy.deepcopy(unet), autocast, channels_last=True)
@@ -215,22 +223,15 @@ def sampling_step(args: Options, device: torch.device) -> Iterable[dict]:
                 priors[f"{name}, compiled"] = prior
     except InputError as error:
         print(f"no row for --compile: {error}", file=sys.stderr)
-    clean, noise = images(batch, size, device), torch.randn(batch, 3, size, size).to(device)
-    t, t_next = STEP
-    abar, abar_next = schedule.abar(t).to(device), schedule.abar(t_next).to(device)
-    x = abar.sqrt() * clean + (1 - abar).sqrt() * noise
-    target = torch.randn(batch, model.num_classes).to(device)
+    noise, target = torch.randn(batch, 3, size, size).to(device), torch.randn(batch, model.num_classes).to(device)
+    abar, abar_next = (Schedule().abar(t).to(device) for t in STEP)
+    x = abar.sqrt() * images(batch, size, device) + (1 - abar).sqrt() * noise
+    ways: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: plain.sampling_step(unet, model, x, target, noise, STEP[0], abar, abar_next)
+    }
     # every image, the whole way: what the plain step does
     steer = NLBP(nlbp_stop_cond=0.0, max_move=None).towards(SPNNOperator(prepared), target)
-
-    def ours(prior: Prior) -> Tensor:
-        x0, eps, *_ = steer(Denoiser(prior), x, t)
-        return renoise(x0, eps, noise, abar, abar_next, None)
-
-    ways: dict[str, Callable[[], Tensor]] = {
-        "plain": lambda: plain.sampling_step(unet, model, x, target, noise, t, abar, abar_next)
-    }
-    ways |= {name: lambda prior=prior: ours(prior) for name, prior in priors.items()}
+    ways |= {name: partial(step_of_sampling, prior, steer, x, noise) for name, prior in priors.items()}
     results = {name: compute() for name, compute in ways.items()}
     medians = take_turns(ways, device, args.repeats)
     for name in priors:

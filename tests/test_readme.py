@@ -17,7 +17,7 @@ COMMANDS = (
     "evaluate app DDNM.main train_celeba DDNM.train_prior diagnostics procedural_faces judge benchmarks.growth".split()
 )
 COMMANDS += "train_operator experiments.segmentation".split()
-COMMANDS += "experiments.train_stylegan benchmarks.speed benchmarks.throughput benchmarks.peak_memory".split()
+COMMANDS += "experiments.train_stylegan benchmarks.speed benchmarks.peak_memory".split()
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
