@@ -21,10 +21,11 @@ from torch.nn import functional as F
 
 from checkpoints import DTYPES, built, read_json, read_weights, write_weights
 from data_loader import ATTRIBUTES, CelebAMaskHQ, augmented, batches_from, download_dataset, make_loader
+from diagnostics import accuracy
 from logger import MetricsTable, format_table, get_logger
 from loop import DONE, Loop, Run, adam, decaying, open_run
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, predict
-from utils import InputError, json_values, option, parse, resolve_device, run_command, seed_everything, write_json
+from utils import InputError, json_values, option, parse, run_command, seed_everything, write_json
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Machine:
     overwrite: bool = option(False, "replace an existing weights file")
     resume: bool = option(False, "continue a training that was stopped; begin it if there is none")
     save_every: int = option(500, "steps between saved states; epoch ends are saved too", 0)
-    evaluate: bool = option(False, "train nothing: measure --out on the test split")
 
 
 class Judge(nn.Module):
@@ -120,37 +120,6 @@ def load_judge(path: str | Path) -> Judge:
     judge = built(lambda: Judge(**content["architecture"]), state, path)
     judge.attributes = tuple(content.get("attributes", ATTRIBUTES[: judge.num_classes]))
     return judge.eval()
-
-
-def figures(logits: Tensor, labels: Tensor) -> dict:
-    """Accuracy, balanced accuracy and prevalence by attribute, with mean and worst; ready for JSON.
-
-    Args:
-        logits, labels: (N, 40), labels in {0, 1}. An attribute of one class only has no balanced accuracy (None) and
-            stays out of its mean.
-    """
-    accuracy = accuracy_by_attribute(logits, labels)  # (C,)
-    balanced = balanced_accuracy_by_attribute(logits, labels)  # (C,), NaN if there is one class
-    rows = {"accuracy": accuracy, "balanced_accuracy": balanced, "prevalence": labels.mean(0)}
-    numbers = {
-        "images": len(labels),
-        "bce": F.binary_cross_entropy_with_logits(logits, labels).item(),
-        "accuracy_mean": accuracy.mean().item(),
-        "accuracy_worst": accuracy.min().item(),
-        "balanced_accuracy_mean": balanced.nanmean().item(),
-        "balanced_accuracy_worst": balanced[balanced.nan_to_num(math.inf).argmin()].item(),
-    }
-    by_attribute = {name: {key: row[i].item() for key, row in rows.items()} for i, name in enumerate(ATTRIBUTES)}
-    return json_values({**numbers, "by_attribute": by_attribute})
-
-
-def table(measured: dict) -> str:
-    """`figures` as text."""
-    names = "accuracy", "balanced_accuracy", "prevalence"
-    rows = [{"attribute": name, **row} for name, row in measured["by_attribute"].items()]
-    rows += [{"attribute": which, **{name: measured.get(f"{name}_{which}") for name in names}}
-             for which in ("mean", "worst")]  # fmt: skip
-    return format_table(rows, "attribute", {name: (name, ".4f") for name in names})
 
 
 def one_cycle(progress: float) -> float:
@@ -225,46 +194,39 @@ def train_judge(train: CelebAMaskHQ, val: CelebAMaskHQ, settings: Training, run:
     return best.to("cpu", memory_format=torch.contiguous_format).eval()
 
 
-def train_command(settings: Training, machine: Machine, root: Path) -> None:
-    """Train, and write the weights and the JSON beside them, if that is not done."""
-    seed_everything(settings.seed)
-    folder = machine.out.with_name(f"{machine.out.stem}_training")
-    with open_run(folder, machine.device, machine.save_every, settings.seed) as run:
-        if run.world.size > 1:
-            raise InputError("a judge is trained by one process: start judge.py without torchrun")
-        train, val = (CelebAMaskHQ(root, split, settings.img_size, machine.strict) for split in ("train", "val"))
-        used = {**asdict(settings), "images": len(train)}
-        run.find_state(used, machine.resume, machine.overwrite, machine.out)
-        if run.state is not None and run.state["stage"] == DONE:
-            print(f"{folder}: this training is finished")
-            return
-        judge = train_judge(train, val, settings, run, machine.workers)
-        write_weights(machine.out, judge.state_dict(), DTYPES[machine.dtype])
-        rows = MetricsTable(folder / "metrics_judge.csv").rows
-        history = [{name: float(value) for name, value in row.items()} for row in rows]
-        record = {"architecture": judge.config(), "attributes": list(ATTRIBUTES), "history": history}
-        record["training"] = {**used, "dtype": machine.dtype, "device": run.device.type, "torch": torch.__version__}
-        write_json(machine.out.with_suffix(".json"), record)
-        run.finish()  # and not before: a finished run writes nothing any more
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see ``--help``."""
     settings, machine, _ = parse(__doc__, Training, Machine, argv=argv)
-    out, device = machine.out, resolve_device(machine.device)
-    if machine.evaluate:
-        size = load_judge(out).img_size  # before the data: a wrong path should not cost a download
+    out, folder = machine.out, machine.out.with_name(f"{machine.out.stem}_training")
     root = machine.dataset_path if machine.dataset_path is not None else download_dataset()
-    if not machine.evaluate:
-        train_command(settings, machine, root)
-        size = settings.img_size
-    test = CelebAMaskHQ(root, "test", size, machine.strict)
-    judge = load_judge(out).to(device)  # what is measured is the file, rounding of its weights included
-    measured = figures(*predict(judge, make_loader(test, settings.batch_size, machine.workers), device))
-    if not machine.evaluate:
-        record = out.with_suffix(".json")
-        write_json(record, {**read_json(record), "test": measured})
-    print(table(measured))
+    seed_everything(settings.seed)
+    with open_run(folder, machine.device, machine.save_every, settings.seed) as run:
+        if run.world.size > 1:
+            raise InputError("a judge is trained by one process: start judge.py without torchrun")
+        train, val, test = (
+            CelebAMaskHQ(root, split, settings.img_size, machine.strict) for split in ("train", "val", "test")
+        )
+        used = {**asdict(settings), "images": len(train)}
+        run.find_state(used, machine.resume, machine.overwrite, out)
+        if run.state is not None and run.state["stage"] == DONE:
+            print(f"{folder}: this training is finished")
+        else:
+            judge = train_judge(train, val, settings, run, machine.workers)
+            write_weights(out, judge.state_dict(), DTYPES[machine.dtype])
+            rows = MetricsTable(folder / "metrics_judge.csv").rows
+            history = [{name: float(value) for name, value in row.items()} for row in rows]
+            how = {**used, "dtype": machine.dtype, "device": run.device.type, "torch": torch.__version__}
+            write_json(out.with_suffix(".json"), {"architecture": judge.config(), "attributes": list(ATTRIBUTES),
+                                                  "history": history, "training": how})  # fmt: skip
+            run.finish()  # and not before: a finished run writes nothing any more
+    judge = load_judge(out).to(run.device)  # what is measured is the file, rounding of its weights included
+    measured = json_values(accuracy(judge, make_loader(test, settings.batch_size, machine.workers), run.device))
+    write_json(out.with_suffix(".json"), {**read_json(out.with_suffix(".json")), "test": measured})
+    rows = list(zip(ATTRIBUTES, measured["by_attribute"], measured["balanced_by_attribute"], strict=True))
+    rows.append(("mean", measured["accuracy"], measured["balanced_accuracy"]))
+    columns = "attribute", "accuracy", "balanced"
+    rows = [dict(zip(columns, row, strict=True)) for row in rows]
+    print(format_table(rows, "attribute", {name: (name, ".4f") for name in columns[1:]}))
     get_logger("judge").info("%d test images, weights %s", measured["images"], out)
     return 0
 

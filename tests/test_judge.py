@@ -10,7 +10,7 @@ from layout import write_layout
 
 import loop
 from data_loader import ATTRIBUTES, CelebAMaskHQ
-from judge import Judge, figures, load_judge, main, one_cycle, table
+from judge import Judge, load_judge, main, one_cycle
 from loop import Run, World
 from utils import InputError, Stopped
 
@@ -57,9 +57,9 @@ def test_size_and_shapes():
 
 def test_training_learns_what_can_be_seen_and_the_figures_are_those_of_the_file(trained, faces, capsys):
     record = json.loads(trained.with_suffix(".json").read_text())
-    by_attribute = record["test"]["by_attribute"]
-    assert list(by_attribute) == record["attributes"] == list(ATTRIBUTES)
-    assert by_attribute["Wearing_Hat"]["accuracy"] >= 0.9 and by_attribute["Wearing_Necktie"]["accuracy"] >= 0.9
+    assert record["attributes"] == list(ATTRIBUTES)
+    by_attribute = dict(zip(ATTRIBUTES, record["test"]["by_attribute"], strict=True))
+    assert by_attribute["Wearing_Hat"] >= 0.9 and by_attribute["Wearing_Necktie"] >= 0.9
     assert record["test"]["images"] == 12 and len(record["history"]) == 12
     assert record["history"][-1]["train_loss"] < record["history"][0]["train_loss"]
 
@@ -67,10 +67,11 @@ def test_training_learns_what_can_be_seen_and_the_figures_are_those_of_the_file(
     judge = load_judge(trained)
     assert not judge.training and judge.mean.dtype == torch.float32
     with torch.inference_mode():
-        measured = figures(judge(test.batch(range(len(test)))[0]), test.labels)
-    assert measured == record["test"]
-    assert main(arguments(faces, trained, "--evaluate")) == 0
-    assert table(measured) in capsys.readouterr().out
+        right = (judge(test.batch(range(len(test)))[0]) > 0) == (test.labels > 0)
+    assert right.float().mean(0).tolist() == pytest.approx(record["test"]["by_attribute"])
+    assert main(arguments(faces, trained, "--dtype", "float16", "--resume")) == 0
+    shown = capsys.readouterr().out
+    assert "this training is finished" in shown and f"| mean | {record['test']['accuracy']:.4f} |" in shown
     before = trained.read_bytes()
     with pytest.raises(InputError, match="--overwrite"):
         main(arguments(faces, trained))
@@ -92,20 +93,13 @@ def test_what_is_no_judge_is_refused(tmp_path, trained, text, said):
         load_judge(path)
 
 
-def test_a_loss_that_is_not_finite_ends_the_training(faces, tmp_path, monkeypatch):
-    nan = lambda logits, labels: (logits * float("nan")).mean()  # noqa: E731
-    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy_with_logits", nan)
-    with pytest.raises(InputError, match="judge epoch 1/12: not a finite number in the losses"):
-        main(arguments(faces, tmp_path / "judge.safetensors"))
-
-
 def test_the_learning_rate_goes_up_and_down_once():
     rates = [one_cycle(step / 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.04) and rates[30] == max(rates) == pytest.approx(1.0) and rates[-1] < 0.001
     assert rates[:31] == sorted(rates[:31]) and rates[30:] == sorted(rates[30:], reverse=True)
 
 
-def test_a_training_that_is_stopped_goes_on_as_if_nothing_had_happened(trained, faces, tmp_path, monkeypatch, capsys):
+def test_a_training_that_is_stopped_goes_on_as_if_nothing_had_happened(trained, faces, tmp_path, monkeypatch):
     out, honest = tmp_path / "judge.safetensors", loop.Loop._make_step
 
     def make_step(self, *batch):
@@ -119,10 +113,8 @@ def test_a_training_that_is_stopped_goes_on_as_if_nothing_had_happened(trained, 
     assert not out.exists()
     with pytest.raises(InputError, match="not finished; give --resume"):
         main(arguments(faces, out, "--dtype", "float16"))
-    for _ in range(2):
-        assert main(arguments(faces, out, "--dtype", "float16", "--resume")) == 0
-        assert out.read_bytes() == trained.read_bytes()
-    assert "finished" in capsys.readouterr().out
+    assert main(arguments(faces, out, "--dtype", "float16", "--resume")) == 0
+    assert out.read_bytes() == trained.read_bytes()
     with pytest.raises(InputError, match="exists; give --overwrite"):  # no run to resume, and no leave to replace it
         main(arguments(faces, out, "--dtype", "float16", "--resume", "--lr", "1e-3"))
     assert out.read_bytes() == trained.read_bytes()
@@ -137,13 +129,3 @@ def test_several_processes_are_refused(faces, tmp_path, monkeypatch):
     monkeypatch.setattr("judge.open_run", lambda *_: nullcontext(two))
     with pytest.raises(InputError, match="without torchrun"):
         main(arguments(faces, tmp_path / "judge.safetensors"))
-
-
-def test_figures_with_an_attribute_of_one_class():
-    labels = torch.zeros(4, 40)
-    labels[:2, 0] = 1
-    measured = figures(torch.where(labels > 0, 1.0, -1.0), labels)
-    assert measured["balanced_accuracy_mean"] == 1 and measured["by_attribute"]["Young"]["balanced_accuracy"] is None
-    json.dumps(measured, allow_nan=False)
-    assert "Young" in table(measured)
-    assert figures(torch.zeros(1, 40), torch.zeros(1, 40))["balanced_accuracy_mean"] is None
