@@ -61,10 +61,7 @@ def others_of(data: Path, numbers: list[int]) -> dict[int, int]:
     """For each image's number that of another image of the same person, if there is one."""
     rows = [line.split() for line in (data / "identities.txt").read_text().splitlines()[1:]]
     person = {int(number): who for number, _, who in rows}
-    images: dict[str, list[int]] = {}
-    for number, who in person.items():
-        images.setdefault(who, []).append(number)
-    return {n: other[0] for n in numbers if (other := [m for m in images[person[n]] if m != n])}
+    return {n: other[0] for n in numbers if (other := [m for m, who in person.items() if who == person[n] and m != n])}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,9 +89,8 @@ def main(argv: list[str] | None = None) -> int:
 def show(what: str, distances: Tensor) -> None:
     mean, low, high = mean_of(distances)
     same = (distances < SAME).float().mean().item()
-    print(
-        f"from a photograph to {what}: {mean:.2f} ({low:.2f} to {high:.2f}), one person {same:.0%}, n {len(distances)}"
-    )
+    interval = f"{mean:.2f} ({low:.2f} to {high:.2f})"
+    print(f"from a photograph to {what}: {interval}, one person {same:.0%}, n {len(distances)}")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoints import read_weights, write_weights
 from data_loader import MASK_CLASSES, augmented, first_items
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
 from diagnostics import IoU, diagnose, format_table
@@ -33,7 +33,7 @@ from networks import conv, down, located, up
 from operators import Move, SPNNOperator
 from procedural_faces import MASK_COLOURS
 from train_operator import Fit, Restoring, build, drawn, fit, prepare, run_stage, write_report
-from utils import atomic_write, option, parse, run_command, write_json
+from utils import option, parse, run_command, write_json
 
 CLASSES = len(MASK_CLASSES)
 SURE = 5.0  # by how much the logit of a map's class is above the others, if a map is put into logits
@@ -125,13 +125,10 @@ def trained_judge(run: Run, loaders, pairs, s: Fit, steps: int) -> nn.Module:
     def losses(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return {"total": F.cross_entropy(network(x).float(), y.softmax(1))}
 
-    def save() -> None:
-        with atomic_write(file) as temporary:
-            save_file(network.state_dict(), temporary)
-
     if run.state is None or run.state["stage"] == "judge":
-        run_stage(run, s, "judge", network, loaders, pairs, losses, save, steps=steps, lr=2 * s.lr, checkpoint=file)
-    network.load_state_dict(load_file(file))
+        run_stage(run, s, "judge", network, loaders, pairs, losses, lambda: write_weights(file, network.state_dict()),
+                  steps=steps, lr=2 * s.lr, checkpoint=file)  # fmt: skip
+    network.load_state_dict(read_weights(file))
     return network.eval().requires_grad_(False)
 
 

@@ -26,16 +26,11 @@ def maps(*shape: int) -> torch.Tensor:
     return torch.randint(0, 19, shape, generator=seeded(0))
 
 
-def test_the_logits_of_a_mask_say_the_mask():
-    masks = maps(2, 4, 4)
+def test_logits_distance_and_loss_of_maps():
+    operator, masks = segmentation.ClassOperator(None), maps(2, 4, 4)
     y = segmentation.logits_of(masks)
     assert y.shape == (2, 19, 4, 4) and (y.argmax(1) == masks).all()
     torch.testing.assert_close(y.sum(1), torch.zeros(2, 4, 4))
-
-
-def test_distance_and_loss_of_maps():
-    operator = segmentation.ClassOperator(None)
-    y = segmentation.logits_of(maps(2, 4, 4))
     other = y.clone()
     other[0] = y[0].roll(1, 0)  # another class everywhere
     sure = y.softmax(1).amax()
