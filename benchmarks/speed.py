@@ -121,11 +121,11 @@ def begin(options: Common) -> torch.device:
     return resolve_device(options.device)
 
 
-def record(options: Common, rows: Iterable[dict], table: Callable[[Sequence[dict]], str], **more) -> dict:
+def record(options: Common, rows: Iterable[dict], table: Callable[[Sequence[dict]], str]) -> dict:
     """Take measured rows one after the other, with what their figures need beside them; print them as a table."""
     device, date = begin(options), datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     kept = {"machine": machine(device), "device": str(device), "torch": torch.__version__, "date": date, "seed": SEED,
-            **more, "settings": asdict(options), "rows": []}  # fmt: skip
+            "settings": asdict(options), "rows": []}  # fmt: skip
     print(f"{kept['machine']}, {device}, torch {torch.__version__}, {date}", flush=True)
     for measured in rows:
         kept["rows"].append(measured)

@@ -1,4 +1,4 @@
-r"""Operators and a prior of this project in deepinv's samplers, beside its own, on the same images: one table.
+r"""Operators and a prior of this project in deepinv's samplers, beside its own, on the same images: a table each.
 
     pip install -r requirements-deepinv.txt
     python experiments/deepinv_samplers.py --images DDNM/exp/datasets/faces --out check_points/restored
@@ -11,16 +11,16 @@ DDNM in the sampler of this project, with ``--noise`` DDNM+ (``untold``: DDNM, n
 al. 2022), DiffPIR (Zhu et al. 2023), DPS (Chung et al. 2023) and DPIR (Zhang et al. 2021), a plug-and-play optimiser,
 are deepinv's. All have the same prior. ``A+`` is what was measured, and nothing else.
 
-The folder gets table.md, and a sheet for each operator. |A x - y| is the root mean square over what was measured, noise
-aside, of images in [-1, 1] before they have 8 bits; PSNR and LPIPS are of the pictures; judge is the share of
-attributes on which an independent judge says of them what it says of the originals; seconds are the processor's on a
-CPU. 95 % intervals of the means come of the bootstrap.
+The folder gets one for each operator, with table.md, table.json and sheet.png. |A x - y| is the root mean square over
+what was measured, noise aside, of images in [-1, 1] before they have 8 bits; PSNR and LPIPS are of the pictures; judge
+is the share of attributes on which an independent judge says of them what it says of the originals; seconds are the
+processor's on a CPU. 95 % intervals of the means come of the bootstrap.
 """
 
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,36 +35,50 @@ from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.guidance import Linear
 from DDNM.guided_diffusion.inputs import from_ddnm, image_names
 from DDNM.guided_diffusion.prior import Prior, load_prior
-from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture
+from DDNM.guided_diffusion.results import as_saved
 from deepinv_bridge import as_denoiser, as_physics
 from images import find_images, load_image
-from logger import format_table
 from operators import LinearChain, make_operator
-from train_operator import figures
+from train_operator import figures, write_report
 from utils import file_name, option, parse, resolve_device, run_command
 
 NAMES = "A+", "linear", "untold", "DDRM", "DiffPIR", "DPS", "DPIR"
 
 
 @dataclass
-class Settings:
-    """Settings."""
+class Common:
+    """Images and prior."""
 
     images: Path = option(..., "folder of originals")
+    out: Path = option(..., "folder for tables and sheets")
     prior: str = option("exp/logs/faces/prior", "diffusion prior, as of DDNM/main.py")
+    start: int = option(0, "leave out the first so many images", 0)
+    count: int = option(9, "images", 1)
+    steps: int = option(50, "of each sampler; DPIR has 8", 2, 1000)
+    eta: float | None = option(0.85, "linear: DDIM's variance; none: the published one", 0, 1)
+    precision: str = option("float32", "of the prior's network", choices=("float32", "bf16"))
+    seed: int = option(0, "of the noise", 0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+
+    def load(self) -> tuple[Prior, list[str], Tensor]:
+        """The prior, and the images with their names, (N, 3, H, W)."""
+        device, autocast = resolve_device(self.device), torch.bfloat16 if self.precision == "bf16" else None
+        prior = load_prior(from_ddnm(self.prior), autocast=autocast, channels_last=True).to(device)
+        files = find_images(self.images)[self.start : self.start + self.count]
+        x = torch.stack([load_image(file, prior.image_size) for file in files]).to(device)
+        self.out.mkdir(parents=True, exist_ok=True)
+        return prior, image_names(files, self.images), x
+
+
+@dataclass
+class Settings(Common):
+    """What is restored, and how."""
+
     judge: str | None = option("exp/logs/faces/judge.safetensors", "weights of the judge; none: no such column")
     operators: tuple[str, ...] = option(("sr4", "grey"), "what is measured")
     methods: tuple[str, ...] = option(("A+", "linear", "DDRM", "DiffPIR"), "how it is restored", choices=NAMES)
-    start: int = option(0, "leave out the first so many images", 0)
-    count: int = option(9, "images", 1)
     noise: float = option(0.0, "in what is measured: its deviation, for images in [-1, 1]", 0, 10)
-    steps: int = option(50, "of each sampler; DPIR has 8", 2, 1000)
-    eta: float | None = option(0.85, "linear: DDIM's variance; none: the published one", 0, 1)
     batch_size: int = option(16, "images at once", 1)
-    precision: str = option("float32", "of the prior's network", choices=("float32", "bf16"))
-    seed: int = option(0, "of the noise", 0)
-    out: Path = option(..., "folder for the table and the sheets")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
 
 @dataclass
@@ -109,21 +123,14 @@ METHODS: dict[str, Callable[[Problem], Tensor]] = {
 def main(argv: list[str] | None = None) -> int:
     """The command; see ``--help``."""
     (s, _) = parse(__doc__, Settings, argv=argv)
-    device = resolve_device(s.device)
-    autocast = torch.bfloat16 if s.precision == "bf16" else None
-    prior = load_prior(from_ddnm(s.prior), autocast=autocast, channels_last=True).to(device)
-    size = prior.image_size
-    operators = {spec: make_operator(spec, (3, size, size)) for spec in s.operators}
-    files = find_images(s.images)[s.start : s.start + s.count]
-    names, x = image_names(files, s.images), torch.stack([load_image(file, size) for file in files]).to(device)
+    prior, names, x = s.load()
+    device, shape = x.device, tuple(x.shape[1:])
     judge = None if s.judge is None else Path(from_ddnm(s.judge))
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    s.out.mkdir(parents=True, exist_ok=True)
-    found: list[dict] = []
-    for spec, operator in operators.items():
+    for spec, operator in {spec: make_operator(spec, shape) for spec in s.operators}.items():
         torch.manual_seed(s.seed)
         physics = as_physics(operator, noise_model=GaussianNoise(s.noise / 2)).to(device)  # of images in [0, 1]
-        columns, errors, seconds, measured = {"original": x}, {}, {}, physics((x + 1) / 2)
+        pictures, errors, seconds, measured = {}, {}, {}, physics((x + 1) / 2)
         for method in s.methods:
             torch.manual_seed(s.seed)  # deepinv's samplers draw from the global generator
             started, restored = clock(), []
@@ -132,20 +139,13 @@ def main(argv: list[str] | None = None) -> int:
                 problem = Problem(s, operator, physics, prior, names[part], measured[part])
                 restored.append(2 * METHODS[method](problem) - 1)
             seconds[method], drawn = (clock() - started) / len(x), torch.cat(restored)
-            columns[method] = as_saved(drawn)[0]
+            pictures[method] = as_saved(drawn)[0]
             errors[method] = operator.distance(operator.A(drawn), operator.A(x)).mean().item()
-        made = {method: columns[method] for method in s.methods}
-        rows = figures(made, x, seconds, device, judge)
-        found += [{"": f"{spec}, {name}", "A x - y": errors[name], **row} for name, row in rows.items()]
-        sheet = [[picture(images[i].cpu(), 128) for images in columns.values()] for i in range(min(8, len(x)))]
-        contact_sheet(s.out / f"{file_name(spec)}.png", list(columns), sheet, names[: len(sheet)])
-    note = (f"{len(x)} images, noise {s.noise}, {s.steps} steps, {device}, {torch.get_num_threads()} threads, prior in "
-            f"{s.precision}, torch {torch.__version__}")  # fmt: skip
-    names = dict.fromkeys(name for row in found for name in row if name)
-    shown = {name: (name, ".1e" if name == "A x - y" else ".3g") for name in names}
-    text = f"{format_table(found, '', shown)}\n\n{note}\n"
-    (s.out / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+        rows = figures(pictures, x, seconds, device, judge)
+        rows = {method: {"A x - y": errors[method], **row} for method, row in rows.items()}
+        folder = s.out / file_name(spec)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_report(folder, rows, {"original": x, **pictures}, asdict(s))
     return 0
 
 

@@ -10,24 +10,22 @@ training are its test. An inverse starts from everything a network keeps: the fe
 SPNN, which has none, the logits and the latents.
 """
 
-import functools
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bijections import Coupling, PixelUnshuffle, ResidualConv2d
+from DDNM.guided_diffusion.results import contact_sheet, picture
 from logger import format_table
 from models import PINN, SPNN
 from utils import option, parse, run_command
@@ -43,12 +41,11 @@ class Settings:
     out: Path = option(Path("experiments/results"), "folder of table and picture")
     epochs: int = option(40, "over the 500 digits", 1)
     seeds: int = option(3, "runs of each network", 1)
-    parameters: int | None = option(None, "budget of each network (digits: 20000, mnist: 40000)", 1)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Of a set's images: ``size`` x ``size`` pixels, which the networks see as r^2 channels of (size / r)^2.
+    """Of a set's images: ``size`` x ``size`` pixels, which the networks see as r^2 ``channels`` of (size / r)^2.
 
     Attributes:
         spnn: the SPNN's blocks as (unshuffle by, channels in, channels out).
@@ -57,21 +54,14 @@ class Layout:
 
     size: int
     r: int
+    channels: int
     spnn: tuple[tuple[int, int, int], ...]
     parameters: int
 
-    @property
-    def channels(self) -> int:
-        return self.r**2
-
-    @property
-    def map(self) -> int:
-        return self.size // self.r
-
 
 LAYOUTS = {
-    "digits": Layout(size=8, r=2, spnn=((2, 4, 3), (4, 48, 10)), parameters=20000),
-    "mnist": Layout(size=28, r=4, spnn=((2, 4, 2), (2, 8, 1), (7, 49, 10)), parameters=40000),
+    "digits": Layout(size=8, r=2, channels=4, spnn=((2, 4, 3), (4, 48, 10)), parameters=20000),
+    "mnist": Layout(size=28, r=4, channels=16, spnn=((2, 4, 2), (2, 8, 1), (7, 49, 10)), parameters=40000),
 }
 
 
@@ -141,7 +131,10 @@ def i_revnet(layout: Layout, hidden: int) -> PINN:
 
 
 def i_resnet(layout: Layout, hidden: int) -> PINN:
-    blocks = [ResidualConv2d(layout.channels, hidden=hidden, size=layout.map, lipschitz=0.9) for _ in range(DEPTH)]
+    blocks = [
+        ResidualConv2d(layout.channels, hidden=hidden, size=layout.size // layout.r, lipschitz=0.9)
+        for _ in range(DEPTH)
+    ]
     return PINN([PixelUnshuffle(layout.r), *blocks], (1, layout.size, layout.size))
 
 
@@ -156,7 +149,7 @@ def spnn(layout: Layout, hidden: int) -> SPNN:
 
 
 NETWORKS: dict[str, Callable[[Layout, int], nn.Module]] = {
-    "plain CNN": lambda layout, hidden: Classifier(plain(layout, hidden), hidden * layout.map**2),
+    "plain CNN": lambda layout, hidden: Classifier(plain(layout, hidden), hidden * (layout.size // layout.r) ** 2),
     "ResNet": lambda layout, hidden: Classifier(ResNet(layout, hidden), layout.size**2),
     "i-RevNet": lambda layout, hidden: Classifier(i_revnet(layout, hidden), layout.size**2),
     "i-ResNet": lambda layout, hidden: Classifier(i_resnet(layout, hidden), layout.size**2),
@@ -169,13 +162,9 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ".r.net" not in name]
 
 
-def width_of_size(build: Callable[[int], nn.Module], budget: int) -> int:
-    """The largest width of 4 or more whose trained parameters are within ``budget``; 4 where none are."""
-    low, high = 4, 256
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if sum(p.numel() for p in trained(build(middle))) > budget else (middle, high)
-    return low
+def size(model: nn.Module) -> int:
+    """How many parameters are trained."""
+    return sum(p.numel() for p in trained(model))
 
 
 def encode(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -207,9 +196,9 @@ def fit(model: nn.Module, x: Tensor, labels: Tensor, epochs: int) -> None:
 
 def measure(name: str, s: Settings, images: Tensor, labels: Tensor) -> tuple[dict, dict[str, Tensor]]:
     """A network's figures over the seeds, and, with the first one's weights, its way from a 3 to an 8."""
-    layout = LAYOUTS[s.data]
-    build = functools.partial(NETWORKS[name], layout)
-    width = width_of_size(build, layout.parameters if s.parameters is None else s.parameters)
+    layout, widths = LAYOUTS[s.data], range(4, 256)
+    build = partial(NETWORKS[name], layout)
+    width = widths[bisect_right(widths, layout.parameters, key=lambda width: size(build(width))) - 1]  # within budget
     accuracies, errors, seconds, strips = [], [], [], {}
     for seed in range(s.seeds):
         torch.manual_seed(seed)
@@ -230,7 +219,7 @@ def measure(name: str, s: Settings, images: Tensor, labels: Tensor) -> tuple[dic
                 between = [torch.lerp(a, b, t.view(-1, *[1] * (a.ndim - 1))) for a, b in codes]
                 strips = {"pixels": torch.lerp(first, last, t.view(-1, 1, 1, 1)), name: decode(model, between)}
     mean = sum(accuracies) / len(accuracies)
-    row = {"network": name, "parameters": sum(p.numel() for p in trained(model)),
+    row = {"network": name, "parameters": size(model),
            "accuracy": (mean, min(accuracies), max(accuracies)), "error": max(errors, default=None),
            "seconds": sum(seconds) / len(seconds)}  # fmt: skip
     return row, strips
@@ -254,17 +243,10 @@ def main() -> int:
     print(table)
     (s.out / f"{s.data}_table.md").write_text(f"{table}\n")
 
-    figure, axes = plt.subplots(len(strips), 9, figsize=(9, 1.15 * len(strips)))
-    for line, (name, strip) in zip(axes, strips.items(), strict=True):
-        for ax, image in zip(line, strip, strict=True):
-            ax.imshow(image[0].nan_to_num(), cmap="gray_r", vmin=-1, vmax=1)
-            ax.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    figure.suptitle("From a 3 to an 8, in each network's code; pixels: their mean, for comparison", fontsize=10)
-    figure.tight_layout()
-    picture = s.out / f"{s.data}_interpolation.png"
-    figure.savefig(picture, dpi=100)
-    print(f"Picture: {picture}")
+    file = s.out / f"{s.data}_interpolation.png"
+    shown = [[picture(-image.nan_to_num().expand(3, -1, -1), 84) for image in strip] for strip in strips.values()]
+    contact_sheet(file, ["From a 3 to an 8, in each network's code; pixels: their mean"], shown, list(strips))
+    print(f"Picture: {file}")
     return 0
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bijections import ActNorm, Conv1x1, PixelUnshuffle, Sigmoid, SplineCoupling, View
 from blocks import ConvPINNBlock
+from DDNM.guided_diffusion.results import contact_sheet, picture
 from density import Density
 from models import PINN
 from utils import option, parse, run_command
@@ -198,13 +199,9 @@ def digits(args: Settings) -> None:
     print(f"| digits | {found:.3f} | - | - | {seconds:.0f} |")
     print(f"(digits, every pixel by its own histogram: {alone:.3f})")
     samples = (density.sample(40) * LEVELS).floor()  # whole grey levels again
-    figure, axes = plt.subplots(8, 10, figsize=(6, 5.2))
-    for ax, image in zip(axes.flat, torch.cat([test[:40], samples]), strict=True):
-        ax.imshow(image[0], cmap="gray_r", vmin=0, vmax=LEVELS - 1)
-        ax.axis("off")
-    figure.suptitle(f"held-out digits above, samples below ({found:.2f} bits per dimension)", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(args.out / "digits.png", dpi=80)
+    shown = [picture(1 - image.expand(3, -1, -1) / 8, 48) for image in torch.cat([test[:40], samples])]
+    heading = f"held-out digits, and samples below ({found:.2f} bits per dimension)"
+    contact_sheet(args.out / "digits.png", [heading], [shown[i : i + 10] for i in range(0, 80, 10)], [""] * 8)
 
 
 def main() -> int:

