@@ -116,20 +116,18 @@ def test_growth_says_how_cost_rises():
     assert "stage1, batch 2: seconds ~ pixels^2.00" in growth.fits(rows)
 
 
-def test_the_peak_from_shapes_is_the_peak_of_a_real_step(small_32):
+def test_the_peak_from_shapes_is_that_of_a_real_step_and_grows_with_the_batch(small_32, tmp_path, capsys):
     """The same count over tensors with values: what the operators make does not depend on those."""
-    expected = 2**30 * peak_memory.peak_gib(1, 32, 64, "float32", False, hidden=8)
+    expected = peak_memory.peak_gib(1, 32, 64, "float32", False, hidden=8)
     with peak_memory.PeakMemory() as memory:
         peak_memory.two_steps(1, SPNN(img_size=32, hidden=8).train(), 64, "float32")
     squares = 64 * 3 * 32 * 32 * 4  # which mse_loss on a CPU keeps behind its one number
-    assert memory.peak - squares == pytest.approx(expected, rel=0.01)
+    assert memory.peak - squares == pytest.approx(2**30 * expected, rel=0.01)
     assert memory.now < memory.peak
 
-
-def test_the_peak_grows_with_the_batch_and_falls_with_recomputation(small_32, tmp_path, capsys):
     file = tmp_path / "memory.json"
-    run = f"--img_size 32 --hidden 8 --batch_size 64 512 --stages 1 2 --precisions float32 --json {file}"
+    run = f"--img_size 32 --hidden 8 --batch_size 512 --stages 1 2 --precisions float32 --json {file}"
     assert peak_memory.main(run.split()) == 0 and "GiB" in capsys.readouterr().out
-    small, large, *natural = json.loads(file.read_text())["rows"]
-    assert large["kept"] > 4 * small["kept"] and large["recomputed"] < 0.8 * large["kept"]
-    assert [row["what"][:7] for row in natural] == ["stage 2"] * 2
+    large, natural = json.loads(file.read_text())["rows"]
+    assert large["kept"] > 4 * expected and large["recomputed"] < 0.8 * large["kept"]
+    assert natural["what"].startswith("stage 2") and 0 < natural["kept"] < large["kept"]
