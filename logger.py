@@ -13,8 +13,6 @@ from tqdm import tqdm
 
 from utils import InputError, atomic_write
 
-_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-
 
 class _Console(logging.Handler):
     """Prints above a running progress bar instead of through it."""
@@ -36,22 +34,23 @@ def get_logger(name: str, folder: str | Path | None = None) -> logging.Logger:
     The handlers hang on the root logger, so warnings of other modules (an unreadable image, say) reach the same
     places. Repeated calls add nothing; a new folder takes the place of the one before; ``None`` leaves it as it is.
     """
-    root = logging.getLogger()
-    if not any(isinstance(handler, _Console) for handler in root.handlers):
-        console = _Console()
-        console.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
-        root.addHandler(console)
+    _take_over(_Console(), datefmt="%H:%M:%S")
     if folder is not None:
-        for old in [handler for handler in root.handlers if isinstance(handler, _RunFile)]:
-            root.removeHandler(old)
-            old.close()
         Path(folder).mkdir(parents=True, exist_ok=True)
-        file = _RunFile(Path(folder) / "log.txt", encoding="utf-8")
-        file.setFormatter(logging.Formatter(_FORMAT))
-        root.addHandler(file)
+        _take_over(_RunFile(Path(folder) / "log.txt", encoding="utf-8"))
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     return logger
+
+
+def _take_over(handler: logging.Handler, datefmt: str | None = None) -> None:
+    """Put ``handler`` on the root logger, in the place of an earlier one of its type."""
+    root = logging.getLogger()
+    for old in [each for each in root.handlers if type(each) is type(handler)]:
+        root.removeHandler(old)
+        old.close()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt))
+    root.addHandler(handler)
 
 
 class MetricsTable:
@@ -68,13 +67,13 @@ class MetricsTable:
 
     def __init__(self, path: str | Path | None, rows: Sequence[Mapping[str, str]] | None = None) -> None:
         self.path = None if path is None else Path(path)
-        self.rows = [dict(row) for row in rows or ()]
+        if rows is None:
+            rows = _read_table(self.path)[1] if self.path is not None and self.path.exists() else []
+        self.rows = [dict(row) for row in rows]
         self.columns = list(dict.fromkeys(column for row in self.rows for column in row))
-        if rows is None and self.path is not None and self.path.exists():
-            self.columns, self.rows = _read_table(self.path)
         if self.rows:
             self._write()
-        elif rows is not None and self.path is not None:
+        elif self.path is not None:
             self.path.unlink(missing_ok=True)
 
     def append(self, row: Mapping[str, object]) -> None:
@@ -158,64 +157,47 @@ def tensorboard_events(folder: Path | None, begin: int) -> Iterator[Callable[[Ma
 
 # --- Curves ----------------------------------------------------------------------------------------------------------
 
-_AXES = ("step", "iteration", "epoch")
 _STYLES = {"train": "-", "val": "--", "test": ":"}
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
 def plot_curves(table: str | Path, picture: str | Path) -> None:
-    """Draw every numeric column of a metrics table, the seconds left out, over its step or epoch.
+    """Draw every numeric column of a metrics table, the seconds left out, over its first, the step or epoch.
 
     Each quantity has a panel: train_loss and val_loss are two lines of one, solid and dashed, and so are the losses
     of several methods, loss_NAME. Positive values over a wide range get a log axis.
 
     Raises:
-        InputError: the table is empty or malformed.
+        InputError: the table is malformed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and no display is needed
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import; without pyplot no display is needed
     from matplotlib.ticker import MaxNLocator
 
     columns, rows = _read_table(Path(table))
-    axis = next((name for name in _AXES if name in columns), "row")
-    at = [_number(row[axis]) if axis in row else i for i, row in enumerate(rows, start=1)]
+    axis, *others = columns
+    at = [float(row[axis]) for row in rows]
     panels: dict[str, dict[str, tuple]] = {}  # quantity -> line -> xs, ys
-    for column in columns:
+    for column in others:
         words = column.split("_")
-        if words[0] == "loss":
-            line, words = " ".join(words[1:]), words[:1]
-        else:
-            line = next((word for word in words if word in _STYLES), "")
-        quantity = " ".join(word for word in words if word != line)
-        points = [(x, y) for x, row in zip(at, rows, strict=True) if math.isfinite(y := _number(row[column]))]
-        if points and column not in (*_AXES, "seconds"):
+        line = " ".join(words[1:]) if words[0] == "loss" else next((word for word in words if word in _STYLES), "")
+        quantity = "loss" if words[0] == "loss" else " ".join(word for word in words if word != line)
+        values = (float(row[column] or "nan") for row in rows)
+        points = [(x, y) for x, y in zip(at, values, strict=True) if math.isfinite(y)]
+        if points and column != "seconds":
             panels.setdefault(quantity, {})[line] = tuple(zip(*points, strict=True))
-    if not panels:
-        raise InputError(f"{table}: no numbers to plot")
 
-    across = min(len(panels), 4)
-    down = -(-len(panels) // across)
+    across = max(1, min(len(panels), 4))
+    down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(4.4 * across, 3.2 * down), layout="constrained")
-    FigureCanvasAgg(figure)
     for i, (quantity, lines) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(down, across, i)
+        axes = figure.add_subplot(down, across, i, xlabel=axis, title=quantity)
         for line, (xs, ys) in lines.items():
-            marker = "o" if len(xs) <= 30 else None
-            axes.plot(xs, ys, _STYLES.get(line, "-"), label=line, marker=marker, markersize=3, linewidth=1.4)
+            axes.plot(xs, ys, _STYLES.get(line, "-"), label=line, marker="o" if len(xs) <= 30 else None, markersize=3)
         values = [y for _, ys in lines.values() for y in ys]
         if quantity != "lr" and min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
-        axes.set(xlabel=axis, title=quantity)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
         if len(lines) > 1:
-            axes.legend(fontsize=8, frameon=False)
+            axes.legend(fontsize=8)
     with atomic_write(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

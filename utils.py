@@ -11,7 +11,6 @@ import re
 import sys
 import tempfile
 from argparse import ArgumentTypeError
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields
@@ -155,10 +154,9 @@ class _OnceLoader(yaml.SafeLoader):
     """YAML in which no key stands twice: the first would be dropped without a word."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, count in Counter(keys).items():
-            if count > 1:
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key[:40]!r} is there twice")
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {twice[0]!r} is there twice")
         return super().construct_mapping(node, deep)
 
 
@@ -189,10 +187,10 @@ def read_yaml(path: str | Path, known: Iterable[str], typed: Iterable[str] = ())
     if not isinstance(settings, dict):
         raise InputError(f"config {path}: expected 'key: value' lines, got a {type(settings).__name__}")
     known = typed.union(known)
-    if (key := next((key for key in settings if key not in known), None)) is not None:
-        raise InputError(f"config {path}: unknown key {shown(key)}{nearest(str(key)[:80], known)}")
-    # what is merged in (<<) has no text of its own
-    return {key: value if key in typed else words.get(key, value) for key, value in settings.items()}
+    for key in settings:
+        if key not in known:
+            raise InputError(f"config {path}: unknown key {shown(key)}{nearest(str(key)[:80], known)}")
+    return {key: value if key in typed else words[key] for key, value in settings.items()}
 
 
 # --- Settings: dataclasses, from which flags and presets are made -----------------------------------------------------
@@ -238,7 +236,7 @@ class _Flag:
         if get_origin(hint) in (list, tuple):
             self.many, hint = get_origin(hint), get_args(hint)[0]
         if get_origin(hint) is Literal:
-            self.choices, hint = get_args(hint), type(get_args(hint)[0])
+            self.choices, hint = get_args(hint), str
         self.kind: Any = hint
 
     def value(self, text: str) -> object:
@@ -247,8 +245,8 @@ class _Flag:
             value = self.kind(text)
         except ValueError:
             raise ArgumentTypeError(f"{shown(text)} is not a {'whole ' * (self.kind is int)}number") from None
-        if "\0" in text:
-            raise ArgumentTypeError(f"{shown(text)} holds a null character")
+        if not text or "\0" in text:
+            raise ArgumentTypeError(f"{shown(text)} is empty, or holds a null character")
         if self.kind in (int, float):
             most = MOST if self.kind is int else sys.float_info.max
             low, high = -most if self.low is None else self.low, most if self.high is None else self.high
@@ -260,23 +258,24 @@ class _Flag:
         return value
 
     def word(self, text: str) -> object:
-        """A word of the command line. Raises ArgumentTypeError."""
+        """A word of the command line, of several values perhaps. Raises ArgumentTypeError."""
         if self.optional and text.lower() == "none":
             return None
         return [self.value(part) for part in text.split(",")] if self.many is tuple else self.value(text)
 
-    def preset(self, value: object) -> object:
-        """A value of a preset, see `read_yaml`. Raises ArgumentTypeError."""
+    def words(self, value: object) -> list[str]:
+        """A value of a preset, see `read_yaml`, as words of the command line."""
         if self.kind is bool:
             if str(value).lower() not in _BOOLEANS:
-                raise ArgumentTypeError(f"must be true or false, got {shown(value)}")
-            return _BOOLEANS[str(value).lower()]
+                raise InputError(f"{self.name}: must be true or false, got {shown(value)}")
+            return [f"--{'' if _BOOLEANS[str(value).lower()] else 'no-'}{self.name}"]
         if self.optional and value in ("", "~", "null"):
-            return None
-        several = value if isinstance(value, list) and self.many is not None else [value]
-        if any(isinstance(each, (list, dict)) or each == "" for each in several):
-            raise ArgumentTypeError(f"expected {'values' if self.many else 'one value'}, got {shown(value)}")
-        return [self.word(str(each)) for each in several] if self.many else self.word(str(value))
+            value = "none"
+        several = value if isinstance(value, list) and self.many else [value]
+        if any(isinstance(each, (list, dict)) for each in several):
+            raise InputError(f"{self.name}: expected {'values' if self.many else 'one value'}, got {shown(value)}")
+        texts = [str(each) for each in several]
+        return [f"--{self.name}={text}" for text in ([",".join(texts)] if self.many is tuple else texts)]
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         unsaid = self.default is None or self.default is False or self.many is list
@@ -327,8 +326,7 @@ def parse(description: str, *types: type, argv: Sequence[str] | None = None, ext
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags: dict[str, _Flag] = {}
     for kind in types:
-        plain = kind.__doc__ is None or kind.__doc__.startswith(f"{kind.__name__}(")
-        group = parser.add_argument_group(None if plain else kind.__doc__.splitlines()[0].rstrip("."))
+        group = parser.add_argument_group((kind.__doc__ or "").partition("\n")[0].rstrip("."))
         hints = get_type_hints(kind)
         for each in fields(kind):
             if each.init and each.name not in flags:
@@ -336,24 +334,24 @@ def parse(description: str, *types: type, argv: Sequence[str] | None = None, ext
                 flags[each.name].add_to(group)
     if "config" not in flags:
         parser.add_argument("--config", type=Path, metavar="FILE", help="YAML preset; flags given here win")
-    given, unknown = parser.parse_known_args(argv)
+    known, unknown = parser.parse_known_args(argv)
     if unknown:
         raise InputError(f"unknown argument {shown(unknown[0])}{nearest(unknown[0], [f'--{name}' for name in flags])}")
-    given, preset = vars(given), {}
+    given, preset, others = vars(known), {}, {}
     config = given.get("config", flags["config"].default if "config" in flags else None)
     if config not in (None, MISSING):
         if presets is not None and not config.is_file():
             if not (presets / config).is_file():
-                known = ", ".join(sorted(path.name for path in presets.glob("*.yml")))
-                raise InputError(f"--config {config}: no such file, and none under {presets} ({known})")
+                names = ", ".join(sorted(path.name for path in presets.glob("*.yml")))
+                raise InputError(f"--config {config}: no such file, and none under {presets} ({names})")
             config = presets / config
-        preset = read_yaml(config, flags.keys() - {"config"}, extra)
-    others = {key: preset.pop(key) for key in list(preset) if key not in flags}
-    for name, value in preset.items():
+        content = read_yaml(config, flags.keys() - {"config"}, extra)
+        others = {key: content.pop(key) for key in list(content) if key not in flags}
         try:
-            preset[name] = flags[name].preset(value)
-        except ArgumentTypeError as error:
-            raise InputError(f"config {config}: {name}: {error}") from None
+            words = [word for name, value in content.items() for word in flags[name].words(value)]
+            preset = vars(parser.parse_args(words))
+        except InputError as error:
+            raise InputError(f"config {config}: {error}") from None
     values = {name: flags[name].final(value) for name, value in {**preset, **given}.items() if name in flags}
     if missing := [f"--{name}" for name, flag in flags.items() if flag.default is MISSING and name not in values]:
         raise InputError(f"required: {', '.join(missing)}")

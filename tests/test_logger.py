@@ -70,29 +70,22 @@ def test_figures_with_intervals_are_a_markdown_table():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, said", [
-    ("", "to plot"), ("epoch,loss\n", "to plot"), ("epoch,loss\n1,word\n", "to plot"),
-    ("epoch,loss\n1,2,3\n", "line 2: 3 values for 2 columns"),
-])  # fmt: skip
-def test_what_is_no_table_is_refused(tmp_path, text, said):
-    (tmp_path / "metrics.csv").write_text(text)
-    with pytest.raises(InputError, match=said):
-        plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+def test_what_is_no_table_is_refused(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,loss\n1,2,3\n")
+    with pytest.raises(InputError, match="line 2: 3 values for 2 columns"):
+        MetricsTable(tmp_path / "metrics.csv")
 
 
 def test_curves(tmp_path):
     metrics = MetricsTable(tmp_path / "metrics.csv")
     for epoch in range(1, 6):
         row = {"epoch": epoch, "train_loss": 1 / epoch**3, "val_loss": 2 / epoch, "val_accuracy": 0.5 + epoch / 20}
-        metrics.append({**row, "lr": 1e-3, "note": "text", **({"penrose": 1e-6} if epoch == 3 else {})})
+        metrics.append({**row, "lr": 1e-3, **({"penrose": 1e-6} if epoch == 3 else {})})
     plot_curves(metrics.path, tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 1000 and picture.height > 300  # loss, accuracy, lr and penrose
-        four = picture.width
+    four = Image.open(tmp_path / "curves.png").width  # loss, accuracy, lr and penrose
     (tmp_path / "methods.csv").write_text("step,loss_plain,loss_landscape\n0,2,2\n1,1,0.5\n")
     plot_curves(tmp_path / "methods.csv", tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width < four / 3  # side by side in one panel
+    assert 400 < Image.open(tmp_path / "curves.png").width < four / 3  # two lines of one panel
 
 
 def test_tensorboard_events_beside_the_table(tmp_path):
