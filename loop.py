@@ -50,15 +50,12 @@ log = logging.getLogger(__name__)
 def stop_signals() -> Iterator[Callable[[], int | None]]:
     """Turn SIGINT and SIGTERM into a question: the yielded function says which came. A second one acts at once."""
     received: list[int] = []
-    previous: dict[int, Any] = {}
 
     def note(signum: int, frame: object) -> None:
         received.append(signum)
         signal.signal(signum, previous[signum])
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        previous[signum] = signal.getsignal(signum)
-        signal.signal(signum, note)
+    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: received[0] if received else None
     finally:
@@ -90,12 +87,11 @@ def load_state(path: Path) -> dict:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        version = state.get("version", 1)
+        if state["version"] == STATE_VERSION:
+            return state
     except Exception as error:  # a damaged file can raise almost anything
         raise InputError(f"{path}: damaged, or not a training state ({type(error).__name__})") from None
-    if version != STATE_VERSION:
-        raise InputError(f"{path}: a state of another version of this command; {START_ANEW}")
-    return state
+    raise InputError(f"{path}: a state of another version of this command; {START_ANEW}")
 
 
 START_ANEW = "start anew with --overwrite, or in another folder"
@@ -253,38 +249,29 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
         device: as in `utils.resolve_device`; "auto" and "cuda" become one GPU per process.
 
     Raises:
-        InputError: variables that are no torchrun's, processes that do not meet within `MEETING`, more processes on a
-            machine than GPUs, or a device that they would share; inside, if another process of the run has ended:
-            whatever one cannot do ends them all.
+        InputError: variables that are no torchrun's, processes that do not meet within `MEETING`, or a device that is
+            not there or that they would share; inside, if another process of the run has ended: whatever one cannot do
+            ends them all.
     """
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
-    given = {name: os.environ.get(name, "") for name in names}
-    size, rank, local, port, address = given.values()
-    if size in ("", "1") and rank in ("", "0"):
-        yield World(), resolve_device(device)
-        return
-    whole = all(map(str.isdecimal, (size, rank, local, port)))
-    if not (whole and address and int(rank) < int(size) and 0 < int(port) < 2**16):  # torch would wait for the others
-        raise InputError(f"not as torchrun sets them: {given}; start several processes with torchrun, or unset them")
     own = resolve_device(device)
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
+        yield World(), own
+        return
     if own.type == "cuda":
         if device not in ("auto", "cuda"):
-            raise InputError(f"--device {device}: {size} processes cannot share it; give cuda")
-        if int(local) >= torch.cuda.device_count():
-            raise InputError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
-        own = torch.device("cuda", int(local))
+            raise InputError(f"--device {device}: several processes cannot share it; give cuda")
+        own = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '')}")
         torch.cuda.set_device(own)
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     try:
-        store, *_ = next(distributed.rendezvous("env://", timeout=MEETING))
+        store, rank, size = next(distributed.rendezvous("env://", timeout=MEETING))
         # the others wait while one downloads, fills the cache or measures: NCCL's own 10 minutes are too few
-        distributed.init_process_group(
-            backend, store=store, rank=int(rank), world_size=int(size), timeout=timedelta(hours=6)
-        )
-    except distributed.DistError as error:
-        raise InputError(f"the {size} processes of this run have not met: {str(error).splitlines()[0][:200]}") from None
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=6))
+    except (ValueError, RuntimeError) as error:
+        said = str(error).splitlines()[0][:200]
+        raise InputError(f"the processes of this run have not met: {said}; start them with torchrun") from None
     try:
-        world = World(distributed.get_rank(), distributed.get_world_size())
+        world = World(rank, size)
         world.wait()  # until all have met: who failed before would leave the others looking for it
         yield world, own
     except RuntimeError as error:
@@ -333,11 +320,10 @@ def decaying(module: nn.Module, weight_decay: float) -> list[dict]:
     Biases, scales and the parameters of orthogonal mixing, whose size means nothing alike, do not. Source: Loshchilov
     and Hutter 2019, "Decoupled Weight Decay Regularization".
     """
-    shrink = {name: p.ndim > 1 and ".mix." not in name for name, p in module.named_parameters()}
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": []}]
+    groups: tuple[list, list] = [], []
     for name, parameter in module.named_parameters():
-        groups[0 if shrink[name] else 1]["params"].append(parameter)
-    return groups
+        groups[parameter.ndim > 1 and ".mix." not in name].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False]}]
 
 
 def clip_gradients(module: nn.Module, limit: float, loss: Tensor | None = None) -> Tensor:
@@ -355,9 +341,16 @@ def clip_gradients(module: nn.Module, limit: float, loss: Tensor | None = None) 
         with suppress(RuntimeError):  # the norm is not finite
             return nn.utils.clip_grad_norm_(trained.values(), limit, error_if_nonfinite=loss is not None)
     gradients = {f"the gradient of {name}": p.grad for name, p in trained.items() if p.grad is not None}
-    found = {f"weight {name}": p for name, p in trained.items()} | gradients
-    culprit = next((name for name, of in found.items() if not of.isfinite().all()), None)
-    raise FloatingPointError(culprit or "the loss, or the norm of gradients that are each finite")
+    raise FloatingPointError(
+        first_broken({f"weight {name}": p for name, p in trained.items()} | gradients)
+        or "the loss, or the norm of gradients that are each finite"
+    )
+
+
+def first_broken(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first of some tensors that holds a number that is not finite. A GPU is waited for once."""
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    return next((name for name, good in zip(tensors, finite, strict=True) if not good), None)
 
 
 # --- The loop --------------------------------------------------------------------------------------------------------
@@ -475,7 +468,6 @@ class Loop:
             "optimizer", and what else there is.
         rate: the learning rate of the next step, of the number of steps done and of `progress`.
         axis: what rows count: "epoch" or "step".
-        before_step: called before each one, with the number of those done.
         measure: called before each row, for figures to add. Those of "loss" say which weights are best, and states are
             saved at rows then.
         keep: called if the weights are the best so far, in the leading process; writes ``checkpoint``.
@@ -493,7 +485,6 @@ class Loop:
     parts: dict[str, Any]
     rate: Callable[[int, float], float]
     axis: str = "epoch"
-    before_step: Callable[[int], None] = lambda done: None
     measure: Callable[[], dict[str, float]] | None = None
     keep: Callable[[], None] = lambda: None
     checkpoint: Path | None = None
@@ -506,7 +497,6 @@ class Loop:
     counted: int = field(default=0, init=False)  # steps in them
     best: float = field(default=math.inf, init=False)
     rows: list[dict[str, str]] = field(default_factory=list, init=False)
-    drawn: int = field(default=0, init=False)  # rows of which the curves are a picture
 
     def train(self) -> None:
         """Go on to the end.
@@ -549,7 +539,6 @@ class Loop:
 
     def _make_step(self, keys: object, batch: Sequence) -> None:
         started = time.perf_counter()
-        self.before_step(self.done)
         rate = self.rate(self.done, self.progress())
         for group in self.parts["optimizer"].param_groups:
             group["lr"] = rate
@@ -603,10 +592,9 @@ class Loop:
 
     def save(self, goes_on: bool = True) -> None:
         """Write the state, then what can be made of it. A weight that is not finite writes nothing."""
-        run, weights = self.run, self.parts["model"].named_parameters()
-        names, finite = zip(*((name, weight.isfinite().all()) for name, weight in weights), strict=True)
-        if not torch.stack(finite).all():
-            self._fail(f"before {self._place()}", f"weight {names[torch.stack(finite).tolist().index(False)]}")
+        run = self.run
+        if (broken := first_broken(dict(self.parts["model"].named_parameters()))) is not None:
+            self._fail(f"before {self._place()}", f"weight {broken}")
         self.sums = run.world.mean(self.sums)  # the leader's sums alone are in the file
         if not run.world.leads or run.folder is None:
             return
@@ -616,13 +604,12 @@ class Loop:
         save_state(run.folder / STATE_NAME, state)
         if self.done:
             self.saved(goes_on)
-        if len(self.rows) > self.drawn:
-            plot_curves(self.table.path, run.folder / f"curves{self._suffix()}.png")
-            self.drawn = len(self.rows)
+        if self.rows:
+            plot_curves(self.table.path, run.folder / f"curves{self._suffix}.png")
 
     def _begin(self) -> None:
         """Take up a state, or save the first: a run that is killed from here on is resumed, not begun again."""
-        run = self.run
+        run, self._suffix = self.run, f"_{self.name}" if self.name else ""
         self.log = get_logger("loop", run.folder)
         if run.state is not None and run.state["stage"] == self.name:
             try:
@@ -637,15 +624,11 @@ class Loop:
             self.sums, run.state = sums, None  # the state is as large as everything in training
             self.log.info("resumed at %s", self._place())
         if run.world.leads:
-            file = None if run.folder is None else run.folder / f"metrics{self._suffix()}.csv"
+            file = None if run.folder is None else run.folder / f"metrics{self._suffix}.csv"
             self.table = MetricsTable(file, self.rows)
             self.rows = self.table.rows
-        self.drawn = len(self.rows)
         if not self.done:
             self.save()
-
-    def _suffix(self) -> str:
-        return f"_{self.name}" if self.name else ""
 
     def _place(self) -> str:
         """Of the step under way, for a message."""

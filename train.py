@@ -301,12 +301,16 @@ class CelebATrainer:
         parallel = run.world.parallel(model, losses_of, all_used=settings.lambda_img_rec > 0 or not is_exact(model))
 
         @torch.no_grad()
-        def look_at_validation(done: int) -> None:
-            if settings.reweight_every and done % settings.reweight_every == 0:
-                keys = looks[done // settings.reweight_every % len(looks)]
-                x, labels = next(iter(with_batches(self.val, [keys])))
-                with networks_in("float32", run.device):
-                    weights.update(bce_by_attribute(model.eval()(x), labels))
+        def look_at_validation(turn: int) -> None:
+            x, labels = next(iter(with_batches(self.val, [looks[turn % len(looks)]])))
+            with networks_in("float32", run.device):
+                weights.update(bce_by_attribute(model.eval()(x), labels))
+
+        def batches(done: int) -> Iterator[tuple[list[Key], Sequence[Tensor]]]:
+            for number, batch in enumerate(batches_from(self.train, done), start=done):
+                if settings.reweight_every and number % settings.reweight_every == 0:
+                    look_at_validation(number // settings.reweight_every)
+                yield batch
 
         def one_step(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
             x = augmented(x, settings.augment)
@@ -319,10 +323,9 @@ class CelebATrainer:
             settings.epoch,
             FORWARD_CHECKPOINT,
             step=one_step,
-            batches=lambda done: batches_from(self.train, done),
+            batches=batches,
             parts={"model": model, "optimizer": optimizer, "weights": weights},
             rate=lambda done, _: settings.lr * lr_factor(done, steps, settings.warmup_steps, settings.hold_share),
-            before_step=look_at_validation,
             measure=lambda: self.validate(
                 lambda x, labels: forward_losses(model, x, labels, settings, classes=classes)
             ),
