@@ -506,12 +506,11 @@ class Loop:
             Stopped: a signal came; the state is saved.
         """
         self._begin()
-        batches, began = self.batches(self.done), self.done
-        run = self.run
+        run, batches, began = self.run, self.batches(self.done), self.done
         writes = run.world.leads and run.folder is not None
         events = tensorboard_events(run.folder / "events" / (self.name or "training") if writes else None, began + 1)
-        shown = {"desc": self.name or None, "unit": "step", "dynamic_ncols": True, "leave": False}
-        bar = tqdm(total=self.steps, initial=began, disable=None if run.world.leads else True, **shown)
+        hidden = None if run.world.leads else True  # None: if there is no terminal
+        bar = tqdm(desc=self.name or None, total=self.steps, initial=began, unit="step", leave=False, disable=hidden)
         with events as self._write_events, bar:
             while True:
                 ends = self.progress() == 1
@@ -565,13 +564,13 @@ class Loop:
         if self.measure is not None:
             try:
                 measured = self.measure()
+                if not math.isfinite(measured["loss"]):
+                    raise FloatingPointError("the loss")
             except Stopped:
                 self.save(goes_on=False)
                 raise
             except FloatingPointError as error:
                 self._fail(f"{place}, validation", error)
-            if not math.isfinite(measured["loss"]):
-                self._fail(f"{place}, validation", "the loss")
             means = {f"train_{name}": value for name, value in means.items()}
             means |= {f"val_{name}": value for name, value in measured.items()}
             self.seconds += time.perf_counter() - started

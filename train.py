@@ -17,7 +17,6 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from utils import option
 
 FORWARD_CHECKPOINT = "best_model.pth"
 R_OPT_CHECKPOINT = "best_model_r_opt_real.pth"
+Batches = Iterator[tuple[list[Key], tuple[Tensor, Tensor]]]  # each with the keys of its pictures
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,7 @@ class AttributeWeights:
         return {"losses": list(self.losses), "values": self.values}
 
     def load_state_dict(self, state: dict) -> None:
-        self.losses.clear()
-        self.losses.extend(state["losses"])
-        self.values = state["values"]
+        self.losses, self.values = deque(state["losses"], self.losses.maxlen), state["values"]
 
 
 # --- The losses ------------------------------------------------------------------------------------------------------
@@ -150,10 +148,9 @@ def bce_by_attribute(logits: Tensor, labels: Tensor, classes: Tensor | None = No
     Args:
         classes: `class_weights`; None: all 1.
     """
-    absent, present = (None, None) if classes is None else classes
-    return F.binary_cross_entropy_with_logits(
-        logits, labels, weight=absent, pos_weight=None if classes is None else present / absent, reduction="none"
-    ).mean(0)
+    absent, present = torch.ones(2, labels.shape[1], device=labels.device) if classes is None else classes
+    losses = F.binary_cross_entropy_with_logits(logits, labels, absent, pos_weight=present / absent, reduction="none")
+    return losses.mean(0)
 
 
 def right_inverse_error(model: SPNN, x: Tensor, y: Tensor) -> Tensor:
@@ -215,16 +212,11 @@ def origin_latents(model: SPNN) -> Tensor:
         return concatenated(model.complete(zero).z)
 
 
-def freeze_g(model: SPNN) -> list[nn.Parameter]:
-    """Leave nothing to train but the r-networks; returns the parameters that stand still from here on.
-
-    The statistics of its layers stand still as well: they are in eval mode.
-    """
+def freeze_g(model: SPNN) -> None:
+    """Leave nothing to train but the r-networks. The statistics of g's layers stand still as well: in eval mode."""
     model.eval()
-    frozen = [parameter for name, parameter in model.named_parameters() if ".r." not in name]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return frozen
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".r." in name)
 
 
 def backward(losses_of: Callable[[], dict[str, Tensor]], precision: str, device: torch.device) -> dict[str, Tensor]:
@@ -306,38 +298,34 @@ class CelebATrainer:
             with networks_in("float32", run.device):
                 weights.update(bce_by_attribute(model.eval()(x), labels))
 
-        def batches(done: int) -> Iterator[tuple[list[Key], Sequence[Tensor]]]:
-            for number, batch in enumerate(batches_from(self.train, done), start=done):
+        def batches(done: int) -> Batches:
+            for number, (keys, (x, labels)) in enumerate(batches_from(self.train, done), start=done):
                 if settings.reweight_every and number % settings.reweight_every == 0:
                     look_at_validation(number // settings.reweight_every)
-                yield batch
-
-        def one_step(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            x = augmented(x, settings.augment)
-            labels = self._taught(x, labels)
-            with self._naming(x):
-                return step(model.train(), optimizer, lambda: parallel(x, labels), settings, run.device)
+                x = augmented(x, settings.augment)
+                yield keys, (x, self._taught(x, labels))
 
         return self._loop(
             "forward",
             settings.epoch,
             FORWARD_CHECKPOINT,
-            step=one_step,
-            batches=batches,
-            parts={"model": model, "optimizer": optimizer, "weights": weights},
+            parallel,
+            batches,
+            optimizer,
             rate=lambda done, _: settings.lr * lr_factor(done, steps, settings.warmup_steps, settings.hold_share),
             measure=lambda: self.validate(
                 lambda x, labels: forward_losses(model, x, labels, settings, classes=classes)
             ),
+            weights=weights,
         )
 
     def optimise_r(self) -> Path:
-        """Stage 2. Returns the checkpoint of the lowest validation loss, `R_OPT_CHECKPOINT`.
+        """Stage 2. Returns the checkpoint of the lowest validation loss, `R_OPT_CHECKPOINT`; g stays frozen.
 
         Raises: as `train_forward`.
         """
         model, settings, run = self.model, self.settings, self.run
-        frozen = freeze_g(model)
+        freeze_g(model)
         origin = origin_latents(model)
         optimizer = adam([p for p in model.parameters() if p.requires_grad], settings.r_lr, run.device)
         parallel = run.world.parallel(model, lambda x, y: natural_losses(model, x, y, origin, settings))
@@ -347,7 +335,7 @@ class CelebATrainer:
             with networks_in(settings.precision, run.device):
                 return model(x)  # (B, d)
 
-        def batches(done: int) -> Iterator[tuple[list[Key], tuple[Tensor, Tensor]]]:
+        def batches(done: int) -> Batches:
             keys = self.train.batch_sampler.all_keys  # each stands for a picture, if none is augmented
             # with fewer epochs g is asked less without knowing it for all pictures
             pays = settings.augment == 0 and len(keys) < settings.r_epoch * len(self.train.dataset)
@@ -356,41 +344,49 @@ class CelebATrainer:
                 x = augmented(x, settings.augment)
                 yield some, (x, g(x) if logits_of is None else logits_of(some))
 
-        def one_step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            with self._naming(x):
-                return step(model, optimizer, lambda: parallel(x, y), settings, run.device)
-
         def losses_and_logits(x: Tensor, _) -> tuple[dict[str, Tensor], Tensor]:
             y = model(x)
             return natural_losses(model, x, y, origin, settings), y
 
-        try:
-            return self._loop(
-                "r_opt",
-                settings.r_epoch,
-                R_OPT_CHECKPOINT,
-                step=one_step,
-                batches=batches,
-                parts={"model": model, "optimizer": optimizer},
-                rate=lambda done, _: settings.r_lr,
-                measure=lambda: self.validate(losses_and_logits),
-            )
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        return self._loop(
+            "r_opt",
+            settings.r_epoch,
+            R_OPT_CHECKPOINT,
+            parallel,
+            batches,
+            optimizer,
+            rate=lambda done, _: settings.r_lr,
+            measure=lambda: self.validate(losses_and_logits),
+        )
 
-    def _loop(self, name: str, epochs: int, file: str, **what) -> Path:
-        checkpoint = self.run.folder / file
-        notes = {**self.model.notes, "attributes": list(self.attributes), "training": asdict(self.settings)}
+    def _loop(
+        self, name: str, epochs: int, file: str, losses: Callable[..., dict[str, Tensor]],
+        batches: Callable[[int], Batches], optimizer: torch.optim.Optimizer, *, rate, measure, **parts,
+    ) -> Path:  # fmt: skip
+        """Train on the ``losses`` of what ``batches`` gives; ``parts`` change in training as well."""
+        model, checkpoint = self.model, self.run.folder / file
+        notes = {**model.notes, "attributes": list(self.attributes), "training": asdict(self.settings)}
+
+        def one_step(*batch: Tensor) -> dict[str, Tensor]:
+            model.train(name == "forward")
+            try:
+                return step(model, optimizer, lambda: losses(*batch), self.settings, self.run.device)
+            except FloatingPointError as error:  # a weight, or a block, says more
+                raise FloatingPointError(first_nonfinite(model, batch[0]) or str(error)) from None
+
         Loop(
             self.run,
             name,
+            step=one_step,
+            batches=batches,
             steps=epochs * len(self.train),
             row_every=len(self.train),
-            keep=lambda: save_spnn(checkpoint, self.model, notes),
+            parts={"model": model, "optimizer": optimizer, **parts},
+            rate=rate,
+            measure=measure,
+            keep=lambda: save_spnn(checkpoint, model, notes),
             checkpoint=checkpoint,
             images=lambda keys, _: listed([self.train.dataset.source.files[index] for index, _ in keys]),
-            **what,
         ).train()
         return checkpoint
 
@@ -403,28 +399,20 @@ class CelebATrainer:
             answers = torch.stack([teacher(x).float().sigmoid() for teacher in self.teachers])  # (n, B, d)
         return labels.lerp(answers.mean(0), self.settings.teach)
 
-    @contextmanager
-    def _naming(self, x: Tensor) -> Iterator[None]:
-        """Around a step: if a number is not finite, say what is not finite first: a weight, or a block."""
-        try:
-            yield
-        except FloatingPointError as error:
-            raise FloatingPointError(first_nonfinite(self.model, x) or str(error)) from None
-
     def _known_logits(self, keys: Sequence[Key], g: Callable[[Tensor], Tensor]) -> Callable[[list], Tensor]:
         """g of every picture, computed once, each process its share: a function from keys to logits, (B, d)."""
         world, size = self.run.world, self.train.batch_sampler.batch_size
         parts = [keys[i : i + size] for i in range(0, len(keys), size)]
         loader = with_batches(self.train, world.share(parts), self.train.num_workers)
-        found: list[Tensor] = []
-        for batch in tqdm(loader, "g of the training images", unit="batch", leave=False, disable=not world.leads):
-            if len(found) < len(parts) // world.size:  # a round in which every process has a batch
+        shown = tqdm(loader, "g of the training images", unit="batch", leave=False, disable=not world.leads)
+        known: dict[Key, list[float]] = {}
+        for i, (some, batch) in enumerate(zip(world.share(parts), shown, strict=True)):
+            if i < len(parts) // world.size:  # a round in which every process has a batch
                 self.run.stop_if_asked()
-            found.append(g(batch[0]).cpu())
-        values = torch.cat([y for of_one in world.gather(found) for y in of_one]).to(self.run.device)
-        order = [key for rank in range(world.size) for part in parts[rank :: world.size] for key in part]
-        rows = {key: row for row, key in enumerate(order)}
-        return lambda some: values[torch.tensor([rows[key] for key in some]).to(values.device, non_blocking=True)]
+            known.update(zip(some, g(batch[0]).tolist(), strict=True))
+        for others in world.gather(known):
+            known.update(others)
+        return lambda some: torch.tensor([known[key] for key in some], device=self.run.device)
 
     @torch.no_grad()
     def validate(self, losses_and_logits: Callable[[Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]) -> dict:
@@ -436,30 +424,25 @@ class CelebATrainer:
             FloatingPointError: a loss is not finite; names what is not first.
         """
         model, world = self.model.eval(), self.run.world
-        sums, count, logits, truth, right_inverse = {}, 0, [], [], 0.0
+        found, right_inverse = [], 0.0  # of each batch its size, losses, logits and labels
         shared = self.val if world.size == 1 else with_batches(self.val, world.share(list(self.val.batch_sampler)))
         for x, labels in shared:
             if world.size == 1:  # several processes agree on it between steps: their parts may differ in length
                 self.run.stop_if_asked()
             with networks_in("float32", self.run.device):
                 losses, y = losses_and_logits(x, labels)
-                if count == 0:  # zero but for rounding: one batch tells
+                if not found:  # zero but for rounding: one batch tells
                     right_inverse = right_inverse_error(model, model.pinv(y), y).item()
             if not torch.isfinite(losses["total"]):
                 raise FloatingPointError(first_nonfinite(model, x) or "a loss")
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * len(x)
-            logits.append(y.cpu())
-            truth.append(labels.cpu())
-            count += len(x)
-        parts = world.gather((sums, count, logits, truth, right_inverse))
-        count = sum(part[1] for part in parts)
-        means = {name: sum(part[0].get(name, 0.0) for part in parts) / count for name in parts[0][0]}
-        y, labels = (torch.cat([tensor for part in parts for tensor in part[k]]) for k in (2, 3))
+            found.append((len(x), {name: value.item() for name, value in losses.items()}, y.cpu(), labels.cpu()))
+        sizes, each, logits, truth = zip(*(batch for part in world.gather(found) for batch in part), strict=True)
+        means = {k: sum(n * of[k] for n, of in zip(sizes, each, strict=True)) / sum(sizes) for k in each[0]}
+        y, labels = torch.cat(logits), torch.cat(truth)  # (N, d)
         return {
             "loss": means.pop("total"),
             **means,
-            "right_inverse": parts[0][4],
+            "right_inverse": world.gather(right_inverse)[0],
             "accuracy": accuracy_by_attribute(y, labels).mean().item(),
             "balanced_accuracy": balanced_accuracy_by_attribute(y, labels).nanmean().item(),
         }

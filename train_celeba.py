@@ -8,7 +8,6 @@ Penrose diagnostics run on the test split after each stage. Results go to --chec
 killed goes on where it was with the same command and --resume.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,9 +53,8 @@ class Task:
             size = 256 if self.img_size is None else self.img_size
             model = SPNN(3, len(ATTRIBUTES), self.hidden, self.scale_bound, size, self.mix_type, layer_channels)
             if len(model.out_shape) > 1:
-                raise ValueError(
-                    "attributes need a chain that ends at 1x1, it ends at {1}x{2}".format(*model.out_shape)
-                )
+                _, h, w = model.out_shape
+                raise ValueError(f"attributes need a chain that ends at 1x1, it ends at {h}x{w}")
         except ValueError as error:
             raise InputError(f"architecture: {error}") from None
         if self.init is not None:
@@ -99,7 +97,7 @@ def read_command(argv: Sequence[str] | None = None) -> tuple[Task, Settings, Mac
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages that are asked for, or what is left of them."""
     task, settings, machine, chain = read_command(argv)
-    folder, began = Path(machine.checkpoint_dir), time.perf_counter()
+    folder = Path(machine.checkpoint_dir)
     seed_everything(task.seed)
     with open_run(folder, machine.device, machine.save_every, task.seed) as run:
         identity = {**asdict(task), **asdict(settings), "layer_channels": chain}
@@ -121,8 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stale = [FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json", "diagnostics_*.json", "natural_*.png"]
         every = {**asdict(task), **asdict(settings), **asdict(machine), "layer_channels": chain}
         log = run.begin("train_celeba", every, stale if forward else ())
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        log.info("SPNN with %.2f M parameters; %d training images", parameters, len(loaders.train.dataset))
+        log.info("SPNN with %.2f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
 
         def trainer(model: SPNN) -> CelebATrainer:
             prepare_networks(model, run.device)
@@ -141,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             best = trainer(model).optimise_r()
             report(run, best, loaders, machine.diagnose_samples, "r_opt")
         run.finish()
-        log.info("done in %.1f min; %s", (time.perf_counter() - began) / 60, best)
+        log.info("done; %s", best)
     return 0
 
 

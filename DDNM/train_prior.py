@@ -54,12 +54,10 @@ class Training:
     attention_size: int = option(8, "attention where the feature map is this small", 0)
     norm_groups: int = option(16, "groups of the normalisation", 1)
     batch_size: int = option(64, "images per step, over all processes", 1)
-    lr: float = option(4e-4, "learning rate after warm-up", 0)
+    lr: float = option(4e-4, "learning rate after warm-up; it falls to 0 as a cosine does", 0)
     warmup: int = option(100, "steps of linear warm-up", 0)
-    decay: Literal["cosine", "linear", "constant"] = option("cosine", "of the learning rate, to the end")
     ema_decay: float = option(0.999, "of the averaged weights, which are the result", 0, 1)
     prediction: str = option("v_prediction", "what the network predicts", choices=PREDICTIONS)
-    noise_levels: Literal["lognormal", "uniform"] = option("lognormal", "which steps are trained on")
     clip: float = option(1.0, "largest norm of the gradients", 0)
     flip: bool = option(True, "mirror images at random")
     augment: float = option(
@@ -135,19 +133,17 @@ class Images:
         return to_float(chosen.to(self.device, non_blocking=True))
 
 
-def learning_rate(progress: float, step: int, base: float, warmup: int, decay: str) -> float:
-    """The learning rate of a step: linear warm-up, then ``decay`` with ``progress`` in [0, 1] to (nearly) zero."""
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[decay]
-    return base * min(1.0, (step + 1) / (warmup + 1)) * max(shape, 1e-3)
+def learning_rate(progress: float, step: int, base: float, warmup: int) -> float:
+    """The learning rate of a step: linear warm-up, then a cosine with ``progress`` in [0, 1] to (nearly) zero."""
+    return base * min(1.0, (step + 1) / (warmup + 1)) * max(0.5 * (1 + math.cos(math.pi * progress)), 1e-3)
 
 
-def draw_steps(abar: Tensor, batch: int, noise_levels: str) -> Tensor:
+def draw_steps(abar: Tensor, batch: int) -> Tensor:
     """The steps t, (B,), to train on.
 
-    ``"uniform"`` takes all alike, as DDPM does. With linear betas half of them are next to pure noise, where little is
-    to be learnt; ``"lognormal"`` draws the noise level instead, ``ln(sigma) ~ N(-0.8, 1.4^2)`` with
-    ``sigma^2 = (1 - abar) / abar`` (Karras et al. 2022, "Elucidating the Design Space", section 5, where the
-    normal is N(-1.2, 1.2^2)).
+    With linear betas half of all steps are next to pure noise, where little is to be learnt. So the noise level is
+    drawn instead, ``ln(sigma) ~ N(-0.8, 1.4^2)`` with ``sigma^2 = (1 - abar) / abar`` (Karras et al. 2022, "Elucidating
+    the Design Space", section 5, where the normal is N(-1.2, 1.2^2)).
 
     The B draws are one uniform draw plus a grid (Kingma et al. 2021, "Variational Diffusion Models", I.1): each has the
     distribution, and the loss varies less than with independent ones.
@@ -156,8 +152,6 @@ def draw_steps(abar: Tensor, batch: int, noise_levels: str) -> Tensor:
         abar: of every step, (T,).
     """
     u = (torch.rand((), device=abar.device) + torch.arange(batch, device=abar.device) / batch) % 1  # (B,)
-    if noise_levels == "uniform":
-        return (u * len(abar)).long().clamp(max=len(abar) - 1)
     log_sigma = -0.8 + 1.4 * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4))
     return torch.searchsorted(((1 - abar) / abar).log() / 2, log_sigma).clamp(max=len(abar) - 1)
 
@@ -203,7 +197,7 @@ class Trainer:
             minutes=machine.minutes,
             row_every=machine.log_every,
             parts={"model": self.prior.unet, "optimizer": self.optimizer, "ema": self.ema.model},
-            rate=lambda done, progress: learning_rate(progress, done, s.lr, s.warmup, s.decay),
+            rate=lambda done, progress: learning_rate(progress, done, s.lr, s.warmup),
             axis="step",
             saved=self.save,
             images=self._names,
@@ -217,7 +211,7 @@ class Trainer:
         """
         s, device, share = self.settings, self.run.device, self.run.world.share
         self.drawn = self.images.draw(s.batch_size)  # (B,), of all processes
-        t = draw_steps(self.abar, s.batch_size, s.noise_levels)
+        t = draw_steps(self.abar, s.batch_size)
         mirrored = torch.rand(s.batch_size, device=device) < (0.5 if s.flip else 0.0)
         noise = torch.randn(s.batch_size, 3, s.img_size, s.img_size, device=device)
 

@@ -89,14 +89,22 @@ def outcome(folder: Path) -> dict:
 def assert_same(one: dict, other: dict) -> None:
     assert one.keys() == other.keys() and len(one) > 5
     for name, value in one.items():
-        same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
-        assert same, name
+        assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
 
 
 def without_diagnostics(patch: pytest.MonkeyPatch) -> None:
     """They take longer than the trainings here."""
     patch.setattr(train_celeba, "diagnose", lambda *_, **__: {})
     patch.setattr(train_celeba, "format_table", str)
+
+
+CURVES = loop.plot_curves, loop.tensorboard_events
+
+
+def without_curves() -> None:
+    """The picture takes longer than the trainings here, and so does TensorBoard's import."""
+    loop.plot_curves = lambda table, picture: picture.touch()
+    loop.tensorboard_events = lambda folder, begin: nullcontext(lambda figures, step: None)
 
 
 # --- Reconstruction ---
@@ -112,18 +120,13 @@ def randomised(module, seed: int = 0, strength: float = 0.7):
 
 
 def tiny_spnn(num_classes: int = 40) -> SPNN:
-    return randomised(
-        SPNN(
-            num_classes=num_classes,
-            img_size=16,
-            layer_channels=[
-                (PixelUnshuffleBlock, {"r": 4}),
-                (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 4}),
-                (PixelUnshuffleBlock, {"r": 4}),
-                (ConvPINNBlock, {"in_ch": 96, "out_ch": num_classes, "hidden": 8, "feat_size": 1}),
-            ],
-        )
-    )
+    chain = [
+        (PixelUnshuffleBlock, {"r": 4}),
+        (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 4}),
+        (PixelUnshuffleBlock, {"r": 4}),
+        (ConvPINNBlock, {"in_ch": 96, "out_ch": num_classes, "hidden": 8, "feat_size": 1}),
+    ]
+    return randomised(SPNN(num_classes=num_classes, img_size=16, layer_channels=chain))
 
 
 def tiny_prior(size: int = 16) -> Prior:
@@ -147,15 +150,9 @@ def assets(tmp_path_factory):
     (folder / "inputs").mkdir()
     for name, colour in (("red", (220, 20, 20)), ("green", (20, 200, 20)), ("blue", (20, 20, 210))):
         Image.new("RGB", (16, 16), colour).save(folder / "inputs" / f"{name}.png")
-    settings = {
-        "spnn": str(folder / "spnn.pth"),
-        "prior": str(folder / "prior"),
-        "judge": str(folder / "judge.safetensors"),
-        "steps": 3,
-        "nlbp_stop_cond": 0.02,
-        "lpips": False,
-        "device": "cpu",
-    }
+    files = {"spnn": folder / "spnn.pth", "prior": folder / "prior", "judge": folder / "judge.safetensors"}
+    settings = {"steps": 3, "nlbp_stop_cond": 0.02, "lpips": False, "device": "cpu"}
+    settings |= {name: str(file) for name, file in files.items()}
     (folder / "tiny.yml").write_text(yaml.safe_dump(settings))
     return folder
 
@@ -187,11 +184,19 @@ def forks():
     return context
 
 
+def exit_code(target, *arguments) -> int:
+    """Of such a process."""
+    process = forks().Process(target=target, args=arguments)
+    process.start()
+    process.join(300)
+    process.kill()
+    return process.exitcode
+
+
 def quick() -> None:
-    """Leave out what takes longer than the trainings here: threads, curves, TensorBoard's events, diagnostics."""
+    """Leave out what takes longer than the trainings here."""
     torch.set_num_threads(1)
-    loop.plot_curves = lambda table, picture: picture.touch()
-    loop.tensorboard_events = lambda folder, begin: nullcontext(lambda figures, step: None)
+    without_curves()
     without_diagnostics(pytest.MonkeyPatch())
 
 

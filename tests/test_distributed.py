@@ -1,14 +1,12 @@
 """Several processes follow one: the same batches, losses, weights and decisions."""
 
-import socket
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from runs import figures_of, pictures, prior_arguments, spnn_arguments, start_two
+from runs import figures_of, forks, pictures, prior_arguments, quick, spnn_arguments, start_two
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import loop
 import train_celeba
@@ -17,10 +15,9 @@ from checkpoints import read_weights
 from data_loader import EpochBatches, make_loaders
 from DDNM import main, train_prior
 from logger import MetricsTable
-from loop import World, join_world
+from loop import join_world
 from utils import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGES = "metrics_forward.csv", "metrics_r_opt.csv"
 
 
@@ -59,12 +56,18 @@ def test_two_processes_fit_the_operator_of_one(faces, tmp_path):
     assert_same_figures(tmp_path / "of_1", tmp_path / "of_2", STAGES, rel=1e-4)
 
 
+def train_prior_quickly(arguments: list[str]) -> None:
+    quick()
+    assert train_prior.main(arguments) == 0
+
+
 def test_torchrun_trains_the_prior_of_one_process(faces, tmp_path):
+    """Its launcher, with processes that have everything imported."""
     assert train_prior.main(prior_arguments(faces, tmp_path / "of_1", steps=4)) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "DDNM/train_prior.py", *prior_arguments(faces, tmp_path / "of_2", steps=4)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks()
+    two = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="test", rdzv_backend="c10d",
+                       rdzv_endpoint="localhost:0", start_method="forkserver")  # fmt: skip
+    elastic_launch(two, train_prior_quickly)(prior_arguments(faces, tmp_path / "of_2", steps=4))
     assert_same_figures(tmp_path / "of_1", tmp_path / "of_2", ("metrics.csv",), rel=1e-4)
 
 
@@ -86,44 +89,22 @@ def test_the_parts_of_a_batch_are_the_batch(faces):
         make_loaders(faces, 32, 5, share=(0, 2))
 
 
-def test_one_process_is_a_world_of_one(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "")
-    with join_world("cpu") as (one, device):
-        assert (one, device) == (World(), torch.device("cpu"))
-        assert one.leads and one.gather("x") == ["x"] and one.share([1, 2]) == [1, 2]
-        value = {"a": torch.tensor(2.0)}
-        assert one.mean(value) is value
-        assert one.largest(1.5) == 1.5
+TORCHRUN = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
-RENDEZVOUS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "0"}
-
-
-@pytest.mark.parametrize("given", [
-    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"RANK": "1"}, {"WORLD_SIZE": "1", "RANK": "1"},
-    {"WORLD_SIZE": "2", "RANK": "2", **RENDEZVOUS}, {"WORLD_SIZE": "0", "RANK": "0", **RENDEZVOUS},
-    {"WORLD_SIZE": "2", "RANK": "0", **RENDEZVOUS, "MASTER_PORT": "70000"},
+@pytest.mark.parametrize("given, said", [
+    ({"WORLD_SIZE": "2"}, "RANK expected"), ({"WORLD_SIZE": "two", **TORCHRUN}, "invalid literal.*'two'"),
+    ({"WORLD_SIZE": "2", **TORCHRUN, "MASTER_PORT": "70000"}, "port"),
+    ({"WORLD_SIZE": "2", **TORCHRUN, "MASTER_PORT": "0"}, ""),  # the others were never started
+    ({"WORLD_SIZE": "2", **TORCHRUN, "RANK": "1"}, ""),
 ])  # fmt: skip
-def test_variables_that_torchrun_did_not_set_are_one_line(monkeypatch, given):
-    for name in ("WORLD_SIZE", "RANK", *RENDEZVOUS):
+def test_processes_that_do_not_meet_are_one_line(monkeypatch, given, said):
+    monkeypatch.setattr(loop, "MEETING", timedelta(seconds=0.2))
+    for name in ("WORLD_SIZE", "LOCAL_RANK", *TORCHRUN):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="not as torchrun sets them.*WORLD_SIZE.*processes with torchrun"):
-        with join_world("cpu"):
-            pass
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_does_not_wait_forever_for_others_that_were_never_started(monkeypatch, rank):
-    monkeypatch.setattr(loop, "MEETING", timedelta(seconds=0.2))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {"WORLD_SIZE": "2", "RANK": str(rank), **RENDEZVOUS, "MASTER_PORT": str(port)}
-    for name, value in own.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="the 2 processes of this run have not met: ") as error:
+    with pytest.raises(InputError, match=f"processes of this run have not met: .*{said}") as error:
         with join_world("cpu"):
             pass
     assert "\n" not in str(error.value)
@@ -136,11 +117,10 @@ def test_two_processes_draw_the_pictures_of_one(assets, tmp_path, monkeypatch):
     arguments = [*flags, "--image_folder", "of_2"]
     assert start_two(main.main, arguments, tmp_path)[0] == [0, 0]
     one, two = tmp_path / "of_1", tmp_path / "of_2"
-    assert figures_of(one) == figures_of(two) and len(figures_of(two)) == 3
+    assert figures_of(one) == figures_of(two) and len(figures_of(two)) == 3 and (two / "sheet.png").is_file()
     expected, got = pictures(one), pictures(two)
     assert expected.keys() == got.keys() and len(got) == 9
     assert all((expected[name] == got[name]).all() for name in expected)
-    assert (two / "sheet.png").is_file()
     # a picture that is lost is drawn again, by whichever process has its batch
     (two / "reconstruction" / "green.png").unlink()
     assert start_two(main.main, [*arguments, "--resume"], tmp_path)[0] == [0, 0]

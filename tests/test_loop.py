@@ -3,6 +3,7 @@
 import errno
 import functools
 import importlib
+import itertools
 import multiprocessing
 import os
 import pkgutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import CHAIN, COMMANDS, assert_same, forks, outcome, quick, spnn_arguments, without_diagnostics
+from runs import CHAIN, COMMANDS, assert_same, exit_code, forks, outcome, quick, spnn_arguments, without_diagnostics
 from torch.utils.data import DataLoader
 
 import loop
@@ -27,8 +28,6 @@ from loop import TrainingFailed, load_state, locked, stop_signals
 from utils import InputError, Stopped, remove_temporaries, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ("best_model.pth", "best_model_r_opt_real.pth")
-TABLES = ("metrics_forward.csv", "metrics_r_opt.csv")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,47 +55,24 @@ def undisturbed(faces, tmp_path_factory):
 
 
 def victim(kind: str, arguments: list[str], die_at: tuple[str, int] | None) -> None:
-    """A training process; with ``die_at`` it kills itself at the n-th call of a function that every write goes
-    through: ``fsync`` cuts the temporary file in two first, as a machine that crashes may.
+    """A training process; with ``die_at`` it kills itself at the n-th call of a function that every write goes through,
+    or every step: ``fsync`` cuts the temporary file in two first, as a machine that crashes may.
     """
     quick()
     if die_at is not None:
         name, calls = die_at
-        honest, count = getattr(os, name), 0
+        owner = loop if name == "seed_step" else os
+        honest, count = getattr(owner, name), itertools.count(1)
 
         def call(*args):
-            nonlocal count
-            count += 1
-            if count == calls:
+            if next(count) == calls:
                 if name == "fsync":
                     os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
             return honest(*args)
 
-        setattr(os, name, call)
+        setattr(owner, name, call)
     run_command(lambda: COMMANDS[kind][0](arguments))
-
-
-def killed_again_and_again(kind: str, arguments: list[str], kills: int, seed: int, within: float | None = None) -> int:
-    """Run a command to its end, killing it ``kills`` times in the midst of a write; every other time ``within`` so many
-    seconds instead, whatever it is doing, if that is given. How often it was killed.
-    """
-    rng, hits = random.Random(seed), 0
-    for attempt in range(20 * kills):
-        last, by_clock = hits == kills, within is not None and attempt % 2 == 0
-        die_at = None if last or by_clock else (rng.choice(["fsync", "replace"]), rng.randint(1, 6))
-        process = forks().Process(target=victim, args=(kind, [*arguments, "--resume"], die_at))
-        process.start()
-        if by_clock and not last:
-            process.join(rng.uniform(0.0, within) + (3.0 if attempt == 0 else 0.0))  # the first one imports
-            process.kill()
-        process.join(300)
-        assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
-        hits += process.exitcode == -signal.SIGKILL
-        if process.exitcode == 0:
-            break
-    assert process.exitcode == 0
-    return hits
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
@@ -104,77 +80,55 @@ def killed_again_and_again(kind: str, arguments: list[str], kills: int, seed: in
 def test_a_run_that_is_killed_ends_as_the_undisturbed_one(kind, kills, faces, undisturbed, tmp_path):
     longer = {} if kills == 3 else {"epoch": 30, "r_epoch": 30} if kind == "spnn" else {"steps": 250}
     arguments = COMMANDS[kind][1](faces, tmp_path / "run", augment=0.5, **longer)  # draws in every step
-    started = time.monotonic()
-    whole = undisturbed(kind, augment=0.5, **longer)
-    within = None if kills == 3 else 0.1 * (time.monotonic() - started)  # or it would end before its twentieth kill
-    assert killed_again_and_again(kind, arguments, kills, seed=0, within=within) == kills
-    assert_same(outcome(tmp_path / "run"), whole)
+    rng = random.Random(0)
+    for attempt in range(kills + 1):
+        die_at = (rng.choice(["fsync", "replace", "seed_step"]), rng.randint(1, 6)) if attempt < kills else None
+        assert exit_code(victim, kind, [*arguments, "--resume"], die_at) == (-signal.SIGKILL if die_at else 0)
+    assert_same(outcome(tmp_path / "run"), undisturbed(kind, augment=0.5, **longer))
     assert not list((tmp_path / "run").glob(".*"))  # nothing half written is left
 
 
 # --- Stopped at every single place -----------------------------------------------------------------------------------
 
 
-def status_of(main, arguments: list[str]) -> int:
+def spnn(faces, folder, *flags, **changes) -> int:
     try:
-        return main(arguments)
+        return train_celeba.main([*spnn_arguments(faces, folder, **changes), *flags])
     except Stopped as stopped:
         return stopped.status
 
 
-def spnn(faces, folder, *flags, **changes) -> int:
-    return status_of(train_celeba.main, [*spnn_arguments(faces, folder, **changes), *flags])
-
-
-@pytest.mark.parametrize("signum, place, calls, r_epoch", [
-    (signal.SIGTERM, "train.forward_losses", 7, 1),  # the second epoch's second batch, validation's among them
-    (signal.SIGINT, "train.right_inverse_error", 2, 1),  # the second validation
-    (signal.SIGTERM, "train_celeba.predict", 1, 1),
-    (signal.SIGTERM, "data_loader.to_float", 20, 3),  # while the logits of all images are asked for
+@pytest.mark.parametrize("signum, place, calls, settings", [
+    (signal.SIGINT, "train.right_inverse_error", 2, {}),  # the second validation
+    (signal.SIGTERM, "train_celeba.predict", 1, {}),
+    (signal.SIGTERM, "data_loader.to_float", 12, {"epoch": 1, "r_epoch": 3}),  # while all images' logits are asked for
 ])  # fmt: skip
-def test_a_stopped_run_saves_and_goes_on(faces, undisturbed, tmp_path, monkeypatch, signum, place, calls, r_epoch):
+def test_a_stopped_run_saves_and_goes_on(faces, undisturbed, tmp_path, monkeypatch, signum, place, calls, settings):
     owner, _, name = place.rpartition(".")
-    owner = pkgutil.resolve_name(owner)
-    honest, count = getattr(owner, name), 0
+    owner, count = pkgutil.resolve_name(owner), itertools.count(1)
+    honest = getattr(owner, name)
 
     def call(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == calls:
+        if next(count) == calls:
             os.kill(os.getpid(), signum)
         return honest(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, call)
-        assert spnn(faces, tmp_path / "run", r_epoch=r_epoch) == 128 + signum
-    assert count >= calls
+        assert spnn(faces, tmp_path / "run", **settings) == 128 + signum
     torch.manual_seed(123)  # a resume must not lean on what the generators happen to be
-    assert spnn(faces, tmp_path / "run", "--resume", r_epoch=r_epoch) == 0
-    assert_same(outcome(tmp_path / "run"), undisturbed("spnn", r_epoch=r_epoch))
+    assert spnn(faces, tmp_path / "run", "--resume", **settings) == 0
+    assert_same(outcome(tmp_path / "run"), undisturbed("spnn", **settings))
     diagnostics = {path.name for path in (tmp_path / "run").glob("diagnostics_*.json")}
     assert diagnostics == {"diagnostics_forward.json", "diagnostics_r_opt.json"}
 
 
-def stop_after(monkeypatch, steps: int, name: str = "forward"):
-    """Ask a run to stop once a loop has made so many steps."""
-    honest = loop.Loop._make_step
-
-    def make_step(self, *batch):
-        honest(self, *batch)
-        if (self.name, self.done) == (name, steps):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop.Loop, "_make_step", make_step)
-
-
 def test_loader_processes_let_the_step_finish(faces, undisturbed, tmp_path, monkeypatch):
     """A scheduler signals every process of a job, and a terminal's Ctrl-C reaches the whole group."""
-    honest, count = train.natural_losses, 0
+    honest, count = train.natural_losses, itertools.count(1)
 
     def call(*args):
-        nonlocal count
-        count += 1
-        if count == 2:
+        if next(count) == 2:
             for child in multiprocessing.active_children():
                 os.kill(child.pid, signal.SIGTERM)
                 os.kill(child.pid, signal.SIGINT)
@@ -187,7 +141,7 @@ def test_loader_processes_let_the_step_finish(faces, undisturbed, tmp_path, monk
         patch.setattr(train, "natural_losses", call)
         assert spnn(faces, tmp_path / "run", workers=1) == 128 + signal.SIGTERM
     assert load_state(tmp_path / "run" / "train_state.pth")["progress"]["done"] == 2
-    assert spnn(faces, tmp_path / "run", "--resume", workers=1) == 0  # the number of workers changes nothing
+    assert spnn(faces, tmp_path / "run", "--resume") == 0  # the number of workers changes nothing
     assert_same(outcome(tmp_path / "run"), undisturbed("spnn"))
 
 
@@ -200,11 +154,7 @@ def leave_a_worker_behind() -> None:
 
 def test_loader_processes_do_not_outlive_a_process_that_ends_without_them():
     """Left to its exit, they are sent SIGTERM and waited for: forever, were it ignored."""
-    process = forks().Process(target=leave_a_worker_behind)
-    process.start()
-    process.join(60)
-    process.kill()
-    assert process.exitcode == 0
+    assert exit_code(leave_a_worker_behind) == 0
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
@@ -213,9 +163,15 @@ def test_loader_processes_do_not_outlive_a_process_that_ends_without_them():
 @pytest.fixture(scope="module")
 def stopped_once(faces, tmp_path_factory):
     """A run of stage 1 with a state file, stopped after its second step."""
-    folder = tmp_path_factory.mktemp("stopped") / "run"
+    folder, honest = tmp_path_factory.mktemp("stopped") / "run", loop.Loop._make_step
+
+    def make_step(self, *batch):
+        honest(self, *batch)
+        if self.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 2)
+        patch.setattr(loop.Loop, "_make_step", make_step)
         assert spnn(faces, folder) == 128 + signal.SIGTERM
     return folder
 
@@ -249,10 +205,8 @@ def spoilt(change):
     ([], {}, "not finished; give --resume.*or --overwrite"),
     spoilt(lambda state: b"junk"),
     spoilt(lambda state: {**state, "best": Stopped(2)}),  # reading it would run code
-    spoilt(lambda state: {"weight": torch.zeros(2)}),
     spoilt(lambda state: {**state, "version": loop.STATE_VERSION + 1}),
     spoilt(lambda state: {key: value for key, value in state.items() if key != "optimizer"}),
-    spoilt(lambda state: {**state, "model": dict(list(state["model"].items())[1:])}),
     spoilt(lambda state: {**state, "progress": {"step": 3}}),
 ])  # fmt: skip
 def test_what_a_run_does_not_go_on_from_is_one_line_and_stays(faces, stopped, tmp_path, flags, changes, said):
@@ -265,15 +219,13 @@ def test_what_a_run_does_not_go_on_from_is_one_line_and_stays(faces, stopped, tm
 
 
 def test_a_run_is_begun_again_if_asked_and_left_alone_when_it_is_finished(faces, stopped, tmp_path, capsys):
-    settings = {"epoch": 1, "is_r_opt": False}
+    settings, folder = {"epoch": 1, "is_r_opt": False}, tmp_path / "run"
     assert spnn(faces, stopped, "--overwrite", **settings) == 0
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-    assert spnn(faces, tmp_path / "run", "--resume", **settings) == 0
-    assert "finished" in capsys.readouterr().out
-    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert spnn(faces, folder, "--resume", **settings) == 0 and "finished" in capsys.readouterr().out
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     two = {"is_forward_train": False, "r_epoch": 1}  # stage 1's end is no obstacle to stage 2
-    assert spnn(faces, tmp_path / "run", "--resume", **two) == 0
-    assert (tmp_path / "run" / "best_model_r_opt_real.pth").is_file()
+    assert spnn(faces, folder, "--resume", **two) == 0 and (folder / "best_model_r_opt_real.pth").is_file()
 
 
 # --- A disk that does not take it ------------------------------------------------------------------------------------
@@ -409,10 +361,8 @@ def without_posix(folder: Path) -> None:
 
 def test_everything_imports_where_there_is_no_posix(tmp_path):
     """As far as that can be shown here."""
-    process = forks().Process(target=without_posix, args=(tmp_path / "run",))
-    process.start()
-    process.join(900)
-    assert process.exitcode == 0 and "hello" in (tmp_path / "run" / "log.txt").read_text()
+    assert exit_code(without_posix, tmp_path / "run") == 0
+    assert "hello" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_only_half_written_files_are_removed(tmp_path):

