@@ -470,7 +470,7 @@ class Loop:
         axis: what rows count: "epoch" or "step".
         measure: called before each row, for figures to add. Those of "loss" say which weights are best, and states are
             saved at rows then.
-        keep: called if the weights are the best so far, in the leading process; writes ``checkpoint``.
+        keep: called if the weights are the best so far, in the leading process.
         saved: called after a state is saved, in the leading process; told whether the run goes on.
         images: of keys and batch, the names of the images, for a message.
         minutes: to end after.
@@ -487,7 +487,6 @@ class Loop:
     axis: str = "epoch"
     measure: Callable[[], dict[str, float]] | None = None
     keep: Callable[[], None] = lambda: None
-    checkpoint: Path | None = None
     saved: Callable[[bool], None] = lambda goes_on: None
     images: Callable[[Any, Sequence], str] = lambda keys, batch: "its images"
     minutes: float | None = None
@@ -637,10 +636,9 @@ class Loop:
         return f"{self.name} {epoch + 1}/{self.steps // self.row_every}, batch {batch + 1}".strip()
 
     def _fail(self, where: str, culprit: object) -> NoReturn:
-        kept = "" if self.checkpoint is None else "; no checkpoint of this stage yet"
-        if self.checkpoint is not None and self.checkpoint.is_file():
-            kept = f"; the last good checkpoint is kept, {self.checkpoint}"
-        message = f"{where}: not a finite number in {culprit}{kept}. Try a lower learning rate"
+        message = (
+            f"{where}: not a finite number in {culprit}. The last good state and checkpoint are kept; try a lower lr"
+        )
         self.log.error(message)
         raise TrainingFailed(message) from None
 

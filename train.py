@@ -385,7 +385,6 @@ class CelebATrainer:
             rate=rate,
             measure=measure,
             keep=lambda: save_spnn(checkpoint, model, notes),
-            checkpoint=checkpoint,
             images=lambda keys, _: listed([self.train.dataset.source.files[index] for index, _ in keys]),
         ).train()
         return checkpoint

@@ -167,17 +167,16 @@ Pair = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
 def run_stage(
-    run: Run, s: Fit, name: str, model: nn.Module, loaders: Loaders, pair: Pair, losses, save, **what
+    run: Run, s: Fit, name: str, model: nn.Module, loaders: Loaders, pair: Pair, losses, save, steps: int, lr: float
 ) -> None:
     """A training of ``model`` on ``losses(x, y)`` with their ``total``, by the one loop.
 
     Args:
         pair: of a loader's images and targets, and whether they are for training, x and y.
-        save: writes the best weights so far, by the losses of the validation split, to ``checkpoint``.
-        what: steps, lr and checkpoint.
+        save: writes the best weights so far, by the losses of the validation split.
     """
-    settings, steps, parallel = Settings(precision=s.precision), what["steps"], run.world.parallel(model, losses)
-    optimizer = adam([p for p in model.parameters() if p.requires_grad], what["lr"], run.device)
+    settings, parallel = Settings(precision=s.precision), run.world.parallel(model, losses)
+    optimizer = adam([p for p in model.parameters() if p.requires_grad], lr, run.device)
 
     def one_step(*batch: Tensor) -> dict[str, Tensor]:
         x, y = pair(batch[0], batch[1], True)
@@ -194,9 +193,8 @@ def run_stage(
         return {"loss": means.pop("total"), **means}
 
     Loop(run, name, steps=steps, row_every=min(200, steps), axis="step", step=one_step, measure=measure, keep=save,
-         batches=lambda done: batches_from(loaders.train, done), checkpoint=what["checkpoint"],
-         parts={"model": model, "optimizer": optimizer},
-         rate=lambda done, _: what["lr"] * lr_factor(done, steps, 50, 0.3)).train()  # fmt: skip
+         batches=lambda done: batches_from(loaders.train, done), parts={"model": model, "optimizer": optimizer},
+         rate=lambda done, _: lr * lr_factor(done, steps, 50, 0.3)).train()  # fmt: skip
 
 
 def fit(operator: SPNNOperator, loaders: Loaders, pair: Pair, s: Fit, run: Run, notes: dict) -> None:
@@ -215,13 +213,13 @@ def fit(operator: SPNNOperator, loaders: Loaders, pair: Pair, s: Fit, run: Run, 
 
     if stage in (None, "forward"):
         run_stage(run, s, "forward", model, loaders, pair, forward, lambda: save_spnn(first, model, notes),
-                  steps=s.steps, lr=s.lr, checkpoint=first)  # fmt: skip
+                  s.steps, s.lr)  # fmt: skip
     if s.r_steps and stage != DONE:
         model.load_state_dict(SPNN.from_pretrained(first).state_dict())
         freeze_g(model)
         origin = origin_latents(model)
         run_stage(run, s, "r_opt", model, loaders, pair, lambda x, y: natural_losses(model, x, y, origin, settings),
-                  lambda: save_spnn(second, model, notes), steps=s.r_steps, lr=s.lr / 3, checkpoint=second)  # fmt: skip
+                  lambda: save_spnn(second, model, notes), s.r_steps, s.lr / 3)  # fmt: skip
     run.finish()
     best = SPNN.from_pretrained(second if s.r_steps else first)
     operator.model = best.to(run.device).eval().requires_grad_(False)

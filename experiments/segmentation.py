@@ -127,7 +127,7 @@ def trained_judge(run: Run, loaders, pairs, s: Fit, steps: int) -> nn.Module:
 
     if run.state is None or run.state["stage"] == "judge":
         run_stage(run, s, "judge", network, loaders, pairs, losses, lambda: write_weights(file, network.state_dict()),
-                  steps=steps, lr=2 * s.lr, checkpoint=file)  # fmt: skip
+                  steps=steps, lr=2 * s.lr)  # fmt: skip
     network.load_state_dict(read_weights(file))
     return network.eval().requires_grad_(False)
 

@@ -99,8 +99,8 @@ def spnn(faces, folder, *flags, **changes) -> int:
 
 
 @pytest.mark.parametrize("signum, place, calls, settings", [
-    (signal.SIGINT, "train.right_inverse_error", 2, {}),  # the second validation
-    (signal.SIGTERM, "train_celeba.predict", 1, {}),
+    (signal.SIGINT, "train.right_inverse_error", 2, {"augment": 0.5}),  # the second validation
+    (signal.SIGTERM, "train_celeba.predict", 1, {"augment": 0.5}),
     (signal.SIGTERM, "data_loader.to_float", 12, {"epoch": 1, "r_epoch": 3}),  # while all images' logits are asked for
 ])  # fmt: skip
 def test_a_stopped_run_saves_and_goes_on(faces, undisturbed, tmp_path, monkeypatch, signum, place, calls, settings):
@@ -139,10 +139,10 @@ def test_loader_processes_let_the_step_finish(faces, undisturbed, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "natural_losses", call)
-        assert spnn(faces, tmp_path / "run", workers=1) == 128 + signal.SIGTERM
+        assert spnn(faces, tmp_path / "run", workers=1, augment=0.5) == 128 + signal.SIGTERM
     assert load_state(tmp_path / "run" / "train_state.pth")["progress"]["done"] == 2
-    assert spnn(faces, tmp_path / "run", "--resume") == 0  # the number of workers changes nothing
-    assert_same(outcome(tmp_path / "run"), undisturbed("spnn"))
+    assert spnn(faces, tmp_path / "run", "--resume", augment=0.5) == 0  # the number of workers changes nothing
+    assert_same(outcome(tmp_path / "run"), undisturbed("spnn", augment=0.5))
 
 
 def leave_a_worker_behind() -> None:
@@ -237,7 +237,7 @@ def test_a_run_is_begun_again_if_asked_and_left_alone_when_it_is_finished(faces,
 ])  # fmt: skip
 def test_a_full_disk_costs_a_line(kind, owner, function, full, faces, undisturbed, tmp_path, monkeypatch):
     main, arguments = COMMANDS[kind]
-    arguments = arguments(faces, tmp_path / "run")
+    arguments = arguments(faces, tmp_path / "run", augment=0.5)
     path, kept, honest = tmp_path / "run" / "train_state.pth", [], getattr(owner, function)
 
     def fails(*args):
@@ -252,7 +252,7 @@ def test_a_full_disk_costs_a_line(kind, owner, function, full, faces, undisturbe
     assert "\n" not in str(error.value) and path.read_bytes() == kept[0]  # the last one stands, whole
     assert not list(path.parent.glob(".*"))
     assert main([*arguments, "--resume"]) == 0
-    assert_same(outcome(path.parent), undisturbed(kind))
+    assert_same(outcome(path.parent), undisturbed(kind, augment=0.5))
 
 
 # --- The parts -------------------------------------------------------------------------------------------------------

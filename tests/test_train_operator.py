@@ -158,7 +158,10 @@ def test_the_command_fits_measures_and_restores(faces, prior, tmp_path, capsys, 
 
 
 def test_a_function_of_ones_own_without_a_gradient(faces, prior, tmp_path):
-    assert run(faces, tmp_path, "--prior", prior, "--sampling_steps", 1, operator="degradations:jpeg") == 0
+    assert (
+        run(faces, tmp_path, "--prior", prior, "--sampling_steps", 1, "--dps_step", 0.1, operator="degradations:jpeg")
+        == 0
+    )
     assert "DPS, true A" not in json.loads((tmp_path / "table.json").read_text())["rows"]
     model = SPNN.from_pretrained(tmp_path / "best_model_r_opt_real.pth")
     assert model.notes["operator"] == "degradations:jpeg" and model.out_shape == (3, 8, 8)
@@ -168,7 +171,7 @@ def test_a_function_of_ones_own_without_a_gradient(faces, prior, tmp_path):
 
 
 def test_a_fit_learns(faces, tmp_path):
-    run(faces, tmp_path, "--steps", "30", "--r_steps", "0", "--lambda_img_rec", "0", operator="saturation")
+    run(faces, tmp_path, "--steps", "20", "--r_steps", "0", "--lambda_img_rec", "0", operator="saturation")
     x = torch.rand(8, 3, 16, 16, generator=seeded(0)) * 2 - 1
     model, y = SPNN.from_pretrained(tmp_path / "best_model.pth"), degradations.saturation(x)
     averaged = F.mse_loss(F.avg_pool2d(x, 4), y)  # where it began

@@ -144,7 +144,7 @@ def test_the_loss_is_the_error_of_what_the_network_predicts(monkeypatch):
 
 
 def test_drawn_steps_have_their_distribution():
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     every = Schedule().abar(torch.arange(1000))
     drawn = train_prior.draw_steps(every, 4000)
     abar = every[drawn]
