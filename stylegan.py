@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from checkpoints import HUB_ID, first, load_strictly, opener
+from checkpoints import HUB_ID, _load, built, first, opener
 from utils import InputError
 
 FILES = ("karras2019stylegan-ffhq-1024x1024.for_g_all.pt", "stylegan.safetensors", "model.safetensors")
@@ -165,7 +164,7 @@ class StyleGAN(nn.Module):
             raise InputError(f"StyleGAN: the resolution must be a power of two from 4 to 1024, got {resolution}")
         sides = _resolutions(resolution)
         channels = tuple(channels if channels is not None else (min(512, 16384 // r) for r in sides))
-        if len(channels) != len(sides) or min(channels) < 1 or min(dim, depth) < 1:
+        if len(channels) != len(sides):
             raise InputError(f"StyleGAN: {resolution}x{resolution} has {len(sides)} blocks, got channels {channels}")
         self.resolution, self.channels, self.dim, self.layers = resolution, channels, dim, 2 * len(sides)
         self.noise_shapes = [(1, r, r) for r in sides for _ in range(2)]
@@ -176,7 +175,7 @@ class StyleGAN(nn.Module):
             blocks[f"{r}x{r}"] = Block(c_in, c_out, dim, r)
         torgb = Equalised((3, channels[-1], 1, 1))
         self.g_synthesis = nn.ModuleDict({"torgb": torgb, "blocks": nn.ModuleDict(blocks)})
-        self._average: tuple[tuple, Tensor] | None = None
+        self._average: tuple[list, Tensor] | None = None
 
     def mapping(self, z: Tensor) -> Tensor:
         """z (B, d) -> w (B, d)."""
@@ -192,9 +191,8 @@ class StyleGAN(nn.Module):
             generator: on the CPU, so that a seed gives the same noise on every device; None: the device's own.
         """
         like = self.g_synthesis["blocks"]["4x4"].const
-        if generator is None:
-            return [torch.randn(batch, *s, device=like.device, dtype=like.dtype) for s in self.noise_shapes]
-        return [torch.randn(batch, *s, generator=generator).to(like) for s in self.noise_shapes]
+        device = like.device if generator is None else "cpu"
+        return [torch.randn(batch, *s, generator=generator, device=device).to(like) for s in self.noise_shapes]
 
     def synthesis(self, w_plus: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:
         """w+ (B, L, d), a w for each layer -> image (B, 3, R, R).
@@ -204,14 +202,12 @@ class StyleGAN(nn.Module):
             noise: for each layer (B or 1, 1, r, r), as from `draw_noise`; None: drawn anew, for every sample.
 
         Raises:
-            ValueError: not as many rows, or noises, as layers.
+            ValueError: not as many rows as layers, or not of d numbers.
         """
         if w_plus.dim() != 3 or w_plus.shape[1] < self.layers or w_plus.shape[2] != self.dim:
             expected = f"(B, {self.layers}, {self.dim})"
             raise ValueError(f"StyleGAN: expected a latent of shape {expected}, got {tuple(w_plus.shape)}")
         noise = self.draw_noise(len(w_plus)) if noise is None else noise
-        if len(noise) != self.layers:
-            raise ValueError(f"StyleGAN: expected noise for {self.layers} layers, got {len(noise)}")
         x, rows = None, w_plus.unbind(1)
         for i, block in enumerate(self.g_synthesis["blocks"].values()):
             x = block(x, rows[2 * i : 2 * i + 2], noise[2 * i : 2 * i + 2])  # (B, C, r, r)
@@ -222,13 +218,13 @@ class StyleGAN(nn.Module):
         return w[:, None].expand(-1, self.layers, -1)
 
     @torch.no_grad()
-    def average(self, count: int = 10_000, seed: int = 0) -> Tensor:
-        """The mean of ``count`` mapped z, (d,). Computed once and kept until a weight of the mapping changes."""
-        key = (count, seed, *((p.data_ptr(), p._version) for p in self.g_mapping.parameters()))
+    def average(self) -> Tensor:
+        """The mean of 10,000 mapped z, (d,). Computed once and kept until a weight of the mapping changes."""
+        key = [(p.data_ptr(), p._version) for p in self.g_mapping.parameters()]
         if self._average is None or self._average[0] != key:
             like = next(self.g_mapping.parameters())
-            z = torch.randn(count, self.dim, generator=torch.Generator().manual_seed(seed)).to(like)
-            self._average = key, torch.cat([self.mapping(part) for part in z.split(1000)]).mean(0)
+            z = torch.randn(10_000, self.dim, generator=torch.Generator().manual_seed(0)).to(like)
+            self._average = key, self.mapping(z).mean(0)
         return self._average[1]
 
     def forward(self, z: Tensor, psi: float = 1.0, cutoff: int = 8, noise: Sequence[Tensor] | None = None) -> Tensor:
@@ -319,12 +315,19 @@ def generator_from_state_dict(
     if missing := [name for name in ("g_mapping.dense0.weight", *last) if name not in state_dict]:
         raise InputError(f"weights {source}: no StyleGAN of {resolution}x{resolution}: it has no {missing[0]}")
     depth = sum(bool(re.fullmatch(r"g_mapping\.dense\d+\.weight", name)) for name in state_dict)
-    with torch.device("meta"):
-        dim = state_dict["g_mapping.dense0.weight"].shape[-1]
-        generator = StyleGAN(resolution, [len(state_dict[name]) for name in last], dim, depth)
-    load_strictly(generator, state_dict, source)
-    generator.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()}, assign=True)
-    return generator.eval()
+    channels, dim = [len(state_dict[name]) for name in last], state_dict["g_mapping.dense0.weight"].shape[-1]
+    return built(lambda: StyleGAN(resolution, channels, dim, depth), state_dict, Path(source)).eval()
+
+
+_FROM_TENSORFLOW = (  # of names in lower case, with dots
+    (r"(g_synthesis)\.(\d)", r"\1.blocks.\2"),
+    (r"\.const\.(const|bias)$", r".\1"),
+    (r"\.(const|conv0_up)\.noise", ".epi1.top_epi.noise"),
+    (r"\.(conv|conv1)\.noise", ".epi2.top_epi.noise"),
+    (r"\.(const|conv0_up)\.stylemod", ".epi1.style_mod.lin"),
+    (r"\.(conv|conv1)\.stylemod", ".epi2.style_mod.lin"),
+    (r"torgb_lod0", "torgb"),
+)
 
 
 def from_tensorflow(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -332,33 +335,18 @@ def from_tensorflow(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Only the last resolution's toRGB stays; the blurs, which are no variables there, are added.
     """
-    epilogues = {
-        "const.noise": "epi1.top_epi.noise",
-        "conv0_up.noise": "epi1.top_epi.noise",
-        "conv.noise": "epi2.top_epi.noise",
-        "conv1.noise": "epi2.top_epi.noise",
-        "const.stylemod": "epi1.style_mod.lin",
-        "conv0_up.stylemod": "epi1.style_mod.lin",
-        "conv.stylemod": "epi2.style_mod.lin",
-        "conv1.stylemod": "epi2.style_mod.lin",
-        "const": "",
-        "torgb_lod0": "torgb",
-    }
     converted = {}
     for name, tensor in state_dict.items():
-        top, _, rest = name.lower().replace("/", ".").partition(".")
-        path, _, last = rest.rpartition(".")
-        block, _, layer = path.partition(".") if re.match(r"\d+x", path) else ("", "", path)
-        if layer.startswith("torgb_lod") and layer != "torgb_lod0":
+        name = name.lower().replace("/", ".")
+        for pattern, published in _FROM_TENSORFLOW:
+            name = re.sub(pattern, published, name)
+        if "torgb_lod" in name:
             continue
-        parts = [top, f"blocks.{block}" if block else "", epilogues.get(layer, layer), last]
-        if last == "weight" and tensor.dim() == 2:
-            tensor = tensor.T
-        elif last == "weight" and tensor.dim() == 4:
-            tensor = tensor.permute(3, 2, 0, 1)  # kh, kw, in, out
-        converted[".".join(part for part in parts if part)] = tensor.contiguous()
-        if layer == "conv0_up" and last == "weight":
-            converted[f"g_synthesis.blocks.{block}.conv0_up.intermediate.kernel"] = Blur().kernel
+        if name.endswith("weight") and tensor.dim() > 1:
+            tensor = tensor.T if tensor.dim() == 2 else tensor.permute(3, 2, 0, 1)  # from kh, kw, in, out
+        converted[name] = tensor.contiguous()
+        if name.endswith("conv0_up.weight"):
+            converted[name.replace("weight", "intermediate.kernel")] = Blur().kernel
     return converted
 
 
@@ -385,13 +373,7 @@ def load_generator(source: str | Path, resolution: int | None = None, **hub: Any
                 f"weights {source}: no such file, and no folder or hub id with {' or '.join(FILES)}; the published "
                 f"weights are {FILES[0]}, which github.com/lernapparat/lernapparat offers under Releases"
             )
-    try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"weights {path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # damaged bytes raise almost anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"weights {path}: damaged, or more than tensors: {reason[:200]}") from None
+    loaded = _load(path)
     if isinstance(loaded, list) and len(loaded) == 3:  # G, D, Gs
         loaded = from_tensorflow(loaded[2])
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):

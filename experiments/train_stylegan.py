@@ -18,13 +18,14 @@ Writes stylegan.safetensors (the weights' moving average, float16), stylegan.jso
 a run that was stopped goes on with --resume.
 """
 
+import copy
 import dataclasses
 import json
 import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoints import write_weights
-from images import find_images, grid, load_image, save_image, to_float, to_uint8
+from images import grid, save_image, to_float, to_uint8
 from loop import DONE, Ema, Loop, Run, open_run
 from procedural_faces import draw_face
 from stylegan import SLOPE, Equalised, StyleGAN, load_generator
@@ -51,8 +52,7 @@ class Settings:
     """Settings."""
 
     out: Path = option(Path("check_points/stylegan"), "result folder")
-    data: Path | None = option(None, "folder of images; none: procedural faces, drawn first")
-    count: int = option(40_000, "procedural faces to draw, or the most images to read", 2)
+    count: int = option(40_000, "procedural faces, drawn first", 2)
     size: int = option(64, "side of the images, a power of two", 16, 1024)
     minutes: float = option(60.0, "of training, images apart", 0.0)
     steps: int = option(1_000_000, "stop after this many steps", 1)
@@ -95,16 +95,6 @@ def kept_faces(s: Settings) -> Tensor:
     if not path.is_file():
         write_weights(path, {"images": drawn(s.count, s.size, s.seed)})
     return load_file(path)["images"]
-
-
-def read(folder: Path, s: Settings) -> Tensor:
-    """The images of a folder as bytes, (N, 3, S, S)."""
-    paths = find_images(folder)[: s.count]
-    if len(paths) < 2:
-        raise InputError(f"--data {folder}: {len(paths)} image, too few to train on")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = pool.map(lambda path: to_uint8(load_image(path, s.size)), paths)
-        return torch.stack(list(tqdm(images, "images", len(paths), disable=None)))
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -152,13 +142,11 @@ class Classifier(nn.Module):
         return self.out(x).float()
 
 
-def spread_in_groups(x: Tensor, most: int = 4) -> Tensor:
+def spread_in_groups(x: Tensor) -> Tensor:
     """Minibatch standard deviation (arXiv 1710.10196, section 3), in groups of 4: (B, C, h, w) -> (B, 1, h, w)."""
-    batch, _, h, w = x.shape
-    size = next(n for n in range(most, 0, -1) if batch % n == 0)
-    groups = x.float().unflatten(0, (size, -1))  # (size, B / size, C, h, w)
-    spread = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # (B / size,)
-    return spread.repeat(size)[:, None, None, None].expand(-1, 1, h, w).to(x.dtype)
+    groups = x.float().unflatten(0, (4, -1))  # (4, B / 4, C, h, w)
+    spread = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # (B / 4,)
+    return spread.repeat(4)[:, None, None, None].expand(-1, 1, *x.shape[2:]).to(x.dtype)
 
 
 class Gaussian(nn.Module):
@@ -173,13 +161,10 @@ class Gaussian(nn.Module):
         self.register_buffer("root", torch.eye(dim))  # of the covariance, lower triangular
 
     def fit(self, mean: Tensor, log_variance: Tensor) -> None:
-        """To the normal distributions of N images, (N, d) each. Raises FloatingPointError: one is not finite."""
+        """To the normal distributions of N images, (N, d) each."""
         mean, variance = mean.double().cpu(), log_variance.double().cpu().exp()  # where float64 can be had
-        root, failed = torch.linalg.cholesky_ex(mean.T.cov() + variance.mean(0).diag())
-        if failed:
-            raise FloatingPointError("the encoder's numbers")
         self.mean.copy_(mean.mean(0))
-        self.root.copy_(root)
+        self.root.copy_(torch.linalg.cholesky(mean.T.cov() + variance.mean(0).diag()))
 
     def draw(self, count: int) -> Tensor:
         """Samples of z, (count, d)."""
@@ -202,12 +187,11 @@ def mapped(g: StyleGAN, z: Tensor) -> Tensor:
 @torch.no_grad()
 def standardised(g: StyleGAN, of: Gaussian) -> StyleGAN:
     """The generator for standard normal z: ``W (mean + root z) + b`` in the mapping's first layer."""
-    new = StyleGAN(g.resolution, g.channels, g.dim, len(g.g_mapping)).to(of.mean.device)
-    new.load_state_dict(g.state_dict())
+    new = copy.deepcopy(g)
     first, old = new.g_mapping["dense0"], g.g_mapping["dense0"]
     first.weight.copy_(old.weight @ of.root)
     first.bias.copy_(old.bias + old.scaled() @ of.mean / old.lr)
-    return new.eval()
+    return new
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -335,10 +319,8 @@ def train(s: Settings, run: Run) -> None:
         return
     if s.batch_size % 8:
         raise InputError(f"--batch_size {s.batch_size}: no multiple of 8")
-    if run.world.size > 1:
-        raise InputError("experiments/train_stylegan.py takes one process")
     seed_everything(s.seed)
-    model = Autoencoder(s, kept_faces(s) if s.data is None else read(s.data, s), run)
+    model = Autoencoder(s, kept_faces(s), run)
     print(f"{len(model.images):,} images, generator {sum(p.numel() for p in model.g.parameters()):,} parameters, on "
           f"{run.device}", flush=True)  # fmt: skip
 
@@ -370,21 +352,23 @@ def measure(s: Settings) -> dict:
     from judge import load_judge
     from targets import FACES
 
-    device = resolve_device(s.device)
+    device, draws = resolve_device(s.device), torch.Generator().manual_seed(s.seed)
     judge = load_judge(FACES / "judge.safetensors").to(device)
-    g, draws = load_generator(s.measure, judge.img_size).to(device), torch.Generator().manual_seed(s.seed)
-    faces = to_float(drawn(2 * s.samples, judge.img_size, s.seed))
+    g = load_generator(s.measure, judge.img_size).to(device)
     z = torch.randn(s.samples, g.dim, generator=draws)
     made = torch.cat([g(part.to(device), noise=g.draw_noise(len(part), draws)).cpu() for part in z.split(50)])
-    sets = (to_float(to_uint8(made)), *faces.chunk(2))
-    features = [seen(JudgeFeatures(judge), images, device) for images in sets]
-    said = [(seen(judge, images, device) > 0).float().mean(0) for images in sets]
-    found: dict = {}
-    for name, i in (("samples", 0), ("drawn", 1)):
-        distance, apart = kid(features[i], features[2])(torch.arange(s.samples)), (said[i] - said[2]).abs().mean()
-        found |= {f"{name}_kid": distance, f"{name}_attributes_apart": apart.item()}
-    shares = torch.stack([said[0], said[2]], 1).round(decimals=3).tolist()
-    return {**found, "shares_in_samples_and_drawn": dict(zip(judge.attributes, shares, strict=True))}
+    faces = to_float(drawn(2 * s.samples, judge.img_size, s.seed))
+
+    def judged(images: Tensor) -> tuple[Tensor, Tensor]:
+        return seen(JudgeFeatures(judge), images, device), (seen(judge, images, device) > 0).float().mean(0)
+
+    (others, expected), found = judged(faces[s.samples :]), dict[str, object]()
+    for name, images in (("samples", to_float(to_uint8(made))), ("drawn", faces[: s.samples])):
+        features, shares = judged(images)
+        found[f"{name}_kid"] = kid(features, others)(torch.arange(s.samples))
+        found[f"{name}_attributes_apart"] = (shares - expected).abs().mean().item()
+        found[f"{name}_shares"] = dict(zip(judge.attributes, shares.tolist(), strict=True))
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
