@@ -80,7 +80,6 @@ class Inversion:
         stopped: (B,), the step with a loss or a gradient that is not finite, at which the search ended; -1: none.
         last, exp_avg, exp_avg_sq: (B, ...), where the search stands, and Adam's moments there.
         trajectory: (T + 1, B, ...), the input after each number of updates, if it was asked for.
-        z: (B, ...), with ``x = theta(z, x0)``, for an inversion through a landscape.
     """
 
     x: Tensor
@@ -92,39 +91,16 @@ class Inversion:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     trajectory: Tensor | None = None
-    z: Tensor | None = None
-
-    @classmethod
-    def begun(cls, x: Tensor) -> "Inversion":
-        """Of a search that stands at x (B, ...) and has evaluated nothing."""
-        steps, loss = x.new_zeros(len(x), dtype=torch.long), x.new_full((len(x),), math.inf)
-        return cls(x, loss, steps, loss[None], steps - 1, x, torch.zeros_like(x), torch.zeros_like(x))
 
     def tensors(self) -> dict[str, Tensor]:
         """What `invert` needs to go on, by name."""
-        return {name: value for name, value in vars(self).items() if name not in ("trajectory", "z")}
+        return {name: value for name, value in vars(self).items() if name != "trajectory"}
 
 
-def _losses(loss: Loss, output: Tensor, y: Tensor) -> Tensor:
-    losses = loss(output, y)
-    if losses.shape != (len(y),):
-        raise ValueError(f"the loss must be one value per sample, ({len(y)},), got {tuple(losses.shape)}")
-    return losses
-
-
-def _checked_losses(f: Network, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
-    """The losses (B,) of f(x). Raises ValueError if f changes as it is run, or one's loss depends on another."""
-
-    def versions() -> dict[str, int]:  # how often each tensor was changed in place
-        tensors = [*f.named_parameters(), *f.named_buffers()] if isinstance(f, nn.Module) else []
-        return {name: t._version for name, t in tensors if not t.is_inference()}
-
-    before = versions()
-    losses = _losses(loss, f(x), y)
-    if changed := [name for name, version in versions().items() if version != before[name]]:
-        raise ValueError(f"invert: the network changes its {changed[0]} as it is run: call f.eval()")
+def _check_apart(losses: Tensor, x: Tensor) -> None:
+    """Raise ValueError if a sample's loss, of losses (B,) at x (B, ...), depends on another sample."""
     finite = losses.detach().isfinite().nonzero().flatten().tolist() if len(x) > 1 else []
-    for i in {*finite[:1], *finite[-1:]}:  # one may see those before it alone; whatever layer or closure makes it so
+    for i in finite[-1:]:  # the last one may see those before it; whatever layer or closure makes it so
         (cross,) = torch.autograd.grad(losses[i], x, retain_graph=True)
         others = cross.nan_to_num(0.0, 0.0, 0.0).flatten(1).any(1)
         others[i] = False
@@ -133,7 +109,6 @@ def _checked_losses(f: Network, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
                 f"invert: the network mixes the samples of a batch, the loss of sample {i} depends on sample "
                 f"{int(others.long().argmax())}: put its norms in eval mode, or invert one sample at a time"
             )
-    return losses
 
 
 def invert(
@@ -162,21 +137,28 @@ def invert(
         An `Inversion`. A sample whose loss or gradient is not finite stops there and keeps its best.
 
     Raises:
-        ValueError: a loss that is not one value per sample, or a network that changes as it is run or mixes samples.
+        ValueError: a loss that is not one value per sample, or a network that mixes samples.
     """
     low, high = bounds if bounds is not None else (-math.inf, math.inf)
     clip, each = math.inf if clip is None else clip, (-1, *[1] * (x0.dim() - 1))  # the shape of a number per sample
     with torch.inference_mode(False), torch.enable_grad():
+        if after is None:
+            start, worst = x0.detach().clamp(low, high), x0.new_full((len(x0),), math.inf)
+            step, still = torch.zeros_like(worst, dtype=torch.long), torch.zeros_like(start)
+            after = Inversion(start, worst, step, worst[None], step - 1, start, still, still)
         # copies: tensors made in inference mode could not take part in a graph
-        begun = after if after is not None else Inversion.begun(x0.detach().clamp(low, high))
-        found = Inversion(**{name: t.to(x0.device, copy=True) for name, t in begun.tensors().items()})
+        found = Inversion(**{name: t.to(x0.device, copy=True) for name, t in after.tensors().items()})
         y, x, first = y.detach().clone(), found.last.requires_grad_(), len(found.curve) - 1
         curve, trajectory = [*found.curve[:-1]], []  # where it stands is evaluated once more
-        state = {"step": torch.tensor(float(first)), "exp_avg": found.exp_avg, "exp_avg_sq": found.exp_avg_sq}
         optimiser = torch.optim.Adam([x], lr=lr)
+        state = {"step": torch.tensor(float(first)), "exp_avg": found.exp_avg, "exp_avg_sq": found.exp_avg_sq}
         optimiser.state[x] = state
         for step in range(first, steps + 1):
-            losses = _checked_losses(f, x, y, loss) if step == first < steps else _losses(loss, f(x), y)
+            losses = loss(f(x), y)
+            if losses.shape != (len(y),):
+                raise ValueError(f"the loss must be one value per sample, ({len(y)},), got {tuple(losses.shape)}")
+            if step == first < steps:
+                _check_apart(losses, x)
             gradient = torch.autograd.grad(losses.sum(), x)[0] if step < steps else torch.zeros_like(x)
             norm, losses, now = gradient.flatten(1).norm(dim=1), losses.detach(), x.detach()
             alive = (found.stopped < 0) & losses.isfinite()
@@ -239,37 +221,26 @@ class MappingNet(nn.Module):
         return x
 
 
-class Through(nn.Module):
-    """``f(theta(z, x0))`` as a network of z."""
-
-    def __init__(self, theta: nn.Module, f: Network, x0: Tensor):
-        super().__init__()
-        self.theta, self.f, self.x0 = theta, f, x0
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.f(self.theta(z, self.x0))
-
-
 def invert_through(
     theta: nn.Module, f: Network, y: Tensor, x0: Tensor, loss: Loss = squared_error, *more, **settings
 ) -> Inversion:
-    """`invert` over z, with ``x = theta(z, x0)`` and z from 0. ``settings`` are those of `invert`.
+    """`invert` over z, with ``x = theta(z, x0)`` and z from 0. ``more`` and ``settings`` are those of `invert`.
 
     Returns:
-        An `Inversion` whose x is in X, and whose z and trajectory are in Z. Its curve's first row is theta's own start,
+        An `Inversion` whose x is in X, and whose trajectory is in Z. Its curve's first row is theta's own start,
         ``theta(0, x0)``.
     """
     x0 = x0.detach().clone()
-    found = invert(Through(theta, f, x0), y, torch.zeros_like(x0), loss, *more, **settings)
+    found = invert(lambda z: f(theta(z, x0)), y, torch.zeros_like(x0), loss, *more, **settings)
     with torch.no_grad():
-        return replace(found, x=theta(found.x, x0), z=found.x)
+        return replace(found, x=theta(found.x, x0))
 
 
 def fit(
     theta: nn.Module, f: Network, optimizer: torch.optim.Optimizer, loss: Loss, z: Tensor, x0: Tensor, y: Tensor,
-    batch_size: int, updates: int | None = None,
+    batch_size: int,
 ) -> float:  # fmt: skip
-    """The mean loss of ``updates`` of theta (None: one pass) by ``batch_size`` points of a buffer, in passes over it.
+    """Update theta in one pass over a buffer's points, ``batch_size`` of them at a time; returns their mean loss.
 
     Args:
         z: of the trajectories of N inversions, (T + 1, N, ...), with their starts x0 and wanted outputs y, (N, ...).
@@ -277,12 +248,10 @@ def fit(
     Raises:
         InputError: no loss is finite.
     """
-    samples, points = len(y), len(z) * len(y)
-    count = points if updates is None else updates * batch_size
-    order = torch.cat([torch.randperm(points) for _ in range(math.ceil(count / points))])[:count]
     total, seen = 0.0, 0
-    for chosen in order.to(z.device).split(batch_size):
-        losses = _losses(loss, f(theta(z.flatten(0, 1)[chosen], x0[chosen % samples])), y[chosen % samples])
+    for chosen in torch.randperm(len(z) * len(y)).to(z.device).split(batch_size):
+        sample = chosen % len(y)
+        losses = loss(f(theta(z.flatten(0, 1)[chosen], x0[sample])), y[sample])
         finite = losses.isfinite()
         if finite.any():
             optimizer.zero_grad(set_to_none=True)
@@ -299,7 +268,7 @@ def fit(
 def train_mapping(
     theta: nn.Module,
     f: Network,
-    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
+    draw: Callable[[int], tuple[Tensor, Tensor]],
     loss: Loss = squared_error,
     *,
     run: Run | None = None,
@@ -311,7 +280,6 @@ def train_mapping(
     lr: float = 1e-4,
     weight_decay: float = 0.1,
     batch_size: int = 64,
-    updates: int | None = None,
     saved: Callable[[Loop], None] = lambda loop: None,
 ) -> list[dict]:
     """Train theta by turns: collect the trajectories of a buffer with theta fixed, then fit theta on them.
@@ -322,11 +290,11 @@ def train_mapping(
         theta <- AdamW step of  mean L(f(theta(z_t, x0)), y)             (z_t, x0, y) drawn from the buffer
 
     Args:
-        draw: N ``samples`` as (y, x0), from their number and a generator.
+        draw: N ``samples`` as (y, x0), from their number; by torch's own generator, which is seeded before each buffer.
         run: where it runs; its seed is that of all draws, and its state one to go on from. None: on the CPU, seed 0.
         buffers: how many; 500 in the paper. ``saved`` is called after each.
         steps, z_lr, clip: of the inversions, as in `invert`. lr, weight_decay: of AdamW on theta.
-        batch_size, updates: points (z_t, x0, y) per update, and updates per buffer; None: one pass over the buffer.
+        batch_size: points (z_t, x0, y) per update of theta; a buffer is passed over once.
 
     Returns:
         A row for each buffer: its number from 1, the mean loss of the updates, and the mean losses where its
@@ -339,13 +307,13 @@ def train_mapping(
     optimizer = torch.optim.AdamW(theta.parameters(), lr=lr, weight_decay=weight_decay)
 
     def turn() -> dict[str, Tensor]:
-        y, x0 = draw(samples, torch.default_generator)  # seeded by the loop before each buffer
+        y, x0 = draw(samples)
         theta.eval().requires_grad_(False)
         found = invert_through(theta, f, y, x0, loss, steps, z_lr, clip, keep_trajectory=True)
         if not (whole := found.stopped < 0).any():
             raise InputError("landscape: no trajectory is finite; lower the learning rate")
         theta.train().requires_grad_(True)
-        mean = fit(theta, f, optimizer, loss, found.trajectory[:, whole], x0[whole], y[whole], batch_size, updates)
+        mean = fit(theta, f, optimizer, loss, found.trajectory[:, whole], x0[whole], y[whole], batch_size)
         start, end = found.curve[0, whole].mean(), found.loss[whole].mean()
         return {"loss": torch.tensor(mean), "start_loss": start, "end_loss": end}
 

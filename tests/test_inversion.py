@@ -1,41 +1,23 @@
-import copy
 import math
 
 import pytest
 import torch
+from helpers import random, randomise, seeded, tiny
 from torch import nn
 
 import bijections
-from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from inversion import MappingNet, fit, invert, invert_through, squared_error, train_mapping
-from models import SPNN
 from utils import InputError
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+def normal(*shape, seed=0):
+    return random(shape, seed)
 
 
 def network(seed=0):
     """A small, rough map from R^6 to R^4 whose weights gather no gradients."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 4)).double().requires_grad_(False)
-
-
-def tiny_spnn():
-    torch.manual_seed(0)
-    layers = [
-        (PixelUnshuffleBlock, {"r": 4}),
-        (ConvPINNBlock, {"in_ch": 48, "out_ch": 5, "hidden": 8, "feat_size": 1}),
-    ]
-    model = SPNN(num_classes=5, img_size=4, layer_channels=layers).double().requires_grad_(False)
-    for p in model.parameters():  # the last layers start at zero
-        p.add_(0.1 * torch.randn_like(p))
-    return model.eval()
 
 
 # --- Plain inversion -------------------------------------------------------------------------------------------------
@@ -92,7 +74,7 @@ def test_its_step_is_adam_of_the_clipped_gradient():
 
 
 def test_a_sample_does_not_depend_on_its_companions():
-    f = tiny_spnn()
+    f = randomise(tiny(5).double(), seeded(0)).eval()
     y, x0 = normal(6, 5, seed=1) * torch.logspace(-2, 3, 6)[:, None], normal(6, 3, 4, 4, seed=2)
     y[4] = math.nan  # not even one that breaks down matters
     together = invert(f, y, x0, steps=12, bounds=(-1, 1))
@@ -143,48 +125,34 @@ def test_losses_that_are_not_one_for_each_sample():
 
 
 class ByHand(nn.Module):
-    """What no list of classes has."""
-
     def __init__(self, f):
         super().__init__()
         self.forward = f
 
 
-@pytest.mark.parametrize(
-    "norm, words",
-    [
-        (nn.BatchNorm1d(4), "changes its .*1.num_batches_tracked as it is run"),
-        (nn.BatchNorm1d(4, track_running_stats=False).eval(), "the loss of sample 0 depends on sample 1"),
-        (bijections.BatchNorm(4), "changes its .*running_mean as it is run"),
-        (bijections.ActNorm(4), "changes its .* as it is run"),
-        (ByHand(lambda x: x - x.mean(0)), "the loss of sample 0 depends on sample 1"),
-        (ByHand(lambda x: x.cumsum(0)), "the loss of sample 2 depends on sample 0"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
-)
-def test_a_network_that_mixes_the_samples_is_refused(norm, words):
-    """As it is, behind a closure, on the way through a landscape, and as a landscape."""
+@pytest.mark.parametrize("norm", [
+    nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False).eval(), bijections.BatchNorm(4),
+    ByHand(lambda x: x - x.mean(0)), ByHand(lambda x: x.cumsum(0)),
+], ids=lambda norm: type(norm).__name__)  # fmt: skip
+def test_a_network_that_mixes_the_samples_is_refused(norm):
+    """As it is, on the way through a landscape, and as a landscape."""
     f, y, x0 = nn.Sequential(nn.Linear(6, 4), norm).double(), normal(3, 4), normal(3, 6)
+    words = "the loss of sample 2 depends on sample 0"
     with pytest.raises(ValueError, match=words):
-        invert(copy.deepcopy(f), y, x0)
-    with pytest.raises(ValueError, match=words):
-        invert_through(MappingNet((6,)).double(), copy.deepcopy(f), y, x0)
-    if not isinstance(norm, bijections.ActNorm):  # which is set by now
-        behind = words if "changes" not in words else "the loss of sample 0 depends on sample 1"
-        with pytest.raises(ValueError, match=behind):
-            invert(lambda x: f(x), y, x0)
+        invert(f, y, x0)
     theta = MappingNet((6,)).double()
+    with pytest.raises(ValueError, match=words):
+        invert_through(theta, f, y, x0)
     theta.register_forward_pre_hook(lambda _, given: (given[0] - given[0].mean(0), given[1]))
-    with pytest.raises(ValueError, match="depends on sample 1"):
+    with pytest.raises(ValueError, match=words):
         invert_through(theta, network(), y, x0)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), bijections.BatchNorm(4), bijections.ActNorm(4), nn.LayerNorm(4)])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), bijections.BatchNorm(4), bijections.ActNorm(4)])
 def test_norms_in_eval_mode_are_taken(norm):
     f = nn.Sequential(nn.Linear(6, 4), norm).double().eval()
     y, x0 = normal(3, 4), normal(3, 6)
-    for search in (lambda y, x: invert(f, y, x), lambda y, x: invert_through(MappingNet((6,)).double(), f, y, x)):
-        torch.testing.assert_close(search(y, x0).x[:1], search(y[:1], x0[:1]).x)
+    torch.testing.assert_close(invert(f, y, x0).x[:1], invert(f, y[:1], x0[:1]).x)
 
 
 # --- Landscape learning ----------------------------------------------------------------------------------------------
@@ -206,7 +174,6 @@ def test_inversion_through_an_untrained_theta_is_plain_inversion_of_the_rescaled
     through = invert_through(theta, f, y, x0, steps=10, lr=0.3, clip=None)
     plain = invert(f, y, x0, steps=10, lr=0.03, clip=None)
     torch.testing.assert_close(through.x, plain.x, rtol=1e-3, atol=1e-5)  # but for Adam's epsilon
-    torch.testing.assert_close(theta(through.z, x0), through.x)
 
 
 def test_gradients_pass_thetas_clamp():
@@ -228,17 +195,15 @@ def test_theta_is_fitted_to_every_point_of_a_buffer_with_its_own_output():
         return seen[-1]
 
     still = torch.optim.SGD(theta.parameters(), lr=0.0)
-    assert fit(theta, f, still, noted, z, x0, y, batch_size=8) == pytest.approx(losses.mean().item())  # one pass
+    assert fit(theta, f, still, noted, z, x0, y, batch_size=8) == pytest.approx(losses.mean().item())
     torch.testing.assert_close(torch.cat(seen).sort().values, losses.sort().values)
     assert [len(each) for each in seen] == [8, 8, 4]
-    fit(theta, f, still, noted, z, x0, y, batch_size=8, updates=5)  # two passes
-    torch.testing.assert_close(torch.cat(seen[3:]).sort().values, losses.repeat(2).sort().values)
 
 
 @pytest.mark.parametrize("first", [0, 1, 4])
 def test_a_search_goes_on_where_it_ended(first):
     f = network()
-    y, x0 = drawn(f)(5, generator(3))
+    y, x0 = drawn(f)(5)
     whole = invert(f, y, x0, steps=9)
     begun = invert(f, y, x0, steps=first)
     ended = invert(f, y, torch.zeros_like(x0), steps=9, after=begun)
@@ -253,7 +218,7 @@ def test_broken_trajectories_stay_out_of_a_buffer(f, words):
 
     def train():
         theta = MappingNet((1,)).double()
-        return train_mapping(theta, f, lambda count, source: (y, x0), buffers=1, steps=2)
+        return train_mapping(theta, f, lambda count: (y, x0), buffers=1, steps=2)
 
     if words is not None:
         with pytest.raises(InputError, match=words):
@@ -267,9 +232,9 @@ def test_broken_trajectories_stay_out_of_a_buffer(f, words):
 def drawn(f):
     """Problems of the toy: starts near the origin, outputs of other points."""
 
-    def draw(count, source):
-        x = torch.randn(count, 6, generator=source, dtype=torch.float64)
-        return f(x), 0.1 * torch.randn(count, 6, generator=source, dtype=torch.float64)
+    def draw(count):
+        x = torch.randn(count, 6, dtype=torch.float64)
+        return f(x), 0.1 * torch.randn(count, 6, dtype=torch.float64)
 
     return draw
 
@@ -280,7 +245,7 @@ def test_training_makes_a_few_steps_go_further():
     theta = MappingNet((6,), width=32, scale=0.1).double()
     untrained = MappingNet((6,), width=32, scale=0.1).double()
     history = train_mapping(theta, f, drawn(f), buffers=20, samples=32, steps=3, lr=3e-3, batch_size=32)
-    y, x0 = drawn(f)(200, generator(99))  # problems that training has not seen
+    y, x0 = drawn(f)(200)  # problems that training has not seen
     before, after = (invert_through(t, f, y, x0, steps=3) for t in (untrained, theta))
     assert after.loss.mean() < 0.5 * before.loss.mean()
     assert [row["step"] for row in history] == list(range(1, 21))
