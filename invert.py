@@ -23,15 +23,11 @@ inputs, starts are zero, and --data is not needed.
 import dataclasses
 import itertools
 import json
-import math
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -83,8 +79,10 @@ from utils import (
 
 SHEET_ROWS, SIDE = 6, 256  # of a sheet, and of its pictures
 SEARCHES = "searches"  # folder of searches, whole or under way
-FREE = {"out", "device", "resume", "overwrite", "save_steps"}  # settings that a run may go on with otherwise
+SAVE_STEPS = 100  # between two saves of a running search
+FREE = {"out", "device", "resume", "overwrite", "spnn", "weights"}  # a run may go on with others; `identity` decides
 STALE = ("results.json", "curves.*", "sheet.png", "metrics.csv", "frame_[0-9]*.png", "log.txt", f"{SEARCHES}/*.pth")
+Found = tuple[Inversion | None, float]  # a search, and the seconds it took
 Thetas = Mapping[str, tuple[MappingNet, dict]]  # with their notes, by a name for the table
 NETWORK = f"{', '.join(READY)}, or package.module:factory (is imported)"
 
@@ -95,7 +93,6 @@ class Find:
 
     network: str = option("stylegan", NETWORK)
     steps: int = option(1000, "in each space", 1)
-    save_steps: int = option(100, "between two saves of a running search", 1)
     morph: tuple[Path, ...] | None = option(None, "two latents, to mix instead of finding one")
     frames: int = option(20, "from the first to the second", 1, 10_000)
 
@@ -111,7 +108,6 @@ class Train:
     z_lr: float = option(0.1, "Adam on z", 1e-12)
     lr: float = option(1e-4, "AdamW on theta", 1e-12)
     weight_decay: float = option(0.1, "AdamW on theta", 0.0)
-    updates: int | None = option(None, "of theta per buffer; default: one pass over it", 1)
     width: int = option(16, "channels of theta's first layer", 1, LARGEST_WIDTH)
 
 
@@ -124,7 +120,6 @@ class Eval:
     steps: tuple[int, ...] = option((20, 200), "of plain optimisation: a row each, of the best that one search has by "
                                     "then", 1)  # fmt: skip
     theta_steps: int = option(20, "through the landscape", 1)
-    save_steps: int = option(100, "between two saves of a running search", 1)
     judge: Path | None = option(None, "weights of the independent judge; default: the demo's if it fits")
 
 
@@ -179,8 +174,6 @@ def train(s: Settings, own: Train, run: Run) -> None:
     loss = make_loss(target, s)
     draw = problem_source(target, images, s, loss)
     log = begin(s, own, target, run, "theta.safetensors", "buffers")
-    count = sum(p.numel() for p in theta.parameters())
-    log.info("inverting %s, theta has %s parameters, on %s", target.name, f"{count:,}", run.device)
     peak_gib(run.device, reset=True)
 
     def saved(loop: Loop) -> None:
@@ -201,14 +194,6 @@ def train(s: Settings, own: Train, run: Run) -> None:
 # --- Searches and their figures --------------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
-    """What a method found of N problems, (N, ...), on the CPU, and the seconds it took; the search, if it was one."""
-
-    x: Tensor
-    seconds: float
-    search: Inversion | None = None
-
-
 def clock(device: torch.device) -> float:
     """Seconds, with all that the device has been given done."""
     if device.type == "cuda":
@@ -216,51 +201,55 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def warn(method: str, names: Sequence[str], search: Inversion) -> None:
+    """A line for each sample that ended early."""
+    for name, step in zip(names, search.stopped.tolist(), strict=True):
+        if step >= 0:
+            get_logger("invert").warning("%s: %s: loss or gradient not finite at step %d", method, name, step)
+
+
 @dataclass
 class Searches:
-    """Searches by optimisation. Each is saved every ``every`` steps, and goes on from there after a resume."""
+    """Searches by optimisation. Each is saved every `SAVE_STEPS`, and goes on from there after a resume."""
 
     s: Settings
     run: Run
     loss: Loss
-    every: int
-    bar: tqdm
 
     def __call__(
-        self, name: str, target: Target, problems: Sequence[str], y: Tensor, x: Tensor, steps: Sequence[int]
-    ) -> Iterator[tuple[int, Found]]:
-        """The best that one search for y from x has met by each of ``steps``, in their order.
+        self,
+        name: str,
+        target: Target,
+        problems: Sequence[str],
+        y: Tensor,
+        x: Tensor,
+        steps: int,
+        after: Found = (None, 0),
+    ) -> Found:
+        """Search for y from x, or go on ``after`` fewer steps.
 
         What a part draws, StyleGAN's noise say, is of its own seed, so that a search that is resumed finds the same.
 
         Args:
-            name: of its files, one for each of ``steps``. A file of other ``problems`` counts as none.
+            name: of its file, beside the steps. A file of other ``problems`` counts as none.
         """
-        search, seconds, done = None, 0.0, 0
-        for mark in sorted(set(steps)):
-            file = self.s.out / SEARCHES / f"{name}_{mark}.pth"
-            saved = load_state(file) if file.is_file() else {}
-            if saved.get("problems") == list(problems):
-                search, seconds = Inversion(**saved["search"]), saved["seconds"]
-                self.bar.update(len(search.curve) - 1 - done)
-                done = len(search.curve) - 1
-            while done < mark:
-                began, end = clock(y.device), min(done + self.every, mark)
+        file, (search, seconds) = self.s.out / SEARCHES / f"{name}_{steps}.pth", after
+        saved = load_state(file) if file.is_file() else {}
+        if saved.get("problems") == list(problems):
+            search, seconds = Inversion(**saved["search"]), saved["seconds"]
+        done = 0 if search is None else len(search.curve) - 1
+        with tqdm(total=steps, initial=done, desc=target.name, unit="step", leave=False, disable=None) as bar:
+            while done < steps:
+                began, end = clock(y.device), min(done + SAVE_STEPS, steps)
                 seed_everything(self.s.seed + done)
                 search = invert(target.f, y, x, self.loss, end, target.x_lr, self.s.clip, target.bounds,
-                                on_step=lambda _: self.bar.update(), after=search)  # fmt: skip
+                                on_step=lambda _: bar.update(), after=search)  # fmt: skip
                 seconds, done = seconds + clock(y.device) - began, end
-                self.bar.set_postfix_str(f"{target.name}, loss {search.loss.mean().item():.4g}")
+                bar.set_postfix_str(f"loss {search.loss.mean().item():.4g}")
                 save_state(file, {"problems": list(problems), "seconds": seconds, "search": search.tensors()})
                 self.run.stop_if_asked()
-            yield mark, Found(search.x.cpu(), seconds, search)
-
-
-def warn(log, method: str, problems: Sequence[str], search: Inversion) -> None:
-    """A line for each search that ended early."""
-    for name, step in zip(problems, search.stopped.tolist(), strict=True):
-        if step >= 0:
-            log.warning("%s: %s: loss or gradient not finite at step %d", method, name, step)
+        warn(f"{target.name}, {steps} steps", problems, search)
+        return search, seconds
 
 
 def picture_figures(pictures: Tensor, wanted: Tensor, s: Settings) -> dict[str, Tensor]:
@@ -286,9 +275,7 @@ COLUMNS = {
 LANDSCAPES = {
     "steps": ("steps", ".0f"),
     "loss": ("loss", ".4g"),
-    "plain_steps": ("plain steps to it", ".1f"),
-    "plain_loss": ("plain loss then", ".4g"),
-    "steps_to_plain_loss": ("its steps to that", ".1f"),
+    "plain_steps": ("plain steps to it", ".0f"),
 }
 
 
@@ -311,53 +298,57 @@ def draw_sheet(out: Path, columns: Mapping[str, Sequence[Tensor]], names: Sequen
 
 def find_judge(path: Path | None, target: Target, device: torch.device) -> nn.Module | None:
     """The given judge, or the demo's if it fits. Raises InputError if the given one does not."""
-    if target.img_size is None and path is None:
-        return None
-    judge = load_judge(path if path is not None else FACES / "judge.safetensors")
+    judge = load_judge(path or FACES / "judge.safetensors")
     if judge.img_size == target.img_size and target.attributes in (None, list(judge.attributes)):
         return judge.to(device).requires_grad_(False)
-    size = judge.img_size
-    reason = f"sees {size}x{size} images, {target.name} has {target.img_size}; or they know other attributes"
     if path is not None:
-        raise InputError(f"--judge {path}: {reason}")
-    get_logger("invert").info("no judge: the demo's %s", reason)
+        sees = f"{judge.img_size}x{judge.img_size} images, {target.name} has {target.img_size}"
+        raise InputError(f"--judge {path}: sees {sees}; or they know other attributes")
     return None
 
 
-def ways(
-    targets: Sequence[Target], number: int, problems: Problems, thetas: Thetas, own: Eval, search: Searches
-) -> Iterator[tuple[str, nn.Module, Tensor, Found]]:
-    """Every way of inverting the targets for batch ``number`` of the problems; through ``thetas`` the last one alone.
+def ways(targets: Sequence[Target], problems: Problems, thetas: Thetas, own: Eval, search: Searches) -> Iterator[tuple]:
+    """Every way of inverting the targets; through ``thetas`` the last one alone.
 
     Yields:
-        Its name in the table, what makes outputs of what it finds, its start x0, and what it finds.
+        Its name in the table; what makes outputs of what it finds; where it starts, x0, and what it finds, x, (N, ...)
+        on the CPU; the seconds it took; the losses of a search, (T + 1, N), or None.
     """
-    s, device, y = search.s, search.run.device, problems.y.to(search.run.device)
+    s, device, beside = search.s, search.run.device, spnn_beside(targets[-1], search.s)
 
-    def timed(form) -> Found:
-        began = clock(device)
-        with torch.no_grad():
-            x = form(y, x0)
-        return Found(x.cpu(), clock(device) - began)
+    def joined(found: Sequence[Found]) -> tuple[Tensor, float, Tensor]:
+        x, curve = [one.x.cpu() for one, _ in found], [one.curve.cpu() for one, _ in found]
+        return torch.cat(x), sum(seconds for _, seconds in found), torch.cat(curve, dim=1)
 
     for place, target in enumerate(targets):
         f, label = target.f, f"{target.f.space}, " if isinstance(target.f, Latents) else ""
-        start = problems.x0 if problems.x0 is not None else starts(target, problems.y, s, search.loss)
-        x0 = start.to(device)
-        yield f"{label}start", f, start, Found(start, 0.0)
-        for name, form in target.closed_form.items():
-            yield name, f, start, timed(form)
+        seed_everything(s.seed)  # the best start depends on noise drawn anew
+        x0 = problems.x0 if problems.x0 is not None else starts(target, problems.y, s, search.loss)
+        yield f"{label}start", f, x0, x0, None, None
+        parts = [slice(i, i + s.batch_size) for i in range(0, len(x0), s.batch_size)]
+        batches = [(problems.names[part], problems.y[part].to(device), x0[part].to(device)) for part in parts]
+        forms = [(name, f, form) for name, form in target.closed_form.items()]
         if target is targets[-1]:
-            for name, form in spnn_beside(target, s).items():
-                yield name, nn.Identity(), start, timed(form)
-        for steps, found in search(f"{place}_{number}", target, problems.names, y, x0, own.steps):
-            yield f"{label}optimisation, {steps} steps", f, start, found
+            forms += [(name, nn.Identity(), form) for name, form in beside.items()]
+        for name, of_x, form in forms:
+            began = clock(device)
+            with torch.no_grad():
+                x = torch.cat([form(y, start).cpu() for _, y, start in batches])
+            yield name, of_x, x0, x, clock(device) - began, None
+        found: list[Found] = [(None, 0.0)] * len(batches)
+        for steps in sorted(set(own.steps)):
+            found = [search(f"{place}_{i}", target, *batch, steps, found[i]) for i, batch in enumerate(batches)]
+            yield f"{label}optimisation, {steps} steps", f, x0, *joined(found)
     for name, (theta, notes) in thetas.items():
         seed_everything(s.seed)
-        began, settings = clock(device), {key: float(notes["settings"][key]) for key in ("z_lr", "clip")}
-        found = invert_through(theta, f, y, x0, search.loss, own.theta_steps, settings["z_lr"], settings["clip"],
-                               on_step=lambda _: search.bar.update())  # fmt: skip
-        yield f"{label}{name}, {own.theta_steps} steps", f, start, Found(found.x.cpu(), clock(device) - began, found)
+        found, method = [], f"{label}{name}, {own.theta_steps} steps"
+        z_lr, clip = (float(notes["settings"][key]) for key in ("z_lr", "clip"))
+        for names, y, start in tqdm(batches, name, leave=False, disable=None):
+            began = clock(device)
+            through = invert_through(theta, f, y, start, search.loss, own.theta_steps, z_lr, clip)
+            found.append((through, clock(device) - began))
+            warn(method, names, through)
+        yield method, f, x0, *joined(found)
 
 
 @torch.no_grad()
@@ -384,34 +375,25 @@ def figures_of(
     return found
 
 
-def summary(images: Sequence[dict], seconds: float) -> dict[str, float | None]:
-    """Means of the figures of images over the finite ones, and 95 % intervals of those that samples differ in."""
+def means(figures: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """Means of figures (N,) over the finite ones, and 95 % intervals of those that samples differ in."""
     row: dict[str, float | None] = {}
-    for name in [key for key in images[0] if key not in ("method", "image")]:
-        finite = torch.tensor([value for image in images if math.isfinite(value := image[name])], dtype=torch.double)
+    for name, values in figures.items():
+        finite = values[values.isfinite()].double()
         row[name] = finite.mean().item() if len(finite) else None
         if name in ("psnr", "lpips", "judge"):
             row[f"{name}_low"], row[f"{name}_high"] = mean_of(finite)[1:] if len(finite) > 1 else (None, None)
-    return {**row, "seconds": seconds / len(images) if seconds else None}
+    return row
 
 
 def compared(curves: Mapping[str, Sequence[float]]) -> list[dict]:
-    """For each landscape, and their mean, from mean losses by step: what it reaches, plain steps to it; vice versa."""
-
-    def steps(curve: Sequence[float], goal: float) -> int | None:
-        return next((step for step, value in enumerate(curve) if value <= goal), None)
-
+    """For each landscape, from mean losses by step: what it reaches, and how many plain steps reach that."""
     told = []
     for name, through in curves.items():
         if "landscape" in name:
-            plain = curves[name.partition("landscape")[0] + "optimisation"]
-            goal, met = min(through), min(plain[: len(through)])
-            told.append({"theta": name, "steps": len(through) - 1, "loss": goal, "plain_steps": steps(plain, goal),
-                         "plain_loss": met, "steps_to_plain_loss": steps(through, met)})  # fmt: skip
-    if len(told) > 1:
-        of = {key: [one[key] for one in told] for key in LANDSCAPES}
-        means = {key: None if None in values else fmean(values) for key, values in of.items()}
-        told.append({"theta": f"mean of {len(told)} seeds", **means})
+            plain = curves.get(name.partition("landscape")[0] + "optimisation", ())
+            steps = next((step for step, loss in enumerate(plain) if loss <= min(through)), None)
+            told.append({"theta": name, "steps": len(through) - 1, "loss": min(through), "plain_steps": steps})
     return told
 
 
@@ -422,35 +404,26 @@ def evaluate(s: Settings, own: Eval, run: Run) -> None:
     thetas = load_thetas(own.theta or (), target, run.device)
     judge = find_judge(own.judge, target, run.device)
     problems = fixed_problems(target, *read_images(target, s), s)
-    loss = make_loss(target, s)
+    search = Searches(s, run, make_loss(target, s))
     log = begin(s, own, target, run, "results.csv", "steps", "theta", "theta_steps", "judge")
-    batches, images, curves = range(0, len(problems.y), s.batch_size), [], defaultdict(list)
-    seconds, shown = defaultdict(float), defaultdict(list)
-    steps = len(batches) * (len(targets) * max(own.steps) + len(thetas) * own.theta_steps)
-    with tqdm(total=steps, unit="step", leave=False, dynamic_ncols=True, disable=None) as bar:
-        search = Searches(s, run, loss, own.save_steps, bar)
-        for first in run.until_stopped(batches):
-            part = problems.batch(first, s.batch_size)
-            for name, f, x0, found in ways(targets, first, part, thetas, own, search):
-                seed_everything(s.seed)  # noise drawn anew is the same for all ways, and after a resume
-                output = outputs(f, found.x, s)
-                figures = figures_of(target, part, found.x, x0, output, judge, s)
-                images += [{"method": name, "image": image, **{key: of[i].item() for key, of in figures.items()}}
-                           for i, image in enumerate(part.names)]  # fmt: skip
-                seconds[name] += found.seconds
-                shown[name] += list(found.x if target.from_image else output)
-                if found.search is not None:
-                    curves[name] += [row for row in found.search.curve.cpu().unbind(1) if row.isfinite().all()]
-                    warn(log, name, part.names, found.search)
-    rows = [{"method": name, **summary([of for of in images if of["method"] == name], seconds[name])} for name in shown]
-    # a shorter plain run is the beginning of the next, which takes its place
-    means = {name.rpartition(",")[0]: torch.stack(of).mean(0).tolist() for name, of in curves.items() if of}
-    told = compared(means)
+    rows, images, curves, shown = [], [], {}, {}
+    for method, f, x0, x, seconds, curve in ways(targets, problems, thetas, own, search):
+        seed_everything(s.seed)  # noise drawn anew is the same for all ways, and after a resume
+        output = outputs(f, x, s)
+        figures = figures_of(target, problems, x, x0, output, judge, s)
+        rows.append({"method": method, **means(figures), "seconds": seconds and seconds / len(x)})
+        images += [{"method": method, "image": image, **{key: of[i].item() for key, of in figures.items()}}
+                   for i, image in enumerate(problems.names)]  # fmt: skip
+        shown[method] = x if target.from_image else output
+        if curve is not None and (whole := curve.isfinite().all(0)).any():
+            # a shorter plain run is the beginning of the next, which takes its place
+            curves[method.rpartition(",")[0]] = curve[:, whole].mean(1).tolist()
+    told = compared(curves)
     record = {"settings": {**vars(s), **vars(own)}, "thetas": [notes for _, notes in thetas.values()]}
     write_json(s.out / "results.json", json_values({**record, "landscapes": told, "methods": rows, "images": images}))
     write_csv(s.out / "results.csv", rows)
-    if means:
-        write_curves(s.out, means)
+    if curves:
+        write_curves(s.out, curves)
     if target.img_size is not None:
         columns = {name: of for name, of in shown.items() if target.from_image or not name.endswith("start")}
         columns["whose output is wanted" if target.from_image else "wanted"] = problems.wanted
@@ -473,23 +446,19 @@ def find(s: Settings, own: Find, run: Run) -> None:
     if not target.to_image:
         raise InputError(f"--network {own.network}: gives no image; use eval")
     paths, loss = named_images(s.data, s.images), make_loss(target, s)
-    log = begin(s, own, target, run, "results.csv", "images")
-    table = MetricsTable(s.out / "results.csv")
-    done = {row["image"] for row in table.rows}
-    left = [name for name in paths if name not in done]
-    steps = len(targets) * own.steps * math.ceil(len(left) / s.batch_size)
-    with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None) as bar:
-        search = Searches(s, run, loss, own.save_steps, bar)
-        for start in range(0, len(left), s.batch_size):
-            chosen = left[start : start + s.batch_size]
-            y = torch.stack([load_image(paths[name], target.img_size) for name in chosen])
-            x, parts = starts(targets[0], y, s, loss).to(run.device), []
-            for number, of in enumerate(targets):  # space by space, each from the best of the one before
-                if parts:
-                    x = of.f.enter(targets[number - 1].f.w_plus(parts[-1].x.to(run.device))).detach()
-                parts += [found for _, found in search(str(number), of, chosen, y.to(run.device), x, [own.steps])]
-            warn(log, target.name, chosen, parts[-1].search)
-            keep(target, chosen, y, parts, s, table)
+    begin(s, own, target, run, "results.csv", "images")
+    table, search = MetricsTable(s.out / "results.csv"), Searches(s, run, loss)
+    left = [name for name in paths if name not in {row["image"] for row in table.rows}]
+    for start in tqdm(range(0, len(left), s.batch_size), "batches", disable=None):
+        chosen = left[start : start + s.batch_size]
+        y = torch.stack([load_image(paths[name], target.img_size) for name in chosen])
+        seed_everything(s.seed)  # the best start depends on noise drawn anew
+        x, parts = starts(targets[0], y, s, loss).to(run.device), []
+        for number, of in enumerate(targets):  # space by space, each from the best of the one before
+            if parts:
+                x = of.f.enter(targets[number - 1].f.w_plus(parts[-1][0].x.to(run.device))).detach()
+            parts.append(search(str(number), of, chosen, y.to(run.device), x, own.steps))
+        keep(target, chosen, y, parts, s, table)
     curves = {name: load_file(s.out / f"{name}.safetensors")["curve"].tolist() for name in paths}
     if len(curves) > 10:
         curves = {"mean": torch.tensor(list(curves.values())).mean(0).tolist()}
@@ -507,9 +476,10 @@ def keep(
     target: Target, names: Sequence[str], wanted: Tensor, parts: Sequence[Found], s: Settings, table: MetricsTable
 ) -> None:
     """Write each image and latent that was found, with the losses of all spaces, and a row of figures."""
-    x, curves = parts[-1].x, torch.cat([part.search.curve.cpu() for part in parts])
+    last, curves = parts[-1][0], torch.cat([search.curve.cpu() for search, _ in parts])
+    x = last.x.cpu()
     pictures, _ = as_saved(outputs(target.f, x, s))
-    figures = {"loss": parts[-1].search.loss.cpu(), **picture_figures(pictures, wanted, s)}
+    figures = {"loss": last.loss.cpu(), **picture_figures(pictures, wanted, s)}
     for i, name in enumerate(names):
         row = {"image": name, **{key: of[i].item() for key, of in figures.items()}}
         latent = {"x": x[i].clone(), "curve": curves[:, i].clone()}
@@ -519,7 +489,7 @@ def keep(
         notes = {**row, "network": target.name, "weights": s.weights, "noise": s.noise, "seed": s.seed}
         with atomic_write(s.out / f"{name}.safetensors") as temporary:
             save_file(latent, temporary, {key: json.dumps(value) for key, value in notes.items()})
-        table.append({**row, "seconds": sum(part.seconds for part in parts) / len(names)})
+        table.append({**row, "seconds": sum(seconds for _, seconds in parts) / len(names)})
 
 
 @torch.no_grad()

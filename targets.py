@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -167,10 +167,8 @@ def load_targets(network: str, s: Settings) -> list[Target]:
             targets = [of_spnn(network, s) if network in READY else Target(network, imported(network))]
         for target in targets:
             target.f, target.in_shape = target.f.to(s.device).eval().requires_grad_(False), tuple(target.f.in_shape)
-            with torch.no_grad():
-                count, *target.out_shape = target.f(torch.zeros(2, *target.in_shape, device=s.device)).shape
-            if count != 2:
-                raise ValueError(f"{count} outputs")
+            (output,) = outputs(target.f, torch.zeros(1, *target.in_shape), s)
+            target.out_shape = output.shape
             if target.from_image:
                 target.bounds, target.x_lr = (-1.0, 1.0), min(target.x_lr, 0.03)
             target.x_lr = target.x_lr if s.x_lr is None else s.x_lr
@@ -178,17 +176,16 @@ def load_targets(network: str, s: Settings) -> list[Target]:
         raise
     except Exception as error:  # somebody else's code: anything may come
         why = f"{type(error).__name__}: {error}"
-        raise InputError(f"--network {network}: cannot be had, or run on two inputs of its in_shape: {why}") from error
+        raise InputError(f"--network {network}: cannot be had, or run on an input of its in_shape: {why}") from error
     return targets
 
 
 def spnn_beside(target: Target, s: Settings) -> Closed:
     """What an SPNN of the same size makes of an image's own logits, as images, for latents of StyleGAN."""
-    try:
-        model = SPNN.from_pretrained(s.spnn).to(s.device).requires_grad_(False)
-    except InputError:
+    if not isinstance(target.f, Latents):
         return {}
-    if not isinstance(target.f, Latents) or list(model.in_shape) != target.out_shape:
+    model = SPNN.from_pretrained(s.spnn).to(s.device).requires_grad_(False)
+    if tuple(model.in_shape) != tuple(target.out_shape):
         return {}
     return {
         "SPNN, g'(g(x))": lambda y, x0: model.pinv(model(y)),
@@ -238,24 +235,22 @@ def read_images(target: Target, s: Settings) -> tuple[list[str], Tensor | None]:
 
 def problem_source(
     target: Target, images: Tensor | None, s: Settings, loss: Loss
-) -> Callable[[int, torch.Generator], tuple[Tensor, Tensor]]:
+) -> Callable[[int], tuple[Tensor, Tensor]]:
     """What `inversion.train_mapping` draws from: (y, x0) of random pairs of images, or of random inputs."""
     goals = outputs(target.f, images, s) if target.from_image else images
 
-    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(count: int) -> tuple[Tensor, Tensor]:
         if goals is None:
-            x = torch.randn(count, *target.in_shape, generator=generator)
+            x = torch.randn(count, *target.in_shape)
             return outputs(target.f, x, s).to(s.device), torch.zeros_like(x, device=s.device)
-        y = goals[torch.randint(len(goals), (count,), generator=generator)]
-        others = torch.randint(len(goals), (count,), generator=generator)
+        y, others = goals[torch.randint(len(goals), (count,))], torch.randint(len(goals), (count,))
         x0 = images[others] if target.from_image else starts(target, y, s, loss)
         return y.to(s.device), x0.to(s.device)
 
     return draw
 
 
-@dataclass
-class Problems:
+class Problems(NamedTuple):
     """N inversions to measure.
 
     Attributes:
@@ -267,10 +262,6 @@ class Problems:
     y: Tensor
     wanted: Tensor
     x0: Tensor | None = None
-
-    def batch(self, first: int, size: int) -> "Problems":
-        """``size`` of them, from ``first`` on."""
-        return Problems(*(None if each is None else each[first : first + size] for each in vars(self).values()))
 
 
 def fixed_problems(target: Target, names: list[str], images: Tensor | None, s: Settings) -> Problems:
