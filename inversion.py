@@ -76,8 +76,7 @@ class Inversion:
         x: (B, ...), the best input met on the way.
         loss: (B,), its loss; infinite if not even the start has a finite one.
         best_step: (B,), the number of updates that made it; 0 is the start.
-        curve: (T + 1, B), the loss after each number of updates. A sample that stopped repeats its best one.
-        stopped: (B,), the step with a loss or a gradient that is not finite, at which the search ended; -1: none.
+        curve: (T + 1, B), the loss after each number of updates; NaN from where a loss or gradient was not finite.
         last, exp_avg, exp_avg_sq: (B, ...), where the search stands, and Adam's moments there.
         trajectory: (T + 1, B, ...), the input after each number of updates, if it was asked for.
     """
@@ -86,7 +85,6 @@ class Inversion:
     loss: Tensor
     best_step: Tensor
     curve: Tensor
-    stopped: Tensor
     last: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -134,7 +132,7 @@ def invert(
         after: an earlier call with fewer steps, to go on from there. The trajectory then begins there.
 
     Returns:
-        An `Inversion`. A sample whose loss or gradient is not finite stops there and keeps its best.
+        An `Inversion`. A sample whose loss or gradient is not finite is NaN from there on, and keeps its best.
 
     Raises:
         ValueError: a loss that is not one value per sample, or a network that mixes samples.
@@ -145,7 +143,7 @@ def invert(
         if after is None:
             start, worst = x0.detach().clamp(low, high), x0.new_full((len(x0),), math.inf)
             step, still = torch.zeros_like(worst, dtype=torch.long), torch.zeros_like(start)
-            after = Inversion(start, worst, step, worst[None], step - 1, start, still, still)
+            after = Inversion(start, worst, step, worst[None], start, still, still)
         # copies: tensors made in inference mode could not take part in a graph
         found = Inversion(**{name: t.to(x0.device, copy=True) for name, t in after.tensors().items()})
         y, x, first = y.detach().clone(), found.last.requires_grad_(), len(found.curve) - 1
@@ -159,23 +157,18 @@ def invert(
                 raise ValueError(f"the loss must be one value per sample, ({len(y)},), got {tuple(losses.shape)}")
             if step == first < steps:
                 _check_apart(losses, x)
-            gradient = torch.autograd.grad(losses.sum(), x)[0] if step < steps else torch.zeros_like(x)
-            norm, losses, now = gradient.flatten(1).norm(dim=1), losses.detach(), x.detach()
-            alive = (found.stopped < 0) & losses.isfinite()
-            better = alive & (losses < found.loss)
+            better, now = losses < found.loss, x.detach()  # NaN is not
             found.x = torch.where(better.view(each), now, found.x)
-            found.loss = torch.where(better, losses, found.loss)
+            found.loss = torch.where(better, losses.detach(), found.loss)
             found.best_step = found.best_step.masked_fill(better, step)
-            alive &= norm.isfinite()
-            found.stopped = torch.where((found.stopped < 0) & ~alive, step, found.stopped)
-            curve.append(torch.where(alive, losses, found.loss))
+            curve.append(losses.detach())
             if keep_trajectory:
-                trajectory.append(torch.where(alive.view(each), now, found.x))
+                trajectory.append(now.clone())
             if step < steps:
-                gradient = gradient * (clip / norm).clamp_max(1.0).view(each)
-                x.grad = torch.where(alive.view(each), gradient, 0.0)  # NaN would stay in Adam's moments
+                (gradient,) = torch.autograd.grad(losses.sum(), x)
+                x.grad = gradient * (clip / gradient.flatten(1).norm(dim=1)).clamp_max(1.0).view(each)
                 optimiser.step()
-                now.copy_(torch.where(alive.view(each), now.clamp(low, high), found.x))
+                now.clamp_(low, high)
                 on_step(step + 1)
     trajectory = torch.stack(trajectory) if keep_trajectory else None
     return replace(found, curve=torch.stack(curve), last=x.detach(), trajectory=trajectory)
@@ -239,30 +232,21 @@ def invert_through(
 def fit(
     theta: nn.Module, f: Network, optimizer: torch.optim.Optimizer, loss: Loss, z: Tensor, x0: Tensor, y: Tensor,
     batch_size: int,
-) -> float:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """Update theta in one pass over a buffer's points, ``batch_size`` of them at a time; returns their mean loss.
 
     Args:
         z: of the trajectories of N inversions, (T + 1, N, ...), with their starts x0 and wanted outputs y, (N, ...).
-
-    Raises:
-        InputError: no loss is finite.
     """
-    total, seen = 0.0, 0
+    seen = []
     for chosen in torch.randperm(len(z) * len(y)).to(z.device).split(batch_size):
         sample = chosen % len(y)
         losses = loss(f(theta(z.flatten(0, 1)[chosen], x0[sample])), y[sample])
-        finite = losses.isfinite()
-        if finite.any():
-            optimizer.zero_grad(set_to_none=True)
-            losses[finite].mean().backward()
-            norm = nn.utils.clip_grad_norm_(theta.parameters(), math.inf)
-            if norm.isfinite():  # one point's gradient may overflow though its loss does not
-                optimizer.step()
-                total, seen = total + losses[finite].sum().item(), seen + int(finite.sum())
-    if not seen:
-        raise InputError("landscape: no loss of a buffer is finite; lower the learning rate")
-    return total / seen
+        optimizer.zero_grad(set_to_none=True)
+        losses.mean().backward()
+        optimizer.step()
+        seen.append(losses.detach())
+    return torch.cat(seen).mean()
 
 
 def train_mapping(
@@ -301,7 +285,7 @@ def train_mapping(
         trajectories start and best on them, with theta before the updates.
 
     Raises:
-        InputError: no loss is finite any more.
+        InputError: no trajectory is finite, or a loss is not.
         Stopped: a signal came to ``run``; the state is saved.
     """
     optimizer = torch.optim.AdamW(theta.parameters(), lr=lr, weight_decay=weight_decay)
@@ -310,12 +294,12 @@ def train_mapping(
         y, x0 = draw(samples)
         theta.eval().requires_grad_(False)
         found = invert_through(theta, f, y, x0, loss, steps, z_lr, clip, keep_trajectory=True)
-        if not (whole := found.stopped < 0).any():
+        if not (whole := found.curve.isfinite().all(0)).any():
             raise InputError("landscape: no trajectory is finite; lower the learning rate")
         theta.train().requires_grad_(True)
         mean = fit(theta, f, optimizer, loss, found.trajectory[:, whole], x0[whole], y[whole], batch_size)
         start, end = found.curve[0, whole].mean(), found.loss[whole].mean()
-        return {"loss": torch.tensor(mean), "start_loss": start, "end_loss": end}
+        return {"loss": mean, "start_loss": start, "end_loss": end}
 
     run = run if run is not None else Run(None, next(theta.parameters()).device)
     loop = Loop(run, "", turn, lambda done: itertools.repeat(((), ())), buffers, row_every=1,

@@ -203,9 +203,9 @@ def clock(device: torch.device) -> float:
 
 def warn(method: str, names: Sequence[str], search: Inversion) -> None:
     """A line for each sample that ended early."""
-    for name, step in zip(names, search.stopped.tolist(), strict=True):
-        if step >= 0:
-            get_logger("invert").warning("%s: %s: loss or gradient not finite at step %d", method, name, step)
+    for name, curve in zip(names, search.curve.unbind(1), strict=True):
+        if broken := (~curve.isfinite()).nonzero().flatten().tolist():
+            get_logger("invert").warning("%s: %s: loss or gradient not finite at step %d", method, name, broken[0])
 
 
 @dataclass
@@ -461,7 +461,7 @@ def find(s: Settings, own: Find, run: Run) -> None:
         keep(target, chosen, y, parts, s, table)
     curves = {name: load_file(s.out / f"{name}.safetensors")["curve"].tolist() for name in paths}
     if len(curves) > 10:
-        curves = {"mean": torch.tensor(list(curves.values())).mean(0).tolist()}
+        curves = {"mean": torch.tensor(list(curves.values())).nanmean(0).tolist()}
     write_curves(s.out, curves)
     names = list(paths)[:SHEET_ROWS]
     wanted, got = ([load_image(file(name), target.img_size) for name in names]

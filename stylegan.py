@@ -85,28 +85,18 @@ class UpConvolution(Equalised):
         return self.intermediate(x, self.bias)
 
 
-class Noise(nn.Module):
-    """Adds noise (B, 1, r, r), the same in all channels, times a weight by channel."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        return x + self.weight.to(x.dtype)[:, None, None] * noise.to(x.dtype)
-
-
 class Epilogue(nn.Module):
     """Noise, leaky ReLU, instance norm, style: (B, C, r, r), w (B, d), noise (B, 1, r, r) -> (B, C, r, r)."""
 
     def __init__(self, channels: int, dim: int):
         super().__init__()
-        self.top_epi = nn.ModuleDict({"noise": Noise(channels)})
+        self.top_epi = nn.ModuleDict({"noise": nn.ParameterDict({"weight": torch.zeros(channels)})})
         self.style_mod = nn.ModuleDict({"lin": Equalised((2 * channels, dim))})
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor) -> Tensor:
-        x = F.leaky_relu(self.top_epi["noise"](x, noise), SLOPE)
-        scale, shift = self.style_mod["lin"](w).to(self.top_epi["noise"].weight.dtype).chunk(2, dim=1)  # (B, C) each
+        weight = self.top_epi["noise"]["weight"]  # the same noise in all channels, by a weight each
+        x = F.leaky_relu(x + weight.to(x.dtype)[:, None, None] * noise.to(x.dtype), SLOPE)
+        scale, shift = self.style_mod["lin"](w).to(weight.dtype).chunk(2, dim=1)  # (B, C) each
         planes = x.flatten(0, 1)[None]  # (1, B C, r, r): one fused pass, there and back, for the norm and the style
         styled = F.batch_norm(planes, None, None, (scale + 1).flatten(), shift.flatten(), training=True, eps=1e-5)
         return styled.view_as(x)
