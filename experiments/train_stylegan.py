@@ -1,7 +1,6 @@
 """Train a small StyleGAN v1 as the decoder of an autoencoder, with a discriminator in the second half.
 
     python experiments/train_stylegan.py --minutes 60 --out check_points/stylegan
-    python experiments/train_stylegan.py --measure check_points/stylegan/stylegan.safetensors
 
 A discriminator alone needs many more images than a CPU can draw from, or loses most kinds of faces; an autoencoder
 keeps all kinds, but blurs. So the generator of stylegan.py decodes what an encoder makes of images (Kingma and Welling
@@ -20,7 +19,6 @@ a run that was stopped goes on with --resume.
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -38,11 +36,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoints import write_weights
-from images import grid, save_image, to_float, to_uint8
+from images import grid, save_image, to_float
 from loop import DONE, Ema, Loop, Run, open_run
 from procedural_faces import draw_face
-from stylegan import SLOPE, Equalised, StyleGAN, load_generator
-from utils import InputError, option, parse, resolve_device, run_command, seed_everything, write_json
+from stylegan import SLOPE, Equalised, StyleGAN
+from utils import InputError, option, parse, run_command, seed_everything, write_json
 
 BF16, WEIGHTS = torch.bfloat16, "stylegan.safetensors"
 
@@ -70,8 +68,6 @@ class Settings:
     gamma: float = option(0.5, "weight of R1", 0.0)
     bf16: bool = option(True, "networks in bfloat16")
     save_every: int = option(500, "steps between two states", 1)
-    measure: Path | None = option(None, "weights: train nothing, and hold their samples against drawn faces")
-    samples: int = option(500, "to measure, and as many faces", 2)
     resume: bool = option(False, "go on with the run in --out")
     overwrite: bool = option(False, "start anew, and replace what the run in --out has made")
     seed: int = option(0, "", 0)
@@ -81,19 +77,14 @@ class Settings:
 # --- Images ----------------------------------------------------------------------------------------------------------
 
 
-def drawn(count: int, size: int, seed: int) -> Tensor:
-    """Procedural faces as bytes, (N, 3, size, size)."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        faces = pool.map(partial(draw_face, seed, size=size), range(count), chunksize=32)
-        images = [np.asarray(image.convert("RGB")) for image, _ in tqdm(faces, "faces", count, disable=None)]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-
-
 def kept_faces(s: Settings) -> Tensor:
-    """Procedural faces, drawn once, and kept in --out."""
+    """Procedural faces as bytes, (N, 3, size, size), drawn once, and kept in --out."""
     path = s.out / f"faces_{s.count}_{s.size}_{s.seed}.safetensors"  # all that decides which they are
     if not path.is_file():
-        write_weights(path, {"images": drawn(s.count, s.size, s.seed)})
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            faces = pool.map(partial(draw_face, s.seed, size=s.size), range(s.count), chunksize=32)
+            images = [np.asarray(image.convert("RGB")) for image, _ in tqdm(faces, "faces", s.count, disable=None)]
+        write_weights(path, {"images": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)})
     return load_file(path)["images"]
 
 
@@ -311,7 +302,7 @@ def save(s: Settings, g: StyleGAN, notes: dict) -> None:
 
 def train(s: Settings, run: Run) -> None:
     """Train to the end of the minutes, or of the steps."""
-    without = ("out", "save_every", "measure", "samples", "resume", "overwrite", "device")
+    without = ("out", "save_every", "resume", "overwrite", "device")
     own = {name: value for name, value in dataclasses.asdict(s).items() if name not in without}
     run.find_state(own, s.resume, s.overwrite, s.out / WEIGHTS)
     if run.state is not None and run.state["stage"] == DONE:
@@ -342,41 +333,9 @@ def train(s: Settings, run: Run) -> None:
     run.finish()
 
 
-@torch.no_grad()
-def measure(s: Settings) -> dict:
-    """How samples differ from as many faces that are drawn anew, as the independent judge sees them.
-
-    The kernel distance of its features, and how often it sees each attribute; both for two sets of drawn faces as well.
-    """
-    from evaluate import JudgeFeatures, kid, seen
-    from judge import load_judge
-    from targets import FACES
-
-    device, draws = resolve_device(s.device), torch.Generator().manual_seed(s.seed)
-    judge = load_judge(FACES / "judge.safetensors").to(device)
-    g = load_generator(s.measure, judge.img_size).to(device)
-    z = torch.randn(s.samples, g.dim, generator=draws)
-    made = torch.cat([g(part.to(device), noise=g.draw_noise(len(part), draws)).cpu() for part in z.split(50)])
-    faces = to_float(drawn(2 * s.samples, judge.img_size, s.seed))
-
-    def judged(images: Tensor) -> tuple[Tensor, Tensor]:
-        return seen(JudgeFeatures(judge), images, device), (seen(judge, images, device) > 0).float().mean(0)
-
-    (others, expected), found = judged(faces[s.samples :]), dict[str, object]()
-    for name, images in (("samples", to_float(to_uint8(made))), ("drawn", faces[: s.samples])):
-        features, shares = judged(images)
-        found[f"{name}_kid"] = kid(features, others)(torch.arange(s.samples))
-        found[f"{name}_attributes_apart"] = (shares - expected).abs().mean().item()
-        found[f"{name}_shares"] = dict(zip(judge.attributes, shares.tolist(), strict=True))
-    return found
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command; see ``--help``."""
     s, _ = parse(__doc__, Settings, argv=argv)
-    if s.measure is not None:
-        print(json.dumps(measure(s), indent=1))
-        return 0
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     with open_run(s.out, s.device, s.save_every, s.seed) as run:
         train(s, run)

@@ -15,18 +15,16 @@ from torch import nn
 
 import invert as command
 import loop
-import targets
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from checkpoints import save_spnn, write_weights
 from data_loader import ATTRIBUTES
 from DDNM.guided_diffusion.results import as_saved
 from images import load_image, save_image
 from inversion import MappingNet, invert_through
-from invert import main
+from invert import Settings, Target, load_problems, load_targets, main, make_loss
 from judge import Judge
 from models import SPNN
 from stylegan import StyleGAN
-from targets import Settings, Target, fixed_problems, load_targets, make_loss, read_images
 from utils import InputError
 
 
@@ -61,7 +59,7 @@ def here(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generator(here):
-    return targets.load_generator(here / "g.safetensors")
+    return command.load_generator(here / "g.safetensors")
 
 
 @pytest.fixture(autouse=True)
@@ -157,12 +155,11 @@ def test_evaluation_measures_every_method(here, trained, tmp_path, capsys):
 
 def test_the_figures_are_what_they_say(here, trained):
     target = load_target("g", here)
-    names, images = read_images(target, settings(here, data=here / "faces"))
-    problems = fixed_problems(target, names, images, settings(here, seed=3))
+    problems = load_problems(target, settings(here, data=here / "faces", seed=3))
     for x0, wanted, y in zip(problems.x0, problems.wanted, problems.y, strict=True):
         assert not torch.equal(x0, wanted)  # nobody is moved to its own output
         torch.testing.assert_close(target.f(wanted[None])[0], y)
-    assert sorted(problems.wanted.flatten(1).sum(1).tolist()) == sorted(images.flatten(1).sum(1).tolist())
+    assert sorted(problems.wanted.flatten(1).sum(1).tolist()) == sorted(problems.x0.flatten(1).sum(1).tolist())
 
     def measured(x, output, judge=None):
         return command.figures_of(target, problems, x, problems.x0, output, judge, settings(here))
@@ -289,10 +286,10 @@ def test_lpips_joins_the_loss_if_it_can_be_had(here, monkeypatch):
     def loss(kind, **more):
         return make_loss(target, replace(settings(here), loss=kind, **more))(a, b).tolist()
 
-    monkeypatch.setattr(targets, "lpips_or_none", lambda device, size: Distance())
+    monkeypatch.setattr(command, "lpips_or_none", lambda device, size: Distance())
     assert loss("auto") == loss("lpips") == [4.0, 4.0]
     assert loss("lpips", perceptual_weight=(2.0,)) == [7.0, 7.0] and loss("mse") == [1.0, 1.0]
-    monkeypatch.setattr(targets, "lpips_or_none", lambda device, size: None)
+    monkeypatch.setattr(command, "lpips_or_none", lambda device, size: None)
     assert loss("auto") == [1.0, 1.0]
     with pytest.raises(InputError, match="one for each layer of --loss vgg"):
         loss("auto", perceptual_weight=(1.0, 2.0))
@@ -309,7 +306,7 @@ def test_the_features_of_vgg_join_the_loss(here, monkeypatch):
     target = Target("f", nn.Identity(), in_shape=(5,), out_shape=(3, 8, 8))
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
-    monkeypatch.setattr(targets, "load_vgg", lambda: layers.requires_grad_(False))
+    monkeypatch.setattr(command, "load_vgg", lambda: layers.requires_grad_(False))
     a, b = torch.rand(2, 2, 3, 8, 8) * 2 - 1
     s = replace(settings(here), loss="vgg", vgg_layers=(0, 2), perceptual_weight=(3.0, 5.0))
     zero_one = [(x + 1) / 2 for x in (a, b)]
@@ -401,7 +398,7 @@ def test_starts(here, generator):
     loss = make_loss(target, s)
 
     def start(kind):
-        return targets.starts(target, y, replace(s, start=kind), loss)
+        return command.starts(target, y, replace(s, start=kind), loss)
 
     torch.testing.assert_close(start("best"), target.f.draw(2, seeded(0)))
     torch.testing.assert_close(start("average"), generator.average().repeat(2, 4))

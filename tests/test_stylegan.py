@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from checkpoints import write_weights
 from experiments import train_stylegan
 from experiments.train_stylegan import Classifier, Gaussian, main, mapped, standardised
-from images import to_float
-from procedural_faces import draw_face
 from stylegan import (
     SPACES,
     Blur,
@@ -293,28 +291,6 @@ def test_standard_normal_z_has_the_distribution_of_what_was_encoded(small):
     torch.testing.assert_close(mapped(new, e), mapped(small, of.mean + e @ of.root.T))
     e = e * e.square().mean(1, keepdim=True).rsqrt()
     torch.testing.assert_close(new.spread(new.mapping(e)), mapped(new, e))
-
-
-def test_samples_are_measured_beside_drawn_faces(monkeypatch, capsys):
-    """A generator that copies the faces it is held against has their attributes; other faces have not."""
-    faces = [to_float(torch.from_numpy(np.array(draw_face(0, i, 64)[0]))).permute(2, 0, 1) for i in range(8, 16)]
-
-    class Copies(torch.nn.Module):
-        dim = 5
-
-        def draw_noise(self, batch, generator):
-            return torch.randn(batch, generator=generator)
-
-        def forward(self, z, noise):
-            assert z.shape == (8, 5) and noise.shape == (8,)
-            return torch.stack(faces)
-
-    monkeypatch.setattr(train_stylegan, "load_generator", lambda path, size: Copies())
-    assert main(["--measure", "g.safetensors", "--samples", "8", "--device", "cpu"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["samples_attributes_apart"] == 0 < found["drawn_attributes_apart"]
-    assert found["samples_kid"] < min(0, found["drawn_kid"])
-    assert len(found["samples_shares"]) == 40 and found["samples_shares"] != found["drawn_shares"]
 
 
 @pytest.mark.parametrize("compares", [True, False])
