@@ -151,14 +151,13 @@ class Inverse(nn.Module):
     def __init__(self, model: SPNN, completed: bool):
         super().__init__()
         self.model, self.latents = model, model.complete(torch.zeros(1, *model.in_shape)).z if completed else []
-        self.sizes = [model.num_classes, *(z.numel() for z in self.latents if z is not None)]
+        self.sizes = [model.num_classes, *(0 if z is None else z.numel() for z in self.latents)]
         self.in_shape = (sum(self.sizes),)
 
     def forward(self, v: Tensor) -> Tensor:
         y, *flat = v.split(self.sizes, dim=1)
-        parts = iter(flat)
-        latents = [None if z is None else next(parts).unflatten(1, z.shape[1:]) for z in self.latents]
-        return self.model.pinv(y, latents or None)
+        pairs = zip(flat, self.latents, strict=True)
+        return self.model.pinv(y, [None if z is None else part.unflatten(1, z.shape[1:]) for part, z in pairs] or None)
 
 
 Closed = dict[str, Callable[[Tensor, Tensor], Tensor]]  # (y, x0) -> x, by name
@@ -292,12 +291,11 @@ def outputs(f: nn.Module, x: Tensor, s: Settings) -> Tensor:
 @torch.no_grad()
 def starts(target: Target, y: Tensor, s: Settings, loss: Loss) -> Tensor:
     """Where searches for the images y (B, 3, S, S) begin, (B, ...), on the CPU; zero if there are no latents."""
-    latents, draws = isinstance(target.f, Latents), torch.Generator().manual_seed(s.seed)
-    if s.start == "average" and latents:
-        return target.f.average().cpu().repeat(len(y), 1)
-    if s.start != "best":
+    if s.start == "zero" or not isinstance(target.f, Latents):
         return torch.zeros(len(y), *target.in_shape)
-    drawn = target.f.draw(s.draws, draws).cpu() if latents else torch.randn(s.draws, *target.in_shape, generator=draws)
+    if s.start == "average":
+        return target.f.average().cpu().repeat(len(y), 1)
+    drawn = target.f.draw(s.draws, torch.Generator().manual_seed(s.seed)).cpu()
     pictures = outputs(target.f, drawn, s).split(s.batch_size)
     losses = [torch.cat([loss(p.to(s.device), one.to(s.device).expand_as(p)).cpu() for p in pictures]) for one in y]
     return drawn[torch.stack(losses).argmin(1)]

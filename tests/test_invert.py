@@ -20,7 +20,6 @@ from checkpoints import save_spnn, write_weights
 from data_loader import ATTRIBUTES
 from DDNM.guided_diffusion.results import as_saved
 from images import load_image, save_image
-from inversion import MappingNet, invert_through
 from invert import Settings, Target, load_problems, load_targets, main, make_loss
 from judge import Judge
 from models import SPNN
@@ -138,6 +137,7 @@ def test_evaluation_measures_every_method(here, trained, tmp_path, capsys):
         assert rows[exact]["error"] < 1e-4 < 1e-2 < rows["start"]["error"]
     assert rows["optimisation, 6 steps"]["error"] < rows["optimisation, 3 steps"]["error"] < rows["start"]["error"]
     assert rows["landscape, 3 steps"]["error"] < rows["start"]["error"]
+    assert rows["landscape, 3 steps"]["error"] != rows["optimisation, 3 steps"]["error"]  # it is trained
     assert all(0 <= row["judge"] <= 1 and row["picture_error"] > 0 for row in rows.values())
     assert all(row["seconds"] > 0 for name, row in rows.items() if name != "start")
 
@@ -176,28 +176,15 @@ def test_the_figures_are_what_they_say(here, trained):
     torch.testing.assert_close(figures["picture_error"], expected, rtol=1e-4, atol=0)
 
 
-def test_theta_reads_back_and_belongs_to_its_network(here, trained, tmp_path):
-    target, file = load_target("g", here), tmp_path / "theta.safetensors"
-    for name in ("theta.safetensors", "theta.json"):
-        shutil.copy(trained / name, tmp_path)
-
-    def load(target=target):
-        return command.load_thetas([file], target, torch.device("cpu"))["landscape"]
-
-    theta, _ = load()
-    x0 = load_image(here / "faces" / "0.png")[None]
-    found = invert_through(theta, target.f, target.f(x0 * 0), x0, steps=2)
-    fresh = invert_through(MappingNet(**theta.config), target.f, target.f(x0 * 0), x0, steps=2)
-    assert not torch.equal(found.x, fresh.x)  # it is not the untrained one
+def test_a_theta_belongs_to_its_network(here, trained, tmp_path):
+    arguments = flags(here, "eval", tmp_path / "out", "--theta", str(trained / "theta.safetensors"))
     with pytest.raises(InputError, match="has network g, not pinv"):
-        load(load_target("pinv", here))
-    with torch.no_grad():
-        next(target.f.parameters()).add_(1)
+        main([*arguments, "--network", "pinv"])
+    other = SPNN.from_pretrained(here / "spnn.safetensors")
+    next(other.parameters()).data.add_(1)
+    save_spnn(tmp_path / "spnn.safetensors", other)
     with pytest.raises(InputError, match="weights of the network"):
-        load()
-    file.with_suffix(".json").write_text("{}")
-    with pytest.raises(InputError, match="theta.safetensors"):
-        load()
+        main([*arguments, "--spnn", str(tmp_path / "spnn.safetensors")])
 
 
 @pytest.mark.parametrize("network, closed", [("pinv", "closed form g(y)"), ("completion-inverse", "closed form G(y)")])
@@ -275,57 +262,48 @@ def test_the_commands_are_named(capsys):
     assert main(["--help"]) == 0 and "find,train,eval" in capsys.readouterr().out
 
 
-def test_lpips_joins_the_loss_if_it_can_be_had(here, monkeypatch):
+@pytest.fixture
+def loss(here, monkeypatch):
+    """The loss of images with settings, LPIPS being three times the mean difference."""
+    monkeypatch.setattr(command, "lpips_or_none", lambda device, size: lambda a, b: 3 * (a - b).abs().mean((1, 2, 3)))
     target = Target("f", nn.Identity(), in_shape=(5,), out_shape=(3, 8, 8))
+    return lambda **more: make_loss(target, replace(settings(here), **more))
+
+
+def test_lpips_joins_the_loss_if_it_can_be_had(here, loss, monkeypatch):
     a, b = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)
-
-    class Distance(nn.Module):
-        def forward(self, a, b):
-            return (a - b).abs().mean((1, 2, 3), keepdim=True) * 3
-
-    def loss(kind, **more):
-        return make_loss(target, replace(settings(here), loss=kind, **more))(a, b).tolist()
-
-    monkeypatch.setattr(command, "lpips_or_none", lambda device, size: Distance())
-    assert loss("auto") == loss("lpips") == [4.0, 4.0]
-    assert loss("lpips", perceptual_weight=(2.0,)) == [7.0, 7.0] and loss("mse") == [1.0, 1.0]
+    assert loss(loss="auto")(a, b).tolist() == loss(loss="lpips")(a, b).tolist() == [4.0, 4.0]
+    assert loss(loss="lpips", perceptual_weight=(2.0,))(a, b).tolist() == [7.0, 7.0]
+    assert loss(loss="mse")(a, b).tolist() == [1.0, 1.0]
     monkeypatch.setattr(command, "lpips_or_none", lambda device, size: None)
-    assert loss("auto") == [1.0, 1.0]
-    with pytest.raises(InputError, match="one for each layer of --loss vgg"):
-        loss("auto", perceptual_weight=(1.0, 2.0))
+    assert loss(loss="auto")(a, b).tolist() == [1.0, 1.0]
+    with pytest.raises(InputError, match="--loss lpips: cannot be had"):
+        loss(loss="lpips")
     with pytest.raises(InputError, match="--loss vgg: compares images, and g gives none"):
         make_loss(load_target("g", here), replace(settings(here), loss="vgg"))
-    with pytest.raises(InputError, match="--loss lpips: cannot be had"):
-        loss("lpips")
 
 
-def test_the_features_of_vgg_join_the_loss(here, monkeypatch):
+def test_the_features_of_vgg_join_the_loss(loss, monkeypatch):
     """By hand for a network of two layers, and torchvision's that cannot be fetched."""
     import torchvision
 
-    target = Target("f", nn.Identity(), in_shape=(5,), out_shape=(3, 8, 8))
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
-    monkeypatch.setattr(command, "load_vgg", lambda: layers.requires_grad_(False))
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3)).requires_grad_(False)
     a, b = torch.rand(2, 2, 3, 8, 8) * 2 - 1
-    s = replace(settings(here), loss="vgg", vgg_layers=(0, 2), perceptual_weight=(3.0, 5.0))
+    two = {"loss": "vgg", "vgg_layers": (0, 2), "perceptual_weight": (3.0, 5.0)}
     zero_one = [(x + 1) / 2 for x in (a, b)]
     shallow, deep = ([f(x) for x in zero_one] for f in (layers[0], layers))
-    expected = sum(
-        weight * (x - y).square().flatten(1).mean(1) for weight, (x, y) in ((1, zero_one), (3, shallow), (5, deep))
-    )
-    torch.testing.assert_close(make_loss(target, s)(a, b), expected)
-    for wrong in ({"vgg_layers": (0, 3)}, {"perceptual_weight": (1.0, 2.0, 3.0)}):
-        with pytest.raises(InputError, match="--vgg_layers|--perceptual_weight"):
-            make_loss(target, replace(s, **wrong))
-    monkeypatch.undo()
-
-    def unreachable(weights):
-        raise OSError("no route")
-
-    monkeypatch.setattr(torchvision.models, "vgg16", unreachable)
+    weighted = (1, zero_one), (3, shallow), (5, deep)
+    expected = sum(weight * (x - y).square().flatten(1).mean(1) for weight, (x, y) in weighted)
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "load_vgg", lambda: layers)
+        torch.testing.assert_close(loss(**two)(a, b), expected)
+        for wrong in ({"vgg_layers": (0, 3)}, {"perceptual_weight": (1.0, 2.0, 3.0)}):
+            with pytest.raises(InputError, match="--vgg_layers|--perceptual_weight"):
+                loss(**two | wrong)
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda weights: load_file("no route"))
     with pytest.raises(InputError, match="--loss vgg: VGG-16's weights cannot be had .*no route.*put"):
-        make_loss(target, s)
+        loss(**two)
 
 
 # --- StyleGAN --------------------------------------------------------------------------------------------------------
@@ -392,17 +370,12 @@ def test_one_space_after_another_and_resumed(here, tmp_path, monkeypatch):
 
 
 def test_starts(here, generator):
-    target = load_targets("stylegan", replace(settings(here), weights=str(here / "g.safetensors")))[0]
-    y = target.f(target.f.draw(2, seeded(0)))
-    s = settings(here, draws=3)
-    loss = make_loss(target, s)
-
-    def start(kind):
-        return command.starts(target, y, replace(s, start=kind), loss)
-
-    torch.testing.assert_close(start("best"), target.f.draw(2, seeded(0)))
-    torch.testing.assert_close(start("average"), generator.average().repeat(2, 4))
-    assert not start("zero").any()
+    s = settings(here, weights=str(here / "g.safetensors"), draws=3)
+    target = load_targets("stylegan", s)[0]
+    drawn = target.f.draw(2, seeded(0))
+    for kind, expected in (("best", drawn), ("average", generator.average().repeat(2, 4)), ("zero", drawn * 0)):
+        start = command.starts(target, target.f(drawn), replace(s, start=kind), make_loss(target, s))
+        torch.testing.assert_close(start, expected)
 
 
 def test_the_landscape_of_stylegan(here, tmp_path, capsys, monkeypatch):
