@@ -160,14 +160,6 @@ def test_an_untrained_theta_leaves_the_landscape_as_it_is(shape):
         MappingNet((3, 4))
 
 
-def test_inversion_through_an_untrained_theta_is_plain_inversion_of_the_rescaled_input():
-    f, y, x0 = network(), normal(3, 4, seed=1), normal(3, 6, seed=2)
-    theta = MappingNet((6,), scale=0.1).double()
-    through = invert_through(theta, f, y, x0, steps=10, lr=0.3, clip=None)
-    plain = invert(f, y, x0, steps=10, lr=0.03, clip=None)
-    torch.testing.assert_close(through.x, plain.x, rtol=1e-3, atol=1e-5)  # but for Adam's epsilon
-
-
 def test_gradients_pass_thetas_clamp():
     theta = MappingNet((4,), bounds=(-1, 1)).double()
     z = torch.tensor([[-3.0, -0.5, 0.5, 3.0]], dtype=torch.float64, requires_grad=True)
@@ -203,22 +195,17 @@ def test_a_search_goes_on_where_it_ended(first):
         assert torch.equal(getattr(ended, name), getattr(whole, name)), name
 
 
-@pytest.mark.parametrize("f, words", [(lambda x: (x - 1).sqrt(), None), (lambda x: x * math.nan, "no trajectory")])
-def test_broken_trajectories_stay_out_of_a_buffer(f, words):
-    x0 = torch.tensor([[0.5], [4.0]], dtype=torch.float64)
-    y = torch.tensor([[7.0], [2.0]], dtype=torch.float64)
+def test_broken_trajectories_stay_out_of_a_buffer():
+    x0, y = torch.tensor([[0.5], [4.0]], dtype=torch.float64), torch.tensor([[7.0], [2.0]], dtype=torch.float64)
 
-    def train():
-        theta = MappingNet((1,)).double()
-        return train_mapping(theta, f, lambda count: (y, x0), buffers=1, steps=2)
+    def train(f):
+        return train_mapping(MappingNet((1,)).double(), f, lambda count: (y, x0), buffers=1, steps=2)
 
-    if words is not None:
-        with pytest.raises(InputError, match=words):
-            train()
-    else:
-        (row,) = train()
-        start = squared_error(f(x0[1:]), y[1:]).item()
-        assert row["start_loss"] == pytest.approx(start) and row["loss"] < 1.2 * start
+    (row,) = train(lambda x: (x - 1).sqrt())
+    start = squared_error((x0[1:] - 1).sqrt(), y[1:]).item()
+    assert row["start_loss"] == pytest.approx(start) and row["loss"] < 1.2 * start
+    with pytest.raises(InputError, match="no trajectory"):
+        train(lambda x: x * math.nan)
 
 
 def drawn(f):

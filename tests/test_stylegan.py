@@ -20,7 +20,6 @@ from stylegan import (
     Latents,
     StyleGAN,
     UpConvolution,
-    from_tensorflow,
     generator_from_state_dict,
     load_generator,
     truncate,
@@ -198,30 +197,22 @@ def test_the_list_with_tensorflow_names_is_converted(small, tmp_path):
     state = small.state_dict()
     named = in_tensorflow(state)
     assert "G_synthesis/4x4/Const/const" in named and "G_synthesis/8x8/Conv0_up/StyleMod/weight" in named
-    converted = from_tensorflow(named)
-    assert set(converted) == set(state)
-    assert all(torch.equal(converted[name], tensor) for name, tensor in state.items())
     torch.save([{}, {}, named], tmp_path / "g.pt")
     again = load_generator(tmp_path / "g.pt").state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    assert set(again) == set(state) and all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
 
 def test_weights_that_do_not_fit_are_named(small, tmp_path):
-    state = small.state_dict()
-    noise = "g_synthesis.blocks.8x8.epi2.top_epi.noise.weight"
-    for wrong, words in (
-        ({**state, noise: torch.ones(4)}, rf"{noise} has shape \[4\], needs \[5\]"),
-        ({name: t for name, t in state.items() if name != noise}, f"missing {noise}"),
-        ({**state, "g_synthesis.extra": torch.ones(1)}, "unexpected g_synthesis.extra"),
-        ({"generator.weight": torch.ones(1)}, "it has no g_mapping.dense0.weight"),
-        ({}, "it has no g_mapping.dense0.weight"),
+    state, name = small.state_dict(), "g_synthesis.blocks.8x8.epi2.top_epi.noise.weight"
+    for wrong, resolution, words in (
+        ({**state, name: torch.ones(4)}, None, rf"{name} has shape \[4\], needs \[5\]"),
+        ({key: t for key, t in state.items() if key != name}, None, f"missing {name}"),
+        ({}, None, "it has no g_mapping.dense0.weight"),
+        (state, 32, "32x32: it has no g_synthesis.blocks.32x32"),
+        (state, 8, "torgb.weight has shape"),
     ):
         with pytest.raises(InputError, match=words):
-            generator_from_state_dict(wrong)
-    with pytest.raises(InputError, match="32x32: it has no g_synthesis.blocks.32x32"):
-        generator_from_state_dict(state, 32)
-    with pytest.raises(InputError, match="torgb.weight has shape"):
-        generator_from_state_dict(state, 8)
+            generator_from_state_dict(wrong, resolution)
     torch.save(3, tmp_path / "g.pt")
     for source, words in (
         (tmp_path / "g.pt", "expected one dict of tensors by name, got a int"),
@@ -263,8 +254,6 @@ def test_training_writes_what_load_generator_reads_and_goes_on_where_it_was_stop
     with pytest.raises(Stopped):
         train(parts)
     monkeypatch.setattr(train_stylegan.Autoencoder, "step", step)
-    with pytest.raises(InputError, match="give --resume"):
-        train(parts)
     assert train(parts, "--resume") == 0
     assert (parts / "stylegan.safetensors").read_bytes() == (whole / "stylegan.safetensors").read_bytes()
     written = (whole / "stylegan.safetensors").stat().st_mtime_ns
