@@ -398,8 +398,8 @@ def identity(target: Target) -> dict[str, str | None]:
     return {"network": target.name, "weights of the network": fingerprint(target.f)}
 
 
-def begin(s: Settings, own, target: Target, run: Run, result: str, *free: str):
-    """Write settings.json, and give the log. What an earlier run wrote goes, unless it goes on with these settings.
+def begin(s: Settings, own, target: Target, run: Run, result: str, *free: str) -> None:
+    """Write settings.json. What an earlier run wrote goes, unless it goes on with these settings.
 
     Raises InputError: the folder holds something else, or a run that differs in more than `FREE` and ``free`` settings.
     """
@@ -408,10 +408,9 @@ def begin(s: Settings, own, target: Target, run: Run, result: str, *free: str):
     run.find_state(decisive, s.resume, s.overwrite, s.out / result)
     if run.state is None and not (s.overwrite or is_empty(s.out)):
         raise InputError(f"--out {s.out}: not empty, and no run to go on with; give --overwrite or another folder")
-    log = run.begin("invert", given, (result, *STALE))
+    run.begin("invert", given, (result, *STALE))
     if run.state is None:
         save_state(s.out / STATE_NAME, {"settings": run.settings, "stage": given["command"]})
-    return log
 
 
 def load_thetas(paths: Sequence[Path], target: Target, device: torch.device) -> Thetas:
@@ -445,7 +444,7 @@ def train(s: Settings, own: Train, run: Run) -> None:
         x0 = starts(target, y, s, loss) if problems.x0 is None else problems.x0[others]
         return y.to(run.device), x0.to(run.device)
 
-    log = begin(s, own, target, run, "theta.safetensors", "buffers")
+    begin(s, own, target, run, "theta.safetensors", "buffers")
     peak_gib(run.device, reset=True)
 
     def saved(loop: Loop) -> None:
@@ -455,12 +454,7 @@ def train(s: Settings, own: Train, run: Run) -> None:
         write_json(s.out / "theta.json", notes)
 
     settings = {name: value for name, value in vars(own).items() if name not in ("network", "width")}
-    rows = train_mapping(
-        theta, target.f, draw, loss, run=run, clip=s.clip, batch_size=s.batch_size, saved=saved, **settings
-    )
-    first, last = rows[0], rows[-1]
-    log.info("best loss of a trajectory: %.4g in the first buffer, %.4g in the last; %.1f min, at most %.2f GiB; %s",
-             first["end_loss"], last["end_loss"], last["seconds"] / 60, peak_gib(run.device), s.out)  # fmt: skip
+    train_mapping(theta, target.f, draw, loss, run=run, clip=s.clip, batch_size=s.batch_size, saved=saved, **settings)
 
 
 # --- Searches and their figures --------------------------------------------------------------------------------------
@@ -676,7 +670,7 @@ def evaluate(s: Settings, own: Eval, run: Run) -> None:
     thetas = load_thetas(own.theta or (), target, run.device)
     judge = find_judge(own.judge, target, run.device)
     search, problems = Searches(s, run, make_loss(target, s)), load_problems(target, s)
-    log = begin(s, own, target, run, "results.csv", "steps", "theta", "theta_steps", "judge")
+    begin(s, own, target, run, "results.csv", "steps", "theta", "theta_steps", "judge")
     rows, images, curves, shown = [], [], {}, {}
     for method, f, x0, x, seconds, curve in ways(targets, problems, thetas, own, search):
         seed_everything(s.seed)  # noise drawn anew is the same for all ways, and after a resume
@@ -700,7 +694,6 @@ def evaluate(s: Settings, own: Eval, run: Run) -> None:
         columns["whose output is wanted" if target.from_image else "wanted"] = problems.wanted
         draw_sheet(s.out, columns, problems.names)
     print(format_table(rows, "method", COLUMNS) + (f"\n\n{format_table(told, 'theta', LANDSCAPES)}" if told else ""))
-    log.info("%d problems, %s, on %s; %s", len(problems.y), target.name, run.device, s.out)
 
 
 # --- find ------------------------------------------------------------------------------------------------------------
