@@ -76,25 +76,20 @@ def test_steps_may_be_numbers_and_the_dtype_is_the_inputs():
 
 
 @torch.no_grad()
-def test_channels_last_and_autocast_change_only_the_rounding():
+def test_channels_last_and_autocast_change_only_the_rounding_and_a_predicted_variance_nothing():
     x, t = noisy(), torch.tensor([5, 900])
     exact = Prior(small())(x, t)
     torch.testing.assert_close(Prior(small(), channels_last=True)(x, t), exact, rtol=1e-4, atol=1e-5)
     rounded = Prior(small(), autocast=torch.bfloat16)(x, t)
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)
-
-
-@torch.no_grad()
-def test_the_noise_is_the_first_half_if_variance_is_predicted_too():
-    unet, x = plain(predicted=6), noisy()
+    unet = plain(predicted=6)
     assert torch.equal(Prior(unet)(x, 3), unet(x, 3).sample[:, :3])
 
 
 @pytest.mark.parametrize("build, options, said", [
     (plain, {"channels": 4, "predicted": 4}, "3 k\\^2"), (plain, {"predicted": 4}, "3 k\\^2"),
     (plain, {"size": None}, "square sample_size"), (plain, {"time_embedding_type": "fourier"}, "must take time steps"),
-    (plain, {"time_embedding_type": "learned", "num_train_timesteps": 10}, "must know all 1000 steps, not 10"),
     (plain, {"center_input_sample": True}, "must not centre"), (plain, {"num_class_embeds": 10}, "class-conditional"),
     (plain, {"class_embed_type": "timestep"}, "class-conditional"),
     (small, {"size": 10}, "divisible by 4"), (small, {"channels": (8, 10)}, "divisible by"),
@@ -164,17 +159,15 @@ def test_recomputing_gives_the_same_gradient_from_less_memory(tmp_path):
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.float16, 2e-2)])
 @torch.no_grad()
-def test_a_saved_prior_is_loaded_in_float32(tmp_path, dtype, tolerance):
+def test_a_saved_prior_is_loaded_in_float32(tmp_path):
     prior = Prior(small(), prediction_type="v_prediction", schedule=Schedule(2e-4, 0.03, 500))
-    save_prior(prior, tmp_path / "prior", dtype)
+    save_prior(prior, tmp_path / "prior", torch.float16)
     loaded = load_prior(tmp_path / "prior", image_size=16)
     assert (loaded.prediction_type, loaded.schedule) == ("v_prediction", prior.schedule)
-    torch.testing.assert_close(loaded(noisy(), 300), prior(noisy(), 300), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(loaded(noisy(), 300), prior(noisy(), 300), rtol=2e-2, atol=2e-2)
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
-    stored = read_weights(tmp_path / "prior" / MODEL)
-    assert all(v.dtype == (dtype or torch.float32) for v in stored.values())
+    assert all(v.dtype == torch.float16 for v in read_weights(tmp_path / "prior" / MODEL).values())
     with pytest.raises(InputError, match="16x16 images, not 64"):
         load_prior(tmp_path / "prior", image_size=64)
 
@@ -192,10 +185,7 @@ def test_folders_with_the_old_attention_names_are_read(tmp_path):
     torch.testing.assert_close(load_prior(tmp_path)(noisy(), 500), prior(noisy(), 500), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"variant": "fp16"}, {"safe_serialization": False}, {"max_shard_size": "20KB"},
-    {"max_shard_size": "20KB", "variant": "fp16"}, {"max_shard_size": "20KB", "safe_serialization": False},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"variant": "fp16"}, {"safe_serialization": False}], ids=str)
 @pytest.mark.parametrize("pipeline", [False, True])
 def test_what_diffusers_writes_is_read(tmp_path, options, pipeline):
     """A U-Net's folder or a pipeline's, safetensors or .bin, in halves; a pipeline's unet/ alone stands for all."""
@@ -244,8 +234,7 @@ def test_a_schedulers_settings_are_honoured(tmp_path, settings):
     ({"beta_schedule": "of_my_own"}, "of_my_own"),
     ({"prediction_type": "flow"}, "prediction_type must be one of"),
     ({"rescale_betas_zero_snr": True}, "says nothing of a picture"),
-    ({"trained_betas": [0.1, 2.0]}, "betas must be"),
-    ({"beta_start": -1.0}, "betas must be"),
+    ({"trained_betas": [0.1, 2.0], "num_train_timesteps": 2}, "betas must be"),
     ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 1000}, "trained_betas are 2, num_train_timesteps 1000"),
     ({"_class_name": "ScoreSdeVeScheduler"}, "not known to add noise as DDPM does"),
     ({"timestep_type": "continuous", "prediction_type": "v_prediction"}, "takes noise levels, not steps"),
@@ -308,25 +297,20 @@ def test_a_file_in_the_published_layout(tmp_path):
         load_prior(path)
 
 
-@pytest.mark.parametrize("pipeline", [False, True])
-def test_a_hub_prior_loads_offline_if_the_cache_knows_all_of_it(tmp_path, monkeypatch, pipeline):
+def test_a_hub_prior_loads_offline_if_the_cache_knows_all_of_it(tmp_path, monkeypatch):
     """That a repository has no scheduler_config.json too. What the cache does not know is said."""
     snapshot = tmp_path / "models--me--prior" / "snapshots" / ("a" * 40)
     absent = tmp_path / "models--me--prior" / ".no_exist" / ("a" * 40)
     absent.mkdir(parents=True)
     (tmp_path / "models--me--prior" / "refs").mkdir()
     (tmp_path / "models--me--prior" / "refs" / "main").write_text("a" * 40)
-    if pipeline:
-        DDPMPipeline(plain(), DDPMScheduler(prediction_type="sample")).save_pretrained(snapshot)
-    else:
-        plain().save_pretrained(snapshot)
+    plain().save_pretrained(snapshot)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     hub = {"cache_dir": str(tmp_path)}
-    if not pipeline:
-        with pytest.raises(InputError, match="me/prior: scheduler_config.json is not in the cache.*OFFLINE"):
-            load_prior("me/prior", **hub)
-        (absent / "scheduler_config.json").touch()
-    assert load_prior("me/prior", **hub).prediction_type == ("sample" if pipeline else "epsilon")
+    with pytest.raises(InputError, match="me/prior: scheduler_config.json is not in the cache.*OFFLINE"):
+        load_prior("me/prior", **hub)
+    (absent / "scheduler_config.json").touch()
+    assert load_prior("me/prior", **hub).prediction_type == "epsilon"
     with pytest.raises(InputError, match="me/other: config.json is not in the cache") as error:
         load_prior("me/other", **hub)
     assert "\n" not in str(error.value)

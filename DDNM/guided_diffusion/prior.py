@@ -3,13 +3,11 @@
 B batch, H = W image size, k the pixel-unshuffle factor (1 for most priors).
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +27,8 @@ from DDNM.guided_diffusion.schedule import Schedule
 from utils import InputError, atomic_write
 
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_KINDS, _VARIANTS = ("safetensors", "bin"), ("", ".fp16", ".bf16")
-WEIGHTS_NAMES = tuple(f"diffusion_pytorch_model{variant}.{kind}" for kind in _KINDS for variant in _VARIANTS)
-SHARDS_NAMES = tuple(  # of weights in several files, by newer versions of diffusers and by older ones
-    f"diffusion_pytorch_model.{kind}.{name}.json"
-    for kind in _KINDS
-    for variant in _VARIANTS
-    for name in (f"index{variant}", f"{variant}.index".lstrip("."))
+WEIGHTS_NAMES = tuple(
+    f"diffusion_pytorch_model{variant}.{kind}" for kind in ("safetensors", "bin") for variant in ("", ".fp16")
 )
 SCHEDULER_NAME = "scheduler_config.json"  # diffusers' place for the schedule and for what a network predicts
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -81,7 +73,6 @@ class Prior(nn.Module):
         c: Any = unet.config
         k, size = math.isqrt(c.in_channels // 3), c.sample_size
         size = size[0] if isinstance(size, Sequence) and len(set(size)) == 1 else size
-        known = c.num_train_timesteps if c.time_embedding_type == "learned" else None
         wrong = {  # an image is in [-1, 1] here, a step a whole number, and no class is known
             f"needs 3 k^2 input channels and as many, or twice as many, output channels, not {c.in_channels} and "
             f"{c.out_channels}": c.in_channels != 3 * k**2 or c.out_channels not in (c.in_channels, 2 * c.in_channels),
@@ -89,8 +80,6 @@ class Prior(nn.Module):
             "must not be class-conditional": c.class_embed_type is not None or c.num_class_embeds is not None,
             "must not centre its input": c.center_input_sample,
             "must take time steps, not noise levels (fourier embedding)": c.time_embedding_type == "fourier",
-            f"must know all {schedule.num_diffusion_timesteps} steps, not {known}":
-                known is not None and known < schedule.num_diffusion_timesteps,
         }  # fmt: skip
         if any(wrong.values()):
             raise ValueError(f"a prior's U-Net {next(why for why, holds in wrong.items() if holds)}")
@@ -232,16 +221,10 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
         raise InputError("draws latents of another network, not images")
     if (kind := said.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise InputError(f"its network is a {kind}; a prior is a UNet2DModel")
-    inside = "unet/" if pipeline else ""
-    weights = first(get, [inside + name for name in (*WEIGHTS_NAMES, *SHARDS_NAMES)])
+    weights = first(get, [f"unet/{name}" if pipeline else name for name in WEIGHTS_NAMES])
     if weights is None:
         raise InputError(f"has none of {', '.join(WEIGHTS_NAMES)}")
-    parts = [weights]
-    if weights.name in SHARDS_NAMES:
-        names = set(read_json(weights).get("weight_map", {}).values())
-        parts = [part for name in sorted(names) if (part := get(inside + Path(name).name)) is not None]
-    names = SCHEDULER_NAME, f"scheduler/{SCHEDULER_NAME}"
-    scheduler = first(get, names[1:] if pipeline else names if folder.is_dir() else names[:1])
+    scheduler = get(f"scheduler/{SCHEDULER_NAME}" if pipeline else SCHEDULER_NAME)
     if scheduler is None and pipeline:
         raise InputError(f"has no scheduler/{SCHEDULER_NAME}, which says what its network predicts")
     try:
@@ -249,17 +232,16 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
             unet = UNet2DModel.from_config(said)
     except Exception as error:  # diffusers checks little: whatever a wrong value leads to
         raise InputError(f"{config} describes no network: {' '.join(str(error).split())[:200]}") from None
-    state = {re.sub(*_OLD_ATTENTION, k): tensor for part in parts for k, tensor in read_weights(part).items()}
+    state = {re.sub(*_OLD_ATTENTION, name): tensor for name, tensor in read_weights(weights).items()}
     return filled(unet, state, weights), *read_scheduler(scheduler)
 
 
 # of diffusers before 0.15, google/ddpm-ema-celebahq-256 among them
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION = r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + _OLD_NAMES[m[2]]
-# what of a scheduler's settings belongs to the network; the rest says how its own sampler walks
+# these add noise as DDPM's does, too
 _ALSO = ("DDPMParallelScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", "LCMScheduler", "TCDScheduler",
          "RePaintScheduler", "SASolverScheduler")  # fmt: skip
-_BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
 def read_scheduler(path: Path | None) -> tuple[str, Schedule]:
@@ -267,29 +249,27 @@ def read_scheduler(path: Path | None) -> tuple[str, Schedule]:
 
     Raises:
         InputError: another kind of noise than ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps``, or unknown betas.
+        ValueError: betas outside (0, 1].
     """
     said = read_json(path) if path is not None else {}
     name = said.get("_class_name", "DDPMScheduler")
     if name not in {*DDPMScheduler._compatibles, *_ALSO} or name.startswith("EDM") or said.get("use_flow_sigmas"):
         raise InputError(f"{path}: a {name} is not known to add noise as DDPM does; such a prior is not supported")
-    usual = signature(getattr(diffusers, name, DDPMScheduler).__init__).parameters  # some classes have other betas
-    betas = {key: said.get(key, usual[key].default) for key in _BETAS if key in said or key in usual}
-    betas = {key: value for key, value in betas.items() if value is not None and value is not False}
-    if len(trained := betas.get("trained_betas", ())) not in (0, said.get("num_train_timesteps", len(trained))):
-        raise InputError(f"{path}: trained_betas are {len(trained)}, num_train_timesteps {said['num_train_timesteps']}")
-    predicts = said.get("prediction_type", "epsilon")
+    try:
+        scheduler = getattr(diffusers, name).from_config(said)  # some classes have other betas than DDPM's
+    except Exception as error:  # of 25 classes, which check little: whatever a wrong value leads to
+        raise InputError(f"{path}: no schedule: {' '.join(str(error).split())[:200]}") from None
+    config, betas = scheduler.config, scheduler.betas
+    predicts, zero_snr = config.get("prediction_type", "epsilon"), config.get("rescale_betas_zero_snr", False)
+    if len(betas) != config.num_train_timesteps:
+        raise InputError(f"{path}: trained_betas are {len(betas)}, num_train_timesteps {config.num_train_timesteps}")
     if said.get("timestep_type") == "continuous" and predicts == "v_prediction":
         raise InputError(f"{path}: timestep_type continuous: such a network takes noise levels, not steps")
-    if betas.get("rescale_betas_zero_snr") and predicts == "epsilon":
+    if zero_snr and predicts == "epsilon":
         raise InputError(f"{path}: rescale_betas_zero_snr: the noise says nothing of a picture where all is noise")
-    try:
-        schedule = DDPMScheduler(**betas)
-        if schedule.config.beta_schedule == "linear" and not betas.keys() & {"trained_betas", "rescale_betas_zero_snr"}:
-            start, end, steps = (schedule.config[key] for key in ("beta_start", "beta_end", "num_train_timesteps"))
-            return predicts, Schedule(start, end, steps)  # in float64
-        return predicts, Schedule(betas=schedule.betas)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"{path}: no schedule: {' '.join(str(error).split())[:200]}") from None
+    if config.beta_schedule == "linear" and config.get("trained_betas") is None and not zero_snr:
+        return predicts, Schedule(config.beta_start, config.beta_end, config.num_train_timesteps)  # in float64
+    return predicts, Schedule(betas=betas)
 
 
 def load_prior(
@@ -340,18 +320,15 @@ def save_prior(prior: Prior, folder: str | Path, dtype: torch.dtype | None = Non
         InputError: the folder cannot be written, or ``dtype`` cannot hold a weight.
     """
     folder, schedule = Path(folder), prior.schedule
-    write_weights(folder / WEIGHTS_NAME, prior.unet.state_dict(), dtype)
+    write_weights(folder / WEIGHTS_NAMES[0], prior.unet.state_dict(), dtype)
     with atomic_write(folder / CONFIG_NAME) as temporary:
         temporary.write_text(prior.unet.to_json_string(), encoding="utf-8")
-    scheduler = {
-        "_class_name": "DDPMScheduler",
-        "beta_schedule": "linear",
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "num_train_timesteps": schedule.num_diffusion_timesteps,
-        "prediction_type": prior.prediction_type,
-    }
-    if not schedule.linear:
-        scheduler["trained_betas"] = schedule.betas.tolist()
+    scheduler = DDPMScheduler(
+        schedule.num_diffusion_timesteps,
+        schedule.beta_start,
+        schedule.beta_end,
+        trained_betas=None if schedule.linear else schedule.betas.tolist(),
+        prediction_type=prior.prediction_type,
+    )
     with atomic_write(folder / SCHEDULER_NAME) as temporary:
-        temporary.write_text(json.dumps(scheduler, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(scheduler.to_json_string(), encoding="utf-8")
