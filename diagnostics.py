@@ -10,7 +10,8 @@ grows with depth, and float64 beside float32 tells rounding from a mistake.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,10 +22,11 @@ from torch import Tensor
 from data_loader import ATTRIBUTES, CelebAMaskHQ, make_loader
 from degradations import DEGRADATIONS
 from images import find_images, load_image
+from logger import format_table as markdown_table
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, evaluating, predict
 from models import SPNN, concatenated
 from networks import PRECISIONS, networks_in
-from operators import LinearChain, is_linear, is_network, make_operator
+from operators import is_linear, is_network, make_operator
 from utils import (
     LARGEST_BATCH,
     LARGEST_SEED,
@@ -84,21 +86,15 @@ class _Error:
 
 
 @torch.no_grad()
-def penrose(
-    model: SPNN,
-    images: Tensor,
-    targets: Tensor | None = None,
-    precision: str = "float32",
-    seed: int = 0,
-    batch_size: int = 32,
-) -> dict:
+def penrose(model: SPNN, images: Tensor, precision: str = "float32", seed: int = 0, batch_size: int = 32) -> dict:
     """Errors of the identities, and the naturalness of g'.
+
+    The right inverse and g' g g' = g' are measured at N random logits from a normal distribution of three times the
+    spread of g(images): far from the data, where a mere fit to it would fail.
 
     Args:
         images: (N, C, H, W) in [-1, 1].
-        targets: logits y, (M, *out_shape), for the right inverse and g' g g' = g'. None draws N from a normal
-            distribution of three times the spread of g(images): far from the data, where a mere fit to it would fail.
-            ``seed`` is theirs.
+        seed: of the random logits.
         precision: what to compute in, one of `ARITHMETICS`; the model itself stays as it is. "tf32" and "bf16" are of
             the networks inside blocks alone.
 
@@ -128,11 +124,9 @@ def penrose(
     errors = {name: _Error() for name in (*identities, "norm", "distance", "lost")}
     with evaluating(model), networks_in(inside, device):
         logits = [_measure_image(model, x.to(device, dtype), errors) for x in images.split(batch_size)]
-        if targets is None:
-            y = torch.cat(logits)
-            generator = torch.Generator().manual_seed(seed)
-            spread = 3 * y.cpu().double().square().mean().sqrt().item() or 1.0  # fresh networks may give g = 0
-            targets = spread * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        found, generator = torch.cat(logits), torch.Generator().manual_seed(seed)
+        spread = 3 * found.cpu().double().square().mean().sqrt().item() or 1.0  # fresh networks may give g = 0
+        targets = spread * torch.randn(found.shape, generator=generator, dtype=torch.float64)
         for y in targets.split(batch_size):
             _measure_target(model, y.to(device, dtype), errors)
     return {
@@ -256,46 +250,36 @@ def map_accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: t
 # --- The first number that is not finite -----------------------------------------------------------------------------
 
 
+def _numbers(model: SPNN, x: Tensor) -> Iterator[tuple[str, Tensor | None]]:
+    """All that a pass up and a pass down compute, by name, in this order; what a block does not have is None."""
+    yield from ((f"weight {name}", parameter) for name, parameter in model.named_parameters())
+    yield "the images", x
+    blocks = [(f"block {i} {getattr(b, 'name', type(b).__name__)}", b) for i, b in enumerate(model.pinn.blocks)]
+    for name, block in blocks:
+        x, z = block(x, return_latent=True)
+        yield f"{name}, its latent", z
+        yield f"{name}, its output", x
+    for name, block in reversed(blocks):
+        z = block.natural_latent(x)
+        yield f"{name}, its natural latent", z
+        x = block.pinv(x, z)
+        yield f"{name}, its pseudo-inverse", x
+
+
 @torch.no_grad()
-def first_nonfinite(model: SPNN, x: Tensor, target: Tensor | None = None) -> str | None:
+def first_nonfinite(model: SPNN, x: Tensor) -> str | None:
     """Where NaN or infinity appears first: in a weight, the images, a block on the way up, or one on the way down.
 
     Args:
         x: images, (B, C, H, W).
-        target: logits for g', (B, *out_shape); None takes g(x).
 
     Returns:
         A phrase that names it, such as "weight pinn.blocks.3.s.net.0.weight" or
         "block 3 ConvPINNBlock(192->48), its latent", or None if all is finite.
     """
-
-    def bad(value: Tensor | None) -> bool:
-        return value is not None and not torch.isfinite(value).all()
-
-    for name, parameter in model.named_parameters():
-        if bad(parameter):
-            return f"weight {name}"
-    if bad(x):
-        return "the images"
-    blocks = [(f"block {i} {getattr(b, 'name', type(b).__name__)}", b) for i, b in enumerate(model.pinn.blocks)]
     with evaluating(model):
-        for name, block in blocks:
-            x, z = block(x, return_latent=True)
-            if bad(z):
-                return f"{name}, its latent"
-            if bad(x):
-                return f"{name}, its output"
-        if bad(target):
-            return "the target logits"
-        y = x if target is None else target.reshape(x.shape)
-        for name, block in reversed(blocks):
-            z = block.natural_latent(y)
-            if bad(z):
-                return f"{name}, its natural latent"
-            y = block.pinv(y, z)
-            if bad(y):
-                return f"{name}, its pseudo-inverse"
-    return None
+        broken = (name for name, value in _numbers(model, x) if value is not None and not value.isfinite().all())
+        return next(broken, None)
 
 
 # --- Everything at once ----------------------------------------------------------------------------------------------
@@ -328,88 +312,59 @@ def diagnose(
         "attributes": names | None}``: JSON values only. A figure that is NaN or infinite is None there.
 
     Raises:
-        ValueError: no images, fewer than one sample, or names that are not one per logit.
+        ValueError: no images, or names that are not one per logit.
     """
-    if samples < 1:
-        raise ValueError(f"diagnose: samples must be at least 1, got {samples}")
     if attributes is not None and len(attributes) != model.num_classes:
         raise ValueError(f"diagnose: {len(attributes)} attribute names for {model.num_classes} logits")
     kept: list[Tensor] = []
 
     def keeping() -> Iterable[tuple[Tensor, Tensor]]:
         """The loader, its first ``samples`` images remembered: one pass over the data is enough."""
-        missing = samples
         for images, labels in loader:
-            if missing > 0:
-                kept.append(images[:missing])
-                missing -= len(kept[-1])
+            kept.append(images[: samples - sum(map(len, kept))])
             yield images, labels
 
     measured = (accuracy if len(model.out_shape) == 1 else map_accuracy)(model, keeping(), device)
     images = torch.cat(kept)
-    return json_values(
-        {
-            "accuracy": measured,
-            "penrose": {
-                precision: penrose(model, images, precision=precision, seed=seed, batch_size=batch_size)
-                for precision in precisions
-            },
-            "nonfinite": first_nonfinite(model, images[:batch_size].to(device)),
-            "attributes": None if attributes is None else list(attributes),
-        }
-    )
-
-
-def diagnose_operator(operator: LinearChain, images: Tensor, seed: int, batch_size: int, precisions) -> dict:
-    """The report of `diagnose`, of an operator that is given and not learned: there is no accuracy to measure."""
-    found = {p: penrose(operator.chain, images, None, p, seed, batch_size) for p in precisions}
-    broken = first_nonfinite(operator.chain, images)
-    return json_values({"accuracy": None, "penrose": found, "nonfinite": broken, "attributes": None})
+    errors = {precision: penrose(model, images, precision, seed, batch_size) for precision in precisions}
+    broken = first_nonfinite(model, images[:batch_size].to(device))
+    return json_values({"accuracy": measured, "penrose": errors, "nonfinite": broken, "attributes": attributes})
 
 
 def format_table(report: dict) -> str:
-    """What `diagnose` returned, as text for the screen."""
+    """What `diagnose` returned, as text for the screen; "nan" for a figure that is not finite, or that there is not."""
 
-    def figure(value: float | None, form: str) -> str:
-        return "not finite" if value is None else format(value, form)
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
 
-    columns = list(report["penrose"])
-    lines = [f"{'relative error (max / rms)':<38}" + "".join(f"{name:>24}" for name in columns)]
+    rows = []
     for key, formula in (IDENTITIES | SYMMETRY).items():
-        if key not in report["penrose"][columns[0]]:
-            continue
-        cells = []
-        for name in columns:
-            error = report["penrose"][name][key]
-            cells.append(f"{figure(error['relative_max'], '.1e')} / {figure(error['relative_rms'], '.1e')}")
-        lines.append(f"  {key:<16}{formula:<20}" + "".join(f"{cell:>24}" for cell in cells))
-    natural = report["penrose"]["float64" if "float64" in columns else columns[0]]
-    lines += [
-        f"naturalness: mean |g'(y)|^2 {figure(natural['naturalness_norm'], '.4g')}, "
-        f"distance of latents from the zero image's {figure(natural['natural_distance'], '.4g')}, "
-        f"|g'(g(x)) - x| / |x| {figure(natural['lost'], '.3f')} ({natural['images']} images)",
+        row: dict = {"relative error": f"{key}: {formula}"}
+        for precision, errors in report["penrose"].items():
+            if key in errors:
+                row[f"{precision} max"] = number(errors[key]["relative_max"])
+                row[f"{precision} rms"] = number(errors[key]["relative_rms"])
+        if len(row) > 1:
+            rows.append(row)
+    columns = {name: (name, ".1e") for name in list(rows[0])[1:]}
+    natural = report["penrose"].get("float64", next(iter(report["penrose"].values())))
+    lines = [
+        markdown_table(rows, "relative error", columns),
+        f"naturalness: mean |g'(y)|^2 {number(natural['naturalness_norm']):.4g}, "
+        f"distance of latents from the zero image's {number(natural['natural_distance']):.4g}, "
+        f"|g'(g(x)) - x| / |x| {number(natural['lost']):.3f} ({natural['images']} images)",
         f"first number that is not finite: {report['nonfinite'] or 'none'}",
     ]
-    if (measured := report["accuracy"]) is None:
-        return "\n".join(lines)
-    counted = f"({measured['images']} images)"
-    if "absolute_rms" in measured:
-        figures = [figure(measured[key], ".4f") for key in ("absolute_rms", "relative_rms")]
-        return "\n".join([*lines, f"measured picture: rms error {figures[0]}, relative {figures[1]} {counted}"])
-    if "mean_iou" in measured:
-        figures = [figure(measured[key], ".4f") for key in ("mean_iou", "places")]
-        lines.append(f"intersection over union {figures[0]}, places {figures[1]} {counted}")
-        columns = [[f"{value:.4f}" if value is not None else "in no map" for value in measured["by_class"]]]
-    else:
-        figures = [figure(measured[key], ".4f") for key in ("accuracy", "balanced_accuracy")]
-        lines.append(f"accuracy {figures[0]}, balanced {figures[1]} {counted}")
-        columns = [
-            [figure(plain, ".4f") for plain in measured["by_attribute"]],
-            ["only one class" if b is None else f"{b:.4f}" for b in measured["balanced_by_attribute"]],
-        ]
-    names = report["attributes"] or [f"logit {index}" for index in range(len(columns[0]))]
-    width = max(len(name) for name in names)
-    lines += [f"  {name:<{width}}  {'  '.join(cells)}" for name, *cells in zip(names, *columns, strict=True)]
+    measured = report["accuracy"] or {}
+    words = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "mean_iou": "intersection over union",
+             "places": "places", "absolute_rms": "measured picture: rms error", "relative_rms": "relative"}  # fmt: skip
+    if said := [f"{words[key]} {number(measured[key]):.4f}" for key in words if key in measured]:
+        lines.append(f"{', '.join(said)} ({measured['images']} images)")
+    words = {"by_attribute": "accuracy", "balanced_by_attribute": "balanced", "by_class": "intersection over union"}
+    if columns := {key: (word, ".4f") for key, word in words.items() if key in measured}:
+        names = report["attributes"] or [f"logit {i}" for i in range(len(measured[next(iter(columns))]))]
+        rows = [{"output": name, **{key: number(measured[key][i]) for key in columns}} for i, name in enumerate(names)]
+        lines.append(markdown_table(rows, "output", columns))
     return "\n".join(lines)
 
 
@@ -473,12 +428,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(options.device)
     if (options.checkpoint is None) == (options.operator is None):
         raise InputError("give --checkpoint or --operator, one of them")
-    how = options.seed, options.batch_size, options.precision
     if options.operator is not None and not is_network(options.operator):
         shape = 3, options.img_size, options.img_size
         operator, files = make_operator(options.operator, shape), find_images(options.dataset_path)
-        images = torch.stack([load_image(file, options.img_size) for file in files[: options.samples]])
-        report = diagnose_operator(operator, images.to(device), *how)
+        images = torch.stack([load_image(file, options.img_size) for file in files[: options.samples]]).to(device)
+        found = {p: penrose(operator.chain, images, p, options.seed, options.batch_size) for p in options.precision}
+        broken = first_nonfinite(operator.chain, images)  # no accuracy: the operator is given and not learned
+        report = json_values({"accuracy": None, "penrose": found, "nonfinite": broken, "attributes": None})
     else:
         options = replace(options, checkpoint=options.checkpoint or Path(options.operator))
         model = SPNN.from_pretrained(options.checkpoint)
@@ -487,7 +443,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"weights {options.checkpoint}: takes {model.config['img_ch']} channels, photographs have 3"
             )
         names, loader = targets_for(model, options)
-        report = diagnose(model.to(device), loader, device, options.samples, options.seed, names, *how[1:])
+        how = options.samples, options.seed, names, options.batch_size, options.precision
+        report = diagnose(model.to(device), loader, device, *how)
     print(format_table(report))
     if options.json is not None:
         kept = ("checkpoint", "operator", "dataset_path", "split", "samples", "seed")
