@@ -9,7 +9,7 @@ from helpers import OPTIMISERS, diy12, diy16, random, randomise, seeded, tiny
 
 import models
 from blocks import CayleyMixing, ConvPINNBlock, PixelUnshuffleBlock, solved_once
-from models import PINN, SPNN
+from models import SPNN
 
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
@@ -64,14 +64,16 @@ def test_wrong_inputs_are_named():
                 call(logits)
 
 
-def test_one_target_serves_a_batch():
+def test_back_projection_of_a_batch():
+    """By one target for all, of some images only, and with strengths of another type."""
     g = randomise(tiny().double(), seeded(0))
-    x, y = random((3, 3, 4, 4), 1), random((1, 3), 2)
-    torch.testing.assert_close(g.back_project(x, y), g.back_project(x, y.expand(3, 3)))
+    x, y = random((4, 3, 4, 4), 1), random((4, 3), 2)
+    torch.testing.assert_close(g.back_project(x, y[:1]), g.back_project(x, y[:1].expand(4, 3)))
     assert g.back_project(x[:0], y[:0]).shape == (0, 3, 4, 4)
-
-
-# --- Weights and points ----------------------------------------------------------------------------------------------
+    nlbp = models.BackProjection(g, x, g.natural(y))
+    torch.testing.assert_close(nlbp(0.5, [1, 3]), nlbp(0.5)[[1, 3]])
+    strength = torch.tensor([0.5, 1.0, 0.25, 0.0])
+    assert torch.equal(nlbp(strength), nlbp(strength.double()))
 
 
 def test_coupling_starts_at_zero():
@@ -97,34 +99,12 @@ def test_a_network_is_rebuilt_from_its_settings(build):
         assert [str(b) for b in again.pinn.blocks] == [str(b) for b in model.pinn.blocks]
 
 
-def test_settings_are_the_networks_own():
-    """Changing the list that a network was built from does not change its settings."""
-    layers = [("PixelUnshuffleBlock", {"r": 4}), ("ConvPINNBlock", {"in_ch": 48, "out_ch": 3})]
-    model = custom(*layers)
-    layers[1][1]["out_ch"] = 9
-    assert model.config["layer_channels"][1][1]["out_ch"] == 3
-
-
-def test_back_projection_of_some_images():
-    g = randomise(tiny().double(), seeded(0))
-    x, target = random((4, 3, 4, 4), 1), g.natural(random((4, 3), 2))
-    nlbp = models.BackProjection(g, x, target)
-    torch.testing.assert_close(nlbp(0.5, [1, 3]), nlbp(0.5)[[1, 3]])
-
-
-def test_a_strength_of_another_type():
-    g = randomise(tiny(), seeded(0))
-    x, y = random((2, 3, 4, 4), 1, torch.float32), random((2, 3), 2, torch.float32)
-    expected = g.back_project(x, y, torch.tensor([0.5, 1.0]))
-    assert torch.equal(g.back_project(x, y, torch.tensor([0.5, 1.0], dtype=torch.float64)), expected)
-
-
 # --- W is never stale ------------------------------------------------------------------------------------------------
 
 
-def one_block(mix_type: str) -> SPNN:
-    block = head(in_ch=12, hidden=1, feat_size=1)
-    return custom(("PixelUnshuffleBlock", {"r": 2}), block, img_size=2, mix_type=mix_type)
+def one_block() -> SPNN:
+    """With a Cayley mixing, for no other keeps its W."""
+    return custom(("PixelUnshuffleBlock", {"r": 2}), head(in_ch=12, hidden=1, feat_size=1), img_size=2)
 
 
 def holds(g: SPNN) -> None:
@@ -139,12 +119,11 @@ def holds(g: SPNN) -> None:
 
 
 def by_load_state_dict(g):
-    g.load_state_dict(randomise(one_block(g.config["mix_type"]), seeded(9)).state_dict())
+    g.load_state_dict(randomise(one_block(), seeded(9)).state_dict())
 
 
 def by_assignment(g):
-    state = randomise(one_block(g.config["mix_type"]), seeded(9)).state_dict()
-    g.load_state_dict(state, assign=True)
+    g.load_state_dict(randomise(one_block(), seeded(9)).state_dict(), assign=True)
     g.requires_grad_()
 
 
@@ -192,26 +171,19 @@ CHANGES = {
     "no_grad": by_no_grad,
     "swapped data": by_swapped_data,
     "double": lambda g: g.double(),
-    "double and back": lambda g: g.double().float(),
     "bfloat16 and back": lambda g: g.bfloat16().float(),
-    "to": lambda g: g.to("cpu", torch.float64),
     **{kind: by_optimiser(kind) for kind in OPTIMISERS},
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("mix_type", ["cayley", "householder"])
-@pytest.mark.parametrize("first", ["no_grad", "grad"])
-def test_changed_weights_change_w(change, mix_type, first):
-    g = randomise(one_block(mix_type), seeded(0))
-    x = random((1, 3, 2, 2), 1, torch.float32)
-    with torch.set_grad_enabled(first == "grad"):
-        before = g(x)
+@pytest.mark.parametrize("grad", [False, True])
+def test_changed_weights_change_w(change, grad):
+    g = randomise(one_block(), seeded(0))
+    with torch.set_grad_enabled(grad):
+        g(random((1, 3, 2, 2), 1, torch.float32))
     change(g)
     holds(g)
-    if first == "no_grad" and not change.__name__ == "<lambda>":
-        with torch.no_grad():
-            assert not torch.allclose(g(x), before), "the change changed nothing"
 
 
 # --- Solved once -----------------------------------------------------------------------------------------------------
@@ -249,17 +221,11 @@ def test_w_in_inference_mode_first_then_gradients():
 # --- Containers ------------------------------------------------------------------------------------------------------
 
 
-def test_a_chain_computes_its_shapes():
-    chain = PINN([PixelUnshuffleBlock(2), ConvPINNBlock(12, 5)], (3, 6, 4))
-    assert chain.in_shape == (3, 6, 4) and chain.out_shape == (5, 3, 2)
-
-
-@pytest.mark.parametrize("number", [0, 1, 3])
-def test_another_number_of_latents_is_refused(number):
+def test_another_number_of_latents_is_refused():
     """Latents of another network must not be taken for this one's."""
-    chain = PINN([PixelUnshuffleBlock(2), ConvPINNBlock(12, 5)], (3, 6, 4))
-    with pytest.raises(ValueError):
-        chain.pinv(torch.zeros(1, 5, 3, 2), [None] * number)
+    for number in (0, 1, 3):
+        with pytest.raises(ValueError, match=r"one latent per block \(5\)"):
+            tiny().pinn.pinv(torch.zeros(1, 3, 1, 1), [None] * number)
 
 
 def test_natural_latents_skip_the_largest_inverse(monkeypatch):
