@@ -65,10 +65,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise InputError(f"weights {path}: expected a state dict (name -> tensor), found {what}")
         (state,) = inner.values()
     for name, tensor in state.items():
-        plain = tensor.layout == torch.strided and tensor.dtype in (*DTYPES.values(), *WHOLE)
+        known = tensor.layout == torch.strided and tensor.dtype in (*DTYPES.values(), *WHOLE)
         # what is larger than the file is one number, repeated by its strides
-        plain = plain and tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= size
-        if not plain:
+        if not known or tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() > size:
             found = f"{tensor.dtype}, {tensor.layout}, {list(tensor.shape)}"
             raise InputError(f"weights {path}: {name} is no plain tensor of real numbers ({found})")
         if not tensor.isfinite().all():
@@ -417,9 +416,7 @@ class Pretrained(nn.Module, huggingface_hub.PyTorchModelHubMixin, library_name="
             path = found
             first(get, (f"{path.stem}.json", "config.json"))  # from the hub to beside the weights
         state = read_weights(path)
-        content = read_config(path)
-        if content is None:
-            content = {"model": cls.config_of(state)}
+        content = read_config(path) or {"model": cls.config_of(state)}
         if content["model"] is None:
             raise InputError(
                 f"weights {path}: config.json is missing beside it, and these are no built-in architecture's weights: "
