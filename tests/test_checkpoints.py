@@ -7,7 +7,7 @@ import pickle
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub
 import pytest
@@ -44,7 +44,7 @@ def same(a, b):
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["w.pth", "w.ckpt", "w.bin", "w.safetensors"])
+@pytest.mark.parametrize("name", ["w.ckpt", "w.safetensors"])
 def test_what_is_written_is_read(tmp_path, state, name):
     write_weights(tmp_path / name, {**state, "shared": state["a.bias"]})
     loaded = read_weights(tmp_path / name)
@@ -91,28 +91,21 @@ def raw(content: bytes):
     return lambda path: path.write_bytes(content)
 
 
-def weights(**state):
-    return lambda path: write_weights(path, state)
-
-
 CODE = {  # and whether its file would be a harmless one under the other suffix
     "archive": saved({"model": Malicious()}),
     "legacy": saved({"model": Malicious()}, _use_new_zipfile_serialization=False),
     "pickle": raw(pickle.dumps({"model": Malicious()}, protocol=2)),
     "module": saved(nn.Linear(2, 2)),
 }
-NAN = torch.tensor([1.0, float("nan")])
 NO_WEIGHTS = {
     **{f"{name}.{suffix}": (write, "damaged, or not a plain state dict") for name, write in CODE.items()
        for suffix in ("pth", "safetensors")},
     **{f"page.{suffix}": (raw(b"<html>404</html>"), "damaged") for suffix in ("pth", "safetensors")},
-    **{f"nan.{suffix}": (weights(ok=torch.zeros(2), w=NAN), "w holds NaN") for suffix in ("pth", "safetensors")},
-
+    "nan.pth": (lambda path: write_weights(path, {"w": torch.tensor([1.0, float("nan")])}), "w holds NaN"),
     "list.pth": (saved([torch.ones(2)]), "found list"),
     "epoch.pth": (saved({"epoch": 3}), "epoch"),
     "two.pth": (saved({"gan": {"w": torch.ones(1)}, "critic": {"w": torch.ones(1)}}), "critic"),
     "complex.pth": (saved({"w": torch.zeros(2, dtype=torch.complex64)}), "no plain tensor"),
-
     "none.pth": (lambda path: None, "no such file"),
     "folder": (lambda path: path.mkdir(), "is a folder"),
 }  # fmt: skip
@@ -155,9 +148,8 @@ def test_strict_loading_converts_and_names_what_does_not_fit():
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("build", [tiny, diy12], ids=lambda build: build.__name__)
-def test_a_file_with_its_settings_round_trips(tmp_path, build, suffix):
-    model = randomise(build(), seeded(0))
+def test_a_file_with_its_settings_round_trips(tmp_path, suffix):
+    model = randomise(diy12(), seeded(0))
     path, notes = tmp_path / "new" / f"best_model{suffix}", {"attributes": ["Bald"], "typical_logits": [[-2.0, 3.0]]}
     for _ in range(2):
         save_spnn(path, model, notes)
@@ -252,28 +244,22 @@ def hub(tmp_path):
     Its ``files`` are the folder, its ``asked`` the requests.
     """
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
 
-        def do_GET(self):
-            server.asked.append((self.command, self.path))
-            repo, _, name = self.path.strip("/").partition("/resolve/main/")
-            file = server.files / repo / name
-            content = file.read_bytes() if file.is_file() else b""
-            self.send_response(200 if file.is_file() else 404)
-            self.send_header("X-Repo-Commit", "a" * 40)
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("Content-Length", str(len(content)))
-            if not file.is_file():
-                known = (server.files / repo).is_dir()
-                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-            self.end_headers()
-            self.wfile.write(content if self.command == "GET" else b"")
+        def translate_path(self, path):
+            server.asked.append(path)
+            self.file = server.files / path.strip("/").replace("/resolve/main", "")
+            return str(self.file)
 
-        do_HEAD = do_GET
+        def end_headers(self):
+            self.send_header("X-Repo-Commit", "a" * 40)
+            if self.file.is_file():
+                self.send_header("ETag", f'"{hashlib.sha256(self.file.read_bytes()).hexdigest()}"')
+            else:
+                self.send_header("X-Error-Code", "EntryNotFound" if self.file.parent.is_dir() else "RepoNotFound")
+            super().end_headers()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.asked = tmp_path / "hub", []
@@ -316,8 +302,7 @@ def test_a_repository_may_hold_published_weights_alone(hub, recognised, monkeypa
 def test_a_generator_comes_from_the_hub(hub):
     g = StyleGAN(8, (6, 5), dim=4, depth=1)
     write_weights(hub.files / "me" / "faces" / "stylegan.safetensors", g.state_dict())
-    loaded = load_generator("me/faces", **hub.options)
-    assert same(loaded.state_dict(), g.state_dict())
+    assert same(load_generator("me/faces", **hub.options).state_dict(), g.state_dict())
     (hub.files / "me" / "nothing").mkdir()
     with pytest.raises(InputError, match="no folder or hub id with karras2019.*the published weights are"):
         load_generator("me/nothing", **hub.options)

@@ -237,7 +237,11 @@ def test_a_schedulers_settings_are_honoured(tmp_path, settings):
     ({"trained_betas": [0.1, 2.0], "num_train_timesteps": 2}, "betas must be"),
     ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 1000}, "trained_betas are 2, num_train_timesteps 1000"),
     ({"_class_name": "ScoreSdeVeScheduler"}, "not known to add noise as DDPM does"),
-    ({"timestep_type": "continuous", "prediction_type": "v_prediction"}, "takes noise levels, not steps"),
+    ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous", "prediction_type": "v_prediction"},
+     "takes noise levels, not steps"),
+    ({"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0}, "not known to add noise as DDPM does"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "not known to add noise as DDPM does"),
+    ({"_class_name": "of_my_own"}, "no schedule: .*of_my_own"),
     (FlowMatchEulerDiscreteScheduler().config | {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "not known"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_honoured_are_refused(tmp_path, settings, said):

@@ -239,9 +239,6 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
 # of diffusers before 0.15, google/ddpm-ema-celebahq-256 among them
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION = r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + _OLD_NAMES[m[2]]
-# these add noise as DDPM's does, too
-_ALSO = ("DDPMParallelScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", "LCMScheduler", "TCDScheduler",
-         "RePaintScheduler", "SASolverScheduler")  # fmt: skip
 
 
 def read_scheduler(path: Path | None) -> tuple[str, Schedule]:
@@ -253,21 +250,23 @@ def read_scheduler(path: Path | None) -> tuple[str, Schedule]:
     """
     said = read_json(path) if path is not None else {}
     name = said.get("_class_name", "DDPMScheduler")
-    if name not in {*DDPMScheduler._compatibles, *_ALSO} or name.startswith("EDM") or said.get("use_flow_sigmas"):
-        raise InputError(f"{path}: a {name} is not known to add noise as DDPM does; such a prior is not supported")
     try:
         scheduler = getattr(diffusers, name).from_config(said)  # some classes have other betas than DDPM's
-    except Exception as error:  # of 25 classes, which check little: whatever a wrong value leads to
+        config = scheduler.config
+    except Exception as error:  # of many classes, which check little: whatever a wrong value leads to
         raise InputError(f"{path}: no schedule: {' '.join(str(error).split())[:200]}") from None
-    config, betas = scheduler.config, scheduler.betas
+    betas, abar = getattr(scheduler, "betas", None), getattr(scheduler, "alphas_cumprod", None)
+    known = betas is not None and abar is not None and torch.allclose((1 - betas).cumprod(0), abar)
+    if not known or config.get("use_flow_sigmas"):
+        raise InputError(f"{path}: a {name} is not known to add noise as DDPM does; such a prior is not supported")
     predicts, zero_snr = config.get("prediction_type", "epsilon"), config.get("rescale_betas_zero_snr", False)
     if len(betas) != config.num_train_timesteps:
         raise InputError(f"{path}: trained_betas are {len(betas)}, num_train_timesteps {config.num_train_timesteps}")
-    if said.get("timestep_type") == "continuous" and predicts == "v_prediction":
+    if config.get("timestep_type") == "continuous" and predicts == "v_prediction":
         raise InputError(f"{path}: timestep_type continuous: such a network takes noise levels, not steps")
     if zero_snr and predicts == "epsilon":
         raise InputError(f"{path}: rescale_betas_zero_snr: the noise says nothing of a picture where all is noise")
-    if config.beta_schedule == "linear" and config.get("trained_betas") is None and not zero_snr:
+    if config.get("beta_schedule") == "linear" and config.get("trained_betas") is None and not zero_snr:
         return predicts, Schedule(config.beta_start, config.beta_end, config.num_train_timesteps)  # in float64
     return predicts, Schedule(betas=betas)
 
