@@ -54,12 +54,8 @@ def build_unet(size: int, widths: Sequence[int], layers: int, attends: Sequence[
 
 def ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
     """The `UNet2DModel` that computes what the published ``Model`` of this configuration does, on the meta device."""
-    if not model_config.get("resamp_with_conv", True):
-        raise ValueError("resamp_with_conv: false is not supported")
     widths = tuple(model_config["ch"] * m for m in model_config["ch_mult"])
     attends = [image_size // 2**i in model_config["attn_resolutions"] for i in range(len(widths))]
-    if image_size % (coarsest := 2 ** (len(widths) - 1)) != 0:
-        raise ValueError(f"image size {image_size} must be divisible by {coarsest} ({len(widths)} levels)")
     with torch.device("meta"):  # the weights come from the file: no random ones are drawn first
         return build_unet(
             image_size,
@@ -68,7 +64,6 @@ def ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
             attends,
             in_channels=model_config["in_channels"],
             out_channels=model_config["out_ch"],
-            dropout=model_config.get("dropout", 0.0),
             # what follows has no trace in names or shapes: with any other value the weights load and compute nonsense
             attention_head_dim=None,
             downsample_padding=0,
@@ -115,9 +110,8 @@ def unet_from_ddpm(
 
     Args:
         state_dict: the network keeps float32 tensors without copying them.
-        model_config: ch, ch_mult, num_res_blocks, attn_resolutions, in_channels, out_ch, and maybe dropout and
-            resamp_with_conv; other keys of the published configuration (type, var_type, ema ...) do not matter here.
-            None reads it off the weights.
+        model_config: ch, ch_mult, num_res_blocks, attn_resolutions, in_channels, out_ch; other keys of the published
+            configuration (type, var_type, ema, ...) do not matter here. None reads it off the weights.
         image_size: H, which decides the levels that attend; see `ddpm_config` for None.
 
     Raises:
