@@ -321,19 +321,6 @@ def first(get: Callable[[str], Path | None], names: Sequence[str]) -> Path | Non
     return None
 
 
-class MissingWeights(InputErrors):
-    """Published files that are neither here nor to be fetched: for each its addresses and where to put it by hand."""
-
-    def __init__(self, missing: Mapping[KnownWeights, object]) -> None:
-        lines = [f"{len(missing)} weight file{'s' if len(missing) != 1 else ''} could not be found or fetched:"]
-        for known, reason in missing.items():
-            hub = f"{huggingface_hub.constants.ENDPOINT}/{known.repo}/resolve/main/{known.filename}"
-            lines += [f"  {known.name}: {known.filename} ({reason})", f"    put it at {ROOT / known.manual_path}, from"]
-            lines += [f"      {address}" for address in (hub, *known.mirrors)]
-            lines += [f"      (sha256 {known.sha256})"] if known.sha256 is not None else []
-        super().__init__("\n".join(lines))
-
-
 def locate(*sources: str | Path, **hub: Any) -> list[str]:
     """Each source as it is or, if it names a `KNOWN` file (by hub id, file name or place), the path of that file.
 
@@ -341,22 +328,26 @@ def locate(*sources: str | Path, **hub: Any) -> list[str]:
         hub: see `hub_file`.
 
     Raises:
-        MissingWeights: published files that cannot be had, all of them in one message.
+        InputErrors: published files that cannot be had, all of them in one message: for each its addresses and where
+            to put it by hand.
         InputError: one that is not the published file.
     """
-    found, missing = [], {}
+    found, missing = [], []
     for source in map(str, sources):
         known = next((k for k in KNOWN if source in (k.repo, k.filename, k.manual_path)), None)
         if known is None or Path(source).exists():
             found.append(source)
             continue
+        by_hand = ROOT / known.manual_path
         try:
-            by_hand = ROOT / known.manual_path
             path = by_hand if by_hand.is_file() else hub_file(known.repo, known.filename, **hub)
             if path is None:
                 raise InputError("the repository does not have it any more")
         except InputError as error:
-            missing[known] = error
+            hub_address = f"{huggingface_hub.constants.ENDPOINT}/{known.repo}/resolve/main/{known.filename}"
+            lines = [f"  {known.name}: {known.filename} ({error})", f"    put it at {by_hand}, from"]
+            lines += [f"      {address}" for address in (hub_address, *known.mirrors)]
+            missing.append("\n".join([*lines, f"      (sha256 {known.sha256})"] if known.sha256 else lines))
             continue
         with open(path, "rb") as file:
             digest = sha_fileobj(file).hex() if known.sha256 is not None else None
@@ -364,7 +355,8 @@ def locate(*sources: str | Path, **hub: Any) -> list[str]:
             raise InputError(f"weights {path}: SHA-256 {digest}, the published file has {known.sha256}")
         found.append(str(path))
     if missing:
-        raise MissingWeights(missing)
+        files = f"{len(missing)} weight file{'s' if len(missing) != 1 else ''}"
+        raise InputErrors("\n".join([f"{files} could not be found or fetched:", *missing]))
     return found
 
 
