@@ -132,7 +132,7 @@ class Prior(nn.Module):
             The prediction, of x's shape and dtype.
 
         Raises:
-            ValueError: an image of another size or channel count than the prior's, or a ``t`` of another shape.
+            ValueError: an image of another size or channel count than the prior's.
         """
         if x.ndim != 4 or tuple(x.shape[1:]) != (3, self.image_size, self.image_size):
             raise ValueError(
@@ -140,8 +140,6 @@ class Prior(nn.Module):
             )
         # a number is filled in there: a copy would wait for the GPU
         t = t.to(x.device) if isinstance(t, Tensor) else torch.full((), t, device=x.device)
-        if t.ndim > 1 or t.ndim == 1 and len(t) not in (1, len(x)):
-            raise ValueError(f"t must be a number or have shape ({len(x)},), got {tuple(t.shape)}")
         t = t.expand(len(x))  # (B,)
         h = x.to(self.unet.dtype)  # (B, 3, H, W)
         if self.unshuffle > 1:
