@@ -11,11 +11,9 @@ import base64
 import io
 import json
 import os
-import queue
 import shlex
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from html import escape
@@ -25,7 +23,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from DDNM.guided_diffusion.diffusion import image_generator, sample
+from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sampling
 from DDNM.guided_diffusion.edits import CONTRADICTION
 from DDNM.guided_diffusion.guidance import RuleSettings
 from DDNM.guided_diffusion.inputs import (
@@ -39,6 +37,7 @@ from DDNM.guided_diffusion.inputs import (
     read_targets,
 )
 from images import can_align, load_image, to_float, to_picture, to_uint8
+from metrics import agreement
 from utils import InputError, option, parse, resolve_device, run_command
 
 GROUPS = {
@@ -134,7 +133,10 @@ class Studio:
         for values in zip(*zip(*self.typical, strict=True), *rows, strict=True):
             reach = max(values) - min(values)
             self.range.append((round(min(values) - reach / 2, 1), round(max(values) + reach / 2, 1)))
-        self.size = networks.spnn.img_size
+
+    def on_sliders(self, logits: Sequence[float]) -> list[float]:
+        """Logits as sliders can have them."""
+        return [round(min(max(y, low), high), 1) for y, (low, high) in zip(logits, self.range, strict=True)]
 
     def changed(self, change: str, logits: Sequence[float]) -> list[float]:
         """The sliders after a button of `CHANGES`; the others follow as they do after --set."""
@@ -142,62 +144,31 @@ class Studio:
         words = [word for word in CHANGES[change].split() if word[1:] in typical]
         edits = [f"{word[1:]}={typical[word[1:]][word[0] == '+']}" for word in words]
         edited = self.networks.edits(edits, self.page.contradiction)
-        after = edited.apply(torch.tensor([logits]))[0][0].tolist()
-        return [round(min(max(y, low), high), 1) for y, (low, high) in zip(after, self.range, strict=True)]
-
-    def target(self, wish: Wish) -> Tensor:
-        return torch.tensor([wish.logits], device=self.networks.device)  # (1, d)
+        return self.on_sliders(edited.apply(torch.tensor([logits]))[0][0].tolist())
 
     def natural(self, logits: Sequence[float]) -> Tensor:
         """``g'(y)``, (3, S, S)."""
         with torch.inference_mode():
             return self.networks.operator.pinv(torch.tensor([logits], device=self.networks.device))[0].cpu()
 
-    def seen(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What g and the judge see in a picture, (3, S, S): (d,) logits each."""
+    def seen(self, image: Tensor) -> dict[str, Tensor]:
+        """What g and, if there is one, the judge see in a picture, (3, S, S): (d,) logits each."""
         x = to_float(to_uint8(image))[None].to(self.networks.device)  # as it is saved
-        judge = self.networks.judge
+        who = {"g": self.networks.operator.A} | ({} if self.networks.judge is None else {"judge": self.networks.judge})
         with torch.inference_mode():
-            return self.networks.operator.A(x)[0].cpu(), None if judge is None else judge(x)[0].cpu()
+            return {name: network(x)[0].cpu() for name, network in who.items()}
 
     def draw(self, wish: Wish) -> Iterator[tuple[float, Tensor]]:
-        """(share done, x0), the last one the picture, (3, S, S). Closing the iterator ends the drawing."""
-        guidance = replace(self.rule, guidance=wish.rule).build(wish.steps)
-        found: queue.Queue = queue.Queue()
-        stopped, count = threading.Event(), 0
-
-        def look(t: int, x0: Tensor) -> None:
-            nonlocal count
-            if stopped.is_set():
-                raise StopIteration
-            count += 1
-            if count % SHOWN_EVERY == 0:
-                found.put((min(count / wish.steps, 0.99), x0[0].cpu()))
-
-        def work() -> None:
-            n = self.networks
-            try:
-                images = sample(
-                    n.prior, [image_generator(wish.seed, NAME)], n.device, n.operator, self.target(wish), guidance,
-                    steps=wish.steps, eta=self.walk.eta, clip_x0=self.walk.clip_x0, on_step=look, **self.walk.travel,
-                )  # fmt: skip
-                found.put((1.0, images[0].cpu()))
-            except StopIteration:
-                pass
-            except Exception as error:  # goes to the visitor who waits, not to the thread's end
-                found.put(error)
-
-        threading.Thread(target=work, name="drawing", daemon=True).start()
-        try:
-            share = 0.0
-            while share < 1:
-                item = found.get()
-                if isinstance(item, Exception):
-                    raise item
-                share, _ = item
-                yield item
-        finally:
-            stopped.set()
+        """(share done, x0) at every fifth step or so, the last one the picture, (3, S, S)."""
+        n, rule = self.networks, replace(self.rule, guidance=wish.rule).build(wish.steps)
+        total = evaluations(n.prior, rule, wish.steps, **self.walk.travel)
+        drawing = sampling(
+            n.prior, [image_generator(wish.seed, NAME)], n.device, n.operator, torch.tensor([wish.logits], device=n.device), rule,
+            steps=wish.steps, eta=self.walk.eta, clip_x0=self.walk.clip_x0, **self.walk.travel,
+        )  # fmt: skip
+        for count, (_, x0) in enumerate(drawing, 1):
+            if count % SHOWN_EVERY == 0 or count == total:
+                yield count / total, x0[0].cpu()
 
     def picture(self, wish: Wish) -> Tensor:
         """The finished picture, (3, S, S)."""
@@ -250,23 +221,19 @@ def figure(image: Tensor, caption: str, save: str | None = None) -> str:
 
 def chips(title: str, attributes: Sequence[str], logits: Tensor, target: Sequence[float]) -> str:
     """Attributes as chips, dark if present, framed and named if they differ from the target."""
-    cells, wrong = [], 0
+    cells = []
     for name, y, wanted in zip(attributes, logits.tolist(), target, strict=True):
         yes, differs = y > 0, (y > 0) != (wanted > 0)
-        wrong += differs
         if yes or differs:
             text = name.replace("_", " ") + (f" ({'added' if yes else 'missing'})" if differs else "")
             cells.append(f'<span class="{"yes" if yes else ""} {"differs" if differs else ""}">{escape(text)}</span>')
-    share = 1 - wrong / len(attributes)
+    share = agreement(logits, torch.tensor(target))
     return f'<div class="chips"><b>{escape(title)}</b>, {share:.0%} as wanted<br>{"".join(cells)}</div>'
 
 
 def verdicts(studio: Studio, image: Tensor, target: Sequence[float]) -> str:
-    by_g, by_judge = studio.seen(image)
-    parts = [chips("g sees", studio.attributes, by_g, target)]
-    if by_judge is not None:
-        parts.append(chips("An independent judge sees", studio.attributes, by_judge, target))
-    return "".join(parts)
+    titles = {"g": "g sees", "judge": "An independent judge sees"}
+    return "".join(chips(titles[who], studio.attributes, y, target) for who, y in studio.seen(image).items())
 
 
 def recipe(studio: Studio, wish: Wish) -> str:
@@ -276,14 +243,9 @@ def recipe(studio: Studio, wish: Wish) -> str:
             f"picture, bit by bit on one machine:</p><pre>{escape(studio.command(wish))}</pre>")  # fmt: skip
 
 
-def agreement(studio: Studio, image: Tensor, target: Sequence[float]) -> str:
+def agreements(studio: Studio, image: Tensor, target: Sequence[float]) -> str:
     """A line of figures under a picture."""
-    wanted = torch.tensor(target) > 0
-    by_g, by_judge = studio.seen(image)
-    shares = [f"g {((by_g > 0) == wanted).float().mean():.0%}"]
-    if by_judge is not None:
-        shares.append(f"judge {((by_judge > 0) == wanted).float().mean():.0%}")
-    return ", ".join(shares)
+    return ", ".join(f"{who} {agreement(y, torch.tensor(target)):.0%}" for who, y in studio.seen(image).items())
 
 
 def grouped(attributes: Sequence[str]) -> dict[str, list[int]]:
@@ -325,19 +287,19 @@ class Events:
         """The portrait, what g sees in it, and the sliders at that."""
         if path is None:
             raise InputError("choose a portrait first")
-        size = self.studio.size
+        size, told = self.studio.networks.image_size, ""
         try:
+            if not can_align():
+                told = "It was not aligned (pip install -r requirements-align.txt)."
             try:
                 image = load_image(path, size, align=can_align())
-                told = "" if can_align() else "It was not aligned (pip install -r requirements-align.txt)."
             except InputError as error:
                 image, told = load_image(path, size), f"It is used as it is: {without_path(error, path)}"
         except InputError as error:
             raise InputError(without_path(error, path)) from None
         finally:
             Path(path).unlink(missing_ok=True)
-        seen = self.studio.seen(image)[0].tolist()
-        logits = [round(min(max(y, low), high), 1) for y, (low, high) in zip(seen, self.studio.range, strict=True)]
+        logits = self.studio.on_sliders(self.studio.seen(image)["g"].tolist())
         yield figure(image, f"the portrait. {told}"), logits, *logits
 
     def edit(self, portrait: list[float] | None, *values) -> Iterator[tuple[str, str, str]]:
@@ -347,7 +309,7 @@ class Events:
         for share, image in studio.draw(wish):
             if share < 1:
                 yield figure(image, f"x0 after {share:.0%}"), "", ""
-        before, after = torch.tensor(portrait), studio.seen(image)[0]
+        before, after = torch.tensor(portrait), studio.seen(image)["g"]
         kept = [i for i, y in enumerate(wish.logits) if (y > 0) == (portrait[i] > 0)]
         flipped = [studio.attributes[i].replace("_", " ") for i in kept if (before[i] > 0) != (after[i] > 0)]
         told = f"Of the {len(kept)} attributes that were to stay, {len(flipped)} changed by g"
@@ -360,7 +322,7 @@ class Events:
         done = []
         for caption, wish in wishes:
             image = self.studio.picture(wish)
-            fits = agreement(self.studio, image, wish.logits)
+            fits = agreements(self.studio, image, wish.logits)
             done.append(figure(image, f"{caption}: {fits}", caption.replace(" ", "_")))
             yield f'<div class="strip">{"".join(done)}</div>'
 

@@ -23,7 +23,6 @@ ones in the picture without the edit, which is the floor, and the share that sho
 (--contradiction). More can be set with it: Smiling=1+Young=1.
 """
 
-import hashlib
 import logging
 import re
 import time
@@ -37,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sample
+from DDNM.guided_diffusion.diffusion import evaluations, image_generator, last, sampling
 from DDNM.guided_diffusion.guidance import Guidance, RuleSettings
 from DDNM.guided_diffusion.inputs import (
     CONFIGS,
@@ -51,7 +50,7 @@ from DDNM.guided_diffusion.inputs import (
     load_networks,
     read_targets,
 )
-from DDNM.guided_diffusion.results import Record, as_saved, contact_sheet, picture, write_csv
+from DDNM.guided_diffusion.results import Record, as_saved, contact_sheet, contents, picture, write_csv
 from images import find_images, load_image, save_image, to_uint8
 from logger import format_table, get_logger
 from loop import World, join_world, locked
@@ -121,20 +120,6 @@ class Case:
         return f"{self.method}_{self.steps}" + (f"_{self.edit}" if self.edit else "")
 
 
-class Counted(nn.Module):
-    """A prior that counts how often it is evaluated, and how often for a gradient."""
-
-    def __init__(self, prior: nn.Module) -> None:
-        super().__init__()
-        self.prior, self.schedule, self.image_size = prior, prior.schedule, prior.image_size
-        self.evaluations = self.gradients = 0
-
-    def forward(self, x: Tensor, t: int) -> Tensor:
-        self.evaluations += 1
-        self.gradients += torch.is_grad_enabled()
-        return self.prior(x, t)
-
-
 # --- Drawing ---------------------------------------------------------------------------------------------------------
 
 
@@ -157,9 +142,7 @@ def draw(
     FOLDER.jsonl beside the pictures has a line per batch, with what was in its images, and its costs.
     """
     record = Record(folder.parent / f"{folder.name}.jsonl", settings, otherwise="take another --out")
-    # what tells each target from another of its name: its file, or its row of logits
-    said = targets.logits.numpy() if targets.files is None else [file.read_bytes() for file in targets.files]
-    content = [hashlib.sha256(bytes(one)).hexdigest()[:16] for one in said]
+    content = contents(targets.files, targets.logits)
     kept = record.read() if record.path.is_file() else []
     world.wait()
     if world.leads:
@@ -169,31 +152,34 @@ def draw(
     parts = [slice(i, i + walk.batch_size) for i in range(0, len(targets.names), walk.batch_size)]
     todo = [p for p in parts if any(there.get(n) != c for n, c in zip(targets.names[p], content[p], strict=True))]
     own = world.share(todo)
-    total, prior = evaluations(networks.prior, guidance, case.steps, **walk.travel), Counted(networks.prior)
-    with tqdm(total=total * len(own), desc=case.name, unit="step", leave=False, disable=not world.leads) as bar:
-        for part in own:
-            names, target = targets.names[part], targets.logits[part].to(networks.device)
-            peak_gib(networks.device, reset=True)
-            prior.evaluations = prior.gradients = 0
-            started = time.perf_counter()
-            images = sample(
-                prior, [image_generator(walk.seed, name) for name in names], networks.device, networks.operator, target,
-                guidance, steps=case.steps, eta=walk.eta, clip_x0=walk.clip_x0, on_step=lambda *_: bar.update(),
-                **walk.travel,
-            )  # fmt: skip
-            pictures, finite = as_saved(images)
-            pictures, seconds = pictures.cpu(), time.perf_counter() - started
-            cost = {}
-            if target.ndim > 2:  # before the pictures have 8 bits
-                cost = {"consistency": networks.operator.distance(networks.operator.A(images), target).mean().item()}
-            if broken := [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]:
-                log.warning("%s: not finite: %s", case.name, ", ".join(broken))
-            for name, image in zip(names, pictures, strict=True):
-                save_image(image, folder / f"{name}.png")
-            record.append([{
-                "images": dict(zip(names, content[part], strict=True)), "evaluations": prior.evaluations,
-                "gradients": prior.gradients, "seconds": seconds, "memory": peak_gib(networks.device), **cost,
-            }])  # fmt: skip
+    total = evaluations(networks.prior, guidance, case.steps, **walk.travel)
+    with_gradient: list[bool] = []  # each evaluation of the prior
+    hook = networks.prior.register_forward_pre_hook(lambda *_: with_gradient.append(torch.is_grad_enabled()))
+    for done, part in enumerate(own):
+        names, target = targets.names[part], targets.logits[part].to(networks.device)
+        peak_gib(networks.device, reset=True)
+        with_gradient.clear()
+        started = time.perf_counter()
+        steps = sampling(
+            networks.prior, [image_generator(walk.seed, name) for name in names], networks.device, networks.operator,
+            target, guidance, steps=case.steps, eta=walk.eta, clip_x0=walk.clip_x0, **walk.travel,
+        )  # fmt: skip
+        label = f"{case.name}, batch {done + 1}/{len(own)}"
+        images = last(tqdm(steps, label, total, leave=False, dynamic_ncols=True, disable=not world.leads))
+        pictures, finite = as_saved(images)
+        pictures, seconds = pictures.cpu(), time.perf_counter() - started
+        cost = {}
+        if target.ndim > 2:  # before the pictures have 8 bits
+            cost = {"consistency": networks.operator.distance(networks.operator.A(images), target).mean().item()}
+        if broken := [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]:
+            log.warning("%s: not finite: %s", case.name, ", ".join(broken))
+        for name, image in zip(names, pictures, strict=True):
+            save_image(image, folder / f"{name}.png")
+        record.append([{
+            "images": dict(zip(names, content[part], strict=True)), "evaluations": len(with_gradient),
+            "gradients": sum(with_gradient), "seconds": seconds, "memory": peak_gib(networks.device), **cost,
+        }])  # fmt: skip
+    hook.remove()
     world.wait()
     return costs_of(record.read())
 

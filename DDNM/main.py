@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from DDNM.guided_diffusion import inputs, results
-from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sample
+from DDNM.guided_diffusion.diffusion import evaluations, image_generator, last, sampling
 from DDNM.guided_diffusion.guidance import Guidance, RuleSettings, Unguided
 from images import save_image
 from logger import get_logger
@@ -65,11 +65,9 @@ class Settings(NamedTuple):
     rule: RuleSettings
     walk: inputs.WalkSettings
     architecture: dict
-    note: str = ""  # what the log should say of them
 
     def flat(self) -> dict:
-        parts = (self.rule, self.walk, self.targets, self.networks, self.run)
-        return {key: value for part in parts for key, value in asdict(part).items()} | self.architecture
+        return {key: value for part in self[-2::-1] for key, value in asdict(part).items()} | self.architecture
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
@@ -87,11 +85,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         s = s._replace(rule=rule, walk=replace(s.walk, clip_x0=False, eta=None))
     # a preset's rule is for what the preset measures: attributes, or its own operator
     elif said == "auto" or "--operator" in words and "--guidance" not in words:
-        rule = "nlbp" if spec is None or is_network(spec) else "linear"
-        s = s._replace(rule=replace(s.rule, guidance=rule))
-        if said not in ("auto", rule):
-            s = s._replace(note=f"--operator {spec}: guidance {rule}, not {said}, which the preset has for what it "
-                                "measures itself; --guidance decides")  # fmt: skip
+        s = s._replace(rule=replace(s.rule, guidance="nlbp" if spec is None or is_network(spec) else "linear"))
     if s.rule.noise and (spec is None or s.walk.eta == 0):
         raise InputError("--noise: needs --operator, and steps that add noise: --eta above 0, or none")
     s.rule.build(s.run.steps)  # refuses what it does not know
@@ -116,15 +110,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         return reconstruct(s, folder, world, device)
 
 
-class Drawing(NamedTuple):
+@dataclass
+class Drawing:
     """What every batch of a run has in common."""
 
     settings: Settings
+    rules: dict[str, Guidance]  # by the kind of picture that they draw
     networks: inputs.Networks
     targets: inputs.Targets
     lpips: nn.Module | None
     log: logging.Logger
     shown: bool
+
+    def draw(self, kind: str, part: slice, given: Sequence[Tensor | None]) -> tuple[Tensor, list[dict], list]:
+        """Pictures of a part of the targets, (B, 3, S, S) on the CPU, as they are saved; their figures and logits."""
+        s, n, names, rule = self.settings, self.networks, self.targets.names[part], self.rules[kind]
+        target = self.targets.logits[part].to(n.device)
+        judged = None if self.targets.judged is None else self.targets.judged[part].to(n.device)
+        walk = s.walk.travel | {"steps": s.run.steps}
+        count, started = evaluations(n.prior, rule, **walk), time.perf_counter()
+        steps = sampling(
+            n.prior, [image_generator(s.walk.seed, name) for name in names], n.device, n.operator, target, rule,
+            eta=s.walk.eta, clip_x0=s.walk.clip_x0, **walk,
+        )  # fmt: skip
+        label = f"images {part.start + 1} to {part.start + len(names)} of {len(self.targets.names)}, {kind}"
+        images = last(tqdm(steps, label, count, leave=False, dynamic_ncols=True, disable=not self.shown))
+        seconds = (time.perf_counter() - started) / len(images)
+        figures, logits = results.measure(names, images, given, n.operator, target, n.judge, judged, self.lpips,
+                                          seconds=seconds, steps=count, seed=s.walk.seed)  # fmt: skip
+        pictures, finite = results.as_saved(images)
+        if broken := [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]:
+            self.log.warning("not finite: %s; --clip_x0 and --max_move keep images in range", ", ".join(broken))
+        return pictures.cpu(), figures, logits
+
+    def batch(self, part: slice, wanted: Sequence[int], content: Sequence[str], folder: Path) -> list[dict]:
+        """Draw a part of the targets, and write the pictures of those that are wanted; their lines of the progress."""
+        n = self.networks
+        given = self.targets.inputs(part, n.image_size)
+        drawn = {kind: self.draw(kind, part, given) for kind in self.rules}
+        pictures: dict[str, Sequence[Tensor | None]] = {kind: images for kind, (images, _, _) in drawn.items()}
+        if self.targets.files is not None:
+            pictures["input"] = given
+        if self.targets.files is None or n.measures is not None:  # in the place of the input, or beside it
+            seen, _ = results.as_saved(n.shown(self.targets.logits[part].to(n.device)))
+            pictures["natural" if n.measures is None else "measured"] = seen.cpu()
+        _, figures, logits = drawn["reconstruction"]
+        lines = []
+        for i in wanted:
+            at, name = i - part.start, self.targets.names[i]
+            for kind, images in pictures.items():
+                save_image(images[at], folder / kind / f"{name}.png")
+            unguided = drawn["unguided"][1][at] if "unguided" in drawn else None
+            lines.append({"name": name, "content": content[i], "pictures": list(pictures), "figures": figures[at],
+                          "unguided": unguided, "logits": logits[at]})  # fmt: skip
+        return lines
 
 
 def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -> int:
@@ -132,14 +171,15 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
     guidance = s.rule.build(s.run.steps)
     networks = inputs.load_networks(s.networks, s.architecture, device, s.targets.operator)
     targets = inputs.read_targets(s.targets, networks, s.walk.batch_size, world)
+    content = results.contents(targets.files, targets.logits)
     targets.add_noise(s.rule.noise, s.walk.seed)
     count = networks.evaluations(guidance, targets, s.run.steps, s.walk)
     deciding = {key: value for key, value in s.flat().items() if key not in FREE}
     progress = results.Progress(folder, json_values(deciding | networks.fingerprints()))
-    done = finished_before(s, progress, targets, world)
+    done = finished_before(s.run, progress, targets.names, content, world)
     log = get_logger("reconstruct", folder)
-    for line in [s.note] * bool(s.note) + [f"skipped: {line}" for line in targets.skipped]:
-        log.warning(line)
+    for line in targets.skipped:
+        log.warning("skipped: %s", line)
     if targets.followed:
         log.info("--set takes with it, for what contradicts it: %s", targets.followed)
     log.info("%d targets, %d steps, guidance %s, on %s", len(done), count, s.rule.guidance, device)
@@ -149,34 +189,26 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
                  "; --compile cannot help there" if s.networks.compile else "")  # fmt: skip
     if kept := sum(entry is not None for entry in done):
         log.info("resumed: %d are finished", kept)
-    lpips = inputs.load_lpips(device, log, networks.image_size) if s.run.lpips and targets.files is not None else None
-    d = Drawing(s, networks, targets, lpips, log, shown=world.leads)
     rules = {"reconstruction": guidance}
     if s.run.base_rate and s.rule.guidance != "none":
         rules["unguided"] = Unguided()
-    size = s.walk.batch_size
-    parts = [slice(i, i + size) for i in range(0, len(done), size)]
+    lpips = inputs.load_lpips(device, log, networks.image_size) if s.run.lpips and targets.files is not None else None
+    drawing = Drawing(s, rules, networks, targets, lpips, log, shown=world.leads)
+    parts = [slice(i, min(i + s.walk.batch_size, len(done))) for i in range(0, len(done), s.walk.batch_size)]
     with stop_signals() as stopped:
-        # whole, also if some of it is finished: rounding depends on what an image shares its batch with
-        for index, part in world.share([(i, part) for i, part in enumerate(parts) if not all(done[part])]):
+        for part in world.share([part for part in parts if not all(done[part])]):
             if stopped() is not None:
                 break
-            given, counter = targets.inputs(part, networks.image_size), f"batch {index + 1}/{len(parts)}"
-            drawn = {kind: draw(d, rule, part, given, f"{counter}, {kind}") for kind, rule in rules.items()}
-            if targets.files is None or networks.measures is not None:  # in the place of the input, or beside it
-                seen, _ = results.as_saved(networks.shown(targets.logits[part].to(device)))
-                drawn["natural" if networks.measures is None else "measured"] = seen.cpu(), [], None
-            new = {i: save(folder, i - part.start, drawn, given) for i in range(len(done))[part] if done[i] is None}
-            for i, entry in new.items():
-                done[i] = entry
-            progress.add([(entry, targets.logits[i]) for i, entry in new.items()])
+            # whole, also if some of it is finished: rounding depends on what an image shares its batch with
+            wanted = [i for i in range(part.start, part.stop) if done[i] is None]
+            new = drawing.batch(part, wanted, content, folder)
+            progress.append(new)
+            for i, line in zip(wanted, new, strict=True):
+                done[i] = line
         signum = int(world.largest(stopped() or 0))
     done = [next(filter(None, entries), None) for entries in zip(*world.gather(done), strict=True)]
     ready = [i for i, entry in enumerate(done) if entry is not None]
-    if not ready:
-        log.info("stopped before the first batch was finished")
-        return 128 + signum
-    if world.leads:
+    if world.leads and ready:
         settings = json_values(s.flat() | {"device": str(device), "guidance_rule": asdict(guidance)})
         entries, size = [done[i] for i in ready], networks.image_size
         results.write_results(folder, settings, entries, targets.logits[ready], networks.attributes, size, log)
@@ -187,13 +219,13 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
 
 
 def finished_before(
-    s: Settings, progress: results.Progress, targets: inputs.Targets, world: World
-) -> list[results.Finished | None]:
+    run: Run, progress: results.Progress, names: Sequence[str], content: Sequence[str], world: World
+) -> list[dict | None]:
     """For each target what an earlier run finished, if --resume is given; else the folder is cleared."""
-    done: list[results.Finished | None] = [None] * len(targets.names)
+    done: list[dict | None] = [None] * len(names)
     if world.leads:
-        if s.run.resume and progress.path.is_file():
-            done = progress.finished(targets.names, targets.logits)
+        if run.resume and progress.path.is_file():
+            done = progress.finished(names, content)
         else:
             results.clear_results(progress.folder)  # nothing can be refused any more
             progress.begin([])
@@ -202,39 +234,6 @@ def finished_before(
     else:
         logging.disable(logging.INFO)
     return world.gather(done)[0]  # and not before: the others write into the folder from here on
-
-
-def draw(d: Drawing, rule: Guidance, part: slice, given: Sequence[Tensor | None], label: str):
-    """Pictures of a part of the targets, (B, 3, S, S) on the CPU, as they are saved; their figures and logits."""
-    s, n, names = d.settings, d.networks, d.targets.names[part]
-    target = d.targets.logits[part].to(n.device)
-    judged = None if d.targets.judged is None else d.targets.judged[part].to(n.device)
-    walk = s.walk.travel | {"steps": s.run.steps}
-    count, started = evaluations(n.prior, rule, **walk), time.perf_counter()
-    with tqdm(total=count, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=not d.shown) as bar:
-        images = sample(
-            n.prior, [image_generator(s.walk.seed, name) for name in names], n.device, n.operator, target, rule,
-            eta=s.walk.eta, clip_x0=s.walk.clip_x0, on_step=lambda *_: bar.update(), **walk,
-        )  # fmt: skip
-    seconds = (time.perf_counter() - started) / len(images)
-    figures, logits = results.measure(names, images, given, n.operator, target, n.judge, judged, d.lpips,
-                              seconds=seconds, steps=count, seed=s.walk.seed)  # fmt: skip
-    pictures, finite = results.as_saved(images)
-    if broken := [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]:
-        d.log.warning("not finite: %s; --clip_x0 and --max_move keep images in range", ", ".join(broken))
-    return pictures.cpu(), figures, logits.cpu()
-
-
-def save(folder: Path, i: int, drawn: dict, given: Sequence[Tensor | None]) -> results.Finished:
-    """Write the pictures of the i-th image of a batch."""
-    pictures = {kind: images[i] for kind, (images, _, _) in drawn.items()}
-    if given[i] is not None:
-        pictures["input"] = given[i]
-    _, figures, logits = drawn["reconstruction"]
-    for kind, picture in pictures.items():
-        save_image(picture, folder / kind / f"{figures[i].name}.png")
-    unguided = drawn["unguided"][1][i] if "unguided" in drawn else None
-    return results.Finished(figures[i].name, figures[i], unguided, logits[i], tuple(pictures))
 
 
 if __name__ == "__main__":

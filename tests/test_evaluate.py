@@ -32,13 +32,13 @@ def run(assets, tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """How many images the sampler was asked for, call by call."""
-    counts, honest = [], evaluate.sample
+    counts, honest = [], evaluate.sampling
 
     def sample(prior, generators, *arguments, **settings):
         counts.append(len(generators))
         return honest(prior, generators, *arguments, **settings)
 
-    monkeypatch.setattr(evaluate, "sample", sample)
+    monkeypatch.setattr(evaluate, "sampling", sample)
     return counts
 
 

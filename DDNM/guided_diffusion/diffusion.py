@@ -1,7 +1,7 @@
 """The sampler: a frozen diffusion prior, steered towards given measurements by a guidance.
 
 Symbols: ``x_t`` the noisy image at step t, ``x0`` the clean image the prior sees in it, ``eps`` the noise it predicts,
-``abar`` the schedule (abar_{-1} = 1), ``y`` the target. B images of shape (3, H, W). A step of `sample`:
+``abar`` the schedule (abar_{-1} = 1), ``y`` the target. B images of shape (3, H, W). A step of `sampling`:
 
     1  eps = prior(x_t, t)
     2  x0  = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                                      (guidance.Denoiser)
@@ -15,7 +15,7 @@ rules of guidance.py state their own.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -59,15 +59,14 @@ def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], de
 
 
 def evaluations(prior, guidance: Guidance, steps: int, travel_length: int = 1, travel_repeat: int = 1) -> int:
-    """How often `sample` evaluates the prior. Raises ValueError: more steps than the prior was trained with."""
+    """How often `sampling` evaluates the prior. Raises ValueError: more steps than the prior was trained with."""
     pairs = time_pairs(prior.schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat)
     return sum(guidance.recurrences(prior.schedule.per_mille(t)) for t, t_next in pairs if t_next < t)
 
 
-@solved_once()  # gradients of g at every step, of weights that stand still
 @torch.inference_mode(False)  # a rule may need gradients
 @torch.no_grad()
-def sample(
+def sampling(
     prior: NoisePredictor,
     generators: Sequence[torch.Generator],
     device: torch.device,
@@ -80,19 +79,18 @@ def sample(
     travel_length: int = 1,
     travel_repeat: int = 1,
     clip_x0: bool = True,
-    on_step: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Draw one image per generator from the prior, steered by ``guidance`` towards ``target``.
+) -> Iterator[tuple[int, Tensor]]:
+    """Draw one image per generator from the prior, steered by ``guidance`` towards ``target``, step by step.
 
     Args:
         generators: B noise sources on the CPU, see `image_generator`; the networks are on ``device``.
         operator, target: A and y, (B, *out_shape). A rule that needs none ignores them.
         steps: T_sampling, of the schedule's ``num_diffusion_timesteps``. eta: see `added_variance`.
         clip_x0: keep x0 in [-1, 1], before and after it is moved; after the ``linear`` rule it stays as it is.
-        on_step: called with (t, x0') after each evaluation of the prior.
 
-    Returns:
-        The last x0', (B, 3, H, W). An image that a network breaks is not finite, the others are what they are without.
+    Yields:
+        t and x0', (B, 3, H, W), after each evaluation of the prior; the last x0' are the images. One that a network
+        breaks is not finite, the others are what they are without.
 
     Raises:
         ValueError: more steps than the prior was trained with; operator, targets or their number that do not fit.
@@ -123,9 +121,20 @@ def sample(
                 x = x + correction
             if again:
                 x = (abar / abar_next).sqrt() * x + (1 - abar / abar_next).sqrt() * noise()
-            if on_step is not None:
-                on_step(t, x0)
-    return x0
+            yield t, x0
+
+
+@solved_once()  # gradients of g at every step, of weights that stand still
+def sample(prior: NoisePredictor, generators: Sequence[torch.Generator], *arguments, **settings) -> Tensor:
+    """What `sampling` draws, which has the same arguments: the last x0', (B, 3, H, W)."""
+    return last(sampling(prior, generators, *arguments, **settings))
+
+
+def last(steps: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """The images that `sampling` ends with, once it is through."""
+    for _, images in steps:  # noqa: B007
+        pass
+    return images
 
 
 def reconstruct(

@@ -7,11 +7,10 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -26,60 +25,28 @@ SHEET_ROWS = 50  # nobody reads a thousand, and their pictures are held at once
 SIDE = 160  # of its pictures
 
 
-@dataclass
-class Figures:
-    """One image's figures; None if one could not be had.
-
-    Attributes:
-        agreement: share of the attributes whose sign, by g, is the target's, in [0, 1].
-        judge_agreement: the same by the independent judge.
-        prob_error: mean |sigmoid(g(x)) - sigmoid(y)|, in [0, 1].
-        consistency: ``operator.distance`` of A x and y, for other measurements than logits, before x has 8 bits.
-        psnr: against the input, dB. lpips: against the input (AlexNet).
-        seconds: of its share of the batch. steps: evaluations of the prior.
-    """
-
-    name: str
-    agreement: float | None = None
-    judge_agreement: float | None = None
-    prob_error: float | None = None
-    consistency: float | None = None
-    psnr: float | None = None
-    lpips: float | None = None
-    seconds: float | None = None
-    steps: int | None = None
-    seed: int | None = None
-
-    @property
-    def caption(self) -> str:
-        """A line of those figures that there are."""
-        shown = {
-            "agreement by g": (self.agreement, ".2f"),
-            "by the judge": (self.judge_agreement, ".2f"),
-            "probability error": (self.prob_error, ".3f"),
-            "|A x - y|": (self.consistency, ".1e"),
-            "PSNR": (self.psnr, ".1f"),
-            "LPIPS": (self.lpips, ".3f"),
-            "seconds": (self.seconds, ".1f"),
-        }
-        return ", ".join(f"{key} {value:{form}}" for key, (value, form) in shown.items() if value is not None)
+# of one image; None for what could not be had
+FIGURES = (
+    "agreement",  # share of the attributes whose sign, by g, is the target's, in [0, 1]
+    "judge_agreement",  # the same by the independent judge
+    "prob_error",  # mean |sigmoid(g(x)) - sigmoid(y)|, in [0, 1]
+    "consistency",  # operator.distance of A x and y, for other measurements than logits, before x has 8 bits
+    "psnr",  # against the input, dB
+    "lpips",  # against the input (AlexNet)
+    "seconds",  # of its share of the batch
+    "steps",  # evaluations of the prior
+    "seed",
+)
+CAPTIONS = {
+    "agreement": ("agreement by g", ".2f"), "judge_agreement": ("by the judge", ".2f"),
+    "prob_error": ("probability error", ".3f"), "consistency": ("|A x - y|", ".1e"), "psnr": ("PSNR", ".1f"),
+    "lpips": ("LPIPS", ".3f"), "seconds": ("seconds", ".1f"),
+}  # fmt: skip
 
 
-@dataclass
-class Finished:
-    """An image that is drawn, measured and on the disk.
-
-    Attributes:
-        unguided: figures of the unguided sample, if one was asked for.
-        logits: of the reconstruction, (d,); none if something else was measured.
-        pictures: kinds of its pictures, which are the folders they lie in.
-    """
-
-    name: str
-    figures: Figures
-    unguided: Figures | None
-    logits: Tensor
-    pictures: tuple[str, ...]
+def caption(figures: dict) -> str:
+    """A line of those figures that there are."""
+    return ", ".join(f"{said} {figures[k]:{form}}" for k, (said, form) in CAPTIONS.items() if figures[k] is not None)
 
 
 class Record:
@@ -121,7 +88,12 @@ class Record:
 
 
 class Progress(Record):
-    """progress.jsonl, with a line for each image, written after its pictures."""
+    """progress.jsonl, with a line for each image, written after its pictures.
+
+    ``name``; ``content``, see `contents`; ``pictures``, the kinds of them, which are the folders they lie in;
+    ``figures``; ``unguided``, those of the unguided sample, if one was asked for; ``logits`` of the reconstruction,
+    none if something else was measured.
+    """
 
     NAME = "progress.jsonl"
 
@@ -129,48 +101,26 @@ class Progress(Record):
         super().__init__(folder / self.NAME, settings)
         self.folder = folder
 
-    def finished(self, names: Sequence[str], targets: Tensor) -> list[Finished | None]:
-        """For each name the image that an earlier run finished, None if it did not; the others are forgotten.
+    def finished(self, names: Sequence[str], content: Sequence[str]) -> list[dict | None]:
+        """For each name what an earlier run wrote of it, None if it did not; the others are forgotten.
 
-        Finished is what has its line, the same target, (N, *out_shape), and pictures that are what was written: by
-        their SHA-256. Raises InputError as `read`.
+        Finished is what has its line, the same content, and its pictures. Raises InputError as `read`.
         """
-        rows, wanted = {row["name"]: row for row in self.read()}, dict(zip(names, targets, strict=True))
-
-        def holds(row: dict) -> bool:
-            target = torch.tensor(row["target"])
-            return torch.allclose(target, self._target(wanted[row["name"]]), 1e-4, 1e-4) and all(
-                self._digest(kind, row["name"]) == digest for kind, digest in row["pictures"].items()
-            )
-
-        rows = {name: row for name, row in rows.items() if name in wanted and holds(row)}
+        rows, wanted = {row["name"]: row for row in self.read()}, dict(zip(names, content, strict=True))
+        rows = {
+            name: row
+            for name, row in rows.items()
+            if wanted.get(name) == row["content"]
+            and all((self.folder / kind / f"{name}.png").is_file() for kind in row["pictures"])
+        }
         self.begin(list(rows.values()))
-        return [
-            Finished(
-                name, Figures(**row["figures"]), row["unguided"] and Figures(**row["unguided"]),
-                torch.tensor(row["logits"]), tuple(row["pictures"]),
-            ) if (row := rows.get(name)) else None
-            for name in names
-        ]  # fmt: skip
+        return [rows.get(name) for name in names]
 
-    def add(self, entries: Sequence[tuple[Finished, Tensor]]) -> None:
-        """Add images with their targets, whose pictures are written."""
-        self.append([
-            asdict(entry) | {
-                "pictures": {kind: self._digest(kind, entry.name) for kind in entry.pictures},
-                "target": self._target(target).tolist(), "logits": entry.logits.tolist(),
-            }
-            for entry, target in entries
-        ])  # fmt: skip
 
-    def _digest(self, kind: str, name: str) -> str | None:
-        file = self.folder / kind / f"{name}.png"
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
-    @staticmethod
-    def _target(target: Tensor) -> Tensor:
-        """Logits as they are; of another measurement the means of 256 parts: rounding is not the same everywhere."""
-        return target if target.ndim == 1 else F.adaptive_avg_pool1d(target.flatten()[None], 256)[0]
+def contents(files: Sequence[Path] | None, logits: Tensor) -> list[str]:
+    """What tells each target from another of its name: a hash of its file, or of its row of a table, (N, d)."""
+    said = logits.numpy() if files is None else [file.read_bytes() for file in files]
+    return [hashlib.sha256(bytes(one)).hexdigest()[:16] for one in said]
 
 
 # --- The folder -------------------------------------------------------------------------------------------------------
@@ -222,8 +172,9 @@ def measure(
     judge_targets: Tensor | None,
     lpips: nn.Module | None,
     **common,
-) -> tuple[list[Figures], Tensor]:
-    """The figures of the pictures that are left of images (B, 3, H, W), and their logits, (B, d), if that is measured.
+) -> tuple[list[dict], list[list[float]]]:
+    """The `FIGURES` of the pictures that are left of images (B, 3, H, W), and their logits, d each, if those are
+    measured.
 
     An image that is not finite has none: its agreement is 0.
     """
@@ -239,24 +190,21 @@ def measure(
         columns["judge_agreement"] = agreement(by_judge, judge_targets)
     figures = []
     for i, name in enumerate(names):
-        values = {key: column[i].item() for key, column in columns.items()}
+        values = common | {key: column[i].item() for key, column in columns.items()}
         if inputs[i] is not None and finite[i]:
             pair = pictures[i : i + 1], inputs[i][None].to(images.device)
             values |= {"psnr": psnr(*pair).item(), "lpips": None if lpips is None else lpips(*pair).item()}
-        figures.append(Figures(name, **values, **common))
-    return figures, logits
+        figures.append({"name": name} | {key: values.get(key) for key in FIGURES})
+    return figures, logits.tolist()
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def mean_figures(figures: Sequence[Figures]) -> dict:
+def mean_figures(images: Sequence[dict]) -> dict:
     """The mean of every figure over the images that have it, None if none has."""
-    means = {}
-    for key in list(asdict(figures[0]))[1:]:
-        values = [v for f in figures if (v := getattr(f, key)) is not None and math.isfinite(v)]
-        means[key] = sum(values) / len(values) if values else None
-    return means
+    known = {k: [i[k] for i in images if i[k] is not None and math.isfinite(i[k])] for k in FIGURES}
+    return {key: fmean(values) if values else None for key, values in known.items()}
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
@@ -374,37 +322,38 @@ def contact_sheet(
 
 
 def write_results(
-    folder: Path, settings: dict, done: Sequence[Finished], targets: Tensor, attributes: Sequence[str], size: int, log
+    folder: Path, settings: dict, done: Sequence[dict], targets: Tensor, attributes: Sequence[str], size: int, log
 ) -> None:
-    """The tables of the finished images, whose targets are (N, d), and the sheet of the first `SHEET_ROWS`."""
-    figures = [entry.figures for entry in done]
-    unguided = [entry.unguided for entry in done if entry.unguided is not None]
-    record = {"settings": settings, "images": [asdict(f) for f in figures], "mean": mean_figures(figures)}
-    log.info("mean: %s", Figures("", **record["mean"]).caption)
-    if unguided:
-        record["unguided"] = {"images": [asdict(f) for f in unguided], "mean": mean_figures(unguided)}
-        log.info("unguided, same noise: %s", Figures("", **record["unguided"]["mean"]).caption)
+    """The tables of the finished images (lines of `Progress`), whose targets are (N, d), and the sheet of some."""
+    record = {"settings": settings, "images": [entry["figures"] for entry in done]}
+    record["mean"] = mean_figures(record["images"])
+    log.info("mean: %s", caption(record["mean"]))
+    if done[0]["unguided"] is not None:
+        unguided = [entry["unguided"] for entry in done]
+        record["unguided"] = {"images": unguided, "mean": mean_figures(unguided)}
+        log.info("unguided, same noise: %s", caption(record["unguided"]["mean"]))
     record = json_values(record)
     write_json(folder / "results.json", record)
     write_csv(folder / "results.csv", record["images"])
 
-    def saved(kind: str, entry: Finished) -> Image.Image:
-        return picture(load_image(folder / kind / f"{entry.name}.png", size), SIDE)
+    def saved(kind: str, entry: dict) -> Image.Image:
+        return picture(load_image(folder / kind / f"{entry['name']}.png", size), SIDE)
 
     shown, footer = done[:SHEET_ROWS], None
     if attributes:
-        write_logits(folder / "logits.csv", [entry.name for entry in done], attributes, targets)
-        beside, heading = ("input",) * 2 if "input" in shown[0].pictures else ("natural", "g'(y), in one pass")
+        write_logits(folder / "logits.csv", [entry["name"] for entry in done], attributes, targets)
+        beside, heading = ("input",) * 2 if "input" in shown[0]["pictures"] else ("natural", "g'(y), in one pass")
         headings = [heading, f"{len(attributes)} logits, all that is used", "reconstruction", "its attributes"]
         rows = [
-            [saved(beside, entry), _shades(y, SIDE), saved("reconstruction", entry), _shades(entry.logits, SIDE, y)]
+            [saved(beside, entry), _shades(y, SIDE),
+             saved("reconstruction", entry), _shades(torch.tensor(entry["logits"]), SIDE, y)]
             for entry, y in zip(shown, targets, strict=False)
-        ]
+        ]  # fmt: skip
         footer = _key(attributes, sum(each.width + 16 for each in rows[0]) + 16)
     else:
-        headings = [kind for kind in PICTURES if kind in shown[0].pictures]
+        headings = [kind for kind in PICTURES if kind in shown[0]["pictures"]]
         rows = [[saved(kind, entry) for kind in headings] for entry in shown]
-    captions = [f"{entry.name}   {entry.figures.caption}" for entry in shown]
+    captions = [f"{entry['name']}   {caption(entry['figures'])}" for entry in shown]
     contact_sheet(folder / "sheet.png", headings, rows, captions, footer)
     if len(done) > len(shown):
         log.info("the sheet shows the first %d of %d images", len(shown), len(done))
