@@ -2,7 +2,7 @@
 
 A rule knows nothing of the loop that calls it, nor of the schedule's walk; steps in its settings are of 1000, whatever
 the schedule's T. ``guidance.towards(operator, y)`` is the rule for one batch of targets; called with (denoise, x_t, t)
-it makes steps 1 to 3 of `diffusion.sample`:
+it makes steps 1 to 3 of `diffusion.sampling`:
 
     1, 2  x0, eps = denoise(x_t, t)
     3     x0'     = x0 moved towards y;  and what is added to x_next
@@ -78,25 +78,20 @@ def predict_x0(x: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
 Steer = Callable[[Denoiser, Tensor, int], Denoised]
 
 
-class Guidance(Protocol):
+class Guidance:
     """A rule with its settings."""
 
-    def towards(self, operator: Operator | None, y: Tensor | None) -> Steer:
+    def towards(self, operator: Operator, y: Tensor) -> Steer:
         """The rule for targets y, (B, *out_shape)."""
+        raise NotImplementedError
 
     def recurrences(self, t: float) -> int:
         """How often the step from t, of 1000, is made; before each but the first, noise takes x_next back to t."""
-
-
-class Once:
-    """A rule that makes every step once."""
-
-    def recurrences(self, t: float) -> int:
         return 1
 
 
 @dataclass(frozen=True)
-class Unguided(Once):
+class Unguided(Guidance):
     """``none``: plain samples of the prior."""
 
     def towards(self, operator: Operator | None = None, y: Tensor | None = None) -> Steer:
@@ -109,7 +104,7 @@ HALVINGS = 6
 
 
 @dataclass(frozen=True)
-class NLBP(Once):
+class NLBP(Guidance):
     """``nlbp``: non-linear back-projection, ``G(x0') = G(x0) + lambda (G(g'(y)) - G(g'(g(x0))))``.
 
     Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 2602.06042. With an operator that is
@@ -199,7 +194,7 @@ def guide(
 
 
 @dataclass(frozen=True)
-class Linear(Once):
+class Linear(Guidance):
     """``linear``: ``x0' = x0 + lambda A+(y - A x0)``, the range-null space decomposition of a linear operator.
 
     Source: Wang et al. 2023, "Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model" (DDNM): equation
@@ -247,7 +242,7 @@ def unit(v: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Gradient:
+class Gradient(Guidance):
     """Gradients of ``loss(A(x0), y)``, by x_t through the prior, by x0, or both, with recurrences.
 
     ::
@@ -288,18 +283,15 @@ class Gradient:
 
         def steer(denoise: Denoiser, x: Tensor, t: int) -> Denoised:
             scale, correction = (1 - denoise.abar(t)).sqrt(), None
-            if self.through:
-                with torch.enable_grad():
-                    x = x.detach().requires_grad_()
-                    x0, eps = denoise(x, t)
-                    correction = -self.through * scale * gradient(x0, x)
-                x0, eps = x0.detach(), eps.detach()
-            else:
+            with torch.set_grad_enabled(self.through > 0):
+                x = x.detach().requires_grad_()
                 x0, eps = denoise(x, t)
+                if self.through:
+                    correction = -self.through * scale * gradient(x0, x)
+            x0, eps = x0.detach(), eps.detach()
             if self.clean:
                 with torch.enable_grad():
-                    x0 = x0.detach().requires_grad_()
-                    step = self.clean * scale * gradient(x0, x0)
+                    step = self.clean * scale * gradient(x0.requires_grad_(), x0)
                 x0 = denoise.in_range(x0.detach() - step)
             return Denoised(x0, eps, correction)
 
@@ -310,7 +302,7 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class Switched:
+class Switched(Guidance):
     """``A+B``: ``noisy`` at steps t >= switch, where the face is decided; ``clean`` below, where details are."""
 
     noisy: Guidance
@@ -378,10 +370,8 @@ class RuleSettings:
         parts = ("nlbp" if self.guidance == "auto" else self.guidance).split("+")
         for part in parts:
             if part not in RULES:
-                known = f"{', '.join(RULES)}, or two of them as A+B"
-                raise InputError(
-                    f"--guidance {self.guidance}: no rule {part!r}{nearest(part, RULES)}; known are {known}"
-                )
+                known = f"{nearest(part, RULES)}; known are {', '.join(RULES)}, or two of them as A+B"
+                raise InputError(f"--guidance {self.guidance}: no rule {part!r}{known}")
         if len(parts) > 2:
             raise InputError(f"--guidance {self.guidance}: two rules at most, A+B")
         return parts
@@ -397,4 +387,4 @@ class RuleSettings:
         total = NLBP.max_move if self.total_move is None else self.total_move / steps
         move = total if self.max_move is None else self.max_move
         rules = [RULES[name](replace(self, gradient_scale=scale, max_move=move)) for name in self.rules]
-        return rules[0] if len(rules) == 1 else Switched(rules[0], rules[1], self.switch)
+        return rules[0] if len(rules) == 1 else Switched(*rules, switch=self.switch)
