@@ -162,9 +162,10 @@ class Studio:
         """(share done, x0) at every fifth step or so, the last one the picture, (3, S, S)."""
         n, rule = self.networks, replace(self.rule, guidance=wish.rule).build(wish.steps)
         total = evaluations(n.prior, rule, wish.steps, **self.walk.travel)
+        target = torch.tensor([wish.logits], device=n.device)
         drawing = sampling(
-            n.prior, [image_generator(wish.seed, NAME)], n.device, n.operator, torch.tensor([wish.logits], device=n.device), rule,
-            steps=wish.steps, eta=self.walk.eta, clip_x0=self.walk.clip_x0, **self.walk.travel,
+            n.prior, [image_generator(wish.seed, NAME)], n.device, n.operator, target, rule, steps=wish.steps,
+            eta=self.walk.eta, clip_x0=self.walk.clip_x0, **self.walk.travel,
         )  # fmt: skip
         for count, (_, x0) in enumerate(drawing, 1):
             if count % SHOWN_EVERY == 0 or count == total:
