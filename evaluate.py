@@ -58,6 +58,7 @@ from metrics import agreement, balanced_accuracy_by_attribute, prob_error, psnr
 from utils import InputError, atomic_write, json_values, option, parse, peak_gib, run_command, write_json
 
 DRAWS = 1000  # of the bootstrap
+SHEET_COLUMNS = 8
 Figure = tuple[float, float, float]  # a value and its 95 % interval
 COLUMNS = {  # figure -> its heading and format
     "judge": ("judge", ".3f"), "judge_balanced": ("judge, balanced", ".3f"), "g": ("g", ".3f"),
@@ -92,7 +93,6 @@ class Evaluation:
     lpips: bool = option(False, "measure LPIPS (fetches AlexNet's weights)")
     identity: Path | None = option(None, "a face embedding, (B, 3, S, S) in [-1, 1] -> (B, F), as torch.export.save "
                                    "leaves it (.pt2): a program, so give one that you trust")  # fmt: skip
-    sheet: int = option(8, "pictures in a row of the contact sheet", 1, 100)
 
 
 @dataclass(frozen=True)
@@ -113,24 +113,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.method}, {self.steps} steps" + (f", {self.edit}" if self.edit else "")
+        return ", ".join(filter(None, (self.method, f"{self.steps} steps", self.edit)))
 
     @property
     def folder(self) -> str:
-        return f"{self.method}_{self.steps}" + (f"_{self.edit}" if self.edit else "")
+        return "_".join(filter(None, (self.method, str(self.steps), self.edit)))
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------
-
-
-def costs_of(batches: Sequence[dict]) -> dict[str, float]:
-    """Evaluations and gradients of a batch; seconds of an image, and |A x - y| in it; the largest memory."""
-    images = sum(len(batch["images"]) for batch in batches)
-    costs = {key: fmean(batch[key] for batch in batches) for key in ("evaluations", "gradients")}
-    costs |= {"seconds": sum(b["seconds"] for b in batches) / images, "memory": max(b["memory"] for b in batches)}
-    if "consistency" in batches[0]:
-        costs["consistency"] = sum(batch["consistency"] * len(batch["images"]) for batch in batches) / images
-    return costs
 
 
 def draw(
@@ -139,7 +129,8 @@ def draw(
 ) -> dict[str, float]:  # fmt: skip
     """Draw and save the images of a case that are not there yet; its costs.
 
-    FOLDER.jsonl beside the pictures has a line per batch, with what was in its images, and its costs.
+    FOLDER.jsonl beside the pictures has a line per batch, with what was in its images, and its costs: evaluations and
+    gradients, seconds, |A x - y| in the mean, the largest memory.
     """
     record = Record(folder.parent / f"{folder.name}.jsonl", settings, otherwise="take another --out")
     content = contents(targets.files, targets.logits)
@@ -181,7 +172,13 @@ def draw(
         }])  # fmt: skip
     hook.remove()
     world.wait()
-    return costs_of(record.read())
+    batches = record.read()
+    count = sum(len(batch["images"]) for batch in batches)
+    costs = {key: fmean(batch[key] for batch in batches) for key in ("evaluations", "gradients")}
+    costs["seconds"] = sum(batch["seconds"] for batch in batches) / count
+    if "consistency" in batches[0]:
+        costs["consistency"] = sum(batch["consistency"] * len(batch["images"]) for batch in batches) / count
+    return costs | {"memory": max(batch["memory"] for batch in batches)}
 
 
 # --- Features --------------------------------------------------------------------------------------------------------
@@ -287,6 +284,15 @@ def mean_of(values: Tensor) -> Figure:
     return bootstrap(lambda i: values[i].double().mean().item(), len(values))
 
 
+def balanced(logits: Tensor, wanted: Tensor) -> Figure:
+    """Balanced agreement of logits with the signs of others, (N, d) each."""
+
+    def of(i: Tensor) -> float:
+        return balanced_accuracy_by_attribute(logits[i], (wanted[i] > 0).float()).nanmean().item()
+
+    return bootstrap(of, len(logits), 200)
+
+
 def halves(of: Callable[[Tensor], float], count: int, draws: int = 50) -> Figure:
     """The same from halves of the images, which vary as the whole does (Shao and Wu 1989, the delete-d jackknife).
 
@@ -324,48 +330,38 @@ class Measured:
         Args:
             judged: what the judge should say, (N, d). before: what it says of the inputs.
         """
-        device, count, found = self.networks.device, len(pictures), {}
-
-        def mean(name: str, values: Tensor) -> None:
-            found[name] = mean_of(values)
-
-        def balanced(name: str, logits: Tensor, labels: Tensor) -> None:
-            found[name] = bootstrap(
-                lambda i: balanced_accuracy_by_attribute(logits[i], labels[i]).nanmean().item(), count, 200
-            )
-
+        device, count = self.networks.device, len(pictures)
+        found: dict[str, Figure] = {}
         if self.targets.logits.ndim == 2:
-            g = seen(self.networks.operator.A, pictures, device)
-            mean("g", agreement(g, self.targets.logits))
-            balanced("g_balanced", g, (self.targets.logits > 0).float())
-            mean("error", prob_error(g, self.targets.logits))
+            g, y = seen(self.networks.operator.A, pictures, device), self.targets.logits
+            found = {"g": mean_of(agreement(g, y)), "g_balanced": balanced(g, y), "error": mean_of(prob_error(g, y))}
         if judged is not None:
             said = seen(self.networks.judge, pictures, device)
-            mean("judge", agreement(said, judged))
-            balanced("judge_balanced", said, (judged > 0).float())
+            found |= {"judge": mean_of(agreement(said, judged)), "judge_balanced": balanced(said, judged)}
             if not self.edits:
                 self.unedited = said
             else:
-                edited = self.edits[:1]
-                others = [i for i in range(judged.shape[1]) if i not in self.edits]
-                mean("before", agreement(before[:, edited], judged[:, edited]))
-                mean("edited", agreement(said[:, edited], judged[:, edited]))
-                mean("floor", 1 - agreement(self.unedited[:, others], before[:, others]))
-                mean("changed", 1 - agreement(said[:, others], before[:, others]))
-                mean("followed", self.followed[:, others].double().mean(1))
+                edited, others = self.edits[:1], [i for i in range(judged.shape[1]) if i not in self.edits]
+                found |= {
+                    "before": mean_of(agreement(before[:, edited], judged[:, edited])),
+                    "edited": mean_of(agreement(said[:, edited], judged[:, edited])),
+                    "floor": mean_of(1 - agreement(self.unedited[:, others], before[:, others])),
+                    "changed": mean_of(1 - agreement(said[:, others], before[:, others])),
+                    "followed": mean_of(self.followed[:, others].double().mean(1)),
+                }
         if self.features is not None and self.reference is not None:
             fake = seen(self.features, pictures, device)
             found["kid"] = halves(kid(fake, self.reference), count)
             if isinstance(self.features, InceptionFeatures):
                 found["fid"] = halves(lambda i: fid(fake[i], self.reference), count, 10)
         if self.inputs is not None and not torch.equal(pictures, self.inputs):
-            mean("psnr", psnr(pictures, self.inputs))
-            pairs = torch.stack([pictures, self.inputs], 1)  # (N, 2, 3, S, S)
+            found["psnr"] = mean_of(psnr(pictures, self.inputs))
             if self.lpips is not None:
-                mean("lpips", seen(lambda pair: self.lpips(pair[:, 0], pair[:, 1]).flatten(), pairs, device))
+                pairs = torch.stack([pictures, self.inputs], 1)  # (N, 2, 3, S, S)
+                found["lpips"] = mean_of(seen(lambda pair: self.lpips(pair[:, 0], pair[:, 1]).flatten(), pairs, device))
             if self.embedding is not None:
                 embeddings = (seen(self.embedding, of, device).flatten(1) for of in (pictures, self.inputs))
-                mean("identity", nn.functional.cosine_similarity(*embeddings))
+                found["identity"] = mean_of(nn.functional.cosine_similarity(*embeddings))
         return found
 
 
@@ -445,7 +441,7 @@ def evaluate(
         if case.edit:
             of_edits.setdefault(f"{case.method}, {case.steps} steps", []).append(rows[-1])
         means = [averaged(of, f"{name}, mean of {len(of)} edits") for name, of in of_edits.items() if len(of) > 1]
-        write_table(e.out, [*rows, *means], shelf, note, settings, e.sheet)  # so that a stop costs nothing
+        write_table(e.out, [*rows, *means], shelf, note, settings)  # so that a stop costs nothing
     if world.leads:
         print((e.out / "table.md").read_text(encoding="utf-8"))
     return 0
@@ -470,14 +466,14 @@ def assignments(edit: str | None) -> list[str]:
 
 
 def write_table(
-    folder: Path, rows: Sequence[dict], shelf: Sequence[tuple[str, Tensor]], note: str, settings: dict, columns: int
+    folder: Path, rows: Sequence[dict], shelf: Sequence[tuple[str, Tensor]], note: str, settings: dict
 ) -> None:
     """table.csv, .json and .md, and sheet.png."""
     write_csv(folder / "table.csv", rows)
     write_json(folder / "table.json", {"settings": settings, "note": note, "rows": rows})
     with atomic_write(folder / "table.md") as temporary:
         temporary.write_text(f"{format_table(rows, 'method', COLUMNS)}\n\n{note}\n", encoding="utf-8")
-    faces = [[picture(image, 96) for image in pictures[:columns]] for _, pictures in shelf]
+    faces = [[picture(image, 96) for image in pictures[:SHEET_COLUMNS]] for _, pictures in shelf]
     contact_sheet(folder / "sheet.png", [], faces, [name for name, _ in shelf])
 
 

@@ -129,7 +129,6 @@ class SquaredError:
 
     towards: Callable[[Tensor], Callable[[Tensor], Move]]
 
-    @solved_once()
     def back_project(self, x: Tensor, y: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         return self.towards(y)(x)(strength)
 
@@ -167,14 +166,7 @@ class LinearOperator(SquaredError):
         gain: s if ``A A^T = s^2 I``: A's only singular value other than 0. None: it may have several.
     """
 
-    def __init__(
-        self,
-        a: Callable[[Tensor], Tensor],
-        a_plus: Callable[[Tensor], Tensor],
-        in_shape: Shape,
-        out_shape: Shape,
-        gain: float | None = None,
-    ) -> None:
+    def __init__(self, a: Callable, a_plus: Callable, in_shape: Shape, out_shape: Shape, gain: float | None = None):
         self.A, self.pinv, self.in_shape, self.out_shape = a, a_plus, tuple(in_shape), tuple(out_shape)
         self.gain = gain
 
@@ -282,8 +274,7 @@ class KnownPixels(LinearBlock):
 
     def output_shape(self, shape: Shape) -> Shape:
         if tuple(shape[1:]) != self.size:
-            sizes = ["x".join(map(str, size)) for size in (self.size, shape[1:])]
-            raise ValueError(f"the mask is {sizes[0]}, the images it would cover are {sizes[1]} (height x width)")
+            raise ValueError(f"the mask is {self.size}, the images it would cover are {tuple(shape[1:])}")
         return shape[0], len(self.order) - self.dropped, 1
 
     def turned(self, x: Tensor) -> Tensor:
@@ -343,13 +334,9 @@ def is_network(spec: str) -> bool:
 def make_operator(spec: str, in_shape: Shape) -> LinearChain | PictureOperator:
     """The operator that a word stands for, exact, with nothing to train; or an SPNN that was fitted to one.
 
-    ========================  ==========================================================================
-    ``sr4``                   means of 4x4 pixels (any factor that divides the size)
-    ``grey``                  the grey picture of a colour one, `GREY`
-    ``inpaint:FILE``          the pixels where a picture of the same size is white; its black ones are missing
-    ``grey*sr4``              a product, the rightmost first; ``sr`` must stand right of ``inpaint``
-    a file or folder          weights of an SPNN that ends at a picture, as of train_operator.py
-    ========================  ==========================================================================
+    ``sr4`` means of 4x4 pixels (any factor that divides the size); ``grey`` the grey picture of a colour one;
+    ``inpaint:FILE`` the pixels where a picture of the same size is white; ``grey*sr4`` a product, the rightmost first
+    (``sr`` must stand right of ``inpaint``); a file or folder: weights of an SPNN that ends at a picture.
 
     Args:
         in_shape: (3, H, W).

@@ -159,7 +159,12 @@ def test_the_diagnostics_command_takes_a_word(tmp_path, capsys):
     assert said["settings"]["operator"] == "sr2*grey" and said["penrose"]["float64"]["images"] == 2
     assert all(said["penrose"]["float64"][name]["relative_max"] < 1e-12 for name in IDENTITIES | SYMMETRY)
     refused = {
-        "mask is 8x16, the images it would cover are 16x16": ["--operator", f"inpaint:{mask}", "--img_size", "16"],
+        r"mask is \(8, 16\), the images it would cover are \(16, 16\)": [
+            "--operator",
+            f"inpaint:{mask}",
+            "--img_size",
+            "16",
+        ],
         "give --checkpoint or --operator": [],
         "one of them": ["--operator", "sr2", "--checkpoint", "g.pth"],
     }
@@ -204,7 +209,7 @@ def test_operators_are_copied_pickled_and_transformed(operator):
     ("sr3", "sr3: .*3.* must divide the size, got 4x8"), ("sr2*inpaint:MASK", "must divide the size"),
     ("gray", "no such operator, did you mean 'grey'"), ("inpaint:nowhere.png", "No such file"),
     ("grey*grey", r"takes images of shape \(3, H, W\), got \(1, 4, 8\)"), ("inpaint:PLAIN", "32 of 32"),
-    ("inpaint:MASK*sr2", "mask is 4x8, the images it would cover are 2x4"),
+    ("inpaint:MASK*sr2", r"mask is \(4, 8\), the images it would cover are \(2, 4\)"),
 ])  # fmt: skip
 def test_words_that_do_not_fit_are_refused_with_both_shapes(spec, said, tmp_path):
     Image.new("L", (8, 4), 255).save(tmp_path / "plain.png")
