@@ -73,6 +73,9 @@ class ChainPhysics(DecomposablePhysics):
         values[:, : self.measured] = operator.gain
         super().__init__(mask=values, img_size=operator.in_shape, **settings)
         self.operator = operator
+        blocks = operator.chain.pinn.blocks
+        # how much the latent of each block was scaled by the blocks before it
+        self.scales = [math.prod(getattr(block, "scale", 1.0) for block in blocks[:i]) for i in range(len(blocks))]
 
     def A(self, x: Tensor, **_) -> Tensor:  # the products of U, values and V that follow, but not rounded
         return self.operator.A(x)
@@ -83,28 +86,19 @@ class ChainPhysics(DecomposablePhysics):
     def A_adjoint(self, y: Tensor, **_) -> Tensor:
         return self.operator.gain**2 * self.operator.pinv(y)
 
-    def _scales(self) -> list[float]:
-        """How much the latent of each block was scaled by the blocks before."""
-        scales = [1.0]
-        for block in self.operator.chain.pinn.blocks:
-            scales.append(scales[-1] * getattr(block, "scale", 1.0))
-        return scales[:-1]
-
     def V_adjoint(self, x: Tensor) -> Tensor:
         y, latents = self.operator.chain(x, return_latents=True)
-        dropped = [z.flatten(1) / s for z, s in zip(latents, self._scales(), strict=True) if z is not None]
+        dropped = [z.flatten(1) / scale for z, scale in zip(latents, self.scales, strict=True) if z is not None]
         return torch.cat([y.flatten(1) / self.operator.gain, *dropped], dim=1)
 
     def V(self, x: Tensor, **_) -> Tensor:
-        y = self.operator.gain * self.U(x)
-        shapes = self.operator.chain.natural(y[:0]).z
-        sizes = [0 if z is None else z.shape[1:].numel() for z in shapes]
-        parts = x[:, self.measured :].split(sizes, dim=1)
+        like = self.operator.chain.natural(x[:0, : self.measured].unflatten(1, self.operator.out_shape)).z
+        parts = x[:, self.measured :].split([0 if z is None else z.shape[1:].numel() for z in like], dim=1)
         latents = [
-            None if like is None else s * part.unflatten(1, like.shape[1:])
-            for like, part, s in zip(shapes, parts, self._scales(), strict=True)
+            None if z is None else scale * part.unflatten(1, z.shape[1:])
+            for z, part, scale in zip(like, parts, self.scales, strict=True)
         ]
-        return self.operator.chain.pinv(y, latents)
+        return self.operator.chain.pinv(self.operator.gain * self.U(x), latents)
 
     def U(self, x: Tensor) -> Tensor:
         return x[:, : self.measured].unflatten(1, self.operator.out_shape)
@@ -184,17 +178,17 @@ def from_physics(physics: Physics, in_shape: Shape) -> Operator:
         ValueError: such images do not fit, with both shapes if the physics tells its own.
     """
     name, in_shape, linear = type(physics).__name__, tuple(in_shape), isinstance(physics, LinearPhysics)
-    own, why = tuple(getattr(physics, "img_size", None) or in_shape), ""
     like = next((buffer for buffer in physics.buffers() if buffer.is_floating_point()), torch.zeros(()))
     grey = torch.full((1, *in_shape), 0.5, dtype=like.dtype, device=like.device)
+    own, why = tuple(getattr(physics, "img_size", None) or in_shape), ""
     try:
         y = physics.A(grey)
-        fits = isinstance(y, Tensor) and (not linear or physics.A_dagger(y).shape == grey.shape)
+        fits = own == in_shape and isinstance(y, Tensor) and (not linear or physics.A_dagger(y).shape == grey.shape)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         fits, why = False, f": {error}"
-    if not fits or own != in_shape:
-        other = f", but of {own}" if own != in_shape else why
-        raise ValueError(f"{name} does not take images of shape {in_shape}{other}")
+    if not fits:
+        why = f", but of {own}" if own != in_shape else why
+        raise ValueError(f"{name} does not take images of shape {in_shape}{why}")
     if linear:
         return PhysicsOperator(physics, in_shape, tuple(y.shape[1:]))
     warnings.warn(
