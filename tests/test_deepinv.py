@@ -132,14 +132,6 @@ def test_a_linear_physics_is_back_projected_by_its_pseudo_inverse(build):
 
 
 @torch.no_grad()
-def test_the_sampler_keeps_what_a_physics_measured():
-    physics = Demosaicing((3, 8, 8))
-    operator, y = from_physics(physics, (3, 8, 8)), physics((images(2, seed=3) * 0.3 + 1) / 2)
-    drawn = draw("ab", model=operator, target=y, guidance=Linear())
-    torch.testing.assert_close(physics((drawn + 1) / 2), y, rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
 def test_a_non_linear_physics_is_inverted_by_iteration_and_says_so():
     physics = Physics(A=lambda x, **_: torch.tanh(3 * x - 1.5), max_iter=200, tol=1e-8)
     with pytest.warns(UserWarning, match="no closed form"):

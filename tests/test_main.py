@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -23,13 +22,12 @@ from helpers import landscape
 from PIL import Image
 from runs import figures_of, pictures, pixels, randomised, record_of, save_judge, tiny_prior, tiny_spnn
 
-import checkpoints
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from checkpoints import save_spnn
 from data_loader import ATTRIBUTES
 from DDNM import main as reconstruct
-from DDNM.guided_diffusion import ddpm_layout, results
 from DDNM.guided_diffusion import inputs as inputs_module
+from DDNM.guided_diffusion import results
 from DDNM.guided_diffusion.guidance import NLBP
 from DDNM.guided_diffusion.inputs import image_names
 from DDNM.guided_diffusion.prior import Prior, save_prior
@@ -91,6 +89,11 @@ def names_of(folder):
     return [image["name"] for image in record_of(folder)["images"]]
 
 
+def logits_of(folder):
+    """The rows of logits.csv: attribute -> number as text."""
+    return list(csv.DictReader(open(folder / "logits.csv")))
+
+
 def tables_of(folder):
     """The results but for the time they took."""
     unguided = [{k: v for k, v in i.items() if k != "seconds"} for i in record_of(folder)["unguided"]["images"]]
@@ -99,20 +102,18 @@ def tables_of(folder):
 
 def assert_same(folder, other):
     """But for the time it took."""
-    assert tables_of(folder) == tables_of(other) and {p.name for p in folder.iterdir()} == {
-        p.name for p in other.iterdir()
-    }
+    assert tables_of(folder) == tables_of(other)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in other.iterdir()}
     one, two = pictures(folder), pictures(other)
     assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
 
 
 def stopping_at(monkeypatch, call, signum=None):
     """Make the sampler's n-th call send a signal in its midst; without one, break it. Returns the names drawn."""
-    names, calls, honest = [], [], reconstruct.sampling
-    generator = reconstruct.image_generator
+    names, calls, honest, generator = [], [], reconstruct.sampling, reconstruct.image_generator
     monkeypatch.setattr(reconstruct, "image_generator", lambda seed, name: names.append(name) or generator(seed, name))
 
-    def sample(*arguments, **settings):
+    def sampling(*arguments, **settings):
         calls.append(1)
         if len(calls) == call:
             if signum is None:
@@ -120,7 +121,7 @@ def stopping_at(monkeypatch, call, signum=None):
             os.kill(os.getpid(), signum)
         return honest(*arguments, **settings)
 
-    monkeypatch.setattr(reconstruct, "sampling", sample)
+    monkeypatch.setattr(reconstruct, "sampling", sampling)
     return names
 
 
@@ -189,7 +190,7 @@ def test_inputs_and_reconstructions_are_there_as_pictures_and_in_rows_of_the_she
 def test_a_network_of_few_attributes_works_too_and_without_a_judge(run, preset, tmp_path):
     save_spnn(tmp_path / "few.pth", tiny_spnn(7), {"attributes": list("abcdefg")})
     folder = run("few", None, "--set", "c=+4", config=preset(spnn=str(tmp_path / "few.pth"), judge=None))
-    rows = list(csv.DictReader(open(folder / "logits.csv")))
+    rows = logits_of(folder)
     assert list(rows[0]) == ["name", *"abcdefg"] and all(float(row["c"]) == 4 for row in rows)
     record = record_of(folder)
     assert set(record) == {"settings", "images", "mean"} and record["mean"]["judge_agreement"] is None
@@ -268,7 +269,7 @@ def test_lpips_is_measured_where_it_can_be_had_else_the_run_goes_on(run, preset,
 
 def test_an_image_whose_gradient_is_not_finite_is_named_and_the_others_go_on(run, monkeypatch):
     whole = run("whole", None, "--guidance", "gradient", "--batch_size", "3")
-    honest, green = SPNNOperator.loss, [float(row["Bald"]) for row in csv.DictReader(open(whole / "logits.csv"))][1]
+    honest, green = SPNNOperator.loss, [float(row["Bald"]) for row in logits_of(whole)][1]
 
     def loss(self, said, y):
         return torch.where((y[:, ATTRIBUTES.index("Bald")] - green).abs() < 1e-4, math.nan, 1.0) * honest(self, said, y)
@@ -287,21 +288,19 @@ def test_an_image_whose_gradient_is_not_finite_is_named_and_the_others_go_on(run
 
 
 def test_logits_csv_is_the_networks_answer_and_can_be_given_back(run, finished):
-    rows = list(csv.DictReader(open(finished / "logits.csv")))
+    rows = logits_of(finished)
     assert list(rows[0]) == ["name", *ATTRIBUTES] and [row["name"] for row in rows] == ["blue", "green", "red"]
     with torch.no_grad():
         expected = tiny_spnn()(tensor(finished / "input" / "green.png"))[0]
     torch.testing.assert_close(torch.tensor([float(rows[1][a]) for a in ATTRIBUTES]), expected, rtol=1e-4, atol=1e-5)
 
     again = run("again", finished / "logits.csv", "--batch_size", "2")
-    assert (again / "logits.csv").read_text() == (finished / "logits.csv").read_text()
+    assert logits_of(again) == rows
     assert not (again / "input").exists() and (again / "sheet.png").exists()
     with torch.no_grad():  # what there is in the place of an input
         natural = tiny_spnn().pinv(expected[None])[0]
     assert (tensor(again / "natural" / "green.png") - natural.clamp(-1, 1)).abs().max() < 0.02
-    for one, other in zip(record_of(again)["images"], record_of(finished)["images"], strict=True):
-        assert one["psnr"] is None and one["lpips"] is None
-        assert one["prob_error"] == pytest.approx(other["prob_error"], abs=1e-3)
+    assert all(image["psnr"] is None for image in record_of(again)["images"])
     for name in ("red", "green", "blue"):  # the name seeds the noise: the same picture
         picture = f"reconstruction/{name}.png"
         assert np.abs(pixels(again / picture) - pixels(finished / picture)).max() <= 1
@@ -313,7 +312,7 @@ def test_what_contradicts_a_set_follows_and_the_log_says_so(run, preset, tmp_pat
     save_spnn(tmp_path / "odd.pth", tiny_spnn(), notes)
     flags = ("--set", "Bald=1", "--contradiction", "0.3", "--steps", "1")
     folder = run("out", None, *flags, config=preset(spnn=str(tmp_path / "odd.pth")))
-    assert {float(row["Bangs"]) for row in csv.DictReader(open(folder / "logits.csv"))} == {90.0}
+    assert {float(row["Bangs"]) for row in logits_of(folder)} == {90.0}
     assert "what contradicts it: Bangs (" in (folder / "log.txt").read_text()
 
 
@@ -463,21 +462,18 @@ def test_without_ni_a_terminal_is_asked(samples, monkeypatch, answer, kept):
 # --- Resume ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_run_writes_its_results_and_goes_on(run, samples, finished, monkeypatch):
+def test_a_stopped_run_writes_its_results_and_goes_on(run, finished, monkeypatch):
     with monkeypatch.context() as patch:
         stopping_at(patch, 1, signal.SIGTERM)
-        run("out", None, *BOTH, status=128 + signal.SIGTERM)
-    folder = samples / "out"
+        folder = run("out", None, *BOTH, status=128 + signal.SIGTERM)
     assert names_of(folder) == ["blue", "green"] and (folder / "sheet.png").is_file()  # the batch was finished
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.png")}
-    assert len(kept) == 6
     with monkeypatch.context() as patch:
         drawn = stopping_at(patch, 0)
         run("out", None, *BOTH, "--resume")
     assert drawn == ["red", "red"]  # guided and unguided
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert len(kept) == 6 and all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert_same(folder, finished)
-    assert pixels(folder / "sheet.png").shape == pixels(finished / "sheet.png").shape  # its captions hold seconds
 
 
 def test_a_run_that_breaks_is_resumed_without_its_cut_line(run, samples, finished, monkeypatch):
@@ -598,16 +594,6 @@ def test_the_shipped_configs_and_the_documented_defaults():
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_missing_weights_are_named_all_at_once_with_addresses_and_places(run, monkeypatch, tmp_path):
-    nowhere = [replace(k, manual_path=str(tmp_path / "manual" / k.filename)) for k in checkpoints.KNOWN]
-    monkeypatch.setattr(checkpoints, "KNOWN", nowhere)
-    message = refused("2 weight files could not be found", run, config="celeba_hq.yml")
-    for known in nowhere:
-        if known.filename in ("spnn_celebahq_256.pth", "celeba_hq.ckpt"):
-            assert all(word in message for word in (known.name, known.manual_path, *known.mirrors, known.sha256 or ""))
-    assert "https://huggingface.co/yamitehr/SPNN" in message
-
-
 def test_networks_that_do_not_fit_are_refused(run, preset, tmp_path):
     save_prior(tiny_prior(8), tmp_path / "small")
     refused("draws 8x8", run, config=preset(prior=str(tmp_path / "small")))
@@ -617,23 +603,6 @@ def test_networks_that_do_not_fit_are_refused(run, preset, tmp_path):
         refused(said, run, config=preset(judge=str(tmp_path / "judge.safetensors")))
     save_spnn(tmp_path / "few.pth", tiny_spnn(7))
     refused("does not name its 7 attributes", run, config=preset(spnn=str(tmp_path / "few.pth"), judge=None))
-
-
-DDPM = {
-    "type": "simple", "ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3,
-    "out_ch": 3, "dropout": 0.0, "resamp_with_conv": True,
-}  # fmt: skip
-
-
-def test_a_prior_in_the_published_layout(run, preset, tmp_path):
-    generator, state = torch.Generator().manual_seed(0), {}
-    for name, tensor in ddpm_layout.ddpm_unet(DDPM, 16).state_dict().items():
-        shape = list(tensor.shape) + [1, 1] * (".attentions." in name and tensor.ndim == 2)
-        state[ddpm_layout.ddpm_name(name, 1)] = torch.randn(shape, generator=generator) * 0.05
-    torch.save(state, tmp_path / "prior.ckpt")
-    config = preset(prior=str(tmp_path / "prior.ckpt"), prior_model=DDPM, prior_image_size=16)
-    record = record_of(run("bf16", None, "--precision", "bf16", "--steps", "1", config=config))
-    assert record["settings"]["prior_model"] == DDPM and record["settings"]["precision"] == "bf16"
 
 
 # --- The command itself ----------------------------------------------------------------------------------------------
