@@ -25,7 +25,6 @@ ones in the picture without the edit, which is the floor, and the share that sho
 
 import logging
 import re
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -34,9 +33,7 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from DDNM.guided_diffusion.diffusion import evaluations, image_generator, last, sampling
 from DDNM.guided_diffusion.guidance import Guidance, RuleSettings
 from DDNM.guided_diffusion.inputs import (
     CONFIGS,
@@ -50,7 +47,7 @@ from DDNM.guided_diffusion.inputs import (
     load_networks,
     read_targets,
 )
-from DDNM.guided_diffusion.results import Record, as_saved, contact_sheet, contents, picture, write_csv
+from DDNM.guided_diffusion.results import Record, as_saved, contact_sheet, contents, draw, picture, write_csv
 from images import find_images, load_image, save_image, to_uint8
 from logger import format_table, get_logger
 from loop import World, join_world, locked
@@ -123,7 +120,7 @@ class Case:
 # --- Drawing ---------------------------------------------------------------------------------------------------------
 
 
-def draw(
+def draw_case(
     case: Case, guidance: Guidance, walk: WalkSettings, networks: Networks, targets: Targets, folder: Path,
     settings: dict, world: World, log: logging.Logger,
 ) -> dict[str, float]:  # fmt: skip
@@ -143,32 +140,23 @@ def draw(
     parts = [slice(i, i + walk.batch_size) for i in range(0, len(targets.names), walk.batch_size)]
     todo = [p for p in parts if any(there.get(n) != c for n, c in zip(targets.names[p], content[p], strict=True))]
     own = world.share(todo)
-    total = evaluations(networks.prior, guidance, case.steps, **walk.travel)
     with_gradient: list[bool] = []  # each evaluation of the prior
     hook = networks.prior.register_forward_pre_hook(lambda *_: with_gradient.append(torch.is_grad_enabled()))
     for done, part in enumerate(own):
         names, target = targets.names[part], targets.logits[part].to(networks.device)
+        label = f"{case.name}, batch {done + 1}/{len(own)}"
         peak_gib(networks.device, reset=True)
         with_gradient.clear()
-        started = time.perf_counter()
-        steps = sampling(
-            networks.prior, [image_generator(walk.seed, name) for name in names], networks.device, networks.operator,
-            target, guidance, steps=case.steps, eta=walk.eta, clip_x0=walk.clip_x0, **walk.travel,
-        )  # fmt: skip
-        label = f"{case.name}, batch {done + 1}/{len(own)}"
-        images = last(tqdm(steps, label, total, leave=False, dynamic_ncols=True, disable=not world.leads))
-        pictures, finite = as_saved(images)
-        pictures, seconds = pictures.cpu(), time.perf_counter() - started
-        cost = {}
+        images, costs = draw(networks, names, target, guidance, case.steps, walk, label, world.leads, log)
         if target.ndim > 2:  # before the pictures have 8 bits
-            cost = {"consistency": networks.operator.distance(networks.operator.A(images), target).mean().item()}
-        if broken := [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]:
-            log.warning("%s: not finite: %s", case.name, ", ".join(broken))
-        for name, image in zip(names, pictures, strict=True):
+            distance = networks.operator.distance(networks.operator.A(images), target)
+            costs["consistency"] = distance.mean().item()
+        for name, image in zip(names, as_saved(images)[0].cpu(), strict=True):
             save_image(image, folder / f"{name}.png")
-        record.append([{
+        record.append([costs | {
             "images": dict(zip(names, content[part], strict=True)), "evaluations": len(with_gradient),
-            "gradients": sum(with_gradient), "seconds": seconds, "memory": peak_gib(networks.device), **cost,
+            "gradients": sum(with_gradient), "seconds": costs["seconds"] * len(names),
+            "memory": peak_gib(networks.device),
         }])  # fmt: skip
     hook.remove()
     world.wait()
@@ -428,7 +416,7 @@ def evaluate(
     for case, guidance in rules.items():
         logits, judged, followed = edits[case.edit].apply(targets.logits, targets.judged)
         own, folder = replace(targets, logits=logits, judged=judged), e.out / "pictures" / case.folder
-        costs = draw(case, guidance, walk, networks, own, folder, settings, world, log)
+        costs = draw_case(case, guidance, walk, networks, own, folder, settings, world, log)
         if measured is None:
             continue
         pictures = torch.stack([load_image(folder / f"{name}.png", size) for name in own.names])

@@ -11,7 +11,6 @@ and the same command with --resume draws the others. Every flag but --config may
 
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,10 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the command runs
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from DDNM.guided_diffusion import inputs, results
-from DDNM.guided_diffusion.diffusion import evaluations, image_generator, last, sampling
 from DDNM.guided_diffusion.guidance import Guidance, RuleSettings, Unguided
 from images import save_image
 from logger import get_logger
@@ -127,21 +124,11 @@ class Drawing:
         s, n, names, rule = self.settings, self.networks, self.targets.names[part], self.rules[kind]
         target = self.targets.logits[part].to(n.device)
         judged = None if self.targets.judged is None else self.targets.judged[part].to(n.device)
-        walk = s.walk.travel | {"steps": s.run.steps}
-        count, started = evaluations(n.prior, rule, **walk), time.perf_counter()
-        steps = sampling(
-            n.prior, [image_generator(s.walk.seed, name) for name in names], n.device, n.operator, target, rule,
-            eta=s.walk.eta, clip_x0=s.walk.clip_x0, **walk,
-        )  # fmt: skip
-        label = f"images {part.start + 1} to {part.start + len(names)} of {len(self.targets.names)}, {kind}"
-        images = last(tqdm(steps, label, count, leave=False, dynamic_ncols=True, disable=not self.shown))
-        seconds = (time.perf_counter() - started) / len(images)
+        label = f"images {part.start + 1} to {part.stop} of {len(self.targets.names)}, {kind}"
+        images, costs = results.draw(n, names, target, rule, s.run.steps, s.walk, label, self.shown, self.log)
         figures, logits = results.measure(names, images, given, n.operator, target, n.judge, judged, self.lpips,
-                                          seconds=seconds, steps=count, seed=s.walk.seed)  # fmt: skip
-        pictures, finite = results.as_saved(images)
-        if broken := [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]:
-            self.log.warning("not finite: %s; --clip_x0 and --max_move keep images in range", ", ".join(broken))
-        return pictures.cpu(), figures, logits
+                                          seed=s.walk.seed, **costs)  # fmt: skip
+        return results.as_saved(images)[0].cpu(), figures, logits
 
     def batch(self, part: slice, wanted: Sequence[int], content: Sequence[str], folder: Path) -> list[dict]:
         """Draw a part of the targets, and write the pictures of those that are wanted; their lines of the progress."""

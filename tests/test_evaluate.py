@@ -12,6 +12,7 @@ from PIL import Image
 from runs import start_two, tiny_spnn
 
 import evaluate
+from DDNM.guided_diffusion import results
 from DDNM.guided_diffusion.edits import Edits
 from DDNM.guided_diffusion.inputs import Targets
 from evaluate import Measured, assignments, bootstrap, fid, halves, kid
@@ -32,13 +33,13 @@ def run(assets, tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """How many images the sampler was asked for, call by call."""
-    counts, honest = [], evaluate.sampling
+    counts, honest = [], results.sampling
 
     def sample(prior, generators, *arguments, **settings):
         counts.append(len(generators))
         return honest(prior, generators, *arguments, **settings)
 
-    monkeypatch.setattr(evaluate, "sampling", sample)
+    monkeypatch.setattr(results, "sampling", sample)
     return counts
 
 

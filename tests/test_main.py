@@ -110,8 +110,8 @@ def assert_same(folder, other):
 
 def stopping_at(monkeypatch, call, signum=None):
     """Make the sampler's n-th call send a signal in its midst; without one, break it. Returns the names drawn."""
-    names, calls, honest, generator = [], [], reconstruct.sampling, reconstruct.image_generator
-    monkeypatch.setattr(reconstruct, "image_generator", lambda seed, name: names.append(name) or generator(seed, name))
+    names, calls, honest, generator = [], [], results.sampling, results.image_generator
+    monkeypatch.setattr(results, "image_generator", lambda seed, name: names.append(name) or generator(seed, name))
 
     def sampling(*arguments, **settings):
         calls.append(1)
@@ -121,7 +121,7 @@ def stopping_at(monkeypatch, call, signum=None):
             os.kill(os.getpid(), signum)
         return honest(*arguments, **settings)
 
-    monkeypatch.setattr(reconstruct, "sampling", sampling)
+    monkeypatch.setattr(results, "sampling", sampling)
     return names
 
 
@@ -374,13 +374,13 @@ def test_results_do_not_depend_on_the_batch_size_but_on_the_seed(run, finished):
 
 
 def test_settings_reach_the_sampler(run, monkeypatch):
-    calls, honest = [], reconstruct.sampling
+    calls, honest = [], results.sampling
 
     def sampling(*arguments, **settings):
         calls.append((arguments, settings))
         return honest(*arguments, **settings)
 
-    monkeypatch.setattr(reconstruct, "sampling", sampling)
+    monkeypatch.setattr(results, "sampling", sampling)
     flags = "--lambda1 0.7 --lambda2 0.3 --min_bp_step 400 --nlbp_stop_cond 0.2 --no-clip_x0 --max_move 0 --eta 0.5"
     folder = run("out", None, *flags.split(), *"--steps 4 --travel_length 2 --travel_repeat 2".split())
     (*_, rule), settings = calls[0]
@@ -543,7 +543,7 @@ def test_no_more_pictures_are_held_the_more_images_there_are(run, preset, tmp_pa
     (tmp_path / "many").mkdir()
     for i in range(60):
         layout.picture(i, 16).save(tmp_path / "many" / f"{i}.png")
-    seen, honest = [], reconstruct.sampling
+    seen, honest = [], results.sampling
 
     def sample(*arguments, **settings):
         tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape[-3:] == (3, 16, 16)]
@@ -551,7 +551,7 @@ def test_no_more_pictures_are_held_the_more_images_there_are(run, preset, tmp_pa
         seen.append((sum(held.values()), len(os.listdir("/proc/self/fd"))))
         return honest(*arguments, **settings)
 
-    monkeypatch.setattr(reconstruct, "sampling", sample)
+    monkeypatch.setattr(results, "sampling", sample)
     folder = run("out", tmp_path / "many", "--batch_size", "10", config=preset(judge=None, steps=1))
     assert len(record_of(folder)["images"]) == 60 == len(list(folder.glob("reconstruction/*.png")))
     assert "first 50 of" in (folder / "log.txt").read_text()

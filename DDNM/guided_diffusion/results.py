@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +14,10 @@ from statistics import fmean
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from DDNM.guided_diffusion.diffusion import evaluations, image_generator, last, sampling
+from DDNM.guided_diffusion.guidance import Guidance
 from images import load_image, to_picture, to_uint8
 from loop import check_settings, is_empty
 from metrics import agreement, prob_error, psnr
@@ -146,6 +150,32 @@ def clear_results(folder: Path) -> None:
     for pattern in (*files, *(f"{kind}/*.png" for kind in PICTURES)):
         for file in folder.glob(pattern):
             file.unlink()
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw(
+    networks, names: Sequence[str], y: Tensor, rule: Guidance, steps: int, walk, label: str, shown: bool, log
+) -> tuple[Tensor, dict[str, float]]:
+    """Images (B, 3, S, S) of targets y by a rule; its evaluations of the prior and each image's seconds.
+
+    What is not finite is named in the log.
+
+    Args:
+        networks, walk: `inputs.Networks` and `inputs.WalkSettings`. names: with the seed, the images' noise.
+        label, shown: of the progress bar.
+    """
+    n, settings, started = networks, walk.travel | {"steps": steps}, time.perf_counter()
+    count, generators = evaluations(n.prior, rule, **settings), [image_generator(walk.seed, name) for name in names]
+    drawing = sampling(
+        n.prior, generators, n.device, n.operator, y.to(n.device), rule, eta=walk.eta, clip_x0=walk.clip_x0, **settings
+    )
+    images = last(tqdm(drawing, label, count, leave=False, dynamic_ncols=True, disable=not shown))
+    finite = as_saved(images)[1].tolist()
+    if broken := [name for name, ok in zip(names, finite, strict=True) if not ok]:
+        log.warning("not finite: %s; --clip_x0 and --max_move keep images in range", ", ".join(broken))
+    return images, {"steps": count, "seconds": (time.perf_counter() - started) / len(names)}
 
 
 # --- Figures ---------------------------------------------------------------------------------------------------------
