@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from data_loader import ATTRIBUTES, CelebAMaskHQ, make_loader
-from degradations import DEGRADATIONS
 from images import find_images, load_image
 from logger import format_table as markdown_table
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, evaluating, predict
 from models import SPNN, concatenated
 from networks import PRECISIONS, networks_in
-from operators import is_linear, is_network, make_operator
+from operators import DEGRADATIONS, is_linear, is_network, make_operator
 from utils import (
     LARGEST_BATCH,
     LARGEST_SEED,
@@ -417,7 +416,7 @@ def targets_for(model: SPNN, options: Options) -> tuple[list[str] | None, Iterab
         return names, make_loader(CelebAMaskHQ(*split, mask_size=shape[1:]), options.batch_size)
     if model.notes.get("operator") not in DEGRADATIONS:
         raise InputError(f"{where}: gives maps {shape}, and config.json names neither their classes nor a measurement "
-                         f"of degradations.py: what they should be is unknown")  # fmt: skip
+                         f"of operators.py: what they should be is unknown")  # fmt: skip
     function = DEGRADATIONS[model.notes["operator"]]
     return None, ((images, function(images)) for images, _ in make_loader(CelebAMaskHQ(*split), options.batch_size))
 

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node 4 train_operator.py ...                           # the same batches, shared
 
 A measurement takes images (B, 3, H, W) in [-1, 1] to pictures (B, C, H', W') of fewer numbers: lens, saturation and
-jpeg of degradations.py, or a function of yours. Stage 1 minimises, over all weights, with y what is measured of x,
+jpeg of operators.py, or a function of yours. Stage 1 minimises, over all weights, with y what is measured of x,
 
     lambda_data * |g(x) - y|^2 / 2 + lambda_img_rec * |g'(y) - x|^2
 
@@ -35,7 +35,6 @@ from DDNM.guided_diffusion.guidance import NLBP, Gradient, Guidance, Unguided
 from DDNM.guided_diffusion.inputs import load_lpips
 from DDNM.guided_diffusion.prior import load_prior
 from DDNM.guided_diffusion.results import contact_sheet, picture
-from degradations import Function, find_function, measured_shape
 from evaluate import mean_of
 from judge import load_judge
 from logger import format_table, get_logger
@@ -43,7 +42,7 @@ from loop import DONE, Loop, Run, adam, open_run
 from metrics import agreement, psnr
 from models import SPNN
 from networks import PRECISIONS, networks_in
-from operators import LinearOperator, Operator, PictureOperator, SPNNOperator
+from operators import Function, LinearOperator, Operator, PictureOperator, SPNNOperator, find_function, measured_shape
 from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, Settings, freeze_g, lr_factor, natural_losses, origin_latents
 from train import step as training_step
 from utils import InputError, option, parse, run_command, seed_everything, write_json

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from helpers import random, randomise, seeded
 from runs import tiny_prior
 
-import degradations
 import diagnostics
+import operators
 import train_operator
 from DDNM.guided_diffusion.prior import save_prior
-from degradations import DEGRADATIONS, find_function, measured_shape
 from models import SPNN
+from operators import DEGRADATIONS, find_function, measured_shape
 from procedural_faces import write_dataset
 from train_operator import PictureOperator, averages, build
 from utils import InputError
@@ -33,21 +33,21 @@ def test_a_measurement_makes_smaller_pictures_in_range(name):
 
 def test_a_lens_and_a_gain_that_do_nothing_are_averages():
     x = random((2, 3, 16, 24), seed=0, scale=0.3).clamp(-0.9, 0.9)
-    torch.testing.assert_close(degradations.lens(x, 0, 0, 1), F.avg_pool2d(x, 2), atol=2e-3, rtol=0)
+    torch.testing.assert_close(operators.lens(x, 0, 0, 1), F.avg_pool2d(x, 2), atol=2e-3, rtol=0)
     even = torch.full((1, 3, 16, 16), 0.3)
-    torch.testing.assert_close(degradations.saturation(even, 1, 0), torch.full((1, 3, 4, 4), 0.3))
-    torch.testing.assert_close(degradations.saturation(even), torch.full((1, 3, 4, 4), 0.9))
-    torch.testing.assert_close(degradations.saturation(even + 0.3), torch.ones(1, 3, 4, 4))  # not 1.44
+    torch.testing.assert_close(operators.saturation(even, 1, 0), torch.full((1, 3, 4, 4), 0.3))
+    torch.testing.assert_close(operators.saturation(even), torch.full((1, 3, 4, 4), 0.9))
+    torch.testing.assert_close(operators.saturation(even + 0.3), torch.ones(1, 3, 4, 4))  # not 1.44
 
 
 def test_a_lens_bends_shades_and_keeps_the_middle_and_jpeg_has_a_quality():
     rows = torch.linspace(-1, 1, 32).view(1, 1, 32, 1).expand(1, 3, 32, 32)
-    bent = degradations.lens(rows, shade=0.0, gamma=1.0)[0, 0]
+    bent = operators.lens(rows, shade=0.0, gamma=1.0)[0, 0]
     assert (bent[:8, 8] > F.avg_pool2d(rows, 2)[0, 0, :8, 8]).all()  # the upper edge comes from farther inside
-    white = degradations.lens(torch.ones(1, 3, 32, 32))[0, 0]
+    white = operators.lens(torch.ones(1, 3, 32, 32))[0, 0]
     assert white[8, 8] > 0.99 and white[0, 0] < white[0, 8] < white[8, 8]
     x = random((1, 3, 16, 16), seed=0, dtype=torch.float32).clamp(-1, 1)
-    fine, coarse = ((degradations.jpeg(x, q) - F.avg_pool2d(x, 2)).square().mean() for q in (95, 5))
+    fine, coarse = ((operators.jpeg(x, q) - F.avg_pool2d(x, 2)).square().mean() for q in (95, 5))
     assert coarse > 2 * fine
 
 
@@ -57,7 +57,7 @@ def test_a_lens_bends_shades_and_keeps_the_middle_and_jpeg_has_a_quality():
     (lambda x: x.mean(), r"of images \(2, 3, 8, 8\).*it makes \(\)"),
     (lambda x: x[..., :3, :3], r"sides divide theirs, it makes \(2, 3, 3, 3\)"),
     (lambda x: F.avg_pool2d(x, 2).log(), "finite"), (lambda x: None, "it makes NoneType"),
-    (lambda x: degradations.saturation(x[..., :2, :2]), r"cannot measure images \(3, 8, 8\): [^\n]*$"),
+    (lambda x: operators.saturation(x[..., :2, :2]), r"cannot measure images \(3, 8, 8\): [^\n]*$"),
 ])  # fmt: skip
 def test_a_measurement_that_no_network_can_fit_is_one_line(function, message):
     with pytest.raises(InputError, match=message):
@@ -158,13 +158,11 @@ def test_the_command_fits_measures_and_restores(faces, prior, tmp_path, capsys, 
 
 
 def test_a_function_of_ones_own_without_a_gradient(faces, prior, tmp_path):
-    assert (
-        run(faces, tmp_path, "--prior", prior, "--sampling_steps", 1, "--dps_step", 0.1, operator="degradations:jpeg")
-        == 0
-    )
+    flags = "--prior", prior, "--sampling_steps", 1, "--dps_step", 0.1
+    assert run(faces, tmp_path, *flags, operator="operators:jpeg") == 0
     assert "DPS, true A" not in json.loads((tmp_path / "table.json").read_text())["rows"]
     model = SPNN.from_pretrained(tmp_path / "best_model_r_opt_real.pth")
-    assert model.notes["operator"] == "degradations:jpeg" and model.out_shape == (3, 8, 8)
+    assert model.notes["operator"] == "operators:jpeg" and model.out_shape == (3, 8, 8)
     weights = ["--checkpoint", str(tmp_path / "best_model.pth"), "--dataset_path", str(faces), "--device", "cpu"]
     with pytest.raises(InputError, match=r"gives maps \(3, 8, 8\).*unknown"):  # code that a file names is not run
         diagnostics.main(weights)
@@ -173,6 +171,6 @@ def test_a_function_of_ones_own_without_a_gradient(faces, prior, tmp_path):
 def test_a_fit_learns(faces, tmp_path):
     run(faces, tmp_path, "--steps", "20", "--r_steps", "0", "--lambda_img_rec", "0", operator="saturation")
     x = torch.rand(8, 3, 16, 16, generator=seeded(0)) * 2 - 1
-    model, y = SPNN.from_pretrained(tmp_path / "best_model.pth"), degradations.saturation(x)
+    model, y = SPNN.from_pretrained(tmp_path / "best_model.pth"), operators.saturation(x)
     averaged = F.mse_loss(F.avg_pool2d(x, 4), y)  # where it began
     assert F.mse_loss(model(x), y) < 0.9 * averaged
