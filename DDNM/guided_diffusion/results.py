@@ -114,7 +114,8 @@ class Progress(Record):
         rows = {
             name: row
             for name, row in rows.items()
-            if wanted.get(name) == row["content"]
+            if name in wanted
+            and wanted[name] == row.get("content")  # lines of older versions have none
             and all((self.folder / kind / f"{name}.png").is_file() for kind in row["pictures"])
         }
         self.begin(list(rows.values()))
