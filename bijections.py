@@ -24,7 +24,7 @@ from torch.distributions import Distribution, Laplace, Normal, Uniform, constrai
 from blocks import BLOCKS, MIXINGS, PixelUnshuffleBlock, Surjection
 from fixed_point import Banach, FixedPoint, norm
 from networks import SPECTRAL, at_least_float32, exact, full_precision, in_training, is_transformed, no_volume
-from utils import check_positive
+from utils import check_positive, sides
 
 Shape = tuple[int, ...]  # of one image, without B: (C,), (C, L), (C, H, W) or (C, D, H, W)
 Completed = tuple[Tensor, Tensor | None, Tensor]  # y, z and log |det|, (B,)
@@ -172,9 +172,8 @@ class PerFeature(Bijection):
 
     def __init__(self, features: int | Sequence[int]):
         super().__init__()
-        self.features = tuple(features) if isinstance(features, (tuple, list, torch.Size)) else (features,)
-        for n in self.features or (0,):
-            check_positive(type(self).__name__, whole=True, features=n)
+        self.features = tuple(features) if isinstance(features, Sequence) else (features,)
+        check_positive(type(self).__name__, whole=True, features=min(self.features, default=0))
 
     def extra_repr(self) -> str:
         return "x".join(map(str, self.features))
@@ -200,8 +199,8 @@ class Affine(PerFeature):
 
     def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
         """log_scale and bias, (*features) each, for a forward pass of x, or for an inverse, if x is None."""
-        one = self.bias if self.log_scale is None else self.log_scale
-        return tuple(torch.zeros_like(one) if c is None else c for c in (self.log_scale, self.bias))
+        zeros = torch.zeros_like(self.bias if self.log_scale is None else self.log_scale)
+        return tuple(zeros if c is None else c for c in (self.log_scale, self.bias))
 
     def forward_log_det(self, x: Tensor) -> Completed:
         x = at_least_float32(x)
@@ -287,10 +286,6 @@ class BatchNorm(Affine):
         self.register_buffer("running_var", torch.ones(channels))
         self.last: tuple[Tensor, Tensor] | None = None  # mean and variance of the last batch in training mode
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args, **kwargs) -> "BatchNorm":
-        self.last = None if self.last is None else tuple(fn(t) for t in self.last)  # to another device or type
-        return super()._apply(fn, *args, **kwargs)
-
     def coefficients(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
         mean, var = self.running_mean, self.running_var
         if self.training and x is not None and not _held.get():
@@ -299,10 +294,9 @@ class BatchNorm(Affine):
             with torch.no_grad():
                 for running, new in ((self.running_mean, mean), (self.running_var, var * n / (n - 1))):
                     running.lerp_(new.to(running), self.momentum)
-            with torch.inference_mode(False):  # so that any later pass may use them
-                self.last = mean.detach().clone(), var.detach().clone()
+            self.last = mean.detach(), var.detach()
         elif self.training and self.last is not None:
-            mean, var = self.last
+            mean, var = (t.to(self.bias.device) for t in self.last)
         log_scale = exact(self.log_scale) - torch.log(exact(var) + self.eps) / 2
         bias = exact(self.bias) - exact(mean) * log_scale.exp()
         return tuple(t.to(at_least_float32(self.bias).dtype) for t in (log_scale, bias))
@@ -347,13 +341,12 @@ class Activation(Bijection):
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
         y = at_least_float32(y)
-        if self.codomain is constraints.real:
-            return self.inverse(y)
-        inside = self.codomain.check(y)
-        if y.is_meta or is_transformed():
-            return self.inverse(torch.where(inside, y, math.nan))
-        if not inside.all():
-            raise ValueError(f"{self.name}: its inverse takes values of {self.codomain}, got {y[~inside][0].item():g}")
+        if self.codomain is not constraints.real:
+            inside = self.codomain.check(y)
+            if not (y.is_meta or is_transformed() or inside.all()):
+                found = y[~inside][0].item()
+                raise ValueError(f"{self.name}: its inverse takes values of {self.codomain}, got {found:g}")
+            y = torch.where(inside, y, math.nan)
         return self.inverse(y)
 
 
@@ -394,38 +387,36 @@ class LeakyReLU(Activation):
 
     def __init__(self, slope: float = 0.01):
         super().__init__()
-        check_positive("LeakyReLU", slope=slope)
+        check_positive(type(self).__name__, slope=slope)
         self.slope = slope
 
     def extra_repr(self) -> str:
         return f"slope={self.slope}"
 
+    def slopes(self, x: Tensor) -> Tensor:
+        """Those of the entries of x, in a shape that broadcasts to it."""
+        return x.new_full((), self.slope)
+
     def f(self, x: Tensor) -> Tensor:
-        return torch.where(x < 0, self.slope * x, x)
+        return torch.where(x < 0, self.slopes(x) * x, x)
 
     def inverse(self, y: Tensor) -> Tensor:
-        return torch.where(y < 0, y / self.slope, y)
+        return torch.where(y < 0, y / self.slopes(y), y)
 
     def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
-        return (x < 0).to(x.dtype) * math.log(self.slope)
+        return torch.where(x < 0, self.slopes(x).log(), 0.0)
 
 
-class PReLU(PerFeature, Activation):
-    """`LeakyReLU` with a learned slope per feature, ``exp(log_slope)``."""
+class PReLU(PerFeature, LeakyReLU):
+    """`LeakyReLU` with a learned slope per feature, ``exp(log_slope)``, at first ``slope``."""
 
     def __init__(self, features: int | Sequence[int], slope: float = 0.25):
         super().__init__(features)
-        check_positive("PReLU", slope=slope)
+        check_positive(self.name, slope=slope)
         self.log_slope = nn.Parameter(torch.full(self.features, math.log(slope)))
 
-    def f(self, x: Tensor) -> Tensor:
-        return torch.where(x < 0, self.spread(self.log_slope, x).exp() * x, x)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return torch.where(y < 0, torch.exp(-self.spread(self.log_slope, y)) * y, y)
-
-    def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
-        return (x < 0) * self.spread(self.log_slope, x)
+    def slopes(self, x: Tensor) -> Tensor:
+        return self.spread(self.log_slope, x).exp()
 
 
 def elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0) -> Tensor:
@@ -451,9 +442,8 @@ class ELU(Activation):
         return elu(x, self.alpha, self.scale)
 
     def inverse(self, y: Tensor) -> Tensor:
-        return torch.where(
-            y > 0, y / self.scale, torch.log1p(within_one(torch.where(y > 0, 0.0, y) / (self.scale * self.alpha)))
-        )
+        below = within_one(torch.where(y > 0, 0.0, y) / (self.scale * self.alpha))
+        return torch.where(y > 0, y / self.scale, torch.log1p(below))
 
     def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
         return math.log(self.scale) + torch.where(x > 0, 0.0, x + math.log(self.alpha))
@@ -643,10 +633,7 @@ class Whitening(OverChannels):
             mean = mean - (1 - momentum) * shift[:, 0]
         values, vectors = torch.linalg.eigh(covariance)
         if not values[0] > values[-1] * 1e-10:
-            raise ValueError(
-                f"{self.name}: {n} samples span fewer than {self.channels} dimensions "
-                f"(eigenvalues of their covariance: {values[0]:.1e} to {values[-1]:.1e})"
-            )
+            raise ValueError(f"{self.name}: {n} samples span fewer than {self.channels} dimensions")
         whiten = torch.diag(values**-0.5) @ vectors.T
         self.mean.copy_(mean[:, None])
         self.whiten.copy_(vectors @ whiten if self.kind == "zca" else whiten)
@@ -694,8 +681,7 @@ class View(VolumePreserving):
         super().__init__()
         self.before, self.after = tuple(before), tuple(after)
         if math.prod(self.before) != math.prod(self.after):
-            counts = f"{math.prod(self.before)} and {math.prod(self.after)}"
-            raise ValueError(f"{self.name}: the two shapes must hold as many entries, got {counts}")
+            raise ValueError(f"{self.name}: the two shapes must hold as many entries")
 
     def extra_repr(self) -> str:
         return f"{self.before} as {self.after}"
@@ -706,9 +692,7 @@ class View(VolumePreserving):
         return self.after
 
     def input_shape(self, shape: Shape) -> Shape:
-        if tuple(shape) != self.after:
-            raise ValueError(f"{self.name}: expected {self.after}, got {tuple(shape)}")
-        return self.before
+        return View(self.after, self.before).output_shape(shape)
 
     def g(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], *self.output_shape(x.shape[1:]))
@@ -744,39 +728,66 @@ def coupling_net(in_ch: int, out_ch: int, hidden: int, dims: int) -> nn.Sequenti
 
 
 class Split(OverChannels):
-    """What couplings share: channels that stay as they are, and say how the others move."""
+    """A coupling: some entries of x stay as they are, and say how the others move. A subclass gives `moved`."""
 
-    def __init__(self, channels: int, kept: int | None, flip: bool, hidden: int, dims: int, masked: bool = False):
+    def __init__(self, channels: int, kept: int | None, flip: bool, hidden: int, dims: int, mask=None):
         super().__init__(channels)
         self.kept, self.flip, self.dims = channels // 2 if kept is None else kept, flip, dims
+        self.checkerboard = isinstance(mask, str)
         check_positive(self.name, whole=True, hidden=hidden)
-        if not masked:
+        if mask is None:
             check_positive(self.name, whole=True, most=channels - 1, kept=self.kept)
         if dims not in range(4):
             raise ValueError(f"{self.name}: dims must be 0 to 3, got {dims}")
+        # what a network gets, and what it moves
+        self.shown, self.moving = (self.kept, channels - self.kept) if mask is None else (channels, channels)
+        given = None if mask is None or self.checkerboard else torch.as_tensor(mask, dtype=torch.get_default_dtype())
+        self.register_buffer("mask", given)
 
     def output_shape(self, shape: Shape) -> Shape:
         super().output_shape(shape)
-        if self.dims is not None and len(shape) != self.dims + 1:
+        if len(shape) != self.dims + 1:
             raise ValueError(f"{self.name}: dims is {self.dims}, but {tuple(shape)} arrives")
+        mask = () if self.mask is None else self.mask.shape
+        pairs = zip(reversed(mask), reversed(shape), strict=False)
+        if len(mask) > len(shape) or not all(m in (1, n) for m, n in pairs):
+            raise ValueError(f"{self.name}: a mask of shape {tuple(mask)} does not fit {tuple(shape)}")
         return tuple(shape)
 
-    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What stays and what moves."""
-        self.output_shape(x.shape[1:])
-        cut = self.channels - self.kept if self.flip else self.kept
-        first, last = at_least_float32(x).tensor_split([cut], dim=1)
-        return (last, first) if self.flip else (first, last)
+    def moved(self, x: Tensor, stays: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
+        """What x, (B, moving, *), becomes, or backwards was, and the log-derivatives; ``stays`` is (B, shown, *)."""
+        raise NotImplementedError
 
-    def _whole(self, stays: Tensor, moved: Tensor) -> Tensor:
-        return torch.cat([moved, stays] if self.flip else [stays, moved], dim=1)
+    def _through(self, x: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
+        """y for x, or backwards x for y, and the log-derivatives of the entries that move."""
+        self.output_shape(x.shape[1:])
+        x = at_least_float32(x)
+        if self.checkerboard or self.mask is not None:
+            mask = self.mask
+            if self.checkerboard:
+                rows = [torch.arange(n, device=x.device) for n in x.shape[2:] or x.shape[1:]]
+                mask = sum(torch.meshgrid(*rows, indexing="ij")) % 2
+            stay = mask.bool() != self.flip
+            moved, log_slope = self.moved(x, torch.where(stay, x, 0.0), backwards)
+            return torch.where(stay, x, moved), torch.where(stay, 0.0, log_slope)
+        first, last = x.tensor_split([self.moving if self.flip else self.kept], dim=1)
+        stays, moves = (last, first) if self.flip else (first, last)
+        moved, log_slope = self.moved(moves, stays, backwards)
+        return torch.cat([moved, stays] if self.flip else [stays, moved], dim=1), log_slope
+
+    def forward_log_det(self, x: Tensor) -> Completed:
+        y, log_slope = self._through(x, backwards=False)
+        return y, None, per_image(log_slope)
+
+    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
+        return self._through(y, backwards=True)[0]
 
     def _ask(self, net: nn.Module, stays: Tensor, shape: Sequence[int]) -> Tensor:
         """What ``net`` says of ``stays``, of ``shape``, in the type of ``stays`` whatever the network computes in.
 
         It gets a copy: a network whose first layer works in place would change x.
         """
-        weight = next(net.parameters(), stays) if isinstance(net, nn.Module) else stays
+        weight = next(net.parameters(), stays)
         said = net(stays.to(weight.dtype, copy=True)).to(stays.dtype)
         if said.shape != shape:
             raise ValueError(f"{self.name}: a network must give {tuple(shape)} here, it gives {tuple(said.shape)}")
@@ -818,81 +829,35 @@ class Coupling(Split):
         s: nn.Module | None = None,
         t: nn.Module | None = None,
     ):
-        super().__init__(channels, kept, flip, hidden, dims, masked=mask is not None)
+        super().__init__(channels, kept, flip, hidden, dims, mask)
         check_positive(self.name, scale_bound=scale_bound)
         if kind not in ("affine", "additive"):
             raise ValueError(f"{self.name}: kind must be 'affine' or 'additive', got {kind!r}")
         if mask is not None and kept is not None or kind == "additive" and s is not None:
             raise ValueError(f"{self.name}: a mask stands in place of kept, and s is for kind 'affine': leave one out")
-        self.kind, self.scale_bound = kind, scale_bound
-        self.checkerboard = isinstance(mask, str)
         if self.checkerboard and mask != "checkerboard":
             raise ValueError(f"{self.name}: mask must be 'checkerboard' or given, got {mask!r}")
-        masked = mask is not None
-        mask = None if mask is None or self.checkerboard else torch.as_tensor(mask, dtype=torch.get_default_dtype())
-        if mask is not None and not mask.is_meta and not ((mask == 0) | (mask == 1)).all():
+        if self.mask is not None and not self.mask.is_meta and not ((self.mask == 0) | (self.mask == 1)).all():
             raise ValueError(f"{self.name}: a mask holds 0 and 1 only")
-        self.register_buffer("mask", mask)
-        before, after = (channels, channels) if masked else (self.kept, channels - self.kept)
-        self.t = coupling_net(before, after, hidden, dims) if t is None else t
+        self.kind, self.scale_bound, self.own = kind, scale_bound, t is not None or s is not None
+        self.t = coupling_net(self.shown, self.moving, hidden, dims) if t is None else t
         if kind == "affine":
-            self.s = coupling_net(before, after, hidden, dims) if s is None else s
-        made = t is None or kind == "affine" and s is None
-        self.own = t is not None or s is not None
-        self.dims = dims if made or self.checkerboard else None  # networks of your own may take anything
+            self.s = coupling_net(self.shown, self.moving, hidden, dims) if s is None else s
 
-    def output_shape(self, shape: Shape) -> Shape:
-        super().output_shape(shape)
-        mask = (1,) * len(shape) if self.mask is None else self.mask.shape
-        pairs = zip(reversed(mask), reversed(shape), strict=False)
-        if len(mask) > len(shape) or not all(m in (1, n) for m, n in pairs):
-            raise ValueError(f"{self.name}: a mask of shape {tuple(self.mask.shape)} does not fit {tuple(shape)}")
-        return tuple(shape)
-
-    def _mask(self, x: Tensor) -> Tensor | None:
-        """1 where x stays, for x of (B, C, *); None if channels are split."""
-        if self.checkerboard:
-            size = x.shape[2:] or x.shape[1:]
-            indices = torch.meshgrid(*[torch.arange(n, device=x.device) for n in size], indexing="ij")
-            mask = sum(indices) % 2
-        elif self.mask is None:
-            return None
-        else:
-            mask = self.mask
-        mask = mask.to(at_least_float32(x[:0]).dtype)
-        return 1 - mask if self.flip else mask
-
-    def _log_scale_and_shift(self, v: Tensor, moves: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        free = 1 if mask is None else 1 - mask
-        shift = self._ask(self.t, v, moves.shape) * free
-        if self.kind == "additive":
-            return torch.zeros_like(shift), shift
-        return self.scale_bound * torch.tanh(self._ask(self.s, v, moves.shape)) * free, shift
-
-    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        mask = self._mask(x)
-        if mask is None:
-            return *super()._parts(x), None
-        self.output_shape(x.shape[1:])
-        return at_least_float32(x) * mask, at_least_float32(x) * (1 - mask), mask
-
-    def _whole(self, stays: Tensor, moved: Tensor, mask: Tensor | None) -> Tensor:
-        return super()._whole(stays, moved) if mask is None else stays + moved
-
-    def forward_log_det(self, x: Tensor) -> Completed:
-        stays, moves, mask = self._parts(x)
-        log_scale, shift = self._log_scale_and_shift(stays, moves, mask)
-        return self._whole(stays, moves * log_scale.exp() + shift, mask), None, per_image(log_scale)
+    def moved(self, x: Tensor, stays: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._ask(self.t, stays, x.shape), torch.zeros_like(x)
+        if self.kind == "affine":
+            log_scale = self.scale_bound * torch.tanh(self._ask(self.s, stays, x.shape))
+        return (x - shift) * torch.exp(-log_scale) if backwards else x * log_scale.exp() + shift, log_scale
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        stays, moved, mask = self._parts(y)
         generator = partial(torch.cuda.get_rng_state, y.device) if y.is_cuda else torch.get_rng_state
         before = generator() if self.own and not is_transformed() else None
-        log_scale, shift = self._log_scale_and_shift(stays, moved, mask)
+        x = super().pinv(y)
         drew = before is not None and not torch.equal(before, generator())
         if drew or self.own and any(isinstance(part, SPECTRAL) for part in in_training(self)):
             raise ValueError(f"{self.name}: a network changes from pass to pass, which has no inverse: call eval()")
-        return self._whole(stays, (moved - shift) * torch.exp(-log_scale), mask)
+        return x
 
 
 def rational_quadratic(x: Tensor, parameters: Tensor, bound: float, backwards: bool = False) -> tuple[Tensor, Tensor]:
@@ -977,22 +942,12 @@ class SplineCoupling(Split):
             raise ValueError(f"{self.name}: bins must be 2 to 256, got {bins}")
         check_positive(self.name, bound=bound)
         self.bins, self.bound = bins, bound
-        self.net = coupling_net(self.kept, (channels - self.kept) * (3 * bins - 1), hidden, dims)
+        self.net = coupling_net(self.shown, self.moving * (3 * bins - 1), hidden, dims)
 
-    def _moved(self, x: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
-        """The output for x, or the input for an output x, and the log-derivative of every entry that moved."""
-        stays, moves = self._parts(x)
-        said = self._ask(self.net, stays, (x.shape[0], moves.shape[1] * (3 * self.bins - 1), *x.shape[2:]))
-        parameters = said.unflatten(1, (moves.shape[1], -1)).movedim(2, -1)  # (B, moving, *, 3 bins - 1)
-        moved, log_slope = rational_quadratic(moves, parameters, self.bound, backwards)
-        return self._whole(stays, moved), log_slope
-
-    def forward_log_det(self, x: Tensor) -> Completed:
-        y, log_slope = self._moved(x, backwards=False)
-        return y, None, per_image(log_slope)
-
-    def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        return self._moved(y, backwards=True)[0]
+    def moved(self, x: Tensor, stays: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
+        said = self._ask(self.net, stays, (x.shape[0], self.moving * (3 * self.bins - 1), *x.shape[2:]))
+        parameters = said.unflatten(1, (self.moving, -1)).movedim(2, -1)  # (B, moving, *, 3 bins - 1)
+        return rational_quadratic(x, parameters, self.bound, backwards)
 
 
 # --- Residual blocks -------------------------------------------------------------------------------------------------
@@ -1068,23 +1023,21 @@ class Residual(OverChannels):
         if norm not in ("exact", "power"):
             raise ValueError(f"{self.name}: norm must be 'exact' or 'power', got {norm!r}")
         if kernel_size % 2 == 0 or padding_mode not in ("zeros", "circular"):
-            raise ValueError(
-                f"{self.name}: kernel_size must be odd and padding_mode 'zeros' or 'circular', "
-                f"got {kernel_size} and {padding_mode!r}"
-            )
-        size = (size,) * self.dims if isinstance(size, int) else size
-        if self.dims and norm == "exact" and (size is None or len(size) != self.dims or min(size) < kernel_size):
-            raise ValueError(
-                f"{self.name}: norm 'exact' needs the size of the map, at least {kernel_size} per dimension, "
-                f"got {size}; norm 'power' fits any"
-            )
-        self.size = tuple(size) if self.dims and norm == "exact" else None
+            raise ValueError(f"{self.name}: kernel_size must be odd and padding_mode 'zeros' or 'circular'")
+        self.size = None
+        if self.dims and norm == "exact":
+            if size is None:
+                raise ValueError(f"{self.name}: norm 'exact' needs the size of the map; norm 'power' fits any")
+            self.size = sides(self.name, "size", size, self.dims)
+            if min(self.size) < kernel_size:
+                raise ValueError(f"{self.name}: size must be at least {kernel_size} per dimension, got {size}")
         self.lipschitz, self.tolerance = lipschitz, tolerance
         self.exact_below, self.series_terms = exact_below, series_terms
         self.inverse_error: float | None = None
-        self.padding, self.circular = kernel_size // 2, padding_mode == "circular"
+        self.wider = 0 if padding_mode == "circular" else kernel_size - 1  # the circular one that the norm is of
 
-        kernel = {"kernel_size": kernel_size} if self.dims else {}
+        kernel = {"kernel_size": kernel_size, "padding": kernel_size // 2, "padding_mode": padding_mode}
+        kernel = kernel if self.dims else {}
         channels = (in_ch, hidden, hidden, in_ch)
         self.layers = nn.ModuleList(LAYERS[self.dims](*channels[i : i + 2], **kernel) for i in range(3))
         self.power = self.stateful = norm == "power"
@@ -1124,8 +1077,7 @@ class Residual(OverChannels):
             return (weight.flatten(1).T @ left).norm() * math.sqrt(math.prod(weight.shape[2:]))
         if self.size is None:
             return torch.linalg.svdvals(weight)[0]
-        wider = 0 if self.circular else 2 * self.padding
-        return circular_conv_norm(weight, [n + wider for n in self.size])
+        return circular_conv_norm(weight, [n + self.wider for n in self.size])
 
     def weights(self) -> list[Tensor]:
         """Weight and bias of each layer of h: scaled down if the layer's norm is above its bound, else as it is."""
@@ -1142,12 +1094,9 @@ class Residual(OverChannels):
 
     def _layers(self, x: Tensor, weights: Sequence[Tensor]) -> Iterator[Tensor]:
         """The outputs of the three layers."""
-        f = (F.linear, F.conv1d, F.conv2d)[self.dims]
-        for i in range(0, 6, 2):
-            x = elu(x) if i else x
-            if self.dims and self.circular:
-                x = F.pad(x, [self.padding] * 2 * self.dims, mode="circular")
-            x = f(x, *weights[i : i + 2], **({"padding": self.padding} if self.dims and not self.circular else {}))
+        for i, layer in enumerate(self.layers):
+            f = layer._conv_forward if self.dims else F.linear
+            x = f(elu(x) if i else x, *weights[2 * i : 2 * i + 2])
             yield x
 
     def h(self, x: Tensor, *weights: Tensor) -> Tensor:
@@ -1203,12 +1152,7 @@ class Residual(OverChannels):
             reached *= 1 if k <= self.series_terms else self.lipschitz  # the probability of reaching term k
             (following,) = pull(product)
             lengths = (norm(t.detach(), self.dims + 1) for t in (following, product))
-            growth = torch.div(*lengths).nan_to_num(0.0).max()
-            try:
-                growth = growth.item()
-            except RuntimeError:  # of vmap, to which the number of terms is unknown as well
-                exact = f"give exact_below of {x[0].numel()} or more"
-                raise RuntimeError(f"{self.name}: vmap goes through exact log-determinants only: {exact}") from None
+            growth = torch.div(*lengths).nan_to_num(0.0).max().item()
             if growth > 1 + 1e-4:
                 raise ValueError(
                     f"{self.name}: the series of the log-determinant diverges: J stretches by {growth:.4f}, so h "
@@ -1236,11 +1180,9 @@ class Residual(OverChannels):
         def make(y: Tensor, *weights: Tensor) -> Callable[[Tensor], Tensor]:
             return lambda x: y - self.h(x, *weights)
 
-        solve = Banach(self.name, self.lipschitz, self.dims + 1, self.tolerance, self._report)
+        report = partial(setattr, self, "inverse_error")
+        solve = Banach(self.name, self.lipschitz, self.dims + 1, self.tolerance, report)
         return FixedPoint.apply(make, solve, self._scale(y.detach(), weights), y.detach(), y, *weights)
-
-    def _report(self, bound: float) -> None:
-        self.inverse_error = bound
 
 
 class ResidualFC(Residual):
@@ -1401,10 +1343,10 @@ def inverted(block: str, **arguments) -> Surjection:
     Raises:
         ValueError: no such block, or none that has an inverse.
     """
-    known = {name: kind for name, kind in BLOCKS.items() if isinstance(kind, type) and issubclass(kind, Bijection)}
-    if block not in list(known):
-        raise ValueError(f"Inverted: block must be one of {sorted(known)}, got {block!r}")
-    return known[block](**arguments).inverted()
+    known = sorted(name for name, kind in BLOCKS.items() if isinstance(kind, type) and issubclass(kind, Bijection))
+    if block not in known:
+        raise ValueError(f"Inverted: block must be one of {known}, got {block!r}")
+    return BLOCKS[block](**arguments).inverted()
 
 
 BLOCKS["Inverted"] = inverted

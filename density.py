@@ -3,7 +3,7 @@
 Letters: B batch, x input, y output, z latent; shapes are those of one image, without B.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,6 @@ class Density(nn.Module):
     def pinn(self) -> PINN:
         return self.chain.pinn if isinstance(self.chain, SPNN) else self.chain
 
-    def _centre(self, block: Surjection, y: Tensor, z: Tensor | None = None) -> Tensor:
-        """The mean of a block's latent, which has the shape of z: 0 if the block names no natural one."""
-        centre = block.natural_latent(y)
-        if centre is None and z is None:
-            raise ValueError(f"Density: {type(block).__name__}.natural_latent is None, so no latent can be drawn")
-        return centre if self.natural and centre is not None else torch.zeros_like(z if centre is None else centre)
-
     @staticmethod
     def _noise(block: Surjection) -> Concat | None:
         """The `ConcatNoise` whose noise a block extracts."""
@@ -68,12 +61,11 @@ class Density(nn.Module):
             x, z, log_det = block.forward_log_det(x)
             log_dets.append(log_det)
             if z is not None:
-                noise = self._noise(block)
-                z = at_least_float32(z)
-                apart = z if noise else z - self._centre(block, x, z)
-                if apart.shape != z.shape:
+                noise, z = self._noise(block), at_least_float32(z)
+                centre = block.natural_latent(x) if self.natural and noise is None else torch.zeros_like(z)
+                if centre.shape != z.shape:
                     raise ValueError(f"Density: {type(block).__name__}.natural_latent does not fit {tuple(z.shape)}")
-                latents.append(noise.log_density(z) if noise else per_image(NOISES["normal"].log_prob(apart)))
+                latents.append(noise.log_density(z) if noise else per_image(NOISES["normal"].log_prob(z - centre)))
         return x, torch.stack(latents).sum(0), torch.stack(log_dets).sum(0)  # and no sums of what broadcasts
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -93,9 +85,8 @@ class Density(nn.Module):
         for block in reversed(self.pinn.blocks):
             z = None
             if block.lossy:
-                noise = self._noise(block)
-                z = noise.draw(y) if noise else self._centre(block, y)
-                z = z if noise else z + torch.randn_like(z)
+                noise, centre = self._noise(block), block.natural_latent(y)
+                z = noise.draw(y) if noise else torch.randn_like(centre) + (centre if self.natural else 0)
             y = block.pinv(y, z)
         return y
 
@@ -111,20 +102,15 @@ class BlockTransform(Transform):
 
     def __init__(self, block: Surjection | PINN, in_shape: Sequence[int]):
         super().__init__()
-        blocks = list(block.blocks) if isinstance(block, PINN) else [block]
-        for part in blocks:
+        self.chain = chain = PINN([block], in_shape)
+        for part in chain.blocks:
             if part.lossy or not part.exact:
                 raise ValueError(f"as_transform: {type(part).__name__} is no bijection, so it has no Transform")
-        self.block, self.in_shape = block, tuple(in_shape)
-        shape = self.in_shape
-        for part in blocks:
-            shape = part.output_shape(shape)
-        self.out_shape = tuple(shape)
-        first, last = (getattr(blocks[i], side, constraints.real) for i, side in ((0, "domain"), (-1, "codomain")))
-        self.domain = constraints.independent(first, len(self.in_shape))
-        self.codomain = constraints.independent(last, len(self.out_shape))
+        first, last = chain.blocks[0], chain.blocks[-1]
+        self.domain = constraints.independent(getattr(first, "domain", constraints.real), len(chain.in_shape))
+        self.codomain = constraints.independent(getattr(last, "codomain", constraints.real), len(chain.out_shape))
 
-    def _over(self, f, x: Tensor, shape: Shape) -> Tensor:
+    def _over(self, f: Callable[[Tensor], Tensor], x: Tensor, shape: Shape) -> Tensor:
         """f, which takes one batch dimension, over any number of them."""
         batch = x.shape[: max(x.dim() - len(shape), 0)]
         if x.shape[len(batch) :] != shape:
@@ -134,19 +120,19 @@ class BlockTransform(Transform):
         return result.reshape(*batch, *result.shape[1:])
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._over(self.block, x, self.in_shape)
+        return self._over(self.chain, x, self.chain.in_shape)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._over(self.block.pinv, y, self.out_shape)
+        return self._over(self.chain.pinv, y, self.chain.out_shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._over(self.block.log_abs_det, x, self.in_shape).reshape(x.shape[: x.dim() - len(self.in_shape)])
+        return self._over(self.chain.log_abs_det, x, self.chain.in_shape)
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
-        return torch.Size((*shape[: len(shape) - len(self.in_shape)], *self.out_shape))
+        return torch.Size((*shape[: len(shape) - len(self.chain.in_shape)], *self.chain.out_shape))
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        return torch.Size((*shape[: len(shape) - len(self.out_shape)], *self.in_shape))
+        return torch.Size((*shape[: len(shape) - len(self.chain.out_shape)], *self.chain.in_shape))
 
 
 def as_transform(block: Surjection | PINN, in_shape: Sequence[int]) -> BlockTransform:

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode
 
-from networks import full_precision
+from networks import exact, full_precision
 
 
 def norm(x: Tensor, dims: int) -> Tensor:
-    """The Euclidean norm over the last ``dims`` dimensions, at any scale: no square over- or underflows."""
-    over = tuple(range(-dims, 0))
-    largest = x.abs().amax(over, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    return (torch.linalg.vector_norm(x / largest, dim=over, keepdim=True) * largest).squeeze(over)
+    """The Euclidean norm over the last ``dims`` dimensions, in float64: there no float32's square overflows."""
+    return torch.linalg.vector_norm(exact(x), dim=tuple(range(-dims, 0)))
 
 
 def pushforward(f: Callable[..., Tensor], *at: Tensor) -> Callable[..., Tensor]:
@@ -43,14 +41,6 @@ class Banach(NamedTuple):
     tolerance: float | None
     report: Callable[[float], None] | None = None
 
-    def refuse_batched(self, *gradients: Tensor) -> None:
-        """Refuse those of the vmap that torch had before torch.func: it knows no iteration."""
-        if any(map(torch._C._functorch.is_legacy_batchedtensor, gradients)):
-            raise RuntimeError(
-                f"{self.owner}: derivatives of its inverse go through torch.func (vmap, jacrev, jacfwd, hessian), not "
-                f"through is_grads_batched=True or vectorize=True"
-            )
-
     def __call__(self, step: Callable[[Tensor], Tensor], scale: Tensor, x: Tensor) -> Tensor:
         if x.is_meta:
             return step(x)
@@ -59,12 +49,11 @@ class Banach(NamedTuple):
         goal = rounding if self.tolerance is None else self.tolerance / tail
         # the first step is at most ``scale`` long, and each of the others shrinks by ``lipschitz``
         iterations = max(math.ceil(math.log(goal) / math.log(self.lipschitz)), 1) + 20
-        length = started = torch.full_like(scale, math.inf)
+        length = torch.full_like(scale, math.inf)
         traced = get_innermost_proxy_mode() is not None  # values are unknown to it: as many as it may take
-        for k in range(iterations):
+        for _ in range(iterations):
             x, before = step(x), x
             last, length = length, norm(x - before, self.dims)
-            started = length if k == 0 else started
             resting = (length >= last) & (length <= 256 * rounding * scale)  # it moves by rounding only
             if not traced and not ((length > goal * scale) & ~resting).any():  # one that is no number comes to no end
                 break
@@ -72,20 +61,15 @@ class Banach(NamedTuple):
             return x
         failed = (length > max(goal, 256 * rounding) * scale) | scale.isfinite() & ~length.isfinite()
         if failed.any():
-            worst = (length / last)[failed].max().item()
-            if not started[failed].isfinite().all():
-                raise ValueError(f"{self.owner}: its inverse is no number, as its weights are infinite or NaN")
+            growth = (length / last)[failed].max().item()
             raise ValueError(
-                f"{self.owner}: the inverse does not converge: after {iterations} iterations each step is still "
-                f"{worst:.4f} times the one before, and a Lipschitz constant of {self.lipschitz} was asked for"
+                f"{self.owner}: the inverse does not converge, as its weights are infinite or NaN or stretch more than "
+                f"the Lipschitz constant of {self.lipschitz} allows: the last step is {growth:.4f} times the one before"
             )
-        bound = (tail * length / scale).nan_to_num(0.0).max().item() if len(scale) else 0.0
         if self.report is not None:
+            bound = (tail * length / scale).nan_to_num(0.0).max().item() if len(scale) else 0.0
             if self.tolerance is not None and bound > self.tolerance:
-                raise ValueError(
-                    f"{self.owner}: the inverse is known to {bound:.1e} in {x.dtype}, which is above the tolerance "
-                    f"of {self.tolerance:.1e}"
-                )
+                raise ValueError(f"{self.owner}: the inverse is known to {bound:.1e}, above tolerance={self.tolerance}")
             self.report(bound)
         return x
 
@@ -120,7 +104,6 @@ class FixedPoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx, v):
         make, solve, (x, *args) = ctx.make, ctx.solve, ctx.saved_tensors
-        solve.refuse_batched(v)
 
         def transposed(v, x, *args):
             pull = torch.func.vjp(make(*args), x)[1]
@@ -133,7 +116,6 @@ class FixedPoint(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, _make, _solve, _scale, _start, *tangents):
         make, solve, (x, *args) = ctx.make, ctx.solve, ctx.saved_tensors
-        solve.refuse_batched(*[t for t in tangents if t is not None])
 
         def along(r, x, *args):
             push = pushforward(make(*args), x)

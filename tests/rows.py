@@ -243,8 +243,7 @@ def network_rows() -> list[Row]:
     ]
 
 
-def bijection_rows() -> list[Row]:
-    return [*elementwise_rows(), *channel_rows(), *network_rows()]
+BIJECTIONS = [*elementwise_rows(), *channel_rows(), *network_rows()]
 
 
 def operator_rows() -> list[Row]:
@@ -265,7 +264,7 @@ ROWS = [
     Row("unshuffle 2", lambda: PixelUnshuffleBlock(2), (3, 4, 6), lossy=False),
     Row("unshuffle 1", lambda: PixelUnshuffleBlock(1), (2, 3, 5), lossy=False),
     Row("unshuffle 3 by 2", lambda: PixelUnshuffleBlock((3, 2)), (2, 6, 4), lossy=False),
-    *bijection_rows(),
+    *BIJECTIONS,
     Row("tiny with bijections", tiny_with_bijections, (3, 4, 4), **CHAIN),
     Row("chain, oblong", oblong, (3, 6, 10), **CHAIN),
     Row("chain of one unshuffle", lambda: PINN([PixelUnshuffleBlock(3)], (1, 6, 3)), (1, 6, 3), lossy=False),

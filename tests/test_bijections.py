@@ -46,20 +46,22 @@ def ready(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def prelu(slope: float) -> nn.Module:
-    layer = nn.PReLU(3).double()
+    layer = nn.PReLU(4).double()
     nn.init.constant_(layer.weight, slope)
     return layer
 
 
-ACTIVATIONS = [
+TORCHS = [
     *((bi.Sigmoid(), nn.Sigmoid()), (bi.Tanh(), nn.Tanh()), (bi.LeakyReLU(0.2), nn.LeakyReLU(0.2))),
-    *((bi.PReLU(3, slope=0.3).double(), prelu(0.3)), (bi.ELU(0.7), nn.ELU(0.7)), (bi.SELU(), nn.SELU())),
+    *((bi.PReLU(4, slope=0.3).double(), prelu(0.3)), (bi.ELU(0.7), nn.ELU(0.7)), (bi.SELU(), nn.SELU())),
+    *((bi.PixelUnshuffle(2), nn.PixelUnshuffle(2)), (bi.PixelShuffle(2), nn.PixelShuffle(2))),
+    (PixelUnshuffleBlock(2), nn.PixelUnshuffle(2)),
 ]
 
 
-@pytest.mark.parametrize("layer, torchs", ACTIVATIONS, ids=lambda layer: type(layer).__name__)
-def test_an_activation_is_torchs(layer, torchs):
-    x = randn(4, 3, 5, scale=5)
+@pytest.mark.parametrize("layer, torchs", TORCHS, ids=lambda layer: type(layer).__name__)
+def test_a_layer_is_torchs(layer, torchs):
+    x = randn(2, 4, 4, 6, scale=5)
     assert_close(layer(x), torchs(x))
 
 
@@ -103,29 +105,22 @@ def test_values_outside_the_range_are_refused_by_name(layer, value):
         layer.pinv(y)
 
 
-def test_baird_is_its_formula_where_that_can_be_computed():
-    layer = ready(bi.BairdActivation(3))
-    with torch.no_grad():
-        layer.c.copy_(torch.tensor([0.4, -3.0, 50.0]))
-    x = torch.linspace(-40, 40, 801, dtype=torch.float64)[:, None].expand(-1, 3)
-    assert_close(layer(x), torch.asinh(torch.sinh(x) + layer.c), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("dtype, largest", [(torch.float32, 1e4), (torch.float64, 1e5)])
-def test_baird_is_stable_for_large_inputs(dtype, largest):
-    """There sinh overflows; the map is the identity to rounding, and its own inverse with -c."""
-    layer = bi.BairdActivation(2).to(dtype)
+def test_baird_is_its_formula_and_stable_for_large_inputs(dtype, largest):
+    """Where sinh overflows the map is the identity to rounding, and its own inverse with -c."""
+    layer = bi.BairdActivation(3).to(dtype)
     with torch.no_grad():
-        layer.c.copy_(torch.tensor([7.0, -30.0]))
-    size = torch.logspace(0, math.log10(largest), 60, dtype=dtype)
-    x = torch.cat([-size, size])[:, None].repeat(1, 2).requires_grad_()
+        layer.c.copy_(torch.tensor([0.4, -30.0, 7.0]))
+    size = torch.logspace(-2, math.log10(largest), 60, dtype=dtype)
+    x = torch.cat([-size, size])[:, None].repeat(1, 3).requires_grad_()
     y, _, log_det = layer.forward_log_det(x)
-    far = x.abs() > 30
+    near, far = x.abs()[:, 0] < 40, x.abs()[:, 0] > 30
+    expected = torch.asinh(torch.sinh(x[near].double()) + layer.c.double())
+    assert_close(y[near].double(), expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-5)
     assert_close(y[far], x[far])
-    assert_close(log_det[far[:, 0]], torch.zeros(int(far[:, 0].sum()), dtype=dtype))
+    assert_close(log_det[far], torch.zeros(int(far.sum()), dtype=dtype))
     (gradient,) = torch.autograd.grad(y.sum() + log_det.sum(), x)
     assert gradient.isfinite().all()
-
     assert_close(layer.pinv(y), x, rtol=1e-4, atol=1e-3 if dtype == torch.float32 else 1e-10)
 
 
@@ -161,34 +156,18 @@ def test_linear_layers_are_the_matrices_they_say():
     assert_close(matrix(svd, 5), expected)
     assert_close(torch.linalg.svdvals(expected).sort().values, diagonal.log_scale.exp().sort().values)
 
-    torch.manual_seed(0)
-    conv = bi.Conv1x1(6).double()
-    assert_close(matrix(conv, 6).T @ matrix(conv, 6), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-5)
-    conv = ready(conv)
+    conv = ready(bi.Conv1x1(6))
     w = matrix(conv, 6)
     x = randn(2, 6, 3, 2)
     assert_close(conv(x), F.conv2d(x, w[..., None, None]))
 
-    orthogonal = ready(bi.Orthogonal(6, reflections=6))
-    assert_close(torch.linalg.det(matrix(orthogonal, 6)), torch.tensor(1.0, dtype=torch.float64))
-    assert (matrix(orthogonal, 6) - torch.eye(6)).abs().max() > 0.1
 
-
-def test_unshuffles_are_torchs():
-    x = randn(2, 3, 4, 6)
-    y = bi.PixelUnshuffle(2)(x)
-    assert torch.equal(y, F.pixel_unshuffle(x, 2)) and torch.equal(y, PixelUnshuffleBlock(2)(x))
-    assert torch.equal(bi.PixelShuffle(2)(y), F.pixel_shuffle(y, 2))
+def test_rearrangements_take_the_order_they_are_given():
     line = torch.arange(6.0).view(1, 1, 6)
     assert bi.PixelUnshuffle(3, dims=1)(line).tolist() == [[[0, 3], [1, 4], [2, 5]]]
-    assert torch.equal(bi.PixelShuffle(3, dims=1)(bi.PixelUnshuffle(3, dims=1)(line)), line)
-
-
-def test_shuffle_takes_the_order_it_is_given():
-    x = torch.tensor([[10.0, 20.0, 30.0]])
-    assert bi.Shuffle(3, order=[2, 0, 1])(x).tolist() == [[30, 10, 20]]
-    assert bi.Shuffle(50, seed=1).order.tolist() != bi.Shuffle(50, seed=2).order.tolist()
-    assert bi.Shuffle(50, seed=1).order.tolist() == bi.Shuffle(50, seed=1).order.tolist()
+    assert bi.Shuffle(3, order=[2, 0, 1])(torch.tensor([[10.0, 20.0, 30.0]])).tolist() == [[30, 10, 20]]
+    orders = [bi.Shuffle(50, seed=seed).order.tolist() for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
 
 
 # --- Normalisation ---------------------------------------------------------------------------------------------------
@@ -255,13 +234,11 @@ def test_coupling_moves_what_it_should_within_its_bound():
     scale = (layer(x + torch.tensor([0, 0, 1, 1, 1, 1])[:, None, None]) - y)[:, 2:]  # exp(log-scale)
     assert math.exp(-0.5) - 1e-9 <= scale.min() < 0.7 and 1.4 < scale.max() <= math.exp(0.5) + 1e-9
 
-    flipped = ready(bi.Coupling(6, kept=2, hidden=8, flip=True))
-    assert torch.equal(flipped(x)[:, 4:], x[:, 4:]) and (flipped(x)[:, :4] != x[:, :4]).all()
-
-    board = ready(bi.Coupling(6, mask="checkerboard", hidden=8))
-    same = board(x) == x
-    expected = (torch.arange(3)[:, None] + torch.arange(3)) % 2 == 1
-    assert torch.equal(same, expected.expand_as(same))
+    for layer, stays in (
+        (bi.Coupling(6, kept=2, hidden=8, flip=True), torch.arange(6)[:, None, None] >= 4),
+        (bi.Coupling(6, mask="checkerboard", hidden=8), (torch.arange(3)[:, None] + torch.arange(3)) % 2 == 1),
+    ):
+        assert torch.equal(ready(layer)(x) == x, stays.expand_as(x))
 
     additive = bi.Coupling(6, kind="additive", hidden=8).double()
     assert torch.equal(additive(x), x), "it does not start as the identity"
@@ -289,13 +266,12 @@ def test_coupling_takes_networks_of_your_own(mask, kind):
 
 
 def test_a_spline_bends_within_its_bound_and_starts_as_the_identity():
-    layer = bi.SplineCoupling(3, dims=0, hidden=8, bound=2.0).double()
+    layer = bi.SplineCoupling(3, kept=1, dims=0, hidden=8, bound=2.0).double()
     x = randn(200, 3, scale=2.0)
     assert_close(layer(x), x)
-    y = ready(layer)(x)
-    inside = x[:, 1:].abs() < 2
-    assert torch.equal(y[:, :1], x[:, :1]) and torch.equal(y[:, 1:][~inside], x[:, 1:][~inside])
-    assert y[:, 1:][inside].abs().max() <= 2 and (y - x)[:, 1:][inside].abs().max() > 0.1
+    y, inside = ready(layer)(x), x.abs() < 2
+    inside[:, 0] = False  # which stays
+    assert torch.equal(y[~inside], x[~inside]) and y[inside].abs().max() <= 2 and (y - x)[inside].abs().max() > 0.1
 
 
 def test_a_spline_rises_through_its_knots_with_the_slope_it_reports():
@@ -422,7 +398,7 @@ def test_an_inverse_reports_a_true_bound_of_its_error(tolerance):
         y = block(x)
         error = ((block.pinv(y) - x).norm(dim=1) / block._scale(y, block.weights())).max().item()
     assert tolerance * 1e-6 < error <= block.inverse_error <= tolerance
-    with pytest.raises(ValueError, match="above the tolerance of 1.0e-09"):
+    with pytest.raises(ValueError, match="above tolerance=1e-09"):
         exaggerated(bi.ResidualFC(5, tolerance=1e-9)).float().pinv(y.float())
 
 
@@ -463,8 +439,6 @@ def test_an_inverse_has_derivatives_of_every_order_in_both_modes(name):
     n = y[0].numel()
     there = vmap(jacrev(lambda x: block(x[None])[0]))(block.pinv(y)).view(2, n, n)
     assert_close(by_reverse.view(2, n, n), torch.linalg.inv(there))
-    with pytest.raises(RuntimeError, match="go through torch.func"):  # and not torch's older vmap
-        torch.autograd.functional.jacobian(block.pinv, y, vectorize=True)
     loss = lambda y: one(y).pow(3).sum()  # noqa: E731
     assert_close(jacfwd(jacrev(loss))(y[0]), jacrev(jacrev(loss))(y[0]))
 
@@ -506,13 +480,6 @@ def test_the_series_estimates_the_log_determinant_without_bias(series_terms):
     assert sigma.max() < 0.1 * exact_gradient.abs().max()
 
 
-def test_an_estimate_under_vmap_says_what_to_do():
-    block = bi.ResidualFC(4, hidden=5, exact_below=0).double()
-    for call in (block.log_abs_det, jacrev(block.log_abs_det)):
-        with pytest.raises(RuntimeError, match=r"ResidualFC\(4->4\): vmap goes.*give exact_below of 4 or more"):
-            vmap(call, randomness="different")(randn(2, 3, 4))
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_an_estimated_log_determinant_needs_no_gradients_around_it(mode):
     block, x = exaggerated(bi.ResidualFC(4, hidden=5, exact_below=0)), randn(3, 4)
@@ -527,16 +494,6 @@ def test_an_estimated_log_determinant_needs_no_gradients_around_it(mode):
 
 
 # --- Adding and extracting noise -------------------------------------------------------------------------------------
-
-
-def test_concat_puts_on_what_it_is_given_and_takes_it_off():
-    layer = ready(bi.Concat(3, 2))
-    x, e = randn(4, 3, 5), randn(4, 2, 5, seed=1)
-    y = layer(x, e=e)
-    assert torch.equal(y, torch.cat([x, e], 1)) and torch.equal(layer.pinv(y), x)
-    assert torch.equal(layer.split(y)[1], e)
-    assert torch.equal(layer(x)[:, 3:], layer.constant[:, None].expand(4, 2, 5))
-    assert_close(layer.inverted().pinv(x), layer(x))
 
 
 NOISES = ["normal", "uniform", "laplace", Normal(0.0, 2.0), Bernoulli(0.3)]
@@ -568,11 +525,6 @@ def test_whitening_whitens_what_it_was_fitted_to(kind):
     assert symmetric == (kind == "zca")
     diagonal = layer.whiten @ layer.whiten.T  # of PCA: one over the eigenvalues
     assert (diagonal - torch.diag(diagonal.diagonal())).abs().max() < 1e-8 or kind == "zca"
-
-    white = randn(20000, 4, seed=8)
-    coloured = layer.inverted()(white)
-    expected = torch.cov(x.movedim(1, 0).flatten(1))
-    assert_close(torch.cov(coloured.T), expected, rtol=0, atol=0.2)
 
 
 def test_whitening_refuses_data_of_fewer_dimensions():
@@ -711,21 +663,10 @@ def test_a_log_determinant_that_would_broadcast_is_no_density():
         PINN([Scaled(3)], (3,)).log_abs_det(torch.zeros(4, 3))
 
 
-def test_a_natural_latent_that_would_broadcast_is_no_density_and_none_is_zero():
+def test_a_natural_latent_that_would_broadcast_is_no_density():
     class Elsewhere(bi.ResidualFC):
         def natural_latent(self, y):
             return torch.zeros(len(y), 1, 1)
-
-    class Unnamed(bi.ResidualFC):
-        def natural_latent(self, y):
-            return None
-
-    density = Density(PINN([Unnamed(3, 2)], (3,)), natural=True)
-    expected = Density(PINN([bi.ResidualFC(3, 2)], (3,)))
-    expected.load_state_dict(density.state_dict())
-    assert_close(density.log_prob(torch.ones(4, 3)), expected.log_prob(torch.ones(4, 3)))
-    with pytest.raises(ValueError, match="Unnamed.natural_latent is None"):
-        density.sample(2)
 
     with pytest.raises(ValueError, match=r"Elsewhere.natural_latent does not fit \(4, 1\)"):
         Density(PINN([Elsewhere(3, 2)], (3,)), natural=True).log_prob(torch.zeros(4, 3))
@@ -789,16 +730,6 @@ def test_a_transform_may_change_the_shape():
     assert chain.log_abs_det(x).abs().min() > 1e-3
 
 
-def test_a_transform_takes_one_log_determinant_per_event():
-    block, x = bi.Bias(3), torch.ones(4, 3)
-    transform = as_transform(block, (3,))
-    block.log_abs_det = lambda x: x[:, :1]  # one of a user's own, which would broadcast to (4, 4)
-    assert transform.log_abs_det_jacobian(x, x).shape == (4,)
-    block.log_abs_det = lambda x: x
-    with pytest.raises(RuntimeError, match="shape"):
-        transform.log_abs_det_jacobian(x, x)
-
-
 @pytest.mark.parametrize(
     "block, shape",
     [
@@ -851,32 +782,21 @@ def test_every_layer_has_a_name_and_so_has_its_inverse():
 REFUSED = {
     "an inverse of no block": (lambda: bi.inverted("Cube"), "Inverted: block must be one of .*'Tanh'.*, got 'Cube'"),
     "an inverse that loses": (lambda: bi.inverted("ResidualFC", in_ch=3, out_ch=2), "discards a latent"),
-    "channels": (
-        lambda: PINN([bi.Bias(3), bi.Conv1x1(4)], (3, 2, 2)),
-        r"block 1: Conv1x1\(4\): features are .4,., but .3, 2",
-    ),
     "features": (lambda: PINN([bi.Bias((3, 2))], (3, 4)), r"block 0: Bias\(3x2\).*\(3, 4\) arrives"),
     "a view": (lambda: PINN([bi.View((4,), (2, 2))], (5,)), r"View.*expected \(4,\), got \(5,\)"),
-    "an unshuffle": (lambda: PINN([bi.PixelUnshuffle(2)], (1, 4, 5)), r"PixelUnshuffle\(r=2\): .* got 4x5"),
-    "a shuffle": (lambda: PINN([bi.PixelShuffle(2)], (6, 2, 2)), "6 channels"),
     "a mask": (lambda: PINN([bi.Coupling(4, mask=[1, 0, 1], dims=0)], (4,)), r"mask of shape \(3,\).*\(4,\)"),
     "a mask of halves": (lambda: bi.Coupling(2, mask=[0.5, 1], dims=0), "0 and 1 only"),
     "dimensions": (lambda: PINN([bi.Coupling(4)], (4,)), r"Coupling\(4\): dims is 2"),
     "nothing to move": (lambda: bi.Coupling(4, kept=4), "kept must be positive and at most 3, got 4"),
     "a mask and a split": (lambda: bi.Coupling(4, kept=1, mask="checkerboard"), "a mask stands in place of kept"),
     "a scale of none": (lambda: bi.Coupling(4, kind="additive", s=nn.Linear(2, 2)), "s is for kind 'affine'"),
-    "bins": (lambda: bi.SplineCoupling(4, bins=1), r"SplineCoupling\(4\): bins must be 2 to 256, got 1"),
-    "parts of channels": (lambda: bi.Conv1x1(3.0), "Conv1x1: channels must be a whole number, got 3.0"),
-    "a slope": (lambda: bi.LeakyReLU(0.0), "LeakyReLU: slope must be positive.*0.0"),
     "an order": (lambda: bi.Shuffle(3, order=[0, 0, 1]), r"each of 0\.\.\.2 once"),
     "lipschitz 1": (lambda: bi.ResidualFC(3, lipschitz=1.0), "lipschitz must be above 0 and below 1.*1.0"),
     "no size": (lambda: bi.ResidualConv2d(3), "needs the size of the map"),
-    "a size below the kernel": (lambda: bi.ResidualConv1d(3, size=2), "at least 3 per dimension"),
     "another size": (lambda: PINN([bi.ResidualConv2d(3, size=4)], (3, 4, 5)), r"size is \(4, 4\).*\(4, 5\)"),
     "an even kernel": (lambda: bi.ResidualConv1d(3, size=8, kernel_size=4), "odd"),
     "noise": (lambda: bi.ConcatNoise(2, 1, noise="pink"), "'pink'"),
     "noise of vectors": (lambda: bi.ConcatNoise(2, 1, noise=Normal(torch.zeros(3), 1)), "single numbers"),
-    "no features": (lambda: bi.Bias(0), "Bias: features must be positive"),
 }
 
 
