@@ -279,8 +279,6 @@ class BatchNorm(Affine):
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__(channels)
-        check_positive(self.name, most=1, momentum=momentum)
-        check_positive(self.name, eps=eps)
         self.momentum, self.eps = momentum, eps
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
@@ -531,7 +529,6 @@ class Orthogonal(VolumePreserving, OverChannels):
         super().__init__(channels)
         if mix_type not in MIXINGS:
             raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
-        check_positive(self.name, whole=True, reflections=reflections)
         self.mix = MIXINGS[mix_type](channels, **({"reflections": reflections} if mix_type == "householder" else {}))
 
     def g(self, x: Tensor) -> Tensor:
@@ -645,8 +642,7 @@ class Whitening(OverChannels):
         return y, None, log_det.expand(x.shape[0])
 
     def pinv(self, y: Tensor, latent: None = None) -> Tensor:
-        back = lambda columns, whiten, mean: torch.linalg.solve(whiten, columns) + mean  # noqa: E731
-        return self.over_columns(back, y, self.whiten, self.mean)
+        return self.over_columns(lambda c, m, mean: torch.linalg.solve(m, c) + mean, y, self.whiten, self.mean)
 
 
 # --- Rearrangements --------------------------------------------------------------------------------------------------
@@ -765,8 +761,8 @@ class Split(OverChannels):
         if self.checkerboard or self.mask is not None:
             mask = self.mask
             if self.checkerboard:
-                rows = [torch.arange(n, device=x.device) for n in x.shape[2:] or x.shape[1:]]
-                mask = sum(torch.meshgrid(*rows, indexing="ij")) % 2
+                axes = [torch.arange(n, device=x.device) for n in x.shape[2:] or x.shape[1:]]
+                mask = sum(torch.meshgrid(*axes, indexing="ij")) % 2
             stay = mask.bool() != self.flip
             moved, log_slope = self.moved(x, torch.where(stay, x, 0.0), backwards)
             return torch.where(stay, x, moved), torch.where(stay, 0.0, log_slope)
@@ -810,7 +806,7 @@ class Coupling(Split):
             "checkerboard" of a map's positions, or of a vector's entries (``flip`` swaps its colours).
         flip: the other part moves.
         hidden: width of the networks that are made if none are given (see `coupling_net`).
-        dims: dimensions of a map, 0 for vectors, up to 3; for the networks that are made.
+        dims: dimensions of a map, 0 for vectors, up to 3.
         scale_bound: largest absolute log-scale.
         s, t: networks of your own: from the kept channels to the others, or, with a mask, from all to all. One that
             changes from pass to pass, as dropout and spectral norms do in training mode, has no inverse then.

@@ -172,93 +172,77 @@ def row(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], **opt
     return Row(name, build, shape, **{"lossy": False, "float32": 1e-4, **options})
 
 
-def elementwise_rows() -> list[Row]:
-    return [
-        row("sigmoid", bi.Sigmoid, (3, 4), outputs=lambda y: torch.sigmoid(y / 2).clamp(0.02, 0.98)),
-        row("tanh", bi.Tanh, (3, 2, 2), outputs=lambda y: torch.tanh(y / 4).clamp(-0.95, 0.95)),
-        row("leaky relu", bi.LeakyReLU, (3, 2, 5)),
-        row("prelu", lambda: bi.PReLU(3), (3, 5)),
-        row("elu alpha 2", lambda: bi.ELU(2.0, 0.7), (3, 4), outputs=lambda y: y.clamp_min(-0.99)),
-        row("an activation of one's own", Asinh, (3, 2), outputs=torch.tanh),
-        row("one of a single slope", Tripled, (3, 2)),
-        row("baird", lambda: bi.BairdActivation(4), (4, 3)),
-        row("baird, one per entry", lambda: bi.BairdActivation((2, 3, 2)), (2, 3, 2)),
-        row("bias", lambda: bi.Bias(6), (6,)),
-        row("diagonal, spatial", lambda: bi.Diagonal(3), (3, 2, 5)),
-        row("diagonal, one per entry", lambda: bi.Diagonal((3, 2)), (3, 2)),
-        row("actnorm", lambda: bi.ActNorm(3), (3, 2, 4)),
-        row("batch norm", lambda: bi.BatchNorm(3), (3, 2, 4), fitted=True),
-    ]
+def split(dims: int, **options) -> Callable[[], nn.Module]:
+    return lambda: bi.Coupling(5, dims=dims, hidden=8, **options)
 
 
-def channel_rows() -> list[Row]:
-    return [
-        row("orthogonal, spatial", lambda: bi.Orthogonal(5, reflections=5), (5, 3, 2)),
-        row("orthogonal, cayley", lambda: bi.Orthogonal(5, mix_type="cayley"), (5, 3)),
-        row("svd", lambda: bi.SVDLinear(6), (6,)),
-        row("svd, spatial", lambda: bi.SVDLinear(4, bias=False, mix_type="cayley"), (4, 3, 2)),
-        row("conv 1x1", lambda: bi.Conv1x1(4), (4, 2, 3)),
-        row("conv 1x1, vectors", lambda: bi.Conv1x1(5), (5,)),
-        row("whitening zca", lambda: bi.Whitening(3), (3, 4), fitted=True),
-        row("whitening pca", lambda: bi.Whitening(5, kind="pca"), (5,), fitted=True),
-        row("shuffle", lambda: bi.Shuffle(7), (7, 2)),
-        row("view", lambda: bi.View((2, 3, 2), (4, 3)), (2, 3, 2)),
-        row("unshuffle 1-D", lambda: bi.PixelUnshuffle(3, dims=1), (2, 6)),
-        row("unshuffle 3-D", lambda: bi.PixelUnshuffle(2, dims=3), (1, 4, 2, 6)),
-        row("shuffle 2-D", lambda: bi.PixelShuffle(2), (8, 1, 3)),
-        row("extract", lambda: bi.Concat(3, 2).inverted(), (5, 2), lossy=True),
-        row("extract noise", lambda: bi.ConcatNoise(2, 3, noise="uniform").inverted(), (5, 2, 2), lossy=True),
-    ]
+def residual(kind: type, *args, **options) -> Callable[[], nn.Module]:
+    return lambda: kind(*args, hidden=7, **options)
 
 
-def network_rows() -> list[Row]:
-    def split(dims: int, **options) -> Callable[[], nn.Module]:
-        return lambda: bi.Coupling(5, dims=dims, hidden=8, **options)
+BIJECTIONS = [
+    # elementwise
+    row("sigmoid", bi.Sigmoid, (3, 4), outputs=lambda y: torch.sigmoid(y / 2).clamp(0.02, 0.98)),
+    row("tanh", bi.Tanh, (3, 2, 2), outputs=lambda y: torch.tanh(y / 4).clamp(-0.95, 0.95)),
+    row("leaky relu", bi.LeakyReLU, (3, 2, 5)),
+    row("prelu", lambda: bi.PReLU(3), (3, 5)),
+    row("elu alpha 2", lambda: bi.ELU(2.0, 0.7), (3, 4), outputs=lambda y: y.clamp_min(-0.99)),
+    row("an activation of one's own", Asinh, (3, 2), outputs=torch.tanh),
+    row("one of a single slope", Tripled, (3, 2)),
+    row("baird", lambda: bi.BairdActivation(4), (4, 3)),
+    row("baird, one per entry", lambda: bi.BairdActivation((2, 3, 2)), (2, 3, 2)),
+    row("bias", lambda: bi.Bias(6), (6,)),
+    row("diagonal, spatial", lambda: bi.Diagonal(3), (3, 2, 5)),
+    row("diagonal, one per entry", lambda: bi.Diagonal((3, 2)), (3, 2)),
+    row("actnorm", lambda: bi.ActNorm(3), (3, 2, 4)),
+    row("batch norm", lambda: bi.BatchNorm(3), (3, 2, 4), fitted=True),
+    # over channels
+    row("orthogonal, spatial", lambda: bi.Orthogonal(5, reflections=5), (5, 3, 2)),
+    row("orthogonal, cayley", lambda: bi.Orthogonal(5, mix_type="cayley"), (5, 3)),
+    row("svd", lambda: bi.SVDLinear(6), (6,)),
+    row("svd, spatial", lambda: bi.SVDLinear(4, bias=False, mix_type="cayley"), (4, 3, 2)),
+    row("conv 1x1", lambda: bi.Conv1x1(4), (4, 2, 3)),
+    row("conv 1x1, vectors", lambda: bi.Conv1x1(5), (5,)),
+    row("whitening zca", lambda: bi.Whitening(3), (3, 4), fitted=True),
+    row("whitening pca", lambda: bi.Whitening(5, kind="pca"), (5,), fitted=True),
+    row("shuffle", lambda: bi.Shuffle(7), (7, 2)),
+    row("view", lambda: bi.View((2, 3, 2), (4, 3)), (2, 3, 2)),
+    row("unshuffle 1-D", lambda: bi.PixelUnshuffle(3, dims=1), (2, 6)),
+    row("unshuffle 3-D", lambda: bi.PixelUnshuffle(2, dims=3), (1, 4, 2, 6)),
+    row("shuffle 2-D", lambda: bi.PixelShuffle(2), (8, 1, 3)),
+    row("extract", lambda: bi.Concat(3, 2).inverted(), (5, 2), lossy=True),
+    row("extract noise", lambda: bi.ConcatNoise(2, 3, noise="uniform").inverted(), (5, 2, 2), lossy=True),
+    # with networks
+    row("coupling affine", split(0), (5,)),
+    row("coupling affine 1-D", split(1, kept=1), (5, 4)),
+    row("coupling affine 2-D flipped", split(2, flip=True), (5, 2, 3)),
+    row("coupling affine 3-D", split(3), (5, 1, 2, 2)),
+    row("coupling additive", split(2, kind="additive", kept=4, flip=True), (5, 3, 2)),
+    row("coupling mask", split(0, mask=[1.0, 0.0, 0.0, 1.0, 0.0]), (5,)),
+    row("coupling mask over space", split(2, mask=[[[1, 0, 1], [0, 0, 1]]], flip=True), (5, 2, 3)),
+    row("coupling checkerboard", split(2, mask="checkerboard"), (5, 3, 3)),
+    row("coupling checkerboard additive", split(1, mask="checkerboard", kind="additive", flip=True), (5, 4)),
+    row("spline coupling", lambda: bi.SplineCoupling(5, dims=0, hidden=6), (5,)),
+    row("spline coupling 1-D", lambda: bi.SplineCoupling(3, kept=1, hidden=4, dims=1, bins=2), (3, 4)),
+    row("spline coupling 2-D flipped", lambda: bi.SplineCoupling(3, flip=True, hidden=4, bound=2.0), (3, 2, 3)),
+    row("residual", residual(bi.ResidualFC, 6), (6,)),
+    row("residual, narrower", residual(bi.ResidualFC, 6, 2, lipschitz=0.6), (6,), lossy=True),
+    row("residual 1-D", residual(bi.ResidualConv1d, 3, size=6, padding_mode="circular"), (3, 6)),
+    row("residual 2-D", residual(bi.ResidualConv2d, 3, size=(3, 4)), (3, 3, 4)),
+    row("residual 2-D, narrower", residual(bi.ResidualConv2d, 3, 1, size=3), (3, 3, 3), lossy=True),
+    row("inverted coupling", lambda: split(0)().inverted(), (5,)),
+    row("inverted residual", lambda: bi.ResidualFC(4, hidden=5).inverted(), (4,)),
+    row("chain of bijections", flow, (2, 2, 4)),
+]
 
-    def residual(kind: type, *args, **options) -> Callable[[], nn.Module]:
-        return lambda: kind(*args, hidden=7, **options)
 
-    half = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])
-    return [
-        row("coupling affine", split(0), (5,)),
-        row("coupling affine 1-D", split(1, kept=1), (5, 4)),
-        row("coupling affine 2-D flipped", split(2, flip=True), (5, 2, 3)),
-        row("coupling affine 3-D", split(3), (5, 1, 2, 2)),
-        row("coupling additive", split(2, kind="additive", kept=4, flip=True), (5, 3, 2)),
-        row("coupling mask", split(0, mask=half), (5,)),
-        row("coupling mask over space", split(2, mask=[[[1, 0, 1], [0, 0, 1]]], flip=True), (5, 2, 3)),
-        row("coupling checkerboard", split(2, mask="checkerboard"), (5, 3, 3)),
-        row("coupling checkerboard additive", split(1, mask="checkerboard", kind="additive", flip=True), (5, 4)),
-        row("spline coupling", lambda: bi.SplineCoupling(5, dims=0, hidden=6), (5,)),
-        row("spline coupling 1-D", lambda: bi.SplineCoupling(3, kept=1, hidden=4, dims=1, bins=2), (3, 4)),
-        row("spline coupling 2-D flipped", lambda: bi.SplineCoupling(3, flip=True, hidden=4, bound=2.0), (3, 2, 3)),
-        row("residual", residual(bi.ResidualFC, 6), (6,)),
-        row("residual, narrower", residual(bi.ResidualFC, 6, 2, lipschitz=0.6), (6,), lossy=True),
-        row("residual 1-D", residual(bi.ResidualConv1d, 3, size=6, padding_mode="circular"), (3, 6)),
-        row("residual 2-D", residual(bi.ResidualConv2d, 3, size=(3, 4)), (3, 3, 4)),
-        row("residual 2-D, narrower", residual(bi.ResidualConv2d, 3, 1, size=3), (3, 3, 3), lossy=True),
-        row("inverted coupling", lambda: split(0)().inverted(), (5,)),
-        row("inverted residual", lambda: bi.ResidualFC(4, hidden=5).inverted(), (4,)),
-        row("chain of bijections", flow, (2, 2, 4)),
-    ]
-
-
-BIJECTIONS = [*elementwise_rows(), *channel_rows(), *network_rows()]
-
-
-def operator_rows() -> list[Row]:
-    mask = (random((4, 5), seed=3) > 0).tolist()
-    return [
-        Row("weights", lambda: Weights([[0.6, 0.8, 0.0], [0.8, -0.6, 0.0]]), (3, 2, 5)),
-        Row("SPNN of sr2", lambda: make_operator("sr2", (3, 4, 6)).chain, (3, 4, 6)),
-        Row("SPNN of grey", lambda: make_operator("grey", (3, 3, 5)).chain, (3, 3, 5)),
-        Row("SPNN of a mask", lambda: LinearChain([(KnownPixels, {"mask": mask})], (3, 4, 5)).chain, (3, 4, 5)),
-        Row("SPNN of grey*sr2", lambda: make_operator("grey*sr2", (3, 4, 4)).chain, (3, 4, 4)),
-    ]
-
-
+PIXELS = (random((4, 5), seed=3) > 0).tolist()
 ROWS = [
-    *operator_rows(),
+    Row("weights", lambda: Weights([[0.6, 0.8, 0.0], [0.8, -0.6, 0.0]]), (3, 2, 5)),
+    Row("SPNN of sr2", lambda: make_operator("sr2", (3, 4, 6)).chain, (3, 4, 6)),
+    Row("SPNN of grey", lambda: make_operator("grey", (3, 3, 5)).chain, (3, 3, 5)),
+    Row("SPNN of a mask", lambda: LinearChain([(KnownPixels, {"mask": PIXELS})], (3, 4, 5)).chain, (3, 4, 5)),
+    Row("SPNN of grey*sr2", lambda: make_operator("grey*sr2", (3, 4, 4)).chain, (3, 4, 4)),
     *block_rows("cayley"),
     *block_rows("householder"),
     Row("unshuffle 2", lambda: PixelUnshuffleBlock(2), (3, 4, 6), lossy=False),

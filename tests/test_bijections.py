@@ -342,15 +342,18 @@ def exaggerated(block: bi.Residual, factor: float = 50.0) -> bi.Residual:
     return block
 
 
-@pytest.mark.parametrize("name", RESIDUALS)
+@pytest.mark.parametrize("name", [*RESIDUALS, "power"])
 def test_h_contracts_whatever_its_weights_are(name):
-    build, shape = RESIDUALS[name]
-    block = exaggerated(build(lipschitz=0.8))
-    norms = []
-    for x in randn(10, 1, *shape, scale=0.1):
+    """A power iteration's estimate needs a little training."""
+    build, shape = RESIDUALS.get(name, (lambda **o: bi.ResidualConv2d(2, hidden=4, norm="power", **o), (2, 5, 4)))
+    block, norms = exaggerated(build(lipschitz=0.8)).train(), []
+    for x in randn(30, 1, *shape, scale=0.1):
+        block(x)
+    for x in randn(10, 1, *shape, seed=1, scale=0.1):
         jacobian = torch.autograd.functional.jacobian(block.h, x).view(x.numel(), -1)
         norms.append(torch.linalg.matrix_norm(jacobian, ord=2).item())
-    assert 0.05 < max(norms) <= 0.8 + 1e-12
+    assert (0.02 if name == "power" else 0.05) < max(norms) <= 0.8 + 1e-12
+    assert_close(block.eval().pinv(block(x)), x)
 
 
 @torch.no_grad()
@@ -364,17 +367,6 @@ def test_the_bound_is_reached_and_small_weights_are_left_alone():
     for layer, weight in zip(block.layers, small, strict=True):
         layer.weight.copy_(weight)
     assert all(torch.equal(a, b) for a, b in zip(block.weights()[::2], small, strict=True))
-
-
-def test_power_iteration_bounds_h_once_trained():
-    block = exaggerated(bi.ResidualConv2d(2, hidden=4, norm="power", lipschitz=0.8)).train()
-    for _ in range(30):
-        block(randn(1, 2, 5, 4))
-    block.eval()
-    x = randn(1, 2, 5, 4)
-    jacobian = torch.autograd.functional.jacobian(block.h, x).view(x.numel(), -1)
-    assert torch.linalg.matrix_norm(jacobian, ord=2) < 0.8
-    assert_close(block.pinv(block(x)), x)
 
 
 def test_a_map_that_does_not_contract_is_found_out():
@@ -620,19 +612,6 @@ def test_a_linear_density_is_the_gaussian_it_stands_for():
     expected = MultivariateNormal(mean, precision_matrix=w.T @ w)
     x = randn(6, 3)
     assert_close(Density(chain).log_prob(x), expected.log_prob(x))
-    base = Independent(Normal(torch.ones(3).double(), 2.0), 1)  # of a whole y
-    shifted = MultivariateNormal(torch.linalg.solve(w, w @ mean + 1), covariance_matrix=4 * torch.linalg.inv(w.T @ w))
-    assert_close(Density(chain, base=base).log_prob(x), shifted.log_prob(x))
-    torch.manual_seed(0)
-    samples = Density(chain, base=base).sample(40000)
-    assert_close(samples.mean(0), shifted.mean, rtol=0, atol=0.1)
-
-
-@pytest.mark.parametrize("shape", [(2,), (1,), (1, 3), (3, 1), (3, 3)])
-def test_a_base_of_another_shape_is_refused(shape):
-    """It would broadcast, and the sum be another number."""
-    with pytest.raises(ValueError, match=r"Density: base must be of single numbers or of shape \(3,\), got"):
-        Density(PINN([bi.Bias(3)], (3,)), base=Normal(torch.zeros(shape), torch.ones(shape)))
 
 
 @torch.no_grad()
@@ -652,22 +631,23 @@ def test_a_base_of_an_spnn_is_one_of_logits_or_of_maps():
         density.log_prob(torch.zeros(1, 1, 4, 4))
 
 
-def test_a_log_determinant_that_would_broadcast_is_no_density():
+def test_what_would_broadcast_is_no_density():
+    """A base, a log-determinant or a natural latent of a user's own: the sum would be another number."""
+
     class Scaled(bi.Bias):
         def forward_log_det(self, x):
             return 2 * x, None, math.log(2) * torch.ones(len(x), 1) * 3
 
-    with pytest.raises(RuntimeError, match="equal size"):
-        Density(PINN([Scaled(3)], (3,))).log_prob(torch.zeros(4, 3))
-    with pytest.raises(RuntimeError, match="equal size"):
-        PINN([Scaled(3)], (3,)).log_abs_det(torch.zeros(4, 3))
-
-
-def test_a_natural_latent_that_would_broadcast_is_no_density():
     class Elsewhere(bi.ResidualFC):
         def natural_latent(self, y):
             return torch.zeros(len(y), 1, 1)
 
+    for shape in ((2,), (1,), (1, 3), (3, 1), (3, 3)):
+        with pytest.raises(ValueError, match=r"Density: base must be of single numbers or of shape \(3,\), got"):
+            Density(PINN([bi.Bias(3)], (3,)), base=Normal(torch.zeros(shape), torch.ones(shape)))
+    for call in (Density(PINN([Scaled(3)], (3,))).log_prob, PINN([Scaled(3)], (3,)).log_abs_det):
+        with pytest.raises(RuntimeError, match="equal size"):
+            call(torch.zeros(4, 3))
     with pytest.raises(ValueError, match=r"Elsewhere.natural_latent does not fit \(4, 1\)"):
         Density(PINN([Elsewhere(3, 2)], (3,)), natural=True).log_prob(torch.zeros(4, 3))
 
@@ -730,19 +710,12 @@ def test_a_transform_may_change_the_shape():
     assert chain.log_abs_det(x).abs().min() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "block, shape",
-    [
-        (ConvPINNBlock(3, 2), (3, 2, 2)),
-        (bi.ResidualFC(3, 2), (3,)),
-        (bi.Concat(2, 1), (2,)),
-        (bi.Concat(2, 1).inverted(), (3,)),
-        (PINN([bi.Bias(3), bi.ResidualFC(3, 2)], (3,)), (3,)),
-    ],
-)
-def test_what_is_no_bijection_has_no_transform(block, shape):
-    with pytest.raises(ValueError, match="is no bijection"):
-        as_transform(block, shape)
+def test_what_is_no_bijection_has_no_transform():
+    narrow, concat = bi.ResidualFC(3, 2), bi.Concat(2, 1)
+    for block in (ConvPINNBlock(3, 2), narrow, concat, concat.inverted(), PINN([bi.Bias(3), narrow], (3,))):
+        shape = (3, 2, 2) if isinstance(block, ConvPINNBlock) else (2,) if block is concat else (3,)
+        with pytest.raises(ValueError, match="is no bijection"):
+            as_transform(block, shape)
 
 
 def test_inverted_twice_is_the_layer_itself_and_its_parameters_are_the_layers():

@@ -172,16 +172,6 @@ def test_recomputed_activations_leave_weights_buffers_and_gradients_as_they_are(
         torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
 
 
-@torch.no_grad()
-def test_the_last_batch_moves_along_to_another_type():
-    norm = bi.BatchNorm(3).train()
-    x = random((8, 3), 1)
-    norm(x.float())
-    norm.double()
-    torch.testing.assert_close(norm.pinv(norm(x)), x)
-    assert norm.pinv(x).dtype == torch.float64
-
-
 def statistics_of(x: Tensor) -> list[Tensor]:
     """What layers in training mode learn of x, what they make of it, and its gradient."""
     found = []
