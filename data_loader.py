@@ -22,17 +22,14 @@ Z. Liu, P. Luo, X. Wang, X. Tang, "Deep Learning Face Attributes in the Wild", I
 """
 
 import csv
-import functools
 import hashlib
 import json
 import logging
 import math
 import os
-import re
-import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -41,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from images import (
@@ -100,7 +97,7 @@ _EXPECTED = (
     "list_eval_partition (.txt or .csv), or with images/ and masks/"
 )
 _NO_DATA_SETS = {IMAGE_FOLDER, PART_FOLDER, MASK_FOLDER, "img_align_celeba", "images"}  # thousands of files
-_CACHE_VERSION = 5  # raise it when the way a cached pixel is computed, or kept, changes
+_CACHE_VERSION = 6  # raise it when the way a cached pixel is computed, or kept, changes
 _VALUES = {"1": 1, "+1": 1, "-1": 0, "0": 0, "1.0": 1, "-1.0": 0, "0.0": 0}  # floats: a table with gaps has those
 _UNKNOWN = -1
 
@@ -117,14 +114,11 @@ class Annotations(NamedTuple):
     labels: np.ndarray  # (N, 40) int8, in the order of `ATTRIBUTES`: 1 present, 0 absent, -1 unknown
 
 
-def _is_csv(path: Path) -> bool:
-    return path.suffix.lower() == ".csv"
-
-
 def _read_rows(path: Path) -> list[tuple[int, list[str]]]:
     """Line numbers and words of a table: separated by commas in a .csv, by any white space elsewhere."""
     lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    split = (lambda line: next(csv.reader([line.strip()], skipinitialspace=True))) if _is_csv(path) else str.split
+    comma = path.suffix.lower() == ".csv"
+    split = (lambda line: next(csv.reader([line.strip()], skipinitialspace=True))) if comma else str.split
     return [(i, split(line)) for i, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -139,7 +133,7 @@ def read_annotations(path: str | Path) -> Annotations:
         InputError: with the file and the line, for anything else.
     """
     path = Path(path)
-    rows, comma = iter(_read_rows(path)), _is_csv(path)
+    rows, comma = iter(_read_rows(path)), path.suffix.lower() == ".csv"
 
     def wrong(line: int, what: str) -> NoReturn:
         raise InputError(f"{path}, line {line}: {what}")
@@ -147,47 +141,36 @@ def read_annotations(path: str | Path) -> Annotations:
     count = None if comma else " ".join(next(rows, (1, [""]))[1])
     at, names = next(rows, (2, []))
     names = names[comma:]
-    missing = [name for name in ATTRIBUTES if name not in names]
-    for name in [] if comma else names:
-        if name not in ATTRIBUTES:
-            wrong(at, f"unknown attribute {name!r}{nearest(name, ATTRIBUTES)}")
-    if missing:
+    if missing := [name for name in ATTRIBUTES if name not in names]:
         wrong(at, f"expected the 40 attribute names; missing {', '.join(missing)}")
-    if len(set(names)) < len(names):
-        wrong(at, "an attribute is named twice")
-
     columns = [names.index(name) for name in ATTRIBUTES]
     values_of = {**_VALUES, "": _UNKNOWN} if comma else _VALUES
-    labels, files = list[list[int]](), dict[str, int]()
+    files, labels = dict[str, int](), []
     for at, (file, *values) in rows:
         if len(values) != len(names):
             wrong(at, f"{file} has {len(values)} values, expected {len(names)}")
         if file in files:
             wrong(at, f"{file} is listed twice, first on line {files[file]}")
-        if Path(file).name != file:
-            wrong(at, f"{file!r} is not a plain file name")
         files[file] = at
         try:
             labels.append([values_of[values[column]] for column in columns])
         except KeyError as error:
             wrong(at, f"{file} has the value {error}, expected 1 or -1")
-    if count is not None and count.lstrip("0") != str(len(files)):
+    if count is not None and count != str(len(files)):
         raise InputError(f"{path}: the count says {count[:18]!r} images, the file lists {len(files)}")
     return Annotations(list(files), np.array(labels, dtype=np.int8).reshape(-1, 40))
 
 
-def read_partition(path: str | Path) -> dict[str, int]:
+def read_partition(path: Path) -> dict[str, int]:
     """CelebA's ``list_eval_partition.txt``, or a CSV of it: the split of each file, 0 train, 1 validation, 2 test.
 
     Raises:
         InputError: with the file and the line, for anything else.
     """
-    path, splits = Path(path), {}
-    for at, words in _read_rows(path)[_is_csv(path) :]:  # without the CSV's header
+    splits = {}
+    for at, words in _read_rows(path)[path.suffix.lower() == ".csv" :]:  # without the CSV's header
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
             raise InputError(f"{path}, line {at}: expected a file name and 0, 1 or 2, got {' '.join(words)[:80]!r}")
-        if words[0] in splits:
-            raise InputError(f"{path}, line {at}: {words[0]} is listed twice")
         splits[words[0]] = int(words[1])
     return splits
 
@@ -246,15 +229,6 @@ def split_indices(n: int, split: str) -> range:
     return range(*bounds[split])
 
 
-def _state(path: Path) -> tuple:
-    """What tells that a file or folder has changed; that it is missing is a state too."""
-    try:
-        found = path.stat()
-        return path.name, found.st_size, found.st_mtime_ns
-    except OSError:
-        return (path.name,)
-
-
 class Records(NamedTuple):
     """Everything that a data set lists, in the order of its numbers."""
 
@@ -263,17 +237,12 @@ class Records(NamedTuple):
     splits: np.ndarray  # (N,): position in `SPLITS`
 
 
-@functools.lru_cache(maxsize=1)  # three splits ask for it, one after the other
-def read_records(items: tuple[tuple[str, Path], ...], states: tuple) -> Records:
-    """Files, labels and splits of a data set: CelebA's as published, others by number, 80, 10 and 10 %.
-
-    Args:
-        items: the parts of the data set, see `LAYOUTS`. states: what they are remembered by, see `_state`.
+def read_records(parts: dict[str, Path]) -> Records:
+    """Files, labels and splits of a data set (`LAYOUTS`): CelebA's as published, others by number, 80, 10 and 10 %.
 
     Raises:
         InputError: tables that cannot be read, or that do not fit each other.
     """
-    parts = dict(items)
     folder = parts["images"]
     there = sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(IMAGE_SUFFIXES) and e.name[0] != ".")
     if "labels" in parts:
@@ -282,19 +251,18 @@ def read_records(items: tuple[tuple[str, Path], ...], states: tuple) -> Records:
         names, labels = there, np.full((len(there), 40), _UNKNOWN, dtype=np.int8)
     # a CSV may list numbers, a folder hold PNG if the table says JPEG
     known = set(there)
-    by_stem = {os.path.splitext(name)[0]: name for name in known - set(names)}
-    files = [name if name in known else by_stem.get(os.path.splitext(name)[0], name) for name in names]
+    by_stem = {Path(name).stem: name for name in known - set(names)}
+    files = [name if name in known else by_stem.get(Path(name).stem, name) for name in names]
+    if extra := sorted(known - set(files), key=natural_key):
+        log.warning("%s: left out %d pictures without labels: %s", folder, len(extra), listed(extra))
     order = sorted(range(len(files)), key=lambda i: natural_key(files[i]))
     if "partition" in parts:
         published = read_partition(parts["partition"])
         if lacking := [name for name in names if name not in published]:
-            said = f"no split for {listed(lacking)}, which {parts['labels'].name} lists"
-            raise InputError(f"{parts['partition']}: {said}")
+            raise InputError(f"{parts['partition']}: no split for {listed(lacking)}")
         splits = np.array([published[names[i]] for i in order], dtype=np.int8)
     else:
         splits = np.repeat(np.arange(3), [len(split_indices(len(order), split)) for split in SPLITS[:3]])
-    if extra := sorted(known - set(files), key=natural_key):
-        log.warning("%s: left out %d pictures without labels: %s", folder, len(extra), listed(extra))
     return Records([folder / files[i] for i in order], labels[order], splits)
 
 
@@ -313,13 +281,12 @@ def mask_files(folder: Path, images: Sequence[Path]) -> list[tuple[Path, ...]]:
     """The files that make the mask of each image: one palette picture, or its parts in the order of `MASK_CLASSES`."""
     if folder.name != PART_FOLDER:
         return [(folder / f"{image.stem}.png",) for image in images]
-    there = {k: {e.name for e in os.scandir(folder / k)} for k in os.listdir(folder) if (folder / k).is_dir()}
+    there = {file.stem: file for file in folder.glob("*/*.png")}
     sources = []
     for image in images:
-        k = str(int(image.stem) // 2000) if image.stem.isdecimal() else "0"
-        names = [f"{image.stem:0>5}_{part}.png" for part in MASK_CLASSES[1:]]
-        found = tuple(folder / k / name for name in names if name in there.get(k, ()))
-        sources.append(found or (folder / k / names[0],))  # of a face without any part: the one that is missing
+        names = [f"{image.stem:0>5}_{part}" for part in MASK_CLASSES[1:]]
+        found = tuple(there[name] for name in names if name in there)
+        sources.append(found or (folder / f"{names[0]}.png",))  # of a face without any part: one that is missing
     return sources
 
 
@@ -332,35 +299,43 @@ def read_mask(files: Sequence[Path], size: Size) -> np.ndarray:
         InputError: a file that is missing or unreadable, other classes, or other proportions than the image's.
     """
     image, *files = files
-    pictures: list[Image.Image] = [read_picture(file) for file in files]
-    if files[0].parent.parent.name == PART_FOLDER:
-        mask = np.zeros(pictures[0].size[::-1], dtype=np.uint8)
-        for file, picture in zip(files, pictures, strict=True):
-            if picture.size != pictures[0].size:
-                raise InputError(f"{file}: of another size than {files[0].name}")
-            mask[np.asarray(picture.convert("L")) > 0] = MASK_CLASSES.index(file.stem.partition("_")[2])
-    elif pictures[0].mode not in ("P", "L") or pictures[0].getextrema()[1] >= len(MASK_CLASSES):
-        raise InputError(f"{files[0]}: not a mask; expected a palette picture of classes 0 to {len(MASK_CLASSES) - 1}")
-    else:
-        mask = np.asarray(pictures[0])
     width, height = read_picture(image, upright_size)
-    if width * mask.shape[0] != height * mask.shape[1]:
-        raise InputError(f"{files[0]}: a mask of {mask.shape[1]}x{mask.shape[0]} for an image of {width}x{height}")
-    return np.asarray(fit(Image.fromarray(mask), size, files[0], Image.Resampling.NEAREST))
+    mask = np.zeros(sides("masks", "size", size), dtype=np.uint8)
+    for file in files:
+        picture = read_picture(file)
+        if width * picture.height != height * picture.width:
+            raise InputError(f"{file}: a mask of {picture.width}x{picture.height} for an image of {width}x{height}")
+        if file.parent.parent.name == PART_FOLDER:
+            part = fit(picture.convert("L"), size, file, Image.Resampling.NEAREST)
+            mask[np.asarray(part) > 0] = MASK_CLASSES.index(file.stem.partition("_")[2])
+        elif picture.mode not in ("P", "L") or picture.getextrema()[1] >= len(MASK_CLASSES):
+            raise InputError(f"{file}: not a mask; expected a palette picture of classes 0 to {len(MASK_CLASSES) - 1}")
+        else:
+            mask[:] = fit(picture, size, file, Image.Resampling.NEAREST)
+    return mask
 
 
 # --- The data set ----------------------------------------------------------------------------------------------------
 
 
+def _state(path: Path) -> tuple:
+    """What tells that a file has changed; that it is missing is a state too."""
+    try:
+        found = path.stat()
+        return path.name, found.st_size, found.st_mtime_ns
+    except OSError:
+        return (path.name,)
+
+
 class _Store:
     """N arrays (*shape) uint8, each read from some files; kept in one memory-mapped file if that can be written.
 
-    Beside it lies JSON: why which rows could not be read.
+    Beside it lies JSON: what it was made of, and why which rows could not be read.
 
     Args:
-        folder: for the file; None to read anew at every access. What was kept of an earlier state of the files, by
+        folder: for the file; None to read anew at every access. What was kept of an earlier state of the sources, by
             their names, sizes and dates, is made again.
-        name: of what is read, for the file's name.
+        name: of the file.
         read: makes an array of (files, its height and width), or raises an `InputError`: one bad file must not end a
             pass over 30,000.
 
@@ -376,23 +351,17 @@ class _Store:
         shape: tuple[int, ...],
         read: Callable[[Sequence[Path], tuple[int, int]], np.ndarray],
     ) -> None:
-        self.name, self.sources, self.shape, self.read = name, sources, shape, read
-        self.file: Path | None = None
-        self._map: np.ndarray | None = None  # opened once in a process: a pickled memory map would be a full copy
+        self.sources, self.shape, self.read = sources, shape, read
+        self.kept: np.ndarray | None = None
         if folder is not None:
-            key = json.dumps([_CACHE_VERSION, name, int(RESAMPLING), [list(map(_state, files)) for files in sources]])
-            file = folder / f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
             try:
-                if not file.is_file():
-                    self._write(file)
-                self.bad = {int(i): why for i, why in json.loads(file.with_suffix(".json").read_text()).items()}
-                self.file = file
+                self.kept, self.bad = self._keep(folder / f"{name}_{'x'.join(map(str, shape[-2:]))}.npy")
             except (InputError, OSError) as error:
                 log.warning("no cache of resized images, every epoch reads the originals: %s", error)
-        if self.file is None:
-            self.bad = {i: row for i, row in enumerate(self._read(sources)) if isinstance(row, str)}
+        if self.kept is None:
+            self.bad = {i: row for i, row in self._read_all() if isinstance(row, str)}
 
-    def _read(self, sources: Sequence[Sequence[Path]]) -> Iterator[np.ndarray | str]:
+    def _read_all(self) -> Iterator[tuple[int, np.ndarray | str]]:
         """The array of each source, or why there is none."""
 
         def read(files: Sequence[Path]) -> np.ndarray | str:
@@ -402,39 +371,35 @@ class _Store:
                 return str(error)
 
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            yield from pool.map(read, sources)
-
-    def _write(self, file: Path) -> None:
-        """Make the file, in place of one of an earlier state."""
-        bad, nothing = {}, np.zeros(self.shape, dtype=np.uint8)
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.sources), *self.shape)}
-        with (
-            atomic_write(file) as temporary,
-            open(temporary, "wb") as out,  # plain writes: a full disk is an error here, and a crash through a map
-            tqdm(total=len(self.sources), desc=f"caching {self.name}", unit="image", disable=None) as progress,
-        ):
-            np.lib.format.write_array_header_1_0(out, header)
             for start in range(0, len(self.sources), 256):  # not all at once: arrays would wait in memory
-                for i, row in enumerate(self._read(self.sources[start : start + 256]), start):
+                yield from enumerate(pool.map(read, self.sources[start : start + 256]), start)
+
+    def _keep(self, file: Path) -> tuple[np.ndarray, dict[int, str]]:
+        """The file's rows, made if they are not there, and those that could not be read."""
+        key = json.dumps([_CACHE_VERSION, int(RESAMPLING), [list(map(_state, files)) for files in self.sources]])
+        key, notes = hashlib.sha256(key.encode()).hexdigest(), file.with_suffix(".json")
+        if not (file.is_file() and notes.is_file() and json.loads(notes.read_text())["sources"] == key):
+            bad, nothing = {}, np.zeros(self.shape, dtype=np.uint8)
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.sources), *self.shape)}
+            # plain writes: a full disk is an error here, and a crash through a memory map
+            with atomic_write(file) as temporary, open(temporary, "wb") as out:
+                np.lib.format.write_array_header_1_0(out, header)
+                progress = tqdm(total=len(self.sources), desc=f"caching {file.stem}", unit="image", disable=None)
+                for i, row in self._read_all():
                     if isinstance(row, str):
                         bad[i], row = row, nothing
                     out.write(row.tobytes())
                     progress.update()
-            write_json(file.with_suffix(".json"), bad)
-        for old in file.parent.glob(f"{self.name}_*"):
-            if re.fullmatch(rf"{self.name}_[0-9a-f]{{16}}\.(npy|json)", old.name) and old.stem != file.stem:
-                old.unlink()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_map": None}
+                progress.close()
+            write_json(notes, {"sources": key, "bad": bad})
+        bad = {int(i): why for i, why in json.loads(notes.read_text())["bad"].items()}
+        return np.load(file, mmap_mode="r", allow_pickle=False), bad
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
         """(B, *shape) uint8."""
-        if self.file is None:
-            return torch.from_numpy(np.stack([self.read(self.sources[row], self.shape[-2:]) for row in rows]))
-        if self._map is None:
-            self._map = np.load(self.file, mmap_mode="r", allow_pickle=False)
-        return torch.from_numpy(self._map[rows])
+        if self.kept is not None:
+            return torch.from_numpy(self.kept[rows])
+        return torch.from_numpy(np.stack([self.read(self.sources[row], self.shape[-2:]) for row in rows]))
 
 
 def _read_pixels(files: Sequence[Path], size: Size) -> np.ndarray:
@@ -475,42 +440,46 @@ class CelebAMaskHQ(Dataset):
     ) -> None:
         self.root, parts = find_dataset(Path(root))
         self.split, self.img_size, self.mask_size = split, img_size, mask_size
-        records = read_records(tuple(parts.items()), tuple(map(_state, parts.values())))
-        total, wanted = len(records.files), split_indices(len(records.files), split)  # refuses unknown names
-        rows = np.flatnonzero(records.splits == SPLITS.index(split)) if split != "all" else np.array(wanted, dtype=int)
-        if not len(rows):
-            raise InputError(f"{self.root}: the {split} split of {total} images is empty; 10 images are enough")
-        files, labels = [records.files[row] for row in rows], records.labels[rows]
-        folder, count = self.root / ".cache" if cache else None, len(files)
-        wrong = {i: f"{file}: no such file" for i, file in enumerate(files) if not file.is_file()}
-        if mask_size is None:
-            unknown = np.flatnonzero((labels == _UNKNOWN).any(1)).tolist()
-            wrong = {i: f"{files[i].name}: attributes unknown" for i in unknown} | wrong
-        elif "masks" not in parts:
+        records = read_records(parts)
+        wanted = split_indices(len(records.files), split)  # refuses unknown names
+        rows = wanted if split == "all" else np.flatnonzero(records.splits == SPLITS.index(split)).tolist()
+        if not rows:
+            said = f"the {split} split of {len(records.files)} images is empty; 10 images are enough"
+            raise InputError(f"{self.root}: {said}")
+        if mask_size is not None and "masks" not in parts:
             raise InputError(f"{self.root}: no masks; expected {PART_FOLDER}/ or {MASK_FOLDER}/")
-        why, usable = [wrong[i] for i in sorted(wrong)], [i for i in range(count) if i not in wrong]
-        files, labels, bad = [files[i] for i in usable], labels[usable], dict[int, str]()
+        files, labels, why = list[Path](), list[np.ndarray](), list[str]()
+        for row in rows:  # what is not there takes no room in the cache
+            file, bits = records.files[row], records.labels[row]
+            if not file.is_file():
+                why.append(f"{file}: no such file")
+            elif mask_size is None and _UNKNOWN in bits:
+                why.append(f"{file.name}: attributes unknown")
+            else:
+                files.append(file)
+                labels.append(bits)
+        folder, bad = self.root / ".cache" if cache else None, dict[int, str]()
         self._masks = None
-        if files and not (strict and why):  # before an hour of resizing; what is not there takes no room in the cache
-            name, shape = f"{split}_{_named(img_size)}", (3, *sides("images", "size", img_size))
-            self._images = _Store(folder, name, [(file,) for file in files], shape, _read_pixels)
+        if files and not (strict and why):  # refused before an hour of resizing
+            shape = (3, *sides("images", "size", img_size))
+            self._images = _Store(folder, split, [(file,) for file in files], shape, _read_pixels)
             bad = self._images.bad
             if mask_size is not None:
                 sources = [(file, *masks) for file, masks in zip(files, mask_files(parts["masks"], files), strict=True)]
-                name = f"{split}_masks_{_named(mask_size)}"
-                self._masks = _Store(folder, name, sources, sides("masks", "size", mask_size), read_mask)
+                shape = sides("masks", "size", mask_size)
+                self._masks = _Store(folder, f"{split}_masks", sources, shape, read_mask)
                 bad = self._masks.bad | bad
             why += [bad[i] for i in sorted(bad)]
+        if why and strict:
+            raise InputError(listed(why, 1))
+        if len(why) == len(rows):
+            raise InputError(f"{parts['images']}: no image of the {split} split can be used: {listed(why)}")
         if why:
-            if strict:
-                raise InputError(listed(why, 1))
-            if len(why) == count:
-                raise InputError(f"{parts['images']}: no image of the {split} split can be used: {listed(why)}")
-            log.warning("%s split: left out %d of %d images: %s", split, len(why), count, listed(why))
+            log.warning("%s split: left out %d of %d images: %s", split, len(why), len(rows), listed(why))
         self._rows = np.array([i for i in range(len(files)) if i not in bad])  # item -> row of the stores
         self.paths = [files[i] for i in self._rows]
         self.files = [path.name for path in self.paths]
-        self.labels = torch.from_numpy(labels[self._rows]).float()  # (N, 40) in {0, 1}; with masks -1 if unknown
+        self.labels = torch.from_numpy(np.stack(labels)[self._rows]).float()  # (N, 40) in {0, 1}; with masks -1 too
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -530,29 +499,25 @@ class CelebAMaskHQ(Dataset):
         return images[0], targets[0]
 
 
-def _named(size: Size) -> str:
-    return str(size) if isinstance(size, int) else "x".join(map(str, size))
-
-
 # --- Loaders ---------------------------------------------------------------------------------------------------------
 
 Key = tuple[int, bool]  # (item, whether it is mirrored): each stands for one picture
-RawBatch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, S, S) uint8, their targets, which to mirror (B,) bool
+_CPU = torch.device("cpu")
 
 
-class EpochBatches(Sampler[list[Key]]):
-    """Batches of keys, drawn in the main process from a generator seeded by (seed, epoch).
+class EpochBatches:
+    """Batches of keys, drawn from a generator seeded by (seed, epoch).
 
-    So order and flips are the same for any number of workers, and epoch k is the same after a resume: set ``epoch``
-    (from 0; it counts on by itself at every pass) before iterating, or see `batches_from`. ``share`` is (rank, size) of
-    one of several processes: each gets its part of every batch.
+    So order and flips are the same for any number of workers, and epoch k is the same after a resume, see
+    `batches_from`; iterating gives epoch 0. ``share`` is (rank, size) of one of several processes: each gets its part
+    of every batch.
     """
 
     def __init__(
         self, n: int, batch_size: int, shuffle: bool, flip: bool, drop_last: bool, seed: int, share=(0, 1)
     ) -> None:
         self.n, self.batch_size, self.shuffle, self.flip, self.drop_last = n, batch_size, shuffle, flip, drop_last
-        self.seed, self.epoch, self.share = seed, 0, share
+        self.seed, self.share = seed, share
 
     def __len__(self) -> int:
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
@@ -573,43 +538,55 @@ class EpochBatches(Sampler[list[Key]]):
         return [keys[i * self.batch_size : (i + 1) * self.batch_size][rank::size] for i in range(len(self))]
 
     def __iter__(self) -> Iterator[list[Key]]:
-        # A generator function: a pass counts from its first batch on. (A loader with persistent workers asks for its
-        # first iterator twice and drops one.)
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        yield from self.batches(epoch)
+        return iter(self.batches(0))
 
 
-class _Batched(Dataset):
-    """Hands a whole batch of keys to a data set."""
+class FaceLoader:
+    """Hands out the images (B, 3, S, S) in [-1, 1] and the targets of batches of keys, on ``device``.
 
-    def __init__(self, source: CelebAMaskHQ) -> None:
-        self.source = source
+    ``num_workers`` threads read ahead; 0: each batch is read when it is asked for. Threads suffice: what a cache holds
+    is only copied, and Pillow decodes and resizes beside other threads.
+    """
+
+    def __init__(
+        self,
+        dataset: CelebAMaskHQ,
+        batch_sampler: EpochBatches | Sequence[list[Key]],
+        num_workers: int = 0,
+        device: torch.device = _CPU,
+    ) -> None:
+        self.dataset, self.batch_sampler, self.num_workers, self.device = dataset, batch_sampler, num_workers, device
 
     def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, keys: list[Key]) -> RawBatch:
-        indices, flips = zip(*keys, strict=True)
-        return *self.source.batch_uint8(indices), torch.tensor(flips)
-
-
-class FaceLoader(DataLoader):
-    """A loader whose bytes go to ``device`` and become images there: mirrored if marked, and in [-1, 1]."""
-
-    dataset: _Batched
-    batch_sampler: EpochBatches
-    device = torch.device("cpu")
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in super().__iter__():
-            some = batch[2].any()  # asked here: on the device it would have to be waited for
-            images, targets, mirrored = (part.to(self.device, non_blocking=True) for part in batch)
-            masks = targets.ndim == 3
-            if some:
-                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-                targets = torch.where(mirrored[:, None, None], mirror_masks(targets), targets) if masks else targets
-            # (B, 3, S, S) in [-1, 1]; (B, 40) in {0, 1}, or (B, M, M)
-            yield to_float(images), targets.long() if masks else targets
+        if not self.num_workers:
+            yield from map(self._load, self.batch_sampler)
+            return
+        # threads that compute beside others are fastest alone
+        pool = ThreadPoolExecutor(self.num_workers, initializer=torch.set_num_threads, initargs=(1,))
+        coming = deque[Future]()
+        try:
+            for keys in self.batch_sampler:
+                coming.append(pool.submit(self._load, keys))
+                if len(coming) > 2 * self.num_workers:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _load(self, keys: list[Key]) -> tuple[Tensor, Tensor]:
+        indices, flips = zip(*keys, strict=True)
+        # a device gets bytes, and makes images of them
+        images, targets = (part.to(self.device) for part in self.dataset.batch_uint8(indices))
+        masks = targets.ndim == 3
+        if mirrored := [i for i, flip in enumerate(flips) if flip]:
+            images[mirrored] = images[mirrored].flip(-1)
+            if masks:
+                targets[mirrored] = mirror_masks(targets[mirrored])
+        return to_float(images), targets.long() if masks else targets
 
 
 def make_loader(
@@ -620,35 +597,12 @@ def make_loader(
     shuffle: bool = False,
     flip: bool = False,
     drop_last: bool = False,
-    device: torch.device = FaceLoader.device,
+    device: torch.device = _CPU,
     share: tuple[int, int] = (0, 1),
 ) -> FaceLoader:
-    """A loader of images (B, 3, S, S) in [-1, 1] and labels (B, 40) in {0, 1}, or masks (B, M, M), on ``device``.
-
-    Its ``batch_sampler`` is an `EpochBatches`; `batches_from` goes on in the middle of an epoch.
-    """
-    loader = FaceLoader(
-        _Batched(source),
-        batch_sampler=EpochBatches(len(source), batch_size, shuffle, flip, drop_last, seed, share),
-        num_workers=workers,
-        collate_fn=tuple,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=outlive_stop_signals,
-        generator=torch.Generator().manual_seed(seed),  # or the loader draws worker seeds from the global one
-    )
-    loader.device = device
-    return loader
-
-
-def outlive_stop_signals(worker: int) -> None:
-    """A loader's ``worker_init_fn``. Terminals and schedulers signal every process of a run, but the step under way may
-    still wait for a batch. A worker does not stay for long: SIGTERM is also how its own process ends it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # any other status breaks the main process's last step
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+    """A `FaceLoader` of `EpochBatches`; `batches_from` goes on in the middle of an epoch."""
+    batches = EpochBatches(len(source), batch_size, shuffle, flip, drop_last, seed, share)
+    return FaceLoader(source, batches, workers, device)
 
 
 class Loaders(NamedTuple):
@@ -669,7 +623,7 @@ def make_loaders(
     flip: bool = True,
     strict: bool = False,
     cache: bool = True,
-    device: torch.device = FaceLoader.device,
+    device: torch.device = _CPU,
     share: tuple[int, int] = (0, 1),
     mask_size: Size | None = None,
 ) -> Loaders:
@@ -682,44 +636,33 @@ def make_loaders(
     Raises:
         InputError: as `CelebAMaskHQ`, or a batch that cannot be shared evenly.
     """
-    parts = {split: CelebAMaskHQ(root, split, img_size, strict, cache, mask_size) for split in SPLITS[:3]}
-    common = {"batch_size": batch_size, "workers": workers, "seed": seed, "device": device}
-    together = min(batch_size, len(parts["train"]))
+    train, val, test = (CelebAMaskHQ(root, split, img_size, strict, cache, mask_size) for split in SPLITS[:3])
+    together = min(batch_size, len(train))
     if together % share[1]:
         raise InputError(f"a batch of {together} images cannot be shared evenly by {share[1]} processes")
-    drop = len(parts["train"]) > batch_size
-    train = make_loader(parts["train"], shuffle=True, flip=flip, drop_last=drop, share=share, **common)
-    return Loaders(train, make_loader(parts["val"], **common), make_loader(parts["test"], **common))
+    common = {"batch_size": batch_size, "workers": workers, "seed": seed, "device": device}
+    drop = len(train) > batch_size
+    training = make_loader(train, shuffle=True, flip=flip, drop_last=drop, share=share, **common)
+    return Loaders(training, make_loader(val, **common), make_loader(test, **common))
 
 
 def with_batches(loader: FaceLoader, batches: Sequence[list[Key]], workers: int = 0) -> FaceLoader:
     """A loader of these batches alone, otherwise like ``loader``."""
-    other = FaceLoader(
-        loader.dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=tuple,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=outlive_stop_signals,
-        generator=torch.Generator(),  # or it draws the workers' seed from the global one
-    )
-    other.device = loader.device
-    return other
+    return FaceLoader(loader.dataset, batches, workers, loader.device)
 
 
 def first_items(loader: FaceLoader, count: int) -> list[Tensor]:
     """Images and targets of the first ``count`` items, or of all if there are fewer; no others are loaded."""
-    batches = islice(loader, -(-count // loader.batch_sampler.batch_size))
-    return [torch.cat(part)[:count] for part in zip(*batches, strict=True)]
+    some = with_batches(loader, loader.batch_sampler.batches(0)[: -(-count // loader.batch_sampler.batch_size)])
+    return [torch.cat(part)[:count] for part in zip(*some, strict=True)]
 
 
 def batches_from(loader: FaceLoader, step: int) -> Iterator[tuple[list[Key], tuple[Tensor, Tensor]]]:
     """The batches of a training, epoch after epoch, each with its keys; those of the first ``step`` are not loaded."""
     epoch, done = divmod(step, len(loader))
     while True:
-        keys, loader.batch_sampler.epoch = loader.batch_sampler.batches(epoch), epoch
-        batches = with_batches(loader, keys[done:], loader.num_workers) if done else loader
-        yield from zip(keys[done:], batches, strict=True)
+        keys = loader.batch_sampler.batches(epoch)[done:]
+        yield from zip(keys, with_batches(loader, keys, loader.num_workers), strict=True)
         epoch, done = epoch + 1, 0
 
 

@@ -49,7 +49,7 @@ class Machine:
     out: Path = option(..., "weights file, .safetensors or .pth")
     dataset_path: Path | None = option(None, "data set folder (default: download from Kaggle)")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    workers: int = option(0, "loader processes", 0, 1024)
+    workers: int = option(0, "threads that read ahead; 0: none", 0, 1024)
     dtype: str = option("float32", "of the stored weights", choices=DTYPES)
     strict: bool = option(False, "refuse unreadable images instead of leaving them out")
     overwrite: bool = option(False, "replace an existing weights file")

@@ -122,7 +122,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep every other run out of ``folder``, which is made if need be, and goes again if nothing was written.
 
     The lock is the operating system's: it ends with the process, however that ends. It is a record lock (``lockf``):
-    loader workers would inherit the other kind (``flock``), and outlive a killed run with it for seconds.
+    forks would inherit the other kind (``flock``), and outlive a killed run with it for seconds.
 
     Raises:
         InputError: another run holds it. OSError: the folder cannot be written.

@@ -282,7 +282,7 @@ class CelebATrainer:
         model, settings, run = self.model, self.settings, self.run
         optimizer = adam(decaying(model, settings.weight_decay), settings.lr, run.device)
         balanced = settings.balance > 0
-        classes = class_weights(self.train.dataset.source.labels, settings.balance).to(run.device) if balanced else None
+        classes = class_weights(self.train.dataset.labels, settings.balance).to(run.device) if balanced else None
         weights = AttributeWeights(model.num_classes, settings.reweight_every)
         steps, looks = settings.epoch * len(self.train), list(self.val.batch_sampler)
 
@@ -385,7 +385,7 @@ class CelebATrainer:
             rate=rate,
             measure=measure,
             keep=lambda: save_spnn(checkpoint, model, notes),
-            images=lambda keys, _: listed([self.train.dataset.source.files[index] for index, _ in keys]),
+            images=lambda keys, _: listed([self.train.dataset.files[index] for index, _ in keys]),
         ).train()
         return checkpoint
 

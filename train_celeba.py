@@ -73,7 +73,7 @@ class Machine:
         False, "continue the run in --checkpoint_dir exactly where its last state is; begin it if there is none"
     )
     save_every: int = option(500, "steps between saved states; epoch ends are saved too", 0)
-    workers: int = option(2, "loader processes", 0, 1024)
+    workers: int = option(2, "threads that read ahead; 0: none", 0, 1024)
     strict: bool = option(False, "refuse unreadable images, do not skip them")
     no_cache: bool = option(False, "keep no resized copy of the images")
     checkpoint_activations: bool = option(False, "keep less for the backward pass, compute it again block by block")
@@ -183,7 +183,7 @@ def report(run: Run, best: Path, loaders: Loaders, samples: int, stage: str) -> 
             logits, labels = predict(model, run.until_stopped(loaders.val), run.device)
             model.notes["typical_logits"] = typical_logits(logits, labels)
             model.notes["effects"] = effects_of_states(logits).double().round(decimals=3).tolist()
-            model.notes["contradictions"] = contradictions(loaders.train.dataset.source.labels, ATTRIBUTES)
+            model.notes["contradictions"] = contradictions(loaders.train.dataset.labels, ATTRIBUTES)
             save_spnn(best, model)
         test = run.until_stopped(loaders.test)
         measured = diagnose(model, test, run.device, samples, run.seed, attributes=ATTRIBUTES)

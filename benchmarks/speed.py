@@ -74,7 +74,7 @@ class Options(Common):
     training_batch: int = option(8, "images per step", 1)
     images: int = option(1000, "of the loader's row", 10)
     image_side: int = option(1024, "their size", 8)
-    workers: int = option(2, "loader processes", 0, 1024)
+    workers: int = option(2, "loader workers: processes of the plain one, threads here", 0, 1024)
     prior_channels: int = option(128, "of the U-Net", 32)
 
 
@@ -291,7 +291,7 @@ def loader(args: Options, device: torch.device) -> Iterable[dict]:
         write_jpegs(root, args.images, args.image_side)
         source = CelebAMaskHQ(root, "all", size)  # builds the cache
         decoding = plain.Images(source.paths, source.labels, size)
-        # `fork`ed once, as ours: starting processes is not what is measured
+        # `fork`ed once: starting processes is not what is measured
         keep = args.workers > 0
         loaders = {"plain": DataLoader(decoding, 32, num_workers=args.workers, persistent_workers=keep),
                    "ours": make_loader(source, 32, args.workers)}  # fmt: skip

