@@ -21,7 +21,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,8 +34,7 @@ from utils import InputError, atomic_write, sides
 Image.init()
 # by content, whatever the suffix says; Pillow knows others, one of which (EPS) runs another program
 _FORMATS = tuple({"JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF"} & Image.OPEN.keys())
-_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS}
-IMAGE_SUFFIXES = tuple(sorted({".tga"} | _SUFFIXES))  # nothing in a TGA says what it is, so its suffix has to
+IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS))
 
 RESAMPLING = Image.Resampling.LANCZOS  # Pillow widens its kernel when it shrinks: antialiased
 _IMAGES, _MASKS = {"CelebA-HQ-img", "images"}, {"CelebAMask-HQ-mask-anno", "masks"}  # side by side in a data set
@@ -86,18 +85,14 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
-    """Any Pillow mode to 8-bit RGB; transparent pixels show white. ``sixteen``: whether integers have 16 bits."""
-    if image.mode.startswith(("I", "F")):  # Pillow's own conversion clips these at 255 instead of scaling them
-        values = np.asarray(image).astype(np.float64)
-        low, high = values.min(), values.max()
-        wide = image.mode != "F" and (sixteen or image.mode.startswith("I;16") or high > 255)
-        most = 65535 if wide else 1 if image.mode == "F" and high <= 1 else 255
-        if not 0 <= low <= high <= most:  # NaN neither
-            raise ValueError(f"its values reach from {low:g} to {high:g}, expected 0 to {most}")
-        clear = values == image.info.get("transparency")
-        image = Image.fromarray(np.where(clear, 255, np.rint(values * (255 / most))).astype(np.uint8))
-    elif image.has_transparency_data:
+def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
+    """Any Pillow mode to 8-bit RGB; transparent pixels show white. ``kind``: the file's format."""
+    if image.mode.startswith(("I", "F")):
+        if not (image.mode.startswith("I;16") or image.mode == "I" and kind in ("PNG", "PPM")):
+            raise ValueError(f"pixels of mode {image.mode}, expected 8 or 16 bits for each colour")
+        # scaled; Pillow's own conversion clips these at 255
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -112,7 +107,7 @@ def read_picture(path: Path, use: Callable[[Image.Image], T] = Image.Image.copy)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # half a bomb is a large photograph; oddities of the file are no concern
-            with Image.open(path, formats=(*_FORMATS, *["TGA"] * (path.suffix.lower() == ".tga"))) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 return use(image)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
         raise InputError(f"{path}: cannot read image: {' '.join(str(error).split())[-200:]}") from error
@@ -129,14 +124,14 @@ def read_rgb(path: Path) -> Image.Image:
 
     def upright(image: Image.Image) -> Image.Image:
         image.load()
-        if image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "is_animated", False):
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # a phone's JPEG may hold its own thumbnail
             log.warning("%s: of several frames or pages, the first is used", path)
-        sixteen = image.format in ("PNG", "PPM")
+        kind = image.format
         try:
             image = ImageOps.exif_transpose(image)
         except Exception as error:  # damaged EXIF does not make the pixels unusable
             log.warning("%s: EXIF data ignored: %s", path, error)
-        return _to_rgb(image, sixteen)
+        return _to_rgb(image, kind)
 
     return read_picture(path, upright)
 
@@ -231,16 +226,10 @@ _SHA256 = {  # of the weights: what is in there is unpickled
 }
 _THRESHOLDS = 0.6, 0.7, 0.8  # a network's probability that it sees a face
 _SMALLEST, _LARGEST = 20, 640  # pixels: the side of a face that is looked for; a larger picture is looked at smaller
+_OVERLAP = 0.25  # of two boxes' union, in which they are one face: a box within another of twice its side
 _SHRINK = 0.709  # from one size that is looked at to the next: half the area
 _ROLL = 0.1  # radians: a face that is turned by more is looked at again
 _FAR = 0.3  # of the width: a picture whose corners are farther off is not aligned
-
-
-class Face(NamedTuple):
-    """A face in a picture, in pixels from the upper left corner."""
-
-    box: np.ndarray  # (4,): left, upper, right, lower
-    points: np.ndarray  # (5, 2), x and y: the eyes, left one in the picture first, nose, corners of the mouth
 
 
 class _Net(nn.Module):
@@ -317,17 +306,6 @@ def _tensor(picture: Image.Image) -> Tensor:
     return (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() - 127.5) / 128  # (3, H, W)
 
 
-def _keep(boxes: Tensor, scores: Tensor, most: float) -> Tensor:
-    """The rows of boxes (N, 4) that no box of a higher score overlaps by more than ``most`` of the smaller one."""
-    area, left, kept = (boxes[:, 2:] - boxes[:, :2]).prod(1), scores.argsort(descending=True), []
-    while len(left):
-        best, rest = left[0], left[1:]
-        kept.append(best)
-        sides = torch.minimum(boxes[best, 2:], boxes[rest, 2:]) - torch.maximum(boxes[best, :2], boxes[rest, :2])
-        left = rest[sides.clamp(min=0).prod(1) / torch.minimum(area[best], area[rest]) <= most]
-    return torch.stack(kept) if kept else left
-
-
 def _moved(boxes: Tensor, by: Tensor) -> Tensor:
     """Boxes (N, 4) whose corners are moved by parts (N, 4) of their sides."""
     return boxes + by * (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
@@ -361,8 +339,12 @@ def _proposals(network: _Net, picture: Image.Image) -> Tensor:
 
 
 @torch.no_grad()
-def find_faces(picture: Image.Image) -> list[Face]:
-    """The faces in an RGB picture that are at least half as large as its largest one, that one first.
+def find_faces(picture: Image.Image) -> list[np.ndarray]:
+    """The faces in an RGB picture that are at least half as large as its largest one, each as five points.
+
+    Returns:
+        (5, 2) each, x and y in pixels from the upper left corner: the eyes, left one in the picture first, nose,
+        corners of the mouth.
 
     Raises:
         InputError: no weights, see `load_detector`.
@@ -386,19 +368,20 @@ def find_faces(picture: Image.Image) -> list[Face]:
             boxes = _squares(boxes[nms(boxes, score, 0.7)])
     parts = places[0][sure].unflatten(1, (2, 5)).transpose(1, 2)  # (N, 5, 2), parts of the square
     points = squares[:, None, :2] + parts * (squares[:, None, 2:] - squares[:, None, :2])
-    found = [Face(boxes[i].numpy() / scale, points[i].numpy() / scale) for i in _keep(boxes, score, 0.7)]
-
-    def side(face: Face) -> float:
-        return max(face.box[2:] - face.box[:2])
-
-    found.sort(key=side, reverse=True)
-    return [face for face in found if side(face) >= side(found[0]) / 2]
+    side = (boxes[:, 2:] - boxes[:, :2]).amax(1)
+    kept = nms(boxes, score, _OVERLAP)
+    large = kept[side[kept] >= side[kept].amax() / 2] if len(kept) else kept
+    return list(points[large].numpy() / scale)
 
 
-def frame(face: Face) -> np.ndarray:
-    """Corners (4, 2) of the square that CelebA-HQ's rule cuts: upper left, lower left, lower right, upper right."""
-    eyes, mouth = face.points[:2].mean(0), face.points[3:].mean(0)
-    across, down = face.points[1] - face.points[0], mouth - eyes
+def frame(points: np.ndarray) -> np.ndarray:
+    """Corners (4, 2) of the square that CelebA-HQ's rule cuts: upper left, lower left, lower right, upper right.
+
+    Args:
+        points: (5, 2), see `find_faces`.
+    """
+    eyes, mouth = points[:2].mean(0), points[3:].mean(0)
+    across, down = points[1] - points[0], mouth - eyes
     x = across + np.array([down[1], -down[0]])  # to the right of the face: as the eyes say, and as the mouth says
     x *= max(2.0 * np.hypot(*across), 1.8 * np.hypot(*down)) / np.hypot(*x)
     y = np.array([-x[1], x[0]])

@@ -17,7 +17,6 @@ import procedural_faces as faces
 from data_loader import ATTRIBUTES
 from DDNM.guided_diffusion.inputs import TargetSettings, read_targets
 from images import (
-    Face,
     align_face,
     find_faces,
     find_images,
@@ -88,10 +87,10 @@ def animated(**how):
     return saved(halves(), save_all=True, append_images=[Image.new("RGB", (16, 8), "blue")], **how)
 
 
-def png(path, rows: bytes, size=(16, 8), bits: int = 16, colour: int = 2, *chunks):
+def png(path, rows: bytes, size=(16, 8)):
     """A PNG of one's own; Pillow itself cannot write 16-bit RGB."""
-    header = struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    header = struct.pack(">IIBBBBB", *size, 16, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     with open(path, "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
         for name, body in parts:
@@ -114,46 +113,27 @@ def clear(mode: str, colour, **how):
 
 
 DEEP = b"".join(struct.pack(">HHH", *(v * 257 for v in c)) for c in [RED] * 8 + [GREEN] * 8)
-GREY = (b"\0" + b"\0\7" * 8 + b"\x63\x63" * 8) * 8
 LOOKS = {  # how it is written, and what must be seen left and right of the middle, in 8 bits
     "plain.png": saved(halves()),
-    "palette.png": saved(halves().quantize()),
     "palette.gif": saved(halves()),
     "animated.gif": animated(),
-    "animated.png": animated(),
     "animated.webp": animated(lossless=True),
     "pages.tiff": animated(),
     "cmyk.jpg": saved(halves("CMYK"), quality=100),
-    "cmyk.tiff": saved(halves("CMYK")),
-    "ycbcr.jpg": saved(halves(), quality=100, subsampling=0),
     "alpha.png": saved(halves("RGBA")),
-    "plain.TGA": saved(halves()),
     "sixteen.png": lambda path: png(path, (b"\0" + DEEP) * 8),
     "a png.jpg": saved(halves(), format="PNG"),
-    "UPPER.PNG": saved(halves(), format="PNG"),
-    "upright.png": saved(halves(), exif=exif(1)),
-    "mirrored.png": saved(halves(left=GREEN, right=RED), exif=exif(2)),
     "upside down.png": saved(halves(left=GREEN, right=RED), exif=exif(3)),
     "on its side.jpg": saved(halves().rotate(90, expand=True), exif=exif(6), quality=100, subsampling=0),
     "damaged exif.jpg": saved(halves(), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=100, subsampling=0),
     "half clear.png": (saved(Image.new("RGBA", (16, 8), (200, 0, 0, 128))), (227, 127, 127), (227, 127, 127)),
     "clear grey.png": (clear("LA", (0, 0), right=(60, 255)), 255, 60),
     "clear.gif": (clear("P", 0, right=1, transparency=0), 255, GREEN),
-    "clear palette.png": (clear("P", 0, right=1, transparency=b"\0\xff"), 255, GREEN),
-    "clear value.png": (clear("L", 7, right=99, transparency=7), 255, 99),
-    "clear colour.png": (clear("RGB", RED, right=GREEN, transparency=RED), 255, GREEN),
-    "clear deep.png": (lambda path: png(path, GREY, (16, 8), 16, 0, (b"tRNS", b"\0\7")), 255, 99),
-    "bits.png": (saved(halves("1", (0, 0, 0), (255, 255, 255))), 0, 255),
     "grey.png": (saved(halves("L", (9, 9, 9), (99, 99, 99))), 9, 99),
-    "black to white.png": (saved(values(0, 65535, np.uint16)), 0, 255),
     "dark.png": (saved(values(20, 200, np.uint16)), 0, 1),
+    "wide.png": (saved(values(257 * 7, 65535, np.uint16)), 7, 255),
     "dark.pgm": (pgm(values(20, 200, np.uint16)), 0, 1),
     "dark.tiff": (saved(values(20, 200, np.uint16)), 0, 1),
-    "middle.png": (saved(values(257 * 7, 257 * 99, np.uint16)), 7, 99),
-    "wide.tiff": (saved(values(257 * 7, 257 * 99, np.int32)), 7, 99),
-    "narrow.tiff": (saved(values(7, 99, np.int32)), 7, 99),
-    "share.tiff": (saved(values(0, 1, np.float32)), 0, 255),
-    "float.tiff": (saved(values(7, 99, np.float32)), 7, 99),
 }
 
 
@@ -170,11 +150,6 @@ def test_pictures_of_every_kind_look_as_they_should(tmp_path, caplog, name):
     assert ("the first is used" in caplog.text) == name.startswith(("animated", "pages"))
 
 
-def declared(width, height):
-    """A PNG that says to be of that size, with hardly any content."""
-    return lambda path: png(path, (b"\0" + DEEP) * 8, (width, height))
-
-
 def cut(path):
     halves().resize((256, 256)).save(path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -184,18 +159,13 @@ POSTSCRIPT = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(pwned) (w) file closefile\nshowpage\n%%EOF\n"
 )
 REFUSED = {
-    "bomb.png": (declared(60_000, 60_000), "bomb"),
-    "promised.png": (declared(3000, 3000), "truncated|cannot read"),
-    "cut.png": (cut, "truncated"),
+    "bomb.png": (lambda path: png(path, b"", (60_000, 60_000)), "bomb"),
     "cut.jpg": (cut, "truncated"),
-    "nothing.jpg": (lambda path: path.touch(), "cannot identify"),
     "text.jpg": (lambda path: path.write_text("no picture"), "cannot identify"),
     "postscript.jpg": (lambda path: path.write_bytes(POSTSCRIPT), "cannot identify"),
     "missing.jpg": (lambda path: None, "No such file"),
-    # what eight bits cannot hold
-    "below.tiff": (saved(values(-0.1, 1, np.float32)), "from -0.1 to 1, expected 0 to 1"),
-    "far above.tiff": (saved(values(0, 70000, np.int32)), "from 0 to 70000, expected 0 to 65535"),
-    "nan.tiff": (saved(values(0, np.nan, np.float32)), "from nan to nan"),
+    "float.tiff": (saved(values(0, 1, np.float32)), "pixels of mode F, expected 8 or 16 bits"),
+    "wide.tiff": (saved(values(0, 70000, np.int32)), "pixels of mode I, expected 8 or 16 bits"),
 }
 
 
@@ -213,7 +183,7 @@ def test_what_is_no_picture_is_one_line(tmp_path, name):
 # --- Sizes and values ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (20_000, 8), (8, 20_000), (20_000, 1)])
+@pytest.mark.parametrize("shape", [(1, 1), (20_000, 8), (8, 20_000)])
 def test_pictures_of_any_shape_are_cropped_to_their_middle(tmp_path, shape):
     image = Image.new("RGB", shape, RED)
     image.putpixel((shape[0] // 2, shape[1] // 2), GREEN)
@@ -222,7 +192,7 @@ def test_pictures_of_any_shape_are_cropped_to_their_middle(tmp_path, shape):
     assert loaded.shape == (3, 16, 16) and ((loaded[1] > loaded[1].min()).any() or min(shape) == 1)
 
 
-@pytest.mark.parametrize("size", [(48, 64), (64, 48), (7, 90)])
+@pytest.mark.parametrize("size", [(48, 64), (7, 90)])
 @pytest.mark.parametrize("picture_size", [(100, 100), (300, 120), (178, 218)])
 def test_oblong_sizes_keep_proportions_too(tmp_path, size, picture_size):
     circle(*picture_size).save(tmp_path / "a.png")
@@ -283,10 +253,6 @@ POINTS = np.array([[69.5, 111.0], [107.5, 111.0], [88.0, 130.0], [73.0, 152.0], 
 needs_weights = pytest.mark.skipif(not images.can_align(), reason="needs mtcnn")
 
 
-def face(points: np.ndarray) -> Face:
-    return Face(np.array([*points.min(0), *points.max(0)]), points)
-
-
 @pytest.fixture(scope="module")
 def portrait() -> Image.Image:
     """A drawn face; the detector takes some of them for one."""
@@ -307,35 +273,32 @@ def test_the_frame_of_an_upright_face():
     side = max(4 * 38.0, 3.6 * 41.0)
     middle = eyes + 0.1 * (mouth - eyes)
     expected = middle + side / 2 * np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]])
-    np.testing.assert_allclose(frame(face(POINTS)), expected, atol=1)  # the mouth is not quite below the eyes
+    np.testing.assert_allclose(frame(POINTS), expected, atol=1)  # the mouth is not quite below the eyes
     straight = POINTS - (POINTS[3:].mean(0) - eyes) * [1, 0] * (np.arange(5) > 2)[:, None]
-    np.testing.assert_allclose(frame(face(straight)), middle * [0, 1] + [88.5, 0] + expected - middle, atol=1e-9)
+    np.testing.assert_allclose(frame(straight), middle * [0, 1] + [88.5, 0] + expected - middle, atol=1e-9)
 
 
 @pytest.mark.parametrize("angle", [25, -70])
 def test_the_frame_turns_scales_and_moves_with_the_face(angle):
     a = np.deg2rad(angle)
     turn = 1.7 * np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
-    moved = frame(face(POINTS @ turn.T + (30, -12)))
-    np.testing.assert_allclose(moved, frame(face(POINTS)) @ turn.T + (30, -12), atol=1e-9)
-    sides = np.hypot(*(moved - np.roll(moved, 1, 0)).T)
-    np.testing.assert_allclose(sides, sides[0])
+    np.testing.assert_allclose(frame(POINTS @ turn.T + (30, -12)), frame(POINTS) @ turn.T + (30, -12), atol=1e-9)
 
 
 def test_a_turned_face_is_looked_at_again_upright(monkeypatch):
     """What the detector says of the turned picture is replaced by what it says of the upright one, turned back."""
-    angle, middle = 0.5, frame(face(POINTS)).mean(0)
+    angle, middle = 0.5, frame(POINTS).mean(0)
     turned = images._turned(POINTS, angle, middle)
     seen = []
 
     def found(image):
         seen.append(image)
         noise = np.array([[0, 0], [0, 0], [0, 0], [4, 0], [4, 0]])  # of the corners of the mouth, turned only
-        return [face(turned + noise)] if len(seen) == 1 else [face(POINTS + image.size[0] * 1000), face(POINTS)]
+        return [turned + noise] if len(seen) == 1 else [POINTS + image.size[0] * 1000, POINTS]
 
     monkeypatch.setattr(images, "find_faces", found)
     corners = images.find_frame(Image.new("RGB", (178, 218)), "a.png")
-    expected = images._turned(frame(face(POINTS)), angle, middle)
+    expected = images._turned(frame(POINTS), angle, middle)
     assert len(seen) == 2 and np.hypot(*(corners - expected).T).max() < 12
     square = np.hypot(*(corners - np.roll(corners, 1, 0)).T)
     np.testing.assert_allclose(square, np.hypot(*(expected[0] - expected[1])))
@@ -345,14 +308,14 @@ def test_the_picture_is_cut_along_the_frame(monkeypatch):
     """Its corners are the frame's, whatever lies beyond the picture is its mirror image."""
     y, x = np.mgrid[0:218, 0:178]
     picture = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
-    monkeypatch.setattr(images, "find_faces", lambda image: [face(POINTS)])
+    monkeypatch.setattr(images, "find_faces", lambda image: [POINTS])
     cut = np.asarray(align_face(picture)).astype(float)
-    corners = frame(face(POINTS))
+    corners = frame(POINTS)
     side = len(cut)
     assert cut.shape == (side, side, 3) and side == round(np.hypot(*(corners[3] - corners[0])))
     for row, column, corner in ((0, 0, 0), (side - 1, 0, 1), (side - 1, side - 1, 2), (0, side - 1, 3)):
         np.testing.assert_allclose(cut[row, column, :2], corners[corner], atol=1.5)
-    monkeypatch.setattr(images, "find_faces", lambda image: [face(POINTS - (60, 0))])
+    monkeypatch.setattr(images, "find_faces", lambda image: [POINTS - (60, 0)])
     cut = np.asarray(align_face(picture)).astype(float)
     np.testing.assert_allclose(cut[0, 0, 0], -(corners[0, 0] - 60), atol=1.5)
 
@@ -379,7 +342,7 @@ def test_an_aligned_face_has_level_eyes_where_celeba_hq_has_them(portrait, tmp_p
     placed(portrait, 35).save(tmp_path / "a.png")
     cut = align_face(Image.open(tmp_path / "a.png"))
     (found,) = find_faces(cut)
-    eyes = found.points[:2] / cut.width
+    eyes = found[:2] / cut.width
     assert abs(eyes[0, 1] - eyes[1, 1]) < 0.02
     assert 0.44 < eyes[:, 1].mean() < 0.51 and abs(eyes[:, 0].mean() - 0.5) < 0.03
     image = load_image(tmp_path / "a.png", 32, align=True)
@@ -420,8 +383,3 @@ def test_the_reconstruction_command_aligns_its_targets(portrait, tmp_path):
     expected = load_image(tmp_path / "a.png", 32, align=True).mean((1, 2))
     assert targets.names == ["a"] and torch.equal(targets.logits[0], expected)
     assert len(targets.skipped) == 1 and "b.png: no face found" in targets.skipped[0]
-
-
-def test_suppression_keeps_the_best_of_what_overlaps():
-    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10], [2, 2, 6, 6]])
-    assert images._keep(boxes, torch.tensor([0.8, 0.9, 0.7, 0.6]), 0.5).tolist() == [1, 2]
