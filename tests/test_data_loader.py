@@ -62,7 +62,6 @@ def edited(line: int, change) -> str:
 
 @pytest.mark.parametrize("text, message", [
     ("", "line 2: expected the 40 attribute names"),
-    (edited(1, lambda s: "many"), "the count says 'many' images"),
     (edited(1, lambda s: "5"), "the count says '5' images, the file lists 3"),
     (edited(2, lambda s: s.replace(" Young", "")), "line 2: expected the 40 attribute names; missing Young"),
     (edited(2, lambda s: s.replace("Smiling", "Smilling")), "line 2: .* missing Smiling"),
@@ -115,25 +114,20 @@ def test_training_and_use_see_a_picture_alike(tmp_path, size, cache):
     torch.testing.assert_close(image, image.flip(-1), atol=0.2, rtol=0)
 
 
-def test_items_splits_and_labels(root):
-    dataset = CelebAMaskHQ(root, "test", 8)
-    assert dataset.files == ["18.jpg", "19.jpg"]  # by number, not by text
-    image, labels = dataset[1]
-    assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and -1 <= image.min() < image.max() <= 1
-    annotations = read_annotations(root / "CelebAMask-HQ-attribute-anno.txt")
-    assert torch.equal(labels, torch.from_numpy(annotations.labels[19]).float())
-    assert torch.equal(image, load_image(root / "CelebA-HQ-img" / "19.jpg", 8)) and len(list(dataset)) == 2
-
-
 def test_cached_and_uncached_are_equal(root, caplog):
+    """Items are those of the numbers, not of the names, and what `load_image` makes of the files."""
     (root / ".cache").write_text("in the way")
-    unwritable, plain = CelebAMaskHQ(root, "train", 8), CelebAMaskHQ(root, "train", 8, cache=False)
+    unwritable, plain = CelebAMaskHQ(root, "test", 8), CelebAMaskHQ(root, "test", 8, cache=False)
     assert "no cache of resized images" in caplog.text
     (root / ".cache").unlink()
-    cached = CelebAMaskHQ(root, "train", 8)
-    assert cached._images.kept is not None and plain._images.kept is None
-    for a, *others in zip(plain, cached, unwritable, strict=True):
-        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for b in others)
+    cached = CelebAMaskHQ(root, "test", 8)
+    assert cached._images.kept is not None and plain._images.kept is None and len(cached) == 2
+    annotations = read_annotations(root / "CelebAMask-HQ-attribute-anno.txt")
+    for dataset in (cached, plain, unwritable):
+        assert dataset.files == ["18.jpg", "19.jpg"]
+        for i, (image, labels) in enumerate(dataset, start=18):
+            assert torch.equal(image, load_image(root / "CelebA-HQ-img" / f"{i}.jpg", 8))
+            assert torch.equal(labels, torch.from_numpy(annotations.labels[i]).float())
 
 
 def test_cache_is_built_once_and_again_when_the_source_changes(root, monkeypatch):
@@ -265,9 +259,11 @@ def test_masks_of_parts_and_of_palettes_are_the_same(root):
     masks = write_masks(root, 20)
     parts = CelebAMaskHQ(root, "all", 12, mask_size=24)
     assert torch.equal(parts.batch(range(20))[1], masks) and parts[0][1].dtype == torch.int64
-    assert parts[0][0].shape == (3, 12, 12)
-    assert torch.equal(CelebAMaskHQ(root, "all", 12, mask_size=24, cache=False).batch(range(20))[1], masks)
     assert torch.equal(CelebAMaskHQ(root, "test", 12, mask_size=8)[1][1], masks[19, 1::3, 1::3])  # nearest
+    for cache in (True, False):  # oblong ones too
+        image, mask = CelebAMaskHQ(root, "test", (6, 12), mask_size=(12, 24), cache=cache)[1]
+        assert torch.equal(image, load_image(root / "CelebA-HQ-img" / "19.jpg", (6, 12)))
+        assert torch.equal(mask, masks[19, 6:18])
     shutil.rmtree(root / "CelebAMask-HQ-mask-anno")
     assert torch.equal(CelebAMaskHQ(root, "all", 12, mask_size=24).batch(range(20))[1], masks)
 
@@ -288,15 +284,6 @@ def test_a_folder_of_images_and_masks_with_attributes_where_known(root, caplog):
     labelled = CelebAMaskHQ(root, "all", 8)
     assert labelled.files == [f"{i}.jpg" for i in range(20) if i % 3] and labelled.labels.unique().tolist() == [0]
     assert "left out 7 of 20 images: 0.jpg: attributes unknown" in caplog.text
-
-
-def test_oblong_images_and_masks(root):
-    masks = write_masks(root, 20)
-    for cache in (True, False):
-        data = CelebAMaskHQ(root, "all", (6, 12), mask_size=(12, 24), cache=cache)
-        image, mask = data[3]
-        assert torch.equal(image, load_image(root / "CelebA-HQ-img" / "3.jpg", (6, 12)))
-        assert torch.equal(mask, masks[3, 6:18])
 
 
 def test_a_mask_belongs_to_the_picture_as_it_is_seen(root):
@@ -355,34 +342,30 @@ def test_masks_that_do_not_fit_are_one_line(root, caplog):
 # Loaders -------------------------------------------------------------------------------------------------------------
 
 
-def epochs(root, count: int = 2, **settings) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    loader = make_loaders(root, 8, 5, **settings).train
-    return [batch for _, batch in itertools.islice(batches_from(loader, 0), count * len(loader))]
+def batches(root, start: int, count: int, **settings) -> list:
+    return list(itertools.islice(batches_from(make_loaders(root, 8, 5, **settings).train, start), count))
 
 
 def equal(one, other) -> bool:
-    return all(torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+    return all(
+        keys == others and torch.equal(x, a) and torch.equal(y, b)
+        for (keys, (x, y)), (others, (a, b)) in zip(one, other, strict=True)
+    )
 
 
-def test_same_seed_same_batches_for_any_number_of_workers(root):
-    reference = epochs(root, seed=1)
-    assert len(reference) == 6 and reference[0][0].shape == (5, 3, 8, 8) and reference[0][1].shape == (5, 40)
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_depend_on_the_seed_and_the_step_alone(root, workers):
+    reference = batches(root, 0, 9)
+    assert reference[0][1][0].shape == (5, 3, 8, 8) and reference[0][1][1].shape == (5, 40)
     torch.manual_seed(7)  # the global generator has no say
-    assert equal(reference, epochs(root, seed=1, cache=False))
-    assert not equal(reference, epochs(root, seed=2))
-    assert not equal(reference[:3], reference[3:])  # another epoch, another order
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_is_the_same_after_a_resume(root, workers):
-    reference = epochs(root, 3)
+    assert equal(reference, batches(root, 0, 9, workers=workers, cache=workers == 1))
+    assert equal(reference[5:], batches(root, 5, 4, workers=workers))  # after a resume
+    orders = [[keys for keys, _ in some] for some in (reference[:3], reference[3:6], batches(root, 0, 3, seed=2))]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
     loader = make_loaders(root, 8, 5, workers=workers).train
-    assert equal(reference[:3], list(loader)) and equal(reference[:3], list(loader))
-    resumed = list(itertools.islice(batches_from(loader, 5), 4))
-    assert equal(reference[5:], [batch for _, batch in resumed])
-    keys = [loader.batch_sampler.batches(epoch)[i] for epoch, i in ((1, 2), (2, 0), (2, 1), (2, 2))]
-    assert [names for names, _ in resumed] == keys
-    assert equal(reference[4:6], list(with_batches(loader, loader.batch_sampler.batches(1)[1:])))
+    assert torch.equal(next(iter(loader))[0], reference[0][1][0])  # left early
+    (x, y), _ = with_batches(loader, [keys for keys, _ in reference[4:6]], workers)
+    assert torch.equal(x, reference[4][1][0]) and torch.equal(y, reference[4][1][1])
 
 
 def test_evaluation_sees_every_image_in_order_and_training_drops_a_remainder(root):
