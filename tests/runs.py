@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import seeded
 from layout import write_layout
 from PIL import Image
 
@@ -23,9 +24,13 @@ from checkpoints import read_weights, save_spnn, write_weights
 from data_loader import ATTRIBUTES
 from DDNM import main as reconstruct
 from DDNM import train_prior
+from DDNM.guided_diffusion.diffusion import image_generator, sample
+from DDNM.guided_diffusion.guidance import NLBP, Unguided
 from DDNM.guided_diffusion.prior import Prior, save_prior, small_unet
+from DDNM.guided_diffusion.schedule import Schedule
 from judge import Judge
 from models import SPNN
+from operators import as_operator
 from utils import run_command
 
 SIZE = 32
@@ -111,7 +116,7 @@ def without_curves() -> None:
 
 
 def randomised(module, seed: int = 0, strength: float = 0.7):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             fan = max(parameter[0].numel(), 1)
@@ -119,14 +124,20 @@ def randomised(module, seed: int = 0, strength: float = 0.7):
     return module.eval()
 
 
-def tiny_spnn(num_classes: int = 40) -> SPNN:
-    chain = [
+def tiny_chain(num_classes: int, size: int) -> list:
+    side = size // 4
+    return [
         (PixelUnshuffleBlock, {"r": 4}),
-        (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 4}),
-        (PixelUnshuffleBlock, {"r": 4}),
-        (ConvPINNBlock, {"in_ch": 96, "out_ch": num_classes, "hidden": 8, "feat_size": 1}),
+        (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": side}),
+        (PixelUnshuffleBlock, {"r": side}),
+        (ConvPINNBlock, {"in_ch": 6 * side**2, "out_ch": num_classes, "hidden": 8, "feat_size": 1}),
     ]
-    return randomised(SPNN(num_classes=num_classes, img_size=16, layer_channels=chain))
+
+
+def tiny_spnn(num_classes: int = 40, size: int = 16, seed: int = 0, strength: float = 0.7) -> SPNN:
+    """With random weights; ``strength`` multiplies them."""
+    chain = tiny_chain(num_classes, size)
+    return randomised(SPNN(num_classes=num_classes, img_size=size, layer_channels=chain), seed, strength)
 
 
 def tiny_prior(size: int = 16) -> Prior:
@@ -172,6 +183,51 @@ def pixels(path):
 
 def pictures(folder):
     return {str(path.relative_to(folder)): pixels(path) for path in folder.glob("*/*.png")}
+
+
+# --- The sampler, on images of 8x8 and 5 logits ---
+
+CPU = torch.device("cpu")
+SHAPE = (3, 8, 8)
+SCHEDULE = Schedule()
+
+
+def spnn8(seed: int = 0, strength: float = 1.0) -> SPNN:
+    return tiny_spnn(5, SHAPE[-1], seed, strength).requires_grad_(False)
+
+
+def as_prior(predict):
+    predict.schedule, predict.image_size = SCHEDULE, SHAPE[-1]
+    return predict
+
+
+@as_prior
+def gaussian_prior(x, t):
+    """The exact noise predictor of images whose pixels are independent, of mean 0.1 and deviation 0.3."""
+    abar = gaussian_prior.schedule.abar(t).view(-1, 1, 1, 1)
+    return (1 - abar).sqrt() * (x - abar.sqrt() * 0.1) / (abar * 0.3**2 + 1 - abar)
+
+
+def unet_prior(dtype: torch.dtype | None = None, **options) -> Prior:
+    torch.manual_seed(0)
+    unet = small_unet(SHAPE[-1], channels=(8, 16), norm_groups=4, attention_size=2)
+    return Prior(unet, dtype, **options).requires_grad_(False).eval()
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, *SHAPE, generator=seeded(seed)) * 2 - 1
+
+
+def logits(count: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
+    return torch.randn(count, 5, generator=seeded(seed)) * scale
+
+
+def draw(names, prior=gaussian_prior, seed=0, steps=10, model=None, target=None, guidance=None, of=sample, **settings):
+    """Of a model, or of any operator; with one and no rule: NLBP."""
+    generators = [image_generator(seed, name) for name in names]
+    operator = None if model is None else as_operator(model)
+    guidance = guidance or (Unguided() if model is None else NLBP())
+    return of(prior, generators, CPU, operator, target, guidance, steps=steps, **settings)
 
 
 # --- Processes ---

@@ -63,14 +63,13 @@ def edited(line: int, change) -> str:
 @pytest.mark.parametrize("text, message", [
     ("", "line 2: expected the 40 attribute names"),
     (edited(1, lambda s: "5"), "the count says '5' images, the file lists 3"),
-    (edited(2, lambda s: s.replace(" Young", "")), "line 2: expected the 40 attribute names; missing Young"),
-    (edited(2, lambda s: s.replace("Smiling", "Smilling")), "line 2: .* missing Smiling"),
+    (edited(2, lambda s: s.replace("Smiling", "Smilling")), "line 2: expected the 40 attribute names; missing Smiling"),
     (edited(4, lambda s: s + " 1"), "line 4: 1.jpg has 41 values, expected 40"),
     (edited(4, lambda s: s.rsplit(" ", 1)[0] + " 2"), "line 4: 1.jpg has the value '2', expected 1 or -1"),
     (edited(4, lambda s: s.replace("1.jpg", "0.jpg")), "line 4: 0.jpg is listed twice, first on line 3"),
 ])  # fmt: skip
 def test_annotation_errors_name_file_and_line(tmp_path, text, message):
-    (tmp_path / "anno.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "anno.txt").write_text(text)
     with pytest.raises(InputError, match=f"anno.txt.*{message}"):
         read_annotations(tmp_path / "anno.txt")
 
@@ -99,21 +98,9 @@ def test_splits():
 # Data set ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, cache", [((89, 109), True), ((101, 300), False)])
-def test_training_and_use_see_a_picture_alike(tmp_path, size, cache):
-    """A circle stays one, and lies at the same place, by the data set as by `load_image`."""
-    root = write_dataset(tmp_path / "faces", 10)
-    for path in (root / "CelebA-HQ-img").iterdir():
-        circle(*size).save(path, quality=95)
-    image = CelebAMaskHQ(root, "all", 32, cache=cache)[0][0]
-    assert torch.equal(image, load_image(root / "CelebA-HQ-img" / "0.jpg", 32))
-    dark = image.mean(0) < 0
-    assert dark.any(0).sum() == dark.any(1).sum() and 24 <= dark.any(0).sum() <= 28
-    torch.testing.assert_close(image, image.flip(-1), atol=0.2, rtol=0)
-
-
 def test_cached_and_uncached_are_equal(root, caplog):
-    """Items are those of the numbers, not of the names, and what `load_image` makes of the files."""
+    """Items are those of the numbers, not of the names, and what `load_image` makes of the files, of any shape."""
+    circle(89, 109).save(root / "CelebA-HQ-img" / "19.jpg", quality=95)
     (root / ".cache").write_text("in the way")
     unwritable, plain = CelebAMaskHQ(root, "test", 8), CelebAMaskHQ(root, "test", 8, cache=False)
     assert "no cache of resized images" in caplog.text

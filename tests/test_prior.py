@@ -13,7 +13,6 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     UNet2DModel,
@@ -89,7 +88,6 @@ def test_channels_last_and_autocast_change_only_the_rounding_and_a_predicted_var
     (plain, {"channels": 4, "predicted": 4}, "3 k\\^2"), (plain, {"predicted": 4}, "3 k\\^2"),
     (plain, {"size": None}, "square sample_size"), (plain, {"time_embedding_type": "fourier"}, "must take time steps"),
     (plain, {"center_input_sample": True}, "must not centre"), (plain, {"num_class_embeds": 10}, "class-conditional"),
-    (plain, {"class_embed_type": "timestep"}, "class-conditional"),
     (small, {"size": 10}, "divisible by 4"), (small, {"channels": (8, 10)}, "divisible by"),
 ])  # fmt: skip
 def test_other_networks_are_no_prior(build, options, said):
@@ -237,10 +235,8 @@ def test_a_schedulers_settings_are_honoured(tmp_path, settings):
     ({"_class_name": "ScoreSdeVeScheduler"}, "not known to add noise as DDPM does"),
     ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous", "prediction_type": "v_prediction"},
      "takes noise levels, not steps"),
-    ({"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0}, "not known to add noise as DDPM does"),
     ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "not known to add noise as DDPM does"),
     ({"_class_name": "of_my_own"}, "no schedule: .*of_my_own"),
-    (FlowMatchEulerDiscreteScheduler().config | {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "not known"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_honoured_are_refused(tmp_path, settings, said):
     plain().save_pretrained(tmp_path)

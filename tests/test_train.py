@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import randomised
+from helpers import seeded
+from runs import randomised, tiny_chain
 
 import loop
-from blocks import ConvPINNBlock, PixelUnshuffleBlock
+from blocks import ConvPINNBlock
 from data_loader import make_loader
 from images import to_float
 from loop import Run, TrainingFailed
@@ -29,12 +30,7 @@ from train import (
 )
 from utils import InputError
 
-CHAIN = [
-    (PixelUnshuffleBlock, {"r": 4}),
-    (ConvPINNBlock, {"in_ch": 48, "out_ch": 6, "hidden": 8, "feat_size": 2}),
-    (PixelUnshuffleBlock, {"r": 2}),
-    (ConvPINNBlock, {"in_ch": 24, "out_ch": 4, "hidden": 8, "feat_size": 1}),
-]
+CHAIN = tiny_chain(4, 8)
 NAMES = ("one", "two", "three", "four")
 
 
@@ -46,7 +42,7 @@ class Faces:
     """Pictures in memory, as CelebAMaskHQ hands them out; the first attribute can be seen."""
 
     def __init__(self, count: int, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         self.labels = (torch.rand(count, 4, generator=generator) > 0.5).float()
         self.pixels = torch.randint(102, 154, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
         self.pixels[:, 0, :4, :4] += (128 * self.labels[:, :1, None] - 64).to(torch.int8).view(torch.uint8)
