@@ -45,15 +45,9 @@ def ready(module: nn.Module, seed: int = 0) -> nn.Module:
 # --- Activations -----------------------------------------------------------------------------------------------------
 
 
-def prelu(slope: float) -> nn.Module:
-    layer = nn.PReLU(4).double()
-    nn.init.constant_(layer.weight, slope)
-    return layer
-
-
 TORCHS = [
     *((bi.Sigmoid(), nn.Sigmoid()), (bi.Tanh(), nn.Tanh()), (bi.LeakyReLU(0.2), nn.LeakyReLU(0.2))),
-    *((bi.PReLU(4, slope=0.3).double(), prelu(0.3)), (bi.ELU(0.7), nn.ELU(0.7)), (bi.SELU(), nn.SELU())),
+    *((bi.PReLU(4, slope=0.3).double(), nn.PReLU(4, 0.3).double()), (bi.ELU(0.7), nn.ELU(0.7)), (bi.SELU(), nn.SELU())),
     *((bi.PixelUnshuffle(2), nn.PixelUnshuffle(2)), (bi.PixelShuffle(2), nn.PixelShuffle(2))),
     (PixelUnshuffleBlock(2), nn.PixelUnshuffle(2)),
 ]

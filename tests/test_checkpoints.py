@@ -24,12 +24,8 @@ from utils import InputError
 
 @pytest.fixture
 def state():
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "a.weight": torch.randn(3, 5, generator=generator).t(),  # not contiguous
-        "a.bias": torch.randn(5, generator=generator),
-        "count": torch.tensor([7, 8]),
-    }
+    weight, bias = random((3, 5), 0, torch.float32).t(), random((5,), 1, torch.float32)  # the first is not contiguous
+    return {"a.weight": weight, "a.bias": bias, "count": torch.tensor([7, 8])}
 
 
 @pytest.fixture
@@ -194,7 +190,7 @@ def test_another_config_in_the_folder_stays(tmp_path, model, there):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("img_size, mix_type", [(32, "householder"), (64, "cayley"), (256, "householder")])
+@pytest.mark.parametrize("img_size, mix_type", [(32, "cayley"), (256, "householder")])
 def test_published_architectures_are_recognised(img_size, mix_type):
     """By names and shapes, which tensors on the meta device have too."""
     with torch.device("meta"):
@@ -206,22 +202,14 @@ def test_published_architectures_are_recognised(img_size, mix_type):
         assert SPNN.config_of(other) is None
 
 
-@pytest.fixture
-def recognised(monkeypatch, model) -> SPNN:
-    """A small network whose weights count as a published architecture's, of which the smallest has 66 million."""
-    monkeypatch.setattr(SPNN, "config_of", lambda state: model.config)
-    return model
-
-
 @pytest.mark.parametrize("text, message", [
     (None, r"m\.pth: config\.json is missing"),
     ("{", "m.json: not valid JSON"),
     ("[1]", "m.json: expected a JSON object"),
     ('{"attributes": []}', "m.json: has no 'model'"),
     ('{"model": {"img_size": 31}}', "m.pth.*makes? no network.*img_size 31"),
-    ('{"model": {"colour": 3}}', "colour"),
+    ('{"model": {"colour": 3}}', "make no network.*colour"),
     ('{"model": {"layer_channels": [3], "img_size": 4}}', "block 0"),
-    ('{"model": {"img_size": "big"}}', "make no network"),
     ('{"model": {"img_size": 32}}', r"m\.pth.*SPNN: missing pinn.*has shape .*in all"),
     ('{"model": {"img_size": 64, "hidden": 1000000}}', r"m\.pth"),  # known before it costs memory
 ])  # fmt: skip
@@ -288,13 +276,14 @@ def test_a_network_comes_from_the_hub_once(hub, model):
 @pytest.mark.parametrize("source, file", [
     ("me/net", "best_model.pth"), ("yamitehr/SPNN", "spnn_celebahq_256.pth"),
 ])  # fmt: skip
-def test_a_repository_may_hold_published_weights_alone(hub, recognised, monkeypatch, tmp_path, source, file):
+def test_a_repository_may_hold_published_weights_alone(hub, model, monkeypatch, tmp_path, source, file):
     monkeypatch.setattr(checkpoints, "ROOT", tmp_path)
-    write_weights(hub.files / source / file, recognised.state_dict(), torch.float64)
+    monkeypatch.setattr(SPNN, "config_of", lambda state: model.config)  # of the published, the smallest has 66 million
+    write_weights(hub.files / source / file, model.state_dict(), torch.float64)
     (hub.files / source / "config.json").write_text('{"model_type": "of another tool"}')
     loaded = SPNN.from_pretrained(source, **hub.options)
-    assert same(loaded.state_dict(), recognised.state_dict()) and loaded.notes == {}
-    assert loaded.config == json.loads(json.dumps(recognised.config))
+    assert same(loaded.state_dict(), model.state_dict()) and loaded.notes == {}
+    assert loaded.config == json.loads(json.dumps(model.config))
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
     SPNN.from_pretrained(source, local_files_only=True, **hub.options)  # the cache knows what is not there
 

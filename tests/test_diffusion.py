@@ -29,10 +29,6 @@ def moved(model, x0, target, strength, rule, clip=True):
     return rules.guide(project, x0, far, strength, rule.max_move, same.in_range)
 
 
-def probability_error(model, x, target):
-    return (model(x).sigmoid() - target.sigmoid()).abs().mean(1)
-
-
 # --- One step --------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +164,7 @@ def test_gradients_of_g_solve_every_w_once_a_run(solves):
 
 def test_the_stop_condition_is_each_images_own_mean_probability_error():
     model, x0, target = spnn8(), images(6), logits(6)
-    error = probability_error(model, x0, target)
+    error = (model(x0).sigmoid() - target.sigmoid()).abs().mean(1)
     threshold = error.sort().values[2:4].mean().item()  # between the third and the fourth
     after = moved(model, x0, target, 0.5, NLBP(nlbp_stop_cond=threshold))
     stayed = (after == x0).flatten(1).all(1)

@@ -43,17 +43,13 @@ def draw(guidance, names="abc", prior=None, model=None, target=None, steps=6, **
 # --- The equations ---------------------------------------------------------------------------------------------------
 
 
-def energy(model, x0, y):
-    said = model(x0)
-    return (F.softplus(said) - y.sigmoid() * said).mean()  # the binary cross-entropy, at any logit
-
-
 def one_by_one(model, x, y, of):
-    """Unit gradients of the energy by x, each image alone, with nothing of the module under test."""
+    """Unit gradients of the binary cross-entropy by x, each image alone, with nothing of the module under test."""
     found = []
     for i in range(len(x)):
         leaf = x[i : i + 1].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(energy(model, of(leaf), y[i : i + 1]), leaf)
+        said = model(of(leaf))
+        (grad,) = torch.autograd.grad((F.softplus(said) - y[i : i + 1].sigmoid() * said).mean(), leaf)
         found.append(grad / grad.square().mean().sqrt().clamp_min(1e-30))  # 0 where all of x0 is clamped
     return torch.cat(found)
 
