@@ -1,12 +1,15 @@
 """Small networks, seeded numbers and broken layers that several test files share."""
 
 import math
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from blocks import ConvPINNBlock, PixelUnshuffleBlock
 from models import PINN, SPNN
+from utils import InputError
 
 OPTIMISERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -41,6 +44,14 @@ def seeded(seed: int) -> torch.Generator:
 
 def random(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
     return (scale * torch.randn(shape, generator=seeded(seed), dtype=torch.float64)).to(dtype)
+
+
+def refused(said: str, call: Callable, *arguments, **keywords) -> str:
+    """``call`` refuses with one line that matches ``said``; it is returned."""
+    with pytest.raises(InputError, match=said) as error:
+        call(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def diy16() -> SPNN:

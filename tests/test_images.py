@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from layout import circle, picture
 from PIL import Image, ImageDraw
 
@@ -26,7 +27,6 @@ from images import (
     to_uint8,
     warn_unaligned,
 )
-from utils import InputError
 
 
 def touch(folder, *names: str) -> None:
@@ -46,8 +46,7 @@ def test_find_images_is_natural_nested_skips_hidden_and_names_the_rest(tmp_path,
     assert "left out" in caplog.text and "a.heic, b.ico, notes.txt" in caplog.text
     assert find_images(tmp_path / "10.JPG") == [tmp_path / "10.JPG"]
     for name, said in (("nowhere", "no such file or folder"), ("notes.txt", "no images"), ("empty", "no images")):
-        with pytest.raises(InputError, match=f"{name}: {said}"):
-            find_images(tmp_path / name)
+        refused(f"{name}: {said}", find_images, tmp_path / name)
 
 
 @pytest.mark.parametrize("images, masks", [("CelebA-HQ-img", "CelebAMask-HQ-mask-anno/0"), ("images", "masks")])
@@ -120,7 +119,6 @@ LOOKS = {  # how it is written, and what must be seen left and right of the midd
     "animated.webp": animated(lossless=True),
     "pages.tiff": animated(),
     "cmyk.jpg": saved(halves("CMYK"), quality=100),
-    "alpha.png": saved(halves("RGBA")),
     "sixteen.png": lambda path: png(path, (b"\0" + DEEP) * 8),
     "a png.jpg": saved(halves(), format="PNG"),
     "upside down.png": saved(halves(left=GREEN, right=RED), exif=exif(3)),
@@ -133,7 +131,6 @@ LOOKS = {  # how it is written, and what must be seen left and right of the midd
     "dark.png": (saved(values(20, 200, np.uint16)), 0, 1),
     "wide.png": (saved(values(257 * 7, 65535, np.uint16)), 7, 255),
     "dark.pgm": (pgm(values(20, 200, np.uint16)), 0, 1),
-    "dark.tiff": (saved(values(20, 200, np.uint16)), 0, 1),
 }
 
 
@@ -175,9 +172,7 @@ def test_what_is_no_picture_is_one_line(tmp_path, name):
     write(tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(InputError, match=f"{name}: .*({said})") as error:
-            load_image(tmp_path / name, 8)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+        assert len(refused(f"{name}: .*({said})", load_image, tmp_path / name, 8)) < 400
 
 
 # --- Sizes and values ------------------------------------------------------------------------------------------------
@@ -323,8 +318,7 @@ def test_the_picture_is_cut_along_the_frame(monkeypatch):
 def test_without_the_weights_one_line_says_what_to_install(portrait, monkeypatch, caplog):
     images.load_detector.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install mtcnn"):
-        align_face(portrait)
+    refused("pip install mtcnn", align_face, portrait)
     warn_unaligned(portrait, "a.jpg")
     assert caplog.text == ""
 
@@ -333,8 +327,7 @@ def test_without_the_weights_one_line_says_what_to_install(portrait, monkeypatch
 def test_other_weights_are_refused(monkeypatch):
     images.load_detector.cache_clear()
     monkeypatch.setitem(images._SHA256, "onet", "0" * 64)
-    with pytest.raises(InputError, match="onet.lz4: not the weights of mtcnn 1.0.0"):
-        images.load_detector()
+    refused("onet.lz4: not the weights of mtcnn 1.0.0", images.load_detector)
 
 
 @needs_weights
@@ -359,8 +352,7 @@ def test_pictures_without_a_face_or_with_several_are_named(portrait, tmp_path, c
     two.save(tmp_path / "two.png")
     Image.new("RGB", (9, 5)).save(tmp_path / "tiny.png")
     for name, said in (("none.png", "no face found"), ("tiny.png", "no face found"), ("two.png", "2 faces found")):
-        with pytest.raises(InputError, match=f"{name}: {said}"):
-            load_image(tmp_path / name, 32, align=True)
+        refused(f"{name}: {said}", load_image, tmp_path / name, 32, align=True)
         load_image(tmp_path / name, 32, align=None)
     assert caplog.text == "" or "not square" in caplog.text
 
