@@ -131,6 +131,7 @@ LOOKS = {  # how it is written, and what must be seen left and right of the midd
     "dark.png": (saved(values(20, 200, np.uint16)), 0, 1),
     "wide.png": (saved(values(257 * 7, 65535, np.uint16)), 7, 255),
     "dark.pgm": (pgm(values(20, 200, np.uint16)), 0, 1),
+    "dark.tiff": (saved(values(20, 200, np.uint16)), 0, 1),
 }
 
 

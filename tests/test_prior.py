@@ -88,6 +88,7 @@ def test_channels_last_and_autocast_change_only_the_rounding_and_a_predicted_var
     (plain, {"channels": 4, "predicted": 4}, "3 k\\^2"), (plain, {"predicted": 4}, "3 k\\^2"),
     (plain, {"size": None}, "square sample_size"), (plain, {"time_embedding_type": "fourier"}, "must take time steps"),
     (plain, {"center_input_sample": True}, "must not centre"), (plain, {"num_class_embeds": 10}, "class-conditional"),
+    (plain, {"class_embed_type": "timestep"}, "class-conditional"),
     (small, {"size": 10}, "divisible by 4"), (small, {"channels": (8, 10)}, "divisible by"),
 ])  # fmt: skip
 def test_other_networks_are_no_prior(build, options, said):
