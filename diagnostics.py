@@ -320,7 +320,8 @@ def diagnose(
     def keeping() -> Iterable[tuple[Tensor, Tensor]]:
         """The loader, its first ``samples`` images remembered: one pass over the data is enough."""
         for images, labels in loader:
-            kept.append(images[: samples - sum(map(len, kept))])
+            if (missing := samples - sum(map(len, kept))) > 0:  # an empty part would hold its whole batch
+                kept.append(images[:missing])
             yield images, labels
 
     measured = (accuracy if len(model.out_shape) == 1 else map_accuracy)(model, keeping(), device)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -182,6 +183,20 @@ def test_diagnose_is_json_and_a_table(model, images):
     assert "balanced nan (5 images)" in one_class and " | nan |\n| logit 1 | " in one_class
     with pytest.raises(ValueError, match="2 attribute names for 3 logits"):
         diagnose(model, loader(images), attributes=["Bald", "Young"])
+
+
+def test_diagnose_holds_no_more_images_than_it_measures(model, images):
+    """Not the batches of the others: a data set has many."""
+    batches: list[weakref.ref] = []
+
+    def loader():
+        for _ in range(5):
+            batch = images.clone()
+            batches.append(weakref.ref(batch.untyped_storage()))
+            yield batch, torch.ones(len(images), 3)
+        assert sum(storage() is not None for storage in batches) < 4  # the first, and the one in the loop
+
+    diagnose(model, loader(), samples=1, precisions=["float32"])
 
 
 def test_diagnose_of_a_model_with_nan_is_a_report(model, images):
