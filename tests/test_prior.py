@@ -193,7 +193,7 @@ def test_what_diffusers_writes_is_read(tmp_path, options, pipeline):
         unet.save_pretrained(tmp_path / "unet", **options)
     else:
         unet.save_pretrained(tmp_path, **options)
-        scheduler.save_pretrained(tmp_path)
+        scheduler.save_pretrained(tmp_path / "scheduler" if "variant" in options else tmp_path)
     for source in (tmp_path, tmp_path / "unet") if pipeline else (tmp_path,):
         prior = load_prior(source)
         assert prior.prediction_type == "sample"
@@ -236,7 +236,7 @@ def test_a_schedulers_settings_are_honoured(tmp_path, settings):
     ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous", "prediction_type": "v_prediction"},
      "takes noise levels, not steps"),
     ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "not known to add noise as DDPM does"),
-    ({"_class_name": "of_my_own"}, "no schedule: .*of_my_own"),
+    ({"_class_name": "MyOwnScheduler"}, "no schedule: .*MyOwn"), ({"_class_name": "UNet2DModel"}, "is no scheduler"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_honoured_are_refused(tmp_path, settings, said):
     plain().save_pretrained(tmp_path)
@@ -278,6 +278,7 @@ def test_a_file_in_the_published_layout(tmp_path):
             assert torch.equal(load_prior(path, *settings)(noisy(size=SIZE), 10), expected)
     for change, said in [
         ({"attn_resolutions": []}, "unexpected"), ({"ch": 64}, "has shape"), ({"ch_mult": None}, "makes no network"),
+        ({"ch_mult": [1] * 9}, "divisible"),
     ]:  # fmt: skip
         refused(f"prior .*celeba.ckpt: .*{said}", load_prior, path, DDPM | change, SIZE)
     refused("makes no network .*'ch'", load_prior, path, {k: v for k, v in DDPM.items() if k != "ch"}, SIZE)

@@ -56,6 +56,8 @@ def ddpm_unet(model_config: Mapping, image_size: int) -> UNet2DModel:
     """The `UNet2DModel` that computes what the published ``Model`` of this configuration does, on the meta device."""
     widths = tuple(model_config["ch"] * m for m in model_config["ch_mult"])
     attends = [image_size // 2**i in model_config["attn_resolutions"] for i in range(len(widths))]
+    if image_size % (coarsest := 2 ** (len(widths) - 1)) != 0:
+        raise ValueError(f"image size {image_size} must be divisible by {coarsest} ({len(widths)} levels)")
     with torch.device("meta"):  # the weights come from the file: no random ones are drawn first
         return build_unet(
             image_size,

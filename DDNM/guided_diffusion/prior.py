@@ -222,7 +222,8 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
     weights = first(get, [f"unet/{name}" if pipeline else name for name in WEIGHTS_NAMES])
     if weights is None:
         raise InputError(f"has none of {', '.join(WEIGHTS_NAMES)}")
-    scheduler = get(f"scheduler/{SCHEDULER_NAME}" if pipeline else SCHEDULER_NAME)
+    names = SCHEDULER_NAME, f"scheduler/{SCHEDULER_NAME}"
+    scheduler = first(get, names[1:] if pipeline else names if folder.is_dir() else names[:1])
     if scheduler is None and pipeline:
         raise InputError(f"has no scheduler/{SCHEDULER_NAME}, which says what its network predicts")
     try:
@@ -249,6 +250,8 @@ def read_scheduler(path: Path | None) -> tuple[str, Schedule]:
     said = read_json(path) if path is not None else {}
     name = said.get("_class_name", "DDPMScheduler")
     try:
+        if not name.endswith("Scheduler"):  # a file may name any class
+            raise TypeError(f"{name} is no scheduler")
         scheduler = getattr(diffusers, name).from_config(said)  # some classes have other betas than DDPM's
         config = scheduler.config
     except Exception as error:  # of many classes, which check little: whatever a wrong value leads to
