@@ -279,6 +279,8 @@ class BatchNorm(Affine):
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__(channels)
+        check_positive(self.name, most=1, momentum=momentum)
+        check_positive(self.name, eps=eps)
         self.momentum, self.eps = momentum, eps
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
@@ -292,7 +294,8 @@ class BatchNorm(Affine):
             with torch.no_grad():
                 for running, new in ((self.running_mean, mean), (self.running_var, var * n / (n - 1))):
                     running.lerp_(new.to(running), self.momentum)
-            self.last = mean.detach(), var.detach()
+            with torch.inference_mode(False):  # so that any later pass may use them
+                self.last = mean.detach().clone(), var.detach().clone()
         elif self.training and self.last is not None:
             mean, var = (t.to(self.bias.device) for t in self.last)
         log_scale = exact(self.log_scale) - torch.log(exact(var) + self.eps) / 2
@@ -529,6 +532,7 @@ class Orthogonal(VolumePreserving, OverChannels):
         super().__init__(channels)
         if mix_type not in MIXINGS:
             raise ValueError(f"{self.name}: mix_type must be one of {sorted(MIXINGS)}, got {mix_type!r}")
+        check_positive(self.name, whole=True, reflections=reflections)
         self.mix = MIXINGS[mix_type](channels, **({"reflections": reflections} if mix_type == "householder" else {}))
 
     def g(self, x: Tensor) -> Tensor:

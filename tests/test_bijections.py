@@ -733,6 +733,8 @@ REFUSED = {
     "nothing to move": (lambda: bi.Coupling(4, kept=4), "kept must be positive and at most 3, got 4"),
     "a mask and a split": (lambda: bi.Coupling(4, kept=1, mask="checkerboard"), "a mask stands in place of kept"),
     "a scale of none": (lambda: bi.Coupling(4, kind="additive", s=nn.Linear(2, 2)), "s is for kind 'affine'"),
+    "reflections": (lambda: bi.Orthogonal(3, reflections=0), "reflections must be positive"),
+    "momentum": (lambda: bi.BatchNorm(3, momentum=1.5), "momentum must be positive and at most 1"),
     "an order": (lambda: bi.Shuffle(3, order=[0, 0, 1]), r"each of 0\.\.\.2 once"),
     "lipschitz 1": (lambda: bi.ResidualFC(3, lipschitz=1.0), "lipschitz must be above 0 and below 1.*1.0"),
     "no size": (lambda: bi.ResidualConv2d(3), "needs the size of the map"),

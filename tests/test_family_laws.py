@@ -172,6 +172,16 @@ def test_recomputed_activations_leave_weights_buffers_and_gradients_as_they_are(
         torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_a_batch_in_inference_mode_serves_later_passes():
+    norm, x = bi.BatchNorm(3).train(), random((8, 3), 1, torch.float32)
+    with torch.inference_mode():
+        norm(x)
+    with torch.enable_grad():
+        norm.pinv(x.requires_grad_()).sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def statistics_of(x: Tensor) -> list[Tensor]:
     """What layers in training mode learn of x, what they make of it, and its gradient."""
     found = []
