@@ -84,7 +84,7 @@ class Settings:
 
     out: Path = option(..., "result folder")
     data: Path | None = option(None, "an image, or a folder of images, flat or nested")
-    images: int | None = option(None, "take this many of them, or of random problems (all; 100)", 1)
+    images: int | None = option(None, "take this many of them, or of eval's random problems (all; 100)", 1)
     spnn: Path = option(FACES / "spnn.safetensors", "the SPNN's weights")
     weights: str = option(str(FACES / "stylegan.safetensors"), "StyleGAN's: a file, a folder or a hub id")
     spaces: tuple[str, ...] = option(("w+",), "of StyleGAN's latents", choices=SPACES)
@@ -439,6 +439,9 @@ def train(s: Settings, own: Train, run: Run) -> None:
     theta = MappingNet(target.in_shape, own.width, target.x_lr / own.z_lr, target.bounds).to(run.device)
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
+        if target.img_size is None:  # anew: what eval measures are the fixed ones
+            x = torch.randn(count, *target.in_shape)
+            return outputs(target.f, x, s).to(run.device), torch.zeros_like(x, device=run.device)
         goals, others = torch.randint(len(problems.y), (2, count))
         y = problems.y[goals]
         x0 = starts(target, y, s, loss) if problems.x0 is None else problems.x0[others]
