@@ -270,7 +270,7 @@ def test_an_image_whose_gradient_is_not_finite_is_named_and_the_others_go_on(run
 
     monkeypatch.setattr(SPNNOperator, "loss", loss)
     folder = run("out", None, "--guidance", "gradient", "--batch_size", "3")
-    assert "not finite: green;" in (folder / "log.txt").read_text()
+    assert ": not finite: green;" in (folder / "log.txt").read_text()
     for name, image in zip(("blue", "green", "red"), record_of(folder)["images"], strict=True):
         same = torch.equal(*(tensor(of / "reconstruction" / f"{name}.png") for of in (folder, whole)))
         assert same == (name != "green") == (image["psnr"] is not None) == (image["prob_error"] is not None)

@@ -175,7 +175,7 @@ def draw(
     images = last(tqdm(drawing, label, count, leave=False, dynamic_ncols=True, disable=not shown))
     finite = as_saved(images)[1].tolist()
     if broken := [name for name, ok in zip(names, finite, strict=True) if not ok]:
-        log.warning("not finite: %s; --clip_x0 and --max_move keep images in range", ", ".join(broken))
+        log.warning("%s: not finite: %s; --clip_x0 and --max_move keep images in range", label, ", ".join(broken))
     return images, {"steps": count, "seconds": (time.perf_counter() - started) / len(names)}
 
 
