@@ -576,14 +576,16 @@ def find_judge(path: Path | None, target: Target, device: torch.device) -> nn.Mo
     return None
 
 
-def ways(targets: Sequence[Target], problems: Problems, thetas: Thetas, own: Eval, search: Searches) -> Iterator[tuple]:
-    """Every way of inverting the targets; through ``thetas`` the last one alone.
+def ways(
+    targets: Sequence[Target], problems: Problems, thetas: Thetas, beside: Closed, own: Eval, search: Searches
+) -> Iterator[tuple]:
+    """Every way of inverting the targets; through ``thetas`` and ``beside`` (`spnn_beside`) the last one alone.
 
     Yields:
         Its name in the table; what makes outputs of what it finds; where it starts, x0, and what it finds, x, (N, ...)
         on the CPU; the seconds it took; the losses of a search, (T + 1, N), or None.
     """
-    s, device, beside = search.s, search.run.device, spnn_beside(targets[-1], search.s)
+    s, device = search.s, search.run.device
 
     def joined(found: Sequence[Found]) -> tuple[Tensor, float, Tensor]:
         x, curve = [one.x.cpu() for one, _ in found], [one.curve.cpu() for one, _ in found]
@@ -673,9 +675,10 @@ def evaluate(s: Settings, own: Eval, run: Run) -> None:
     thetas = load_thetas(own.theta or (), target, run.device)
     judge = find_judge(own.judge, target, run.device)
     search, problems = Searches(s, run, make_loss(target, s)), load_problems(target, s)
+    beside = spnn_beside(target, s)
     begin(s, own, target, run, "results.csv", "steps", "theta", "theta_steps", "judge")
     rows, images, curves, shown = [], [], {}, {}
-    for method, f, x0, x, seconds, curve in ways(targets, problems, thetas, own, search):
+    for method, f, x0, x, seconds, curve in ways(targets, problems, thetas, beside, own, search):
         seed_everything(s.seed)  # noise drawn anew is the same for all ways, and after a resume
         output = outputs(f, x, s)
         figures = figures_of(target, problems, x, x0, output, judge, s)
