@@ -158,7 +158,7 @@ def reconstruct(s: Settings, folder: Path, world: World, device: torch.device) -
     guidance = s.rule.build(s.run.steps)
     networks = inputs.load_networks(s.networks, s.architecture, device, s.targets.operator)
     targets = inputs.read_targets(s.targets, networks, s.walk.batch_size, world)
-    content = results.contents(targets.files, targets.logits)
+    content = world.gather(results.contents(targets.files, targets.logits) if world.leads else [])[0]
     targets.add_noise(s.rule.noise, s.walk.seed)
     count = networks.evaluations(guidance, targets, s.run.steps, s.walk)
     deciding = {key: value for key, value in s.flat().items() if key not in FREE}

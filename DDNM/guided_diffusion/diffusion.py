@@ -10,12 +10,12 @@ Symbols: ``x_t`` the noisy image at step t, ``x0`` the clean image the prior see
        a jump back: x_next = sqrt(abar_next) x0' + sqrt(1 - abar_next) noise
        a recurrence: x_t = sqrt(abar_t / abar_next) x_next + sqrt(1 - abar_t / abar_next) noise, and again from 1
 
-Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), DDNM (Wang et al. 2023) for the walk with its time travel; the
-rules of guidance.py state their own.
+Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), DDNM (Wang et al. 2023) for the walk; guidance.py has its own.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -116,9 +116,7 @@ def sampling(
             z = noise()
             if settle is not None:
                 x0, z = settle(z, abar_next.sqrt(), added_variance(abar, abar_next, eta).sqrt())
-            x = renoise(x0, eps, z, abar, abar_next, eta)  # 4
-            if correction is not None:
-                x = x + correction
+            x = renoise(x0, eps, z, abar, abar_next, eta) + correction  # 4
             if again:
                 x = (abar / abar_next).sqrt() * x + (1 - abar / abar_next).sqrt() * noise()
             yield t, x0
@@ -127,14 +125,7 @@ def sampling(
 @solved_once()  # gradients of g at every step, of weights that stand still
 def sample(prior: NoisePredictor, generators: Sequence[torch.Generator], *arguments, **settings) -> Tensor:
     """What `sampling` draws, which has the same arguments: the last x0', (B, 3, H, W)."""
-    return last(sampling(prior, generators, *arguments, **settings))
-
-
-def last(steps: Iterable[tuple[int, Tensor]]) -> Tensor:
-    """The images that `sampling` ends with, once it is through."""
-    for _, images in steps:  # noqa: B007
-        pass
-    return images
+    return deque(sampling(prior, generators, *arguments, **settings), maxlen=1)[0][1]
 
 
 def reconstruct(

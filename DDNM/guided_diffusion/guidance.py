@@ -28,14 +28,14 @@ class Denoised(NamedTuple):
     """What the sampler goes on with: the clean images, moved, and the noise, (B, 3, H, W) each.
 
     Attributes:
-        correction: to be added to x_next; None for nothing.
+        correction: to be added to x_next; 0 for nothing.
         settle: for targets with noise: given z, a and sigma of ``x_next = a x0 + c eps + sigma z``, x0 and z as they
             should be; None for as they are.
     """
 
     x0: Tensor
     eps: Tensor
-    correction: Tensor | None = None
+    correction: Tensor | float = 0.0
     settle: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
@@ -282,7 +282,7 @@ class Gradient(Guidance):
             return unit(torch.autograd.grad(operator.loss(operator.A(x0), y).sum(), by)[0])
 
         def steer(denoise: Denoiser, x: Tensor, t: int) -> Denoised:
-            scale, correction = (1 - denoise.abar(t)).sqrt(), None
+            scale, correction = (1 - denoise.abar(t)).sqrt(), 0.0
             with torch.set_grad_enabled(self.through > 0):
                 x = x.detach().requires_grad_()
                 x0, eps = denoise(x, t)

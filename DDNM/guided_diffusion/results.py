@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from DDNM.guided_diffusion.diffusion import evaluations, image_generator, last, sampling
+from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sampling
 from DDNM.guided_diffusion.guidance import Guidance
 from images import load_image, to_picture, to_uint8
 from loop import check_settings, is_empty
@@ -172,7 +173,8 @@ def draw(
     drawing = sampling(
         n.prior, generators, n.device, n.operator, y.to(n.device), rule, eta=walk.eta, clip_x0=walk.clip_x0, **settings
     )
-    images = last(tqdm(drawing, label, count, leave=False, dynamic_ncols=True, disable=not shown))
+    drawn = tqdm(drawing, label, count, leave=False, dynamic_ncols=True, disable=not shown)
+    images = deque(drawn, maxlen=1)[0][1]
     finite = as_saved(images)[1].tolist()
     if broken := [name for name, ok in zip(names, finite, strict=True) if not ok]:
         log.warning("%s: not finite: %s; --clip_x0 and --max_move keep images in range", label, ", ".join(broken))
