@@ -55,7 +55,9 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
         received.append(signum)
         signal.signal(signum, previous[signum])
 
-    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}  # before one may come
+    for signum in previous:
+        signal.signal(signum, note)
     try:
         yield lambda: received[0] if received else None
     finally:
@@ -267,7 +269,7 @@ def join_world(device: str) -> Iterator[tuple[World, torch.device]]:
         store, rank, size = next(distributed.rendezvous("env://", timeout=MEETING))
         # the others wait while one downloads, fills the cache or measures: NCCL's own 10 minutes are too few
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(hours=6))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         said = str(error).splitlines()[0][:200]
         raise InputError(f"the processes of this run have not met: {said}; start them with torchrun") from None
     try:
