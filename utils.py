@@ -63,7 +63,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except (MemoryError, RuntimeError) as error:  # PyTorch's own is a RuntimeError on a CPU
-        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "allocate memory" not in str(error):
+        out = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in str(error)
+        if not out and "size calculation overflowed" not in str(error):  # beyond any address
             raise
         print("error: not enough memory; make the batch, the images or the network smaller", file=sys.stderr)
         status = 2
@@ -186,7 +187,8 @@ def read_yaml(path: str | Path, known: Iterable[str], typed: Iterable[str] = ())
     for key in settings:
         if key not in known:
             raise InputError(f"config {path}: unknown key {shown(key)}{nearest(str(key)[:80], known)}")
-    return {key: value if key in typed else words[key] for key, value in settings.items()}
+    # what is merged in (<<) has no text of its own
+    return {key: value if key in typed else words.get(key, value) for key, value in settings.items()}
 
 
 # --- Settings: dataclasses, from which flags and presets are made -----------------------------------------------------

@@ -66,6 +66,8 @@ def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default(tmp_path):
     for text in ("007", "2024-01-01", "on", "1e5", "1:30", "'#5'", "-x"):  # YAML makes a number or a date of them
         training, _, _ = settings(preset=f"out: {text}\nfast: on\n", tmp_path=tmp_path)
         assert training.out == Path(text.strip("'")) and training.fast is True
+    training, _, _ = settings(preset="<<: {count: 4, out: a, size: 3}\n", tmp_path=tmp_path)
+    assert training == Training(out=Path("a"), count=4)
     (tmp_path / "small.yml").write_text("size: 4\n")
     assert parse("", Drawing, argv=["--config", "small.yml"], presets=tmp_path)[0].size == 4
 

@@ -22,6 +22,7 @@ def failing(error):
     (failing(InputErrors("two:\n  one\n  other")), 2, "error: two:\n  one\n  other\n"),
     (failing(FileNotFoundError(2, "No such file", "a\nb")), 2, "error: [Errno 2] No such file: 'a\\nb'\n"),
     (failing(MemoryError()), 2, "error: not enough memory; make the batch, the images or the network smaller\n"),
+    (lambda: torch.empty(2**62, 3), 2, "error: not enough memory; make the batch, the images or the network smaller\n"),
     (failing(KeyboardInterrupt()), 130, "interrupted\n"),
 ])  # fmt: skip
 def test_a_command_exits_with_its_status_and_one_line(main, status, said, capsys):
