@@ -389,6 +389,7 @@ class _Store:
                     out.write(row.tobytes())
                     progress.update()
                 progress.close()
+                notes.unlink(missing_ok=True)  # or a run that is killed now leaves the file with notes of another
             write_json(notes, {"sources": key, "bad": bad})
         bad = {int(i): why for i, why in json.loads(notes.read_text())["bad"].items()}
         return np.load(file, mmap_mode="r", allow_pickle=False), bad
@@ -561,18 +562,21 @@ class FaceLoader:
         if not self.num_workers:
             yield from map(self._load, self.batch_sampler)
             return
-        # threads that compute beside others are fastest alone
+        # Threads that compute beside others are fastest alone. One that has not computed yet takes over what any was
+        # told last, the present one too: asked now, it keeps its own number, and threads to come get that at the end.
+        torch.get_num_threads()
         pool = ThreadPoolExecutor(self.num_workers, initializer=torch.set_num_threads, initargs=(1,))
         coming = deque[Future]()
         try:
             for keys in self.batch_sampler:
                 coming.append(pool.submit(self._load, keys))
-                if len(coming) > 2 * self.num_workers:
+                if len(coming) > self.num_workers:
                     yield coming.popleft().result()
             while coming:
                 yield coming.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(torch.get_num_threads())
 
     def _load(self, keys: list[Key]) -> tuple[Tensor, Tensor]:
         indices, flips = zip(*keys, strict=True)

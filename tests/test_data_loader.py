@@ -4,6 +4,7 @@ import itertools
 import shutil
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -124,6 +125,12 @@ def test_cache_is_built_once_and_again_when_the_source_changes(root, monkeypatch
     after = CelebAMaskHQ(root, "test", 8)[0][0]
     assert built == ["test_8x8.npy"] * 2 and not torch.equal(before, after) and torch.equal(old[0][0], before)
     assert {file.name for file in (root / ".cache").iterdir()} == {"test_8x8.npy", "test_8x8.json"}
+    kept = (root / "CelebA-HQ-img" / "18.jpg").rename(root / "kept.jpg")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # killed between the cache's two files
+        patch.setattr(data_loader, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        CelebAMaskHQ(root, "test", 8)
+    kept.rename(root / "CelebA-HQ-img" / "18.jpg")
+    assert torch.equal(CelebAMaskHQ(root, "test", 8)[0][0], after)
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -343,6 +350,16 @@ def test_batches_depend_on_the_seed_and_the_step_alone(root, workers):
     assert torch.equal(next(iter(loader))[0], reference[0][1][0])  # left early
     (x, y), _ = with_batches(loader, [keys for keys, _ in reference[4:6]], workers)
     assert torch.equal(x, reference[4][1][0]) and torch.equal(y, reference[4][1][1])
+
+
+def test_a_loader_leaves_every_other_thread_its_own_number_of_threads(root):
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)
+    assert len(list(make_loaders(root, 8, 5, workers=2).train)) == 3
+    with ThreadPoolExecutor(1) as pool:
+        seen = torch.get_num_threads(), pool.submit(torch.get_num_threads).result()
+    torch.set_num_threads(own)
+    assert seen == (3, 3)
 
 
 def test_evaluation_sees_every_image_in_order_and_training_drops_a_remainder(root):
