@@ -404,14 +404,15 @@ class CelebATrainer:
         parts = [keys[i : i + size] for i in range(0, len(keys), size)]
         loader = with_batches(self.train, world.share(parts), self.train.num_workers)
         shown = tqdm(loader, "g of the training images", unit="batch", leave=False, disable=not world.leads)
-        known: dict[Key, list[float]] = {}
+        found: list[tuple[list[Key], Tensor]] = []
         for i, (some, batch) in enumerate(zip(world.share(parts), shown, strict=True)):
             if i < len(parts) // world.size:  # a round in which every process has a batch
                 self.run.stop_if_asked()
-            known.update(zip(some, g(batch[0]).tolist(), strict=True))
-        for others in world.gather(known):
-            known.update(others)
-        return lambda some: torch.tensor([known[key] for key in some], device=self.run.device)
+            found.append((some, g(batch[0]).cpu()))
+        found = [each for of_one in world.gather(found) for each in of_one]
+        rows = {key: row for row, key in enumerate(key for some, _ in found for key in some)}
+        values = torch.cat([y for _, y in found]).to(self.run.device)
+        return lambda some: values[[rows[key] for key in some]]
 
     @torch.no_grad()
     def validate(self, losses_and_logits: Callable[[Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]) -> dict:
