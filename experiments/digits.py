@@ -198,7 +198,8 @@ def measure(name: str, s: Settings, images: Tensor, labels: Tensor) -> tuple[dic
     """A network's figures over the seeds, and, with the first one's weights, its way from a 3 to an 8."""
     layout, widths = LAYOUTS[s.data], range(4, 256)
     build = partial(NETWORKS[name], layout)
-    width = widths[bisect_right(widths, layout.parameters, key=lambda width: size(build(width))) - 1]  # within budget
+    within = bisect_right(widths, layout.parameters, key=lambda width: size(build(width)))
+    width = widths[max(within - 1, 0)]  # the largest within budget, or the smallest
     accuracies, errors, seconds, strips = [], [], [], {}
     for seed in range(s.seeds):
         torch.manual_seed(seed)
