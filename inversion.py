@@ -90,6 +90,12 @@ class Inversion:
     exp_avg_sq: Tensor
     trajectory: Tensor | None = None
 
+    @classmethod
+    def begun(cls, x: Tensor) -> "Inversion":
+        """Of a search that stands at x (B, ...) and has evaluated nothing."""
+        loss, still = x.new_full((len(x),), math.inf), torch.zeros_like(x)
+        return cls(x, loss, torch.zeros_like(loss, dtype=torch.long), loss[None], x, still, still)
+
     def tensors(self) -> dict[str, Tensor]:
         """What `invert` needs to go on, by name."""
         return {name: value for name, value in vars(self).items() if name != "trajectory"}
@@ -140,10 +146,7 @@ def invert(
     low, high = bounds if bounds is not None else (-math.inf, math.inf)
     clip, each = math.inf if clip is None else clip, (-1, *[1] * (x0.dim() - 1))  # the shape of a number per sample
     with torch.inference_mode(False), torch.enable_grad():
-        if after is None:
-            start, worst = x0.detach().clamp(low, high), x0.new_full((len(x0),), math.inf)
-            step, still = torch.zeros_like(worst, dtype=torch.long), torch.zeros_like(start)
-            after = Inversion(start, worst, step, worst[None], start, still, still)
+        after = Inversion.begun(x0.detach().clamp(low, high)) if after is None else after
         # copies: tensors made in inference mode could not take part in a graph
         found = Inversion(**{name: t.to(x0.device, copy=True) for name, t in after.tensors().items()})
         y, x, first = y.detach().clone(), found.last.requires_grad_(), len(found.curve) - 1
