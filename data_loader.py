@@ -422,6 +422,7 @@ class CelebAMaskHQ(Dataset):
         strict: refuse missing and unreadable images instead of leaving them out with a warning.
         cache: keep the resized pixels; otherwise every access reads the picture.
         mask_size: M, or (height, width), for masks in place of labels.
+        records: what `read_records` gives of it, if that is known: several splits need it once.
 
     Raises:
         InputError: no data set, tables that do not fit, no masks, an empty split, or (strict) an image that cannot be
@@ -436,10 +437,11 @@ class CelebAMaskHQ(Dataset):
         strict: bool = False,
         cache: bool = True,
         mask_size: Size | None = None,
+        records: Records | None = None,
     ) -> None:
         self.root, parts = find_dataset(Path(root))
         self.split, self.img_size, self.mask_size = split, img_size, mask_size
-        records = read_records(parts)
+        records = read_records(parts) if records is None else records
         rows = np.flatnonzero((records.splits == SPLITS.index(split)) | (split == "all")).tolist()
         if not rows:
             said = f"the {split} split of {len(records.files)} images is empty; 10 images are enough"
@@ -637,7 +639,8 @@ def make_loaders(
     Raises:
         InputError: as `CelebAMaskHQ`, or a batch that cannot be shared evenly.
     """
-    train, val, test = (CelebAMaskHQ(root, split, img_size, strict, cache, mask_size) for split in SPLITS[:3])
+    records = read_records(find_dataset(Path(root))[1])
+    train, val, test = (CelebAMaskHQ(root, split, img_size, strict, cache, mask_size, records) for split in SPLITS[:3])
     together = min(batch_size, len(train))
     if together % share[1]:
         raise InputError(f"a batch of {together} images cannot be shared evenly by {share[1]} processes")
