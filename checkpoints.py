@@ -55,7 +55,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"weights {path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
-    state, size = _load(path), path.stat().st_size
+    state, size = read_object(path), path.stat().st_size
     if not _is_state_dict(state):
         inner = {k: v for k, v in state.items() if _is_state_dict(v)} if isinstance(state, Mapping) else {}
         if len(inner) > 1:  # an optimiser's tensors, say, beside the model's
@@ -75,7 +75,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return _without_prefixes(state)
 
 
-def _load(path: Path) -> Any:
+def read_object(path: Path) -> Any:
     """The object in ``path``, read without running any code that the file may carry."""
     try:
         if path.suffix == ".safetensors":

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints import HUB_ID, _load, built, first, opener
+from checkpoints import HUB_ID, built, first, opener, read_object
 from utils import InputError
 
 FILES = ("karras2019stylegan-ffhq-1024x1024.for_g_all.pt", "stylegan.safetensors", "model.safetensors")
@@ -363,7 +363,7 @@ def load_generator(source: str | Path, resolution: int | None = None, **hub: Any
                 f"weights {source}: no such file, and no folder or hub id with {' or '.join(FILES)}; the published "
                 f"weights are {FILES[0]}, which github.com/lernapparat/lernapparat offers under Releases"
             )
-    loaded = _load(path)
+    loaded = read_object(path)
     if isinstance(loaded, list) and len(loaded) == 3:  # G, D, Gs
         loaded = from_tensorflow(loaded[2])
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):

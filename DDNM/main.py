@@ -64,7 +64,8 @@ class Settings(NamedTuple):
     architecture: dict
 
     def flat(self) -> dict:
-        return {key: value for part in self[-2::-1] for key, value in asdict(part).items()} | self.architecture
+        parts = (self.rule, self.walk, self.targets, self.networks, self.run)
+        return {key: value for part in parts for key, value in asdict(part).items()} | self.architecture
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
