@@ -11,8 +11,8 @@ another's.
 
 What the time goes into is torch's profiler's view of the operators, summed by kind: matrix products (convolutions
 included), linear solves, and the rest, which moves memory. The share of the matrix rate counts the multiply-adds of
-convolutions and matrix products (two operations each) against a product of two large bf16 matrices, timed in the same
-process. The fit is least squares on logarithms: ``seconds ~ batch^a``, ``seconds ~ pixels^b``.
+convolutions and matrix products (two operations each) against a product of two large matrices, timed in the same
+process, of float32 or bf16, what is faster there. The fit is least squares on logarithms: ``seconds ~ batch^a``, ``seconds ~ pixels^b``.
 """
 
 import multiprocessing
@@ -113,10 +113,11 @@ def task(name: str, model: SPNN, batch: int, args: Options, device: torch.device
 
 
 def matrix_rate(device: torch.device) -> float:
-    """Operations per second in a product of two bf16 matrices."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+    """Operations per second in a product of two matrices, float32 or bf16: some CPUs only emulate bf16."""
+    side = 8192 if device.type == "cuda" else 512
+    a = torch.randn(side, side, device=device)
+    products = (partial(torch.matmul, m, m) for m in (a, a.bfloat16()))
+    return 2 * side**3 / min(seconds(product, device) for product in products for _ in range(5))
 
 
 def measure(name: str, size: int, batch: int, depth: int | None, args: Options) -> dict:

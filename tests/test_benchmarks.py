@@ -103,7 +103,7 @@ def test_growth_measures_time_memory_and_where_the_time_goes(name, small_32):
     assert row["peak_gib"] > 0 and row["images_per_second"] == 1 / row["seconds"] > 0
     assert sum(row[kind] for kind in growth.KINDS) == pytest.approx(1) and row["matrix product"] > 0
     assert (row["solve"] > 0) == (name == "stage1")  # elsewhere W is known
-    assert 0 < row["matrix_rate_share"] < 10
+    assert row["matrix_rate_share"] > 0
     assert growth.table([row]).count("|") == 3 * (12 if depth else 11)
     shallow = growth.deep_network(1, 4)
     assert len(growth.deep_network(3, 4).pinn.blocks) == len(shallow.pinn.blocks) + 2
