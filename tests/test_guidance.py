@@ -64,6 +64,7 @@ def test_gradient_is_the_unit_gradient_through_the_prior(t):
     torch.testing.assert_close(x0, expected)
     torch.testing.assert_close(eps, prior(x, t))
     grad = one_by_one(model, x, y, lambda x: predict_x0(x, prior(x, t), abar).clamp(-1, 1))
+    correction = correction()
     torch.testing.assert_close(correction, -0.05 * (1 - abar).sqrt() * grad, rtol=1e-3, atol=1e-5)
     assert not (x0.requires_grad or eps.requires_grad or correction.requires_grad)
 
@@ -82,7 +83,7 @@ def test_clean_gradient_moves_x0_and_asks_the_prior_for_no_gradient():
     start = predict_x0(x, gaussian_prior(x, t), SCHEDULE.abar(t)).clamp(-1, 1)
     expected = start - 0.05 * (1 - SCHEDULE.abar(t)).sqrt() * one_by_one(model, start, y, lambda x: x)
     torch.testing.assert_close(x0, expected.clamp(-1, 1), rtol=1e-4, atol=1e-5)
-    assert correction == 0.0 and asked == [False]
+    assert correction is None and asked == [False]
 
 
 def test_tfg_has_the_others_as_special_cases():
@@ -90,10 +91,20 @@ def test_tfg_has_the_others_as_special_cases():
     both = Gradient(0.05, 0.02).towards(model, y)(Denoiser(gaussian_prior), x, 500)
     through = Gradient(0.05).towards(model, y)(Denoiser(gaussian_prior), x, 500)
     clean = Gradient(0.0, 0.02).towards(model, y)(Denoiser(gaussian_prior), x, 500)
-    torch.testing.assert_close(both.correction, through.correction)
+    torch.testing.assert_close(both.correction(), through.correction())
     torch.testing.assert_close(both.x0, clean.x0)
     nothing = Gradient(0.0, 0.0)
     torch.testing.assert_close(draw(nothing), draw(Unguided()))
+
+
+@pytest.mark.parametrize("walk, count", [({}, 5), ({"travel_length": 2, "travel_repeat": 2}, 7)])
+def test_a_gradient_is_taken_only_if_x_next_is_used(walk, count, monkeypatch):
+    """It is not at the last step, nor before a jump back: these go on with x0'."""
+    losses, loss = [], SPNNOperator.loss
+    monkeypatch.setattr(SPNNOperator, "loss", lambda *given: losses.append(1) or loss(*given))
+    draw(Gradient(0.05), "a", steps=6, **walk)
+    steps = [t_next < t for t, t_next in time_pairs(1000, 6, **walk)]
+    assert len(losses) == count == sum(now and after for now, after in zip(steps, steps[1:], strict=False))
 
 
 def test_recurrences_take_x_back_to_t_with_fresh_noise():
@@ -122,7 +133,8 @@ def test_a_composition_is_its_first_rule_at_noisy_steps_and_its_second_at_clean_
     denoise = Denoiser(gaussian_prior)
     for t, alone in ((400, NLBP()), (399, Gradient(0.05))):
         for got, expected in zip(both(denoise, x, t), alone.towards(model, y)(denoise, x, t), strict=True):
-            assert got is expected or torch.equal(got, expected)  # None, or a correction of 0.0
+            got, expected = (each() if callable(each) else each for each in (got, expected))
+            assert got is expected or torch.equal(got, expected)
     assert Switched(Unguided(), Gradient(0.1, 0.0, 4, 1000, 0), 400).recurrences(399) == 4
 
 

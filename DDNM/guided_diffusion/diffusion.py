@@ -17,6 +17,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,8 @@ def sampling(
     noise = partial(draw_noise, generators, shape, device)
     x = x0 = noise()  # (B, 3, H, W)
     steer = guidance.towards(operator, target)
-    for t, t_next in time_pairs(prior.schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat):
+    pairs = time_pairs(prior.schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat)
+    for (t, t_next), (after, after_next) in pairwise([*pairs, (-1, 0)]):
         abar, abar_next = denoise.abar(t), denoise.abar(t_next)
         if t_next > t:
             x = abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * noise()
@@ -116,7 +118,9 @@ def sampling(
             z = noise()
             if settle is not None:
                 x0, z = settle(z, abar_next.sqrt(), added_variance(abar, abar_next, eta).sqrt())
-            x = renoise(x0, eps, z, abar, abar_next, eta) + correction  # 4
+            x = renoise(x0, eps, z, abar, abar_next, eta)  # 4
+            if correction is not None and (again or after_next < after):  # else no x_next is used: x0' is
+                x = x + correction()
             if again:
                 x = (abar / abar_next).sqrt() * x + (1 - abar / abar_next).sqrt() * noise()
             yield t, x0

@@ -28,14 +28,14 @@ class Denoised(NamedTuple):
     """What the sampler goes on with: the clean images, moved, and the noise, (B, 3, H, W) each.
 
     Attributes:
-        correction: to be added to x_next; 0 for nothing.
+        correction: what is to be added to x_next, computed if it is asked for; None for nothing.
         settle: for targets with noise: given z, a and sigma of ``x_next = a x0 + c eps + sigma z``, x0 and z as they
             should be; None for as they are.
     """
 
     x0: Tensor
     eps: Tensor
-    correction: Tensor | float = 0.0
+    correction: Callable[[], Tensor] | None = None
     settle: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
@@ -278,22 +278,20 @@ class Gradient(Guidance):
         return self.repeats if self.repeat_to <= t < self.repeat_from else 1
 
     def towards(self, operator: Operator, y: Tensor) -> Steer:
+        @torch.enable_grad()
         def gradient(x0: Tensor, by: Tensor) -> Tensor:
             return unit(torch.autograd.grad(operator.loss(operator.A(x0), y).sum(), by)[0])
 
         def steer(denoise: Denoiser, x: Tensor, t: int) -> Denoised:
-            scale, correction = (1 - denoise.abar(t)).sqrt(), 0.0
+            scale = (1 - denoise.abar(t)).sqrt()
             with torch.set_grad_enabled(self.through > 0):
                 x = x.detach().requires_grad_()
-                x0, eps = denoise(x, t)
-                if self.through:
-                    correction = -self.through * scale * gradient(x0, x)
-            x0, eps = x0.detach(), eps.detach()
+                seen, eps = denoise(x, t)
+            x0, eps = seen.detach(), eps.detach()
             if self.clean:
-                with torch.enable_grad():
-                    step = self.clean * scale * gradient(x0.requires_grad_(), x0)
-                x0 = denoise.in_range(x0.detach() - step)
-            return Denoised(x0, eps, correction)
+                by = x0.clone().requires_grad_()
+                x0 = denoise.in_range(x0 - self.clean * scale * gradient(by, by))
+            return Denoised(x0, eps, (lambda: -self.through * scale * gradient(seen, x)) if self.through else None)
 
         return steer
 
