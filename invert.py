@@ -46,7 +46,7 @@ from images import find_images, grid, load_image, save_image
 from inversion import FeatureDistance, Inversion, Loss, MappingNet, invert, invert_through, squared_error, train_mapping
 from judge import load_judge
 from logger import MetricsTable, format_table, get_logger, plot_curves
-from loop import STATE_NAME, Loop, Run, check_settings, is_empty, load_state, open_run, save_state
+from loop import STATE_NAME, Loop, Run, check_settings, load_state, open_run, save_state
 from metrics import agreement, psnr
 from models import SPNN, concatenated
 from operators import SPNNOperator
@@ -405,9 +405,7 @@ def begin(s: Settings, own, target: Target, run: Run, result: str, *free: str) -
     """
     given = {"command": type(own).__name__.lower(), **identity(target), **vars(s), **vars(own)}
     decisive = {key: value for key, value in given.items() if key not in (*FREE, *free)}
-    run.find_state(decisive, s.resume, s.overwrite, s.out / result)
-    if run.state is None and not (s.overwrite or is_empty(s.out)):
-        raise InputError(f"--out {s.out}: not empty, and no run to go on with; give --overwrite or another folder")
+    run.find_state(decisive, s.resume, s.overwrite, s.out / result, alone=True)
     run.begin("invert", given, (result, *STALE))
     if run.state is None:
         save_state(s.out / STATE_NAME, {"settings": run.settings, "stage": given["command"]})

@@ -384,15 +384,18 @@ class Run:
     stopped: Callable[[], int | None] = lambda: None
     state: dict | None = None
 
-    def find_state(self, settings: Mapping, resume: bool, overwrite: bool, result: Path | None = None) -> None:
+    def find_state(
+        self, settings: Mapping, resume: bool, overwrite: bool, result: Path | None = None, alone: bool = False
+    ) -> None:
         """Take ``settings``, and the state to go on from, if there is one.
 
         Args:
             result: a file that a finished run leaves, and another one may not replace.
+            alone: whether a new run wants the folder for itself.
 
         Raises:
             InputError: a run that is not finished and neither to be resumed nor overwritten, or one of other settings;
-                a result that is not to be overwritten.
+                a result, or with ``alone`` anything, that is not to be overwritten.
         """
         self.settings, path = json_values(settings), self.folder / STATE_NAME
         if resume and overwrite:
@@ -403,11 +406,19 @@ class Run:
         if state is None:
             if result is not None and result.exists() and not overwrite:
                 raise InputError(f"{result} exists; give --overwrite, --resume with its settings, or another folder")
+            if alone and self.world.leads and not (overwrite or is_empty(self.folder)):  # the others may be late
+                raise InputError(f"{self.folder} is not empty, nor a run to resume; give --overwrite or another")
             return
         if not resume:
             raise InputError(f"{path}: a run that is not finished; give --resume to continue it or --overwrite")
         check_settings(state["settings"], self.settings, self.folder)
         self.state = state
+
+    def add_settings(self, settings: Mapping) -> None:
+        """Take more ``settings``, known only now. Raises InputError: the run that is resumed has others."""
+        if self.state is not None:
+            check_settings(self.state["settings"], settings, self.folder)
+        self.settings |= json_values(settings)
 
     def begin(self, name: str, settings: dict, stale: Iterable[str]) -> logging.Logger:
         """Write settings.json and log.txt; what an earlier run left, by these names, must not stand beside them."""

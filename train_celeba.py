@@ -22,7 +22,7 @@ from diagnostics import diagnose, format_table
 from images import grid, save_image
 from judge import Judge, load_judge
 from logger import get_logger
-from loop import DONE, Run, check_settings, open_run
+from loop import DONE, Run, open_run
 from metrics import predict
 from models import SPNN
 from networks import PRECISIONS, compile_networks, has_tf32, inner_networks, networks_in, prepare_networks
@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_run(folder, machine.device, machine.save_every, task.seed) as run:
         identity = {**asdict(task), **asdict(settings), "layer_channels": chain}
         del identity["precision"]  # it may be another, as the device may
-        result = folder / FORWARD_CHECKPOINT if task.is_forward_train else None
-        run.find_state(identity, machine.resume, machine.overwrite, result)
+        result = FORWARD_CHECKPOINT if task.is_forward_train else R_OPT_CHECKPOINT
+        run.find_state(identity, machine.resume, machine.overwrite, folder / result)
         stage = None if run.state is None else run.state["stage"]
         if stage == DONE:
             print(f"{folder}: this run is finished")
@@ -112,13 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = replace(settings, precision=machine.precision or usual)
         forward = task.is_forward_train and stage in (None, "forward")
         model, teachers, loaders = prepare(task, settings, machine, chain, run, forward)
-        splits = {f"images in its {name} split": len(each.dataset) for name, each in loaders._asdict().items()}
-        if run.state is not None:
-            check_settings(run.state["settings"], splits, folder)
-        run.settings |= splits
-        stale = [FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json", "diagnostics_*.json", "natural_*.png"]
+        run.add_settings({f"images in its {name} split": len(of.dataset) for name, of in loaders._asdict().items()})
+        stale = [R_OPT_CHECKPOINT, "diagnostics_r_opt.json", "natural_r_opt.png"]
+        if forward:
+            stale += [FORWARD_CHECKPOINT, "config.json", "diagnostics_forward.json", "natural_forward.png"]
         every = {**asdict(task), **asdict(settings), **asdict(machine), "layer_channels": chain}
-        log = run.begin("train_celeba", every, stale if forward else ())
+        log = run.begin("train_celeba", every, stale)
         log.info("SPNN with %.2f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
 
         def trainer(model: SPNN) -> CelebATrainer:

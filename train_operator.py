@@ -224,6 +224,11 @@ def fit(operator: SPNNOperator, loaders: Loaders, pair: Pair, s: Fit, run: Run, 
     operator.model = best.to(run.device).eval().requires_grad_(False)
 
 
+# what a run leaves in its folder: another one, which may be shorter, must not find it there
+LEFT = (FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json", "best_model*.json", "metrics_r_opt.csv", "curves_*.png",
+        "table.*", "sheet.png", "diagnostics.json", "log.txt")  # fmt: skip
+
+
 def prepare(run: Run, s: Fit, path: Path, size: int, identity: dict, mask_size: int | None = None) -> Loaders:
     """Take up the run in the folder, or begin one; and the data, of which each process has its part.
 
@@ -233,10 +238,12 @@ def prepare(run: Run, s: Fit, path: Path, size: int, identity: dict, mask_size: 
     free = ("device", "overwrite", "resume")
     seed_everything(s.seed)
     given = {**identity, **{k: v for k, v in asdict(s).items() if k not in free}}
-    run.find_state(given, s.resume, s.overwrite, run.folder / FORWARD_CHECKPOINT)
+    run.find_state(given, s.resume, s.overwrite, run.folder / FORWARD_CHECKPOINT, alone=True)
     with run.world.leader_first():  # it builds the cache
         share = run.world.rank, run.world.size
-        return make_loaders(path, size, s.batch_size, seed=s.seed, device=run.device, share=share, mask_size=mask_size)
+        loaders = make_loaders(path, size, s.batch_size, 0, s.seed, device=run.device, share=share, mask_size=mask_size)
+    run.begin("train_operator", {**identity, **asdict(s)}, LEFT)
+    return loaders
 
 
 # --- Restoration -----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, load_prior, save_prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
 from images import find_images, grid, listed, load_image, save_image, to_float, to_uint8
-from loop import STATE_NAME, Ema, Loop, Run, adam, clip_gradients, is_empty, open_run
+from loop import Ema, Loop, Run, adam, clip_gradients, open_run
 from networks import compile_networks
 from utils import InputError, option, parse, run_command, seed_everything
 
@@ -270,14 +270,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, size = machine.out, settings.batch_size
     torch.set_num_threads(machine.threads)
     with open_run(out, machine.device, machine.save_every, settings.seed) as run:  # a mistake leaves no folder behind
-        goes_on = machine.overwrite or machine.resume and (out / STATE_NAME).is_file()
-        if run.world.leads and not (goes_on or is_empty(out)):
-            raise InputError(f"--out {out}: not empty; give --resume to continue that run or --overwrite to start anew")
-        run.world.wait()
+        run.find_state(asdict(settings), machine.resume, machine.overwrite, alone=True)
         if size % run.world.size:
             raise InputError(f"a batch of {size} cannot be shared evenly by {run.world.size} processes")
         images = Images(machine.images, settings.img_size, run.device, settings.split)
-        run.find_state({**asdict(settings), "images": len(images)}, machine.resume, machine.overwrite)
+        run.add_settings({"images": len(images)})
         trainer = Trainer(settings, machine, images, run)
         stale = ("metrics.csv", "curves.png", "log.txt", f"{SAMPLES_NAME}/step_*.png")
         log = run.begin("train_prior", asdict(settings) | asdict(machine), stale)

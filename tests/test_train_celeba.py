@@ -65,6 +65,8 @@ def test_a_seed_repeats_and_stage_2_alone_is_that_of_both(finished, faces, tmp_p
     with pytest.raises(InputError, match="takes 32x32 images, but --img_size is 8"):
         run(faces, tmp_path, "--is_r_opt", img_size=8)
     assert run(faces, tmp_path, "--is_r_opt") == 0
+    with pytest.raises(InputError, match="best_model_r_opt_real.pth exists; give --overwrite"):
+        run(faces, tmp_path, "--is_r_opt", r_lr=1.0)
     both, alone = (read_weights(folder / "best_model_r_opt_real.pth") for folder in (finished, tmp_path / "run"))
     assert (tmp_path / "run" / "best_model.pth").read_bytes() == forward
     assert all(torch.equal(alone[key], both[key]) for key in both)

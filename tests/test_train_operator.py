@@ -166,6 +166,12 @@ def test_a_function_of_ones_own_without_a_gradient(faces, prior, tmp_path):
     weights = ["--checkpoint", str(tmp_path / "best_model.pth"), "--dataset_path", str(faces), "--device", "cpu"]
     with pytest.raises(InputError, match=r"gives maps \(3, 8, 8\).*unknown"):  # code that a file names is not run
         diagnostics.main(weights)
+    # a shorter run in its place leaves nothing of it that would be taken for its own
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(faces, tmp_path, "--overwrite", "--r_steps", 0, "--hidden", 12) == 0
+    model = SPNN.from_pretrained(tmp_path)
+    assert model.config["layer_channels"][1][1]["hidden"] == 12 and model.notes["operator"] == "lens"
+    assert not [*tmp_path.glob("*r_opt*"), *tmp_path.glob("table.*")] and (tmp_path / "notes.txt").is_file()
 
 
 def test_a_fit_learns(faces, tmp_path):

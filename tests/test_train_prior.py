@@ -67,7 +67,7 @@ def test_results_are_kept_and_another_run_is_refused_unless_overwriting(images, 
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
     for folder, out, flags, said in (
-        (images, tmp_path, (), "not empty"), (images, other, ("--resume",), "not empty"),
+        (images, tmp_path, (), "--resume to continue it or --overwrite"), (images, other, ("--resume",), "not empty"),
         (images, tmp_path, ("--resume", "--seed", "1"), "has seed 0, not 1"),
         (images / "nested", tmp_path, ("--resume",), "has images 8, not 4"),
     ):  # fmt: skip
