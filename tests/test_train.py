@@ -247,7 +247,7 @@ def test_a_weight_that_is_not_finite_is_named_and_the_last_checkpoint_kept(tmp_p
     before = path.read_bytes()
     with torch.no_grad():
         model.get_parameter(weight)[0] = value
-    with pytest.raises(TrainingFailed, match=f"batch 1.*{weight}.*last good state and checkpoint are kept") as error:
+    with pytest.raises(TrainingFailed, match=f"batch 1.*{weight}.*saved before it is kept") as error:
         getattr(trainer(model, tmp_path), stage)()
     assert isinstance(error.value, InputError) and "\n" not in str(error.value)
     assert path.read_bytes() == before
