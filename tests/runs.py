@@ -40,10 +40,8 @@ SIZE = 32
 CHAIN = [
     ["PixelUnshuffleBlock", {"r": 4}],
     ["ConvPINNBlock", {"in_ch": 48, "out_ch": 1, "hidden": 4, "feat_size": 8}],
-    ["PixelUnshuffleBlock", {"r": 2}],
-    ["ConvPINNBlock", {"in_ch": 4, "out_ch": 3, "hidden": 4, "feat_size": 4}],
-    ["PixelUnshuffleBlock", {"r": 4}],
-    ["ConvPINNBlock", {"in_ch": 48, "out_ch": 40, "hidden": 8, "feat_size": 1}],
+    ["PixelUnshuffleBlock", {"r": 8}],
+    ["ConvPINNBlock", {"in_ch": 64, "out_ch": 40, "hidden": 8, "feat_size": 1}],
 ]
 SETTINGS = {
     "layer_channels": CHAIN, "img_size": SIZE, "is_forward_train": True, "is_r_opt": True, "epoch": 2, "r_epoch": 1,
