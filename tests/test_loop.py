@@ -176,27 +176,27 @@ def test_a_run_is_begun_again_if_asked_and_left_alone_when_it_is_finished(faces,
 # --- A disk that does not take it ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("owner, function, full", [
-    (os, "fsync", OSError(errno.ENOSPC, "No space left")),
-    (torch, "save", RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed")),
-])  # fmt: skip
-def test_a_full_disk_costs_a_line(owner, function, full, faces, undisturbed, tmp_path, monkeypatch):
+def test_a_full_disk_costs_a_line(faces, undisturbed, tmp_path, monkeypatch):
     main, arguments = COMMANDS["prior"]
-    arguments = arguments(faces, tmp_path / "run", augment=0.5)
-    path, kept, honest = tmp_path / "run" / "train_state.pth", [], getattr(owner, function)
+    arguments, path = [*arguments(faces, tmp_path / "run", augment=0.5), "--resume"], tmp_path / "run/train_state.pth"
+    for owner, function, full in (
+        (os, "fsync", OSError(errno.ENOSPC, "No space left")),
+        (torch, "save", RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed")),
+    ):
+        kept, honest = [], getattr(owner, function)
 
-    def fails(*args):
-        if path.exists() and load_state(path)["progress"]["done"]:
-            kept.append(path.read_bytes())
-            raise full
-        return honest(*args)
+        def fails(*args, kept=kept, honest=honest, full=full):
+            if path.exists() and load_state(path)["progress"]["done"]:
+                kept.append(path.read_bytes())
+                raise full
+            return honest(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, function, fails)
-        refused("cannot write .*(space|Writer)", main, arguments)
-    assert path.read_bytes() == kept[0]  # the last one stands, whole
-    assert not list(path.parent.glob(".*"))
-    assert main([*arguments, "--resume"]) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, fails)
+            refused("cannot write .*(space|Writer)", main, arguments)
+        assert path.read_bytes() == kept[0]  # the last one stands, whole
+        assert not list(path.parent.glob(".*"))
+    assert main(arguments) == 0
     assert_same(outcome(path.parent), undisturbed("prior", augment=0.5))
 
 
