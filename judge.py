@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checkpoints import DTYPES, built, read_json, read_weights, write_weights
-from data_loader import ATTRIBUTES, CelebAMaskHQ, augmented, batches_from, download_dataset, make_loader
+from data_loader import ATTRIBUTES, CelebAMaskHQ, Loaders, augmented, batches_from, download_dataset, make_loaders
 from diagnostics import accuracy
 from logger import MetricsTable, format_table, get_logger
 from loop import DONE, Loop, Run, adam, decaying, open_run
@@ -147,7 +147,7 @@ def begin(train: CelebAMaskHQ, width: int) -> Judge:
     return judge
 
 
-def train_judge(train: CelebAMaskHQ, val: CelebAMaskHQ, settings: Training, run: Run, workers: int = 0) -> Judge:
+def train_judge(loaders: Loaders, settings: Training, run: Run) -> Judge:
     """Train a judge: Adam, one cycle of the learning rate, binary cross-entropy, random mirroring.
 
     Returns:
@@ -157,11 +157,8 @@ def train_judge(train: CelebAMaskHQ, val: CelebAMaskHQ, settings: Training, run:
         TrainingFailed: the loss is not finite.
         Stopped: a signal came; the state is saved.
     """
-    s, device = settings, run.device
-    judge = begin(train, s.width).to(device, memory_format=torch.channels_last)  # 1.8 times as fast on a CPU
-    drop = len(train) > s.batch_size
-    loader = make_loader(train, s.batch_size, workers, s.seed, shuffle=True, flip=True, drop_last=drop, device=device)
-    val_loader = make_loader(val, s.batch_size, workers, s.seed, device=device)
+    s, device, loader = settings, run.device, loaders.train
+    judge = begin(loader.dataset, s.width).to(device, memory_format=torch.channels_last)  # 1.8 times as fast on a CPU
     optimizer, best = adam(decaying(judge, s.weight_decay), s.lr, device), copy.deepcopy(judge)
 
     def step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -172,7 +169,7 @@ def train_judge(train: CelebAMaskHQ, val: CelebAMaskHQ, settings: Training, run:
         return {"loss": loss}
 
     def measure() -> dict[str, float]:
-        logits, labels = predict(judge, run.until_stopped(val_loader), device)
+        logits, labels = predict(judge, run.until_stopped(loaders.val), device)
         return {
             "loss": F.binary_cross_entropy_with_logits(logits, labels).item(),
             "accuracy": accuracy_by_attribute(logits, labels).mean().item(),
@@ -203,15 +200,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_run(folder, machine.device, machine.save_every, settings.seed) as run:
         if run.world.size > 1:
             raise InputError("a judge is trained by one process: start judge.py without torchrun")
-        train, val, test = (
-            CelebAMaskHQ(root, split, settings.img_size, machine.strict) for split in ("train", "val", "test")
-        )
-        used = {**asdict(settings), "images": len(train)}
+        loaders = make_loaders(root, settings.img_size, settings.batch_size, machine.workers, settings.seed,
+                               strict=machine.strict, device=run.device)  # fmt: skip
+        used = {**asdict(settings), "images": len(loaders.train.dataset)}
         run.find_state(used, machine.resume, machine.overwrite, out)
         if run.state is not None and run.state["stage"] == DONE:
             print(f"{folder}: this training is finished")
         else:
-            judge = train_judge(train, val, settings, run, machine.workers)
+            judge = train_judge(loaders, settings, run)
             write_weights(out, judge.state_dict(), DTYPES[machine.dtype])
             rows = MetricsTable(folder / "metrics_judge.csv").rows
             history = [{name: float(value) for name, value in row.items()} for row in rows]
@@ -220,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                                   "history": history, "training": how})  # fmt: skip
             run.finish()  # and not before: a finished run writes nothing any more
     judge = load_judge(out).to(run.device)  # what is measured is the file, rounding of its weights included
-    measured = json_values(accuracy(judge, make_loader(test, settings.batch_size, machine.workers), run.device))
+    measured = json_values(accuracy(judge, loaders.test, run.device))
     write_json(out.with_suffix(".json"), {**read_json(out.with_suffix(".json")), "test": measured})
     rows = list(zip(ATTRIBUTES, measured["by_attribute"], measured["balanced_by_attribute"], strict=True))
     rows.append(("mean", measured["accuracy"], measured["balanced_accuracy"]))

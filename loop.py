@@ -359,7 +359,7 @@ def first_broken(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 class TrainingFailed(InputError):
-    """Training produced numbers that are not finite; the last good state and checkpoint are kept."""
+    """Training produced numbers that are not finite; what was saved before is kept."""
 
 
 @dataclass
@@ -649,9 +649,7 @@ class Loop:
         return f"{self.name} {epoch + 1}/{self.steps // self.row_every}, batch {batch + 1}".strip()
 
     def _fail(self, where: str, culprit: object) -> NoReturn:
-        message = (
-            f"{where}: not a finite number in {culprit}. The last good state and checkpoint are kept; try a lower lr"
-        )
+        message = f"{where}: not a finite number in {culprit}. What was saved before it is kept; try a lower lr"
         self.log.error(message)
         raise TrainingFailed(message) from None
 

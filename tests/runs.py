@@ -1,12 +1,15 @@
 """Commands that several test files run: their small data, weights and flags, and what a run leaves."""
 
 import csv
+import itertools
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +40,8 @@ SIZE = 32
 CHAIN = [
     ["PixelUnshuffleBlock", {"r": 4}],
     ["ConvPINNBlock", {"in_ch": 48, "out_ch": 1, "hidden": 4, "feat_size": 8}],
-    ["PixelUnshuffleBlock", {"r": 2}],
-    ["ConvPINNBlock", {"in_ch": 4, "out_ch": 3, "hidden": 4, "feat_size": 4}],
-    ["PixelUnshuffleBlock", {"r": 4}],
-    ["ConvPINNBlock", {"in_ch": 48, "out_ch": 40, "hidden": 8, "feat_size": 1}],
+    ["PixelUnshuffleBlock", {"r": 8}],
+    ["ConvPINNBlock", {"in_ch": 64, "out_ch": 40, "hidden": 8, "feat_size": 1}],
 ]
 SETTINGS = {
     "layer_channels": CHAIN, "img_size": SIZE, "is_forward_train": True, "is_r_opt": True, "epoch": 2, "r_epoch": 1,
@@ -95,6 +96,25 @@ def assert_same(one: dict, other: dict) -> None:
     assert one.keys() == other.keys() and len(one) > 5
     for name, value in one.items():
         assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
+
+
+@contextmanager
+def signal_at(
+    owner: object, name: str, calls: float, signum: int = signal.SIGTERM, before: Callable | None = None
+) -> Iterator[None]:
+    """The n-th call of ``owner.name`` sends this process a signal; ``before`` it, something gets the same arguments."""
+    honest, count = getattr(owner, name), itertools.count(1)
+
+    def call(*args, **kwargs):
+        if next(count) == calls:
+            if before is not None:
+                before(*args, **kwargs)
+            os.kill(os.getpid(), signum)
+        return honest(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, call)
+        yield
 
 
 def without_diagnostics(patch: pytest.MonkeyPatch) -> None:

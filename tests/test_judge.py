@@ -1,18 +1,18 @@
 import json
-import os
-import signal
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from layout import write_layout
+from runs import signal_at
 
 import loop
 from data_loader import ATTRIBUTES, CelebAMaskHQ
 from judge import Judge, load_judge, main, one_cycle
 from loop import Run, World
-from utils import InputError, Stopped
+from utils import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,7 @@ def test_training_learns_what_can_be_seen_and_the_figures_are_those_of_the_file(
     shown = capsys.readouterr().out
     assert "this training is finished" in shown and f"| mean | {record['test']['accuracy']:.4f} |" in shown
     before = trained.read_bytes()
-    with pytest.raises(InputError, match="--overwrite"):
-        main(arguments(faces, trained))
+    refused("--overwrite", main, arguments(faces, trained))
     assert trained.read_bytes() == before
 
 
@@ -84,13 +83,11 @@ def test_training_learns_what_can_be_seen_and_the_figures_are_those_of_the_file(
 ])  # fmt: skip
 def test_what_is_no_judge_is_refused(tmp_path, trained, text, said):
     path = tmp_path / "judge.safetensors"
-    with pytest.raises(InputError, match="no such file"):
-        load_judge(path)
+    refused("no such file", load_judge, path)
     path.write_bytes(trained.read_bytes())
     if text is not None:
         path.with_suffix(".json").write_text(text)
-    with pytest.raises(InputError, match=said):
-        load_judge(path)
+    refused(said, load_judge, path)
 
 
 def test_the_learning_rate_goes_up_and_down_once():
@@ -99,24 +96,16 @@ def test_the_learning_rate_goes_up_and_down_once():
     assert rates[:31] == sorted(rates[:31]) and rates[30:] == sorted(rates[30:], reverse=True)
 
 
-def test_a_training_that_is_stopped_goes_on_as_if_nothing_had_happened(trained, faces, tmp_path, monkeypatch):
-    out, honest = tmp_path / "judge.safetensors", loop.Loop._make_step
-
-    def make_step(self, *batch):
-        honest(self, *batch)
-        if self.done == 20:  # in the fourth epoch
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loop.Loop, "_make_step", make_step)
+def test_a_training_that_is_stopped_goes_on_as_if_nothing_had_happened(trained, faces, tmp_path):
+    out = tmp_path / "judge.safetensors"
+    with signal_at(loop, "seed_step", 20), pytest.raises(Stopped):  # in the fourth epoch
         main(arguments(faces, out, "--dtype", "float16"))
     assert not out.exists()
-    with pytest.raises(InputError, match="not finished; give --resume"):
-        main(arguments(faces, out, "--dtype", "float16"))
+    refused("not finished; give --resume", main, arguments(faces, out, "--dtype", "float16"))
     assert main(arguments(faces, out, "--dtype", "float16", "--resume")) == 0
     assert out.read_bytes() == trained.read_bytes()
-    with pytest.raises(InputError, match="exists; give --overwrite"):  # no run to resume, and no leave to replace it
-        main(arguments(faces, out, "--dtype", "float16", "--resume", "--lr", "1e-3"))
+    other = arguments(faces, out, "--dtype", "float16", "--resume", "--lr", "1e-3")
+    refused("exists; give --overwrite", main, other)  # no run to resume, and no leave to replace it
     assert out.read_bytes() == trained.read_bytes()
     found, whole = (json.loads(path.with_suffix(".json").read_text()) for path in (out, trained))
     for row, other in zip(found["history"], whole["history"], strict=True):
@@ -127,5 +116,4 @@ def test_a_training_that_is_stopped_goes_on_as_if_nothing_had_happened(trained, 
 def test_several_processes_are_refused(faces, tmp_path, monkeypatch):
     two = Run(tmp_path, torch.device("cpu"), World(0, 2))
     monkeypatch.setattr("judge.open_run", lambda *_: nullcontext(two))
-    with pytest.raises(InputError, match="without torchrun"):
-        main(arguments(faces, tmp_path / "judge.safetensors"))
+    refused("without torchrun", main, arguments(faces, tmp_path / "judge.safetensors"))

@@ -9,18 +9,6 @@ from logger import MetricsTable, format_table, get_logger, plot_curves, tensorbo
 from utils import InputError
 
 
-@pytest.fixture(autouse=True)
-def own_handlers():
-    """Leave the root logger as it was found."""
-    root = logging.getLogger()
-    before = list(root.handlers)
-    yield
-    for handler in list(root.handlers):
-        if handler not in before:
-            root.removeHandler(handler)
-            handler.close()
-
-
 def table(path):
     return list(csv.DictReader(path.open()))
 

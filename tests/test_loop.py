@@ -3,9 +3,8 @@
 import errno
 import functools
 import importlib
-import itertools
+import math
 import os
-import pkgutil
 import random
 import shutil
 import signal
@@ -16,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import refused
-from runs import CHAIN, COMMANDS, assert_same, exit_code, forks, outcome, quick, spnn_arguments, without_diagnostics
+from runs import CHAIN, COMMANDS, assert_same, exit_code, forks, outcome, quick, signal_at, without_diagnostics
 
+import data_loader
 import loop
+import train
 import train_celeba
 import utils
-from loop import TrainingFailed, load_state, locked, stop_signals
+from loop import load_state, locked, stop_signals
+from train import CelebATrainer
 from utils import Stopped, remove_temporaries, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,20 +58,14 @@ def victim(kind: str, arguments: list[str], die_at: tuple[str, int] | None) -> N
     or every step: ``fsync`` cuts the temporary file in two first, as a machine that crashes may.
     """
     quick()
-    if die_at is not None:
-        name, calls = die_at
-        owner = loop if name == "seed_step" else os
-        honest, count = getattr(owner, name), itertools.count(1)
+    name, calls = die_at or ("fsync", math.inf)
+    owner, before = loop if name == "seed_step" else os, halve if name == "fsync" else None
+    with signal_at(owner, name, calls, signal.SIGKILL, before):
+        run_command(lambda: COMMANDS[kind][0](arguments))
 
-        def call(*args):
-            if next(count) == calls:
-                if name == "fsync":
-                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return honest(*args)
 
-        setattr(owner, name, call)
-    run_command(lambda: COMMANDS[kind][0](arguments))
+def halve(file: int) -> None:
+    os.ftruncate(file, os.fstat(file).st_size // 2)
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
@@ -90,34 +86,28 @@ def test_a_run_that_is_killed_ends_as_the_undisturbed_one(kind, kills, faces, un
 
 def spnn(faces, folder, *flags, **changes) -> int:
     try:
-        return train_celeba.main([*spnn_arguments(faces, folder, **changes), *flags])
+        return train_celeba.main([*COMMANDS["spnn"][1](faces, folder, **changes), *flags])
     except Stopped as stopped:
         return stopped.status
 
 
-@pytest.mark.parametrize("signum, place, calls, settings", [
-    (signal.SIGINT, "train.right_inverse_error", 2, {"augment": 0.5}),  # the second validation
-    (signal.SIGTERM, "train_celeba.predict", 1, {"augment": 0.5}),
-    (signal.SIGTERM, "data_loader.to_float", 12, {"epoch": 1, "r_epoch": 3}),  # while all images' logits are asked for
-])  # fmt: skip
-def test_a_stopped_run_saves_and_goes_on(faces, undisturbed, tmp_path, monkeypatch, signum, place, calls, settings):
-    owner, _, name = place.rpartition(".")
-    owner, count = pkgutil.resolve_name(owner), itertools.count(1)
-    honest = getattr(owner, name)
-
-    def call(*args, **kwargs):
-        if next(count) == calls:
-            os.kill(os.getpid(), signum)
-        return honest(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, call)
-        assert spnn(faces, tmp_path / "run", **settings) == 128 + signum
-    torch.manual_seed(123)  # a resume must not lean on what the generators happen to be
-    assert spnn(faces, tmp_path / "run", "--resume", **settings) == 0
-    assert_same(outcome(tmp_path / "run"), undisturbed("spnn", **settings))
-    diagnostics = {path.name for path in (tmp_path / "run").glob("diagnostics_*.json")}
-    assert diagnostics == {"diagnostics_forward.json", "diagnostics_r_opt.json"}
+def test_a_run_that_is_stopped_again_and_again_saves_and_goes_on(faces, undisturbed, tmp_path):
+    settings, folder, reached = {"epoch": 2, "r_epoch": 3}, tmp_path / "run", []
+    for signum, owner, name, calls in (
+        (signal.SIGINT, CelebATrainer, "validate", 1),
+        (signal.SIGTERM, train, "right_inverse_error", 2),  # in the last validation
+        (signal.SIGINT, train_celeba, "predict", 1),
+        (signal.SIGTERM, data_loader, "to_float", 5),  # while all images' logits are asked for
+    ):
+        with signal_at(owner, name, calls, signum):
+            assert spnn(faces, folder, "--resume", **settings) == 128 + signum
+        state = load_state(folder / "train_state.pth")
+        reached.append((state["stage"], state["progress"]["done"]))
+        torch.manual_seed(123)  # a resume must not lean on what the generators happen to be
+    assert reached == [("forward", 4), ("forward", 8), ("forward", 8), ("r_opt", 0)]
+    assert spnn(faces, folder, "--resume", **settings) == 0
+    assert_same(outcome(folder), undisturbed("spnn", **settings))
+    assert {path.name for path in folder.glob("diag*")} == {"diagnostics_forward.json", "diagnostics_r_opt.json"}
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
@@ -126,15 +116,8 @@ def test_a_stopped_run_saves_and_goes_on(faces, undisturbed, tmp_path, monkeypat
 @pytest.fixture(scope="module")
 def stopped_once(faces, tmp_path_factory):
     """A run of stage 1 with a state file, stopped after its second step."""
-    folder, honest = tmp_path_factory.mktemp("stopped") / "run", loop.Loop._make_step
-
-    def make_step(self, *batch):
-        honest(self, *batch)
-        if self.done == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Loop, "_make_step", make_step)
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with signal_at(loop, "seed_step", 2):
         assert spnn(faces, folder) == 128 + signal.SIGTERM
     return folder
 
@@ -193,28 +176,28 @@ def test_a_run_is_begun_again_if_asked_and_left_alone_when_it_is_finished(faces,
 # --- A disk that does not take it ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, owner, function, full", [
-    ("spnn", os, "fsync", OSError(errno.ENOSPC, "No space left")),
-    ("prior", torch, "save", RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed")),
-])  # fmt: skip
-def test_a_full_disk_costs_a_line(kind, owner, function, full, faces, undisturbed, tmp_path, monkeypatch):
-    main, arguments = COMMANDS[kind]
-    arguments = arguments(faces, tmp_path / "run", augment=0.5)
-    path, kept, honest = tmp_path / "run" / "train_state.pth", [], getattr(owner, function)
+def test_a_full_disk_costs_a_line(faces, undisturbed, tmp_path, monkeypatch):
+    main, arguments = COMMANDS["prior"]
+    arguments, path = [*arguments(faces, tmp_path / "run", augment=0.5), "--resume"], tmp_path / "run/train_state.pth"
+    for owner, function, full in (
+        (os, "fsync", OSError(errno.ENOSPC, "No space left")),
+        (torch, "save", RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed")),
+    ):
+        kept, honest = [], getattr(owner, function)
 
-    def fails(*args):
-        if path.exists() and load_state(path)["progress"]["done"]:
-            kept.append(path.read_bytes())
-            raise full
-        return honest(*args)
+        def fails(*args, kept=kept, honest=honest, full=full):
+            if path.exists() and load_state(path)["progress"]["done"]:
+                kept.append(path.read_bytes())
+                raise full
+            return honest(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, function, fails)
-        refused("cannot write .*(space|Writer)", main, arguments)
-    assert path.read_bytes() == kept[0]  # the last one stands, whole
-    assert not list(path.parent.glob(".*"))
-    assert main([*arguments, "--resume"]) == 0
-    assert_same(outcome(path.parent), undisturbed(kind, augment=0.5))
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, fails)
+            refused("cannot write .*(space|Writer)", main, arguments)
+        assert path.read_bytes() == kept[0]  # the last one stands, whole
+        assert not list(path.parent.glob(".*"))
+    assert main(arguments) == 0
+    assert_same(outcome(path.parent), undisturbed("prior", augment=0.5))
 
 
 # --- The parts -------------------------------------------------------------------------------------------------------
@@ -228,8 +211,7 @@ def test_a_state_with_a_broken_weight_replaces_none(faces, stopped, monkeypatch)
         self.param_groups[0]["params"][0].data.fill_(float("nan"))
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(TrainingFailed, match="forward 1/2, batch 4.*not a finite number in weight pinn.blocks.1"):
-        spnn(faces, stopped, "--resume")
+    refused("forward 1/2, batch 4.*not a finite number in weight pinn.blocks.1", spnn, faces, stopped, "--resume")
     state = load_state(stopped / "train_state.pth")
     assert state["progress"]["done"] == 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
 

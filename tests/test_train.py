@@ -1,19 +1,20 @@
 """Training: schedule and weights against figures, losses against the plain formulation, stages that keep their word."""
 
 import csv
+import functools
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import seeded
+from helpers import refused, seeded
 from runs import randomised, tiny_chain
 
 import loop
 from blocks import ConvPINNBlock
 from data_loader import make_loader
 from images import to_float
-from loop import Run, TrainingFailed
+from loop import Run
 from models import SPNN
 from train import (
     FORWARD_CHECKPOINT,
@@ -28,7 +29,6 @@ from train import (
     natural_losses,
     typical_logits,
 )
-from utils import InputError
 
 CHAIN = tiny_chain(4, 8)
 NAMES = ("one", "two", "three", "four")
@@ -247,9 +247,7 @@ def test_a_weight_that_is_not_finite_is_named_and_the_last_checkpoint_kept(tmp_p
     before = path.read_bytes()
     with torch.no_grad():
         model.get_parameter(weight)[0] = value
-    with pytest.raises(TrainingFailed, match=f"batch 1.*{weight}.*last good state and checkpoint are kept") as error:
-        getattr(trainer(model, tmp_path), stage)()
-    assert isinstance(error.value, InputError) and "\n" not in str(error.value)
+    refused(f"batch 1.*{weight}.*saved before it is kept", getattr(trainer(model, tmp_path), stage))
     assert path.read_bytes() == before
 
 
@@ -267,8 +265,7 @@ def test_what_is_not_finite_is_named_and_not_applied(tmp_path, harm, settings, s
     run = trainer(tiny_spnn(), tmp_path, reweight_every=0, **settings)
     harm(run)
     before = copy_of(run.model)
-    with pytest.raises(TrainingFailed, match=said):
-        run.train_forward()
+    refused(said, run.train_forward)
     assert not (tmp_path / FORWARD_CHECKPOINT).exists()
     if harm is broken_gradient:
         assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())
@@ -335,16 +332,24 @@ def test_only_weights_of_convolutions_decay():
     assert len(named) == len(shrinks["params"]) + len(stays["params"])
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """All weights after one step of a stage."""
+
+    @functools.cache
+    def run(stage: str, **settings) -> torch.Tensor:
+        one = {"count": 4, "epoch": 1, "r_epoch": 1, "warmup_steps": 0}
+        model = tiny_spnn()
+        getattr(trainer(model, tmp_path_factory.mktemp("learned"), **one, **settings), stage)()
+        return torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
+
+    return run
+
+
 @pytest.mark.parametrize("stage, name", [
     ("train_forward", "augment"), ("optimise_r", "augment"), ("train_forward", "balance"),
     ("train_forward", "weight_decay"),
 ])  # fmt: skip
-def test_augmentation_balance_and_weight_decay_change_what_is_learned(tmp_path, stage, name):
-    plain, other = ({name: 0.0}, {name: 1.0})
-    for folder, settings in (("plain", plain), ("other", other)):
-        model = tiny_spnn()
-        getattr(trainer(model, tmp_path / folder, count=4, epoch=1, r_epoch=1, warmup_steps=0, **settings), stage)()
-        settings["weights"] = copy_of(model)
-    before, after = plain["weights"], other["weights"]
-    assert any(not torch.equal(before[key], after[key]) for key in before)
-    assert all(p.isfinite().all() for p in after.values())
+def test_augmentation_balance_and_weight_decay_change_what_is_learned(learned, stage, name):
+    plain, other = learned(stage), learned(stage, **{name: 1.0})
+    assert other.isfinite().all() and not torch.equal(plain, other)
