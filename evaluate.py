@@ -259,24 +259,27 @@ def load_identity(path: Path, device: torch.device) -> nn.Module:
 # --- Figures with their intervals ------------------------------------------------------------------------------------
 
 
-def bootstrap(of: Callable[[Tensor], float], count: int, draws: int = DRAWS) -> Figure:
-    """A figure of ``count`` images, given their indices, with its 95 % interval: images drawn with replacement."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.tensor([of(torch.randint(count, (count,), generator=generator)) for _ in range(draws)])
-    low, high = values.double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return of(torch.arange(count)), low, high
+def bootstrap(of: Callable[[Tensor], Tensor], count: int, draws: int = DRAWS) -> Figure:
+    """A figure of ``count`` images with its 95 % interval: images drawn with replacement.
+
+    Args:
+        of: the figures of many draws at once, from the images' indices, (M, count) -> (M,).
+    """
+    drawn = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(0))
+    low, high = of(drawn).double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return of(torch.arange(count)[None]).item(), low, high
 
 
 def mean_of(values: Tensor) -> Figure:
     """The mean over images of one figure of each, (N,)."""
-    return bootstrap(lambda i: values[i].double().mean().item(), len(values))
+    return bootstrap(lambda drawn: values.double()[drawn].mean(1), len(values))
 
 
 def balanced(logits: Tensor, wanted: Tensor) -> Figure:
     """Balanced agreement of logits with the signs of others, (N, d) each."""
 
-    def of(i: Tensor) -> float:
-        return balanced_accuracy_by_attribute(logits[i], (wanted[i] > 0).float()).nanmean().item()
+    def of(drawn: Tensor) -> Tensor:
+        return torch.stack([balanced_accuracy_by_attribute(logits[i], wanted[i] > 0).nanmean() for i in drawn])
 
     return bootstrap(of, len(logits), 200)
 

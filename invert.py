@@ -73,6 +73,7 @@ SEARCHES = "searches"  # folder of searches, whole or under way
 SAVE_STEPS = 100  # between two saves of a running search
 FREE = {"out", "device", "resume", "overwrite", "spnn", "weights"}  # a run may go on with others; `identity` decides
 STALE = ("results.json", "curves.*", "sheet.png", "metrics.csv", "frame_[0-9]*.png", "log.txt", f"{SEARCHES}/*.pth")
+Batch = tuple[Sequence[str], Tensor, Tensor]  # names, wanted outputs and starts, on the device of the search
 Found = tuple[Inversion | None, float]  # a search, and the seconds it took
 Thetas = Mapping[str, tuple[MappingNet, dict]]  # with their notes, by a name for the table
 NETWORK = f"{', '.join(READY)}, or package.module:factory (is imported)"
@@ -483,23 +484,15 @@ class Searches:
     run: Run
     loss: Loss
 
-    def __call__(
-        self,
-        name: str,
-        target: Target,
-        problems: Sequence[str],
-        y: Tensor,
-        x: Tensor,
-        steps: int,
-        after: Found = (None, 0),
-    ) -> Found:
-        """Search for y from x, or go on ``after`` fewer steps.
+    def __call__(self, name: str, target: Target, batch: Batch, steps: int, after: Found = (None, 0)) -> Found:
+        """Search for a batch's wanted outputs from its starts, or go on ``after`` fewer steps.
 
         What a part draws, StyleGAN's noise say, is of its own seed, so that a search that is resumed finds the same.
 
         Args:
-            name: of its file, beside the steps. A file of other ``problems`` counts as none.
+            name: of its file, beside the steps. A file of another batch counts as none.
         """
+        problems, y, x0 = batch
         file, (search, seconds) = self.s.out / SEARCHES / f"{name}_{steps}.pth", after
         saved = load_state(file) if file.is_file() else {}
         if saved.get("problems") == list(problems):
@@ -509,7 +502,7 @@ class Searches:
             while done < steps:
                 began, end = clock(y.device), min(done + SAVE_STEPS, steps)
                 seed_everything(self.s.seed + done)
-                search = invert(target.f, y, x, self.loss, end, target.x_lr, self.s.clip, target.bounds,
+                search = invert(target.f, y, x0, self.loss, end, target.x_lr, self.s.clip, target.bounds,
                                 on_step=lambda _: bar.update(), after=search)  # fmt: skip
                 seconds, done = seconds + clock(y.device) - began, end
                 bar.set_postfix_str(f"loss {search.loss.mean().item():.4g}")
@@ -606,7 +599,7 @@ def ways(
             yield name, of_x, x0, x, clock(device) - began, None
         found: list[Found] = [(None, 0.0)] * len(batches)
         for steps in sorted(set(own.steps)):
-            found = [search(f"{place}_{i}", target, *batch, steps, found[i]) for i, batch in enumerate(batches)]
+            found = [search(f"{place}_{i}", target, batch, steps, found[i]) for i, batch in enumerate(batches)]
             yield f"{label}optimisation, {steps} steps", f, x0, *joined(found)
     for name, (theta, notes) in thetas.items():
         seed_everything(s.seed)
@@ -725,7 +718,7 @@ def find(s: Settings, own: Find, run: Run) -> None:
         for number, of in enumerate(targets):  # space by space, each from the best of the one before
             if parts:
                 x = of.f.enter(targets[number - 1].f.w_plus(parts[-1][0].x.to(run.device))).detach()
-            parts.append(search(str(number), of, chosen, y.to(run.device), x, own.steps))
+            parts.append(search(str(number), of, (chosen, y.to(run.device), x), own.steps))
         keep(target, chosen, y, parts, s, table)
     curves = {name: load_file(s.out / f"{name}.safetensors")["curve"].tolist() for name in paths}
     if len(curves) > 10:

@@ -212,8 +212,8 @@ def test_diagnose_of_a_model_with_nan_is_a_report(model, images):
 
 
 def checkpoint(folder, **notes):
-    """A network of 32x32 images with 3 logits, saved with these notes."""
-    save_spnn(folder / "best_model.pth", randomise(tiny(img_size=32), seeded(0)), notes)
+    """A network of 8x8 images with 3 logits, saved with these notes."""
+    save_spnn(folder / "best_model.pth", randomise(tiny(img_size=8), seeded(0)), notes)
     return folder / "best_model.pth"
 
 
@@ -226,7 +226,7 @@ def test_command(faces, tmp_path, capsys):
     report = json.loads(target.read_text())
     assert report["accuracy"]["images"] == 20 and report["penrose"]["float32"]["images"] == 4
     assert report["attributes"] == names and report["settings"]["split"] == "all"
-    batches = list(make_loader(CelebAMaskHQ(faces, "all", 32), 20))
+    batches = list(make_loader(CelebAMaskHQ(faces, "all", 8), 20))
     logits, labels = predict(SPNN.from_pretrained(weights), batches, "cpu")
     expected = accuracy_by_attribute(logits, labels[:, [ATTRIBUTES.index(name) for name in names]])
     assert report["accuracy"]["by_attribute"] == pytest.approx(expected.tolist())

@@ -223,6 +223,6 @@ def test_intervals_are_those_of_the_normal_distribution():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     width = 1.96 * values.std().item() / 20
     for of in (bootstrap, lambda f, n: halves(f, n, 1000)):
-        value, low, high = of(lambda i: values[i].mean().item(), 400)
+        value, low, high = of(lambda drawn: values[drawn].mean(-1), 400)
         assert value == pytest.approx(values.mean().item())
         assert value - low == pytest.approx(width, rel=0.15) and high - value == pytest.approx(width, rel=0.15)

@@ -444,13 +444,11 @@ def test_a_morph(here, generator, tmp_path):
 
 @pytest.mark.parametrize("name, more, words", [
     ("eval", "--network pin", "--network pin: expected g, pinv.*did you mean 'pinv'"),
-    ("eval", "--x_lr nan", "argument --x_lr"),
     ("eval", "--network no_such_module:f", "ModuleNotFoundError"),
     ("eval", "--network tests.test_invert:no_such_factory", "AttributeError"),
     ("eval", "--network tests.test_invert:nothing", "nn.Module with in_shape"),
     ("eval", "--network tests.test_invert:mistaken", "on an input of its in_shape: RuntimeError"),
     ("eval", "--images 1", "one image has no other"),
-    ("eval", "--device abacus", "--device abacus"),
     ("eval", f"--judge {command.FACES / 'judge.safetensors'}", "64x64 images, g has 8"),
     *(("eval", f"--{flag} none.safetensors", "none.safetensors") for flag in ("data", "spnn", "theta", "judge")),
     ("find", "--weights none.pt", "none.pt: no such file"),

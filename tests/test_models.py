@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import OPTIMISERS, diy12, diy16, random, randomise, seeded, tiny
+from helpers import OPTIMISERS, diy12, diy16, landscape, random, randomise, seeded, tiny
 
 import models
 from blocks import CayleyMixing, ConvPINNBlock, solved_once
@@ -58,6 +58,8 @@ def test_wrong_inputs_are_named():
         for call in (g.pinv, g.natural, lambda y: g.back_project(torch.zeros(2, 3, 4, 4), y)):
             with pytest.raises(ValueError, match=r"\(B, 3\), got"):
                 call(logits)
+    with pytest.raises(ValueError, match=r"\(B, 4, 3, 2\), got \(1, 4\)"):
+        landscape().pinv(torch.zeros(1, 4))  # logits of an image, for those of a map
 
 
 def test_back_projection_of_a_batch():

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import randomise, seeded
-from runs import spnn_arguments
+from runs import CHAIN as SMALL_CHAIN
+from runs import SIZE, spnn_arguments, without_diagnostics
 
 import train
 import train_celeba
-from checkpoints import read_weights
+from checkpoints import read_weights, save_spnn
 from models import SPNN, concatenated
 from networks import (
     StridedConv2d,
@@ -113,15 +114,17 @@ def test_training_in_bf16_takes_other_steps_than_in_float32_and_loses_no_gradien
     """What autocast converts without a gradient it would hand out again for a step that needs one, when the weights of
     attributes are renewed."""
     missing, clip = [], train.clip_gradients
+    without_diagnostics(monkeypatch)
 
     def looked_at(model, *rest):
         missing.append([name for name, p in model.named_parameters() if p.requires_grad and p.grad is None])
         return clip(model, *rest)
 
     monkeypatch.setattr(train, "clip_gradients", looked_at)
-    for name, options in {"float32": {"checkpoint_activations": True}, "bf16": {"precision": "bf16"}}.items():
+    stage_1 = {"checkpoint_activations": True, "is_r_opt": False}
+    for name, options in {"float32": stage_1, "bf16": {"precision": "bf16"}}.items():
         assert train_celeba.main(spnn_arguments(faces, tmp_path / name, epoch=1, **options)) == 0
-    assert len(missing) == 16 and not any(missing)  # four steps of two stages, twice
+    assert len(missing) == 12 and not any(missing)  # four steps of each stage
     exact, found = (read_weights(tmp_path / name / "best_model.pth") for name in ("float32", "bf16"))
     assert any(not torch.equal(weight, exact[name]) for name, weight in found.items())
     assert all(w.dtype == torch.float32 and w.isfinite().all() for w in found.values())
@@ -211,6 +214,10 @@ def test_a_convolution_as_a_product_is_the_same(form, kernel, size, is_product, 
 @pytest.mark.parametrize("epochs, asked", [(2, []), (3, [32])])  # 16 images and their mirror images
 def test_stage_2_asks_g_for_every_picture_once_where_that_pays(faces, tmp_path, monkeypatch, epochs, asked):
     computed, compared, honest, compute = [], [], train.natural_losses, train.CelebATrainer._known_logits
+    without_diagnostics(monkeypatch)
+    (tmp_path / "run").mkdir()
+    g = SPNN(num_classes=40, img_size=SIZE, layer_channels=SMALL_CHAIN)
+    save_spnn(tmp_path / "run" / "best_model.pth", randomise(g, seeded(0)))
 
     def natural_losses(model, x, y, *rest):
         compared.append(len(x))
@@ -223,5 +230,6 @@ def test_stage_2_asks_g_for_every_picture_once_where_that_pays(faces, tmp_path, 
 
     monkeypatch.setattr(train, "natural_losses", natural_losses)
     monkeypatch.setattr(train.CelebATrainer, "_known_logits", known_logits)
-    assert train_celeba.main(spnn_arguments(faces, tmp_path / "run", epoch=1, r_epoch=epochs)) == 0
+    stage_2 = spnn_arguments(faces, tmp_path / "run", is_forward_train=False, r_epoch=epochs)
+    assert train_celeba.main(stage_2) == 0
     assert computed == asked and compared.count(4) == 4 * epochs
