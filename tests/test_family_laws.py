@@ -303,7 +303,7 @@ def test_autocast_changes_no_law(name):
 
 
 @pytest.mark.parametrize("factor", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5)), 20])
-@pytest.mark.parametrize("name", [name for name in SMALL if not name.startswith("chain")])
+@pytest.mark.parametrize("name", [name for name in SMALL if not name.startswith(("chain", "inverted"))])
 def test_at_extreme_parameters_an_inverse_is_off_by_rounding(name, factor):
     """In float32, by no more than 32 times what rounding x and y once costs: eps (|x| + |y| / least singular value)."""
     row, eps = ROWS[name], torch.finfo(torch.float32).eps
