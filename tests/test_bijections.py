@@ -424,23 +424,20 @@ def test_an_inverse_is_linearized():
     assert_close((x, push(t)), torch.func.jvp(block.pinv, (y,), (t,)))
 
 
-@pytest.mark.parametrize("series_terms", [1, 2])
-def test_the_series_estimates_the_log_determinant_without_bias(series_terms):
+def test_the_series_estimates_the_log_determinant_without_bias():
     """For h = W x: log |det(I + W)| and its gradient (I + W)^-T, over 200 estimates of 100 copies.
 
     With few certain terms, what follows is a matter of the roulette; those alone are far off.
     """
     torch.manual_seed(0)
-    block = bi.ResidualFC(4, lipschitz=0.7, series_terms=series_terms, exact_below=0).double()
+    block = bi.ResidualFC(4, lipschitz=0.7, series_terms=2, exact_below=0).double()
     basis = torch.linalg.qr(randn(4, 4)).Q
     w = basis @ torch.diag(torch.tensor([-0.68, -0.6, -0.4, 0.3]).double()) @ basis.T
     w.requires_grad_()
     block.h = lambda x, *_: x @ w.T
     identity = torch.eye(4, dtype=torch.float64)
     exact, exact_gradient = torch.linalg.slogdet(identity + w).logabsdet.item(), torch.linalg.inv(identity + w).T
-    certain = sum(
-        (-1) ** (k + 1) * torch.trace(torch.linalg.matrix_power(w, k)) / k for k in range(1, series_terms + 1)
-    )
+    certain = torch.trace(w) - torch.trace(w @ w) / 2
     estimates, gradients = [], []
     for _ in range(200):
         estimate = block.log_abs_det(randn(1, 4).expand(100, -1)).mean()

@@ -8,11 +8,12 @@ returns the largest relative error it met, for the report (``pytest --junitxml F
 
 import functools
 import math
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import OPTIMISERS, ForgetsShift, diy12, diy16, landscape, oblong, random, randomise, seeded, tiny
+from helpers import OPTIMISERS, ForgetsShift, diy12, landscape, oblong, random, randomise, seeded, tiny
 from rows import BIJECTIONS, ROWS, Row, jacobian_log_det, parts, whole
 from torch import Tensor, nn
 
@@ -230,18 +231,12 @@ LAWS_OF_NETWORKS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "row, dtype",
-    [
-        pytest.param(row, dtype, id=f"{row.name}-{dtype}", marks=[pytest.mark.slow] * (row.slow or slow == row.name))
-        for row in ROWS
-        for dtype, slow in ((torch.float64, None), (torch.float32, "SPNN 64 cayley"))  # 32 is its last three blocks
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.slow) for row in ROWS])
 @torch.no_grad()
 def test_laws(row, dtype, record_property):
     case, broken = built(row, dtype), []
-    for law in LAWS + LAWS_OF_NETWORKS * (row.build in (diy12, diy16) or row.name.startswith(("SPNN", "tiny"))):
+    for law in LAWS + LAWS_OF_NETWORKS * isinstance(case.g, SPNN):
         try:
             record_property(law.__name__, law(case))
         except AssertionError as error:
@@ -273,37 +268,49 @@ def test_log_determinant(row, record_property):
 # --- Gradients -------------------------------------------------------------------------------------------------------
 
 
+def short() -> SPNN:
+    """Two blocks, with both mixings."""
+    layers = [
+        ("PixelUnshuffleBlock", {"r": 2}),
+        ("ConvPINNBlock", {"in_ch": 4, "out_ch": 3, "hidden": 1}),
+        ("PixelUnshuffleBlock", {"r": 2}),
+        ("ConvPINNBlock", {"in_ch": 12, "out_ch": 2, "hidden": 1, "feat_size": 1, "mix_type": "householder"}),
+    ]
+    return SPNN(img_ch=1, num_classes=2, img_size=4, layer_channels=layers)
+
+
 def gradient_rows() -> list[Row]:
+    kinds = [("cayley", None, (3, 2, 1)), ("cayley", 1, (3, 1, 1)), ("householder", 2, (3, 2, 2))]
     rows = [
         Row(f"{mix}, feat_size {feat}", functools.partial(ConvPINNBlock, 3, 2, 2, feat_size=feat, mix_type=mix), shape)
-        for mix in ("cayley", "householder")
-        for feat, shape in ((None, (3, 2, 1)), (1, (3, 1, 1)), (2, (3, 2, 2)))
+        for mix, feat, shape in kinds
     ]
     rows.append(Row("unshuffle", lambda: PixelUnshuffleBlock(2), (1, 2, 4), lossy=False))
-    rows.append(Row("chain", lambda: tiny(hidden=1), (3, 4, 4)))
-    small = [row for row in BIJECTIONS if math.prod(row.shape) <= 16]
-    return rows + [row for row in small if not row.name.startswith(("unshuffle", "shuffle", "view", "extract"))]
+    rows.append(Row("chain", short, (1, 4, 4)))
+    # the others compute the same, or only move entries
+    alike = re.compile("shuffle|view|extract|per entry|spline coupling 1-D|inverted residual")
+    return rows + [row for row in BIJECTIONS if math.prod(row.shape) <= 16 and not alike.search(row.name)]
 
 
 @pytest.mark.parametrize("row", gradient_rows(), ids=lambda row: row.name)
 def test_gradients(row):
     """Derivatives of g, its latents, g' and log |det|, by inputs and by every parameter, against finite differences.
 
-    By parameters, and through the chain, in one random direction (``fast_mode``): a numerical Jacobian takes minutes.
+    By parameters, and through chains, in one random direction (``fast_mode``): a numerical Jacobian takes minutes.
     """
     case = Case(row, g=row.ready(seed=3))
     g, x, y = case.g, case.x.requires_grad_(), case.y().requires_grad_()
     parameters, check = tuple(g.parameters()), torch.autograd.gradcheck
     iterates = any(isinstance(m, bi.Residual) for m in g.modules())  # which takes the newer vmap alone
-    batched = {"check_batched_grad": not (iterates or isinstance(g, (SPNN, PINN)))}
-    modes = {"check_forward_ad": not isinstance(g, (SPNN, PINN)), **batched}
+    fast = isinstance(g, (SPNN, PINN))
+    batched = {"check_batched_grad": not (iterates or fast)}
+    modes = {"check_forward_ad": not fast, **batched}
 
     def complete(x: Tensor, *_) -> tuple[Tensor, ...]:
         return tuple(parts(*g(x, True)))
 
-    fast = isinstance(g, SPNN)
     assert check(complete, (x,), fast_mode=fast, **modes) and check(g.pinv, (y,), fast_mode=fast, **modes)
-    if fast:  # goes through all of its blocks, both ways
+    if isinstance(g, SPNN):  # goes through all of its blocks, both ways
         assert check(lambda x, y, *_: g.back_project(x, y, 0.7), (x, y, *parameters), fast_mode=True)
     elif parameters:
         assert check(complete, (x, *parameters), fast_mode=True, **batched)
@@ -322,7 +329,6 @@ LINEAR = [
     pytest.param(oblong, (3, 6, 10), id="oblong"),
     pytest.param(tiny, (3, 4, 4), id="tiny"),
     pytest.param(diy12, (3, 12, 12), id="12x12"),
-    pytest.param(diy16, (3, 16, 16), id="16x16"),
 ]
 
 
@@ -404,8 +410,7 @@ def test_orthogonal_whatever_a_diverging_step_leaves(kind, channels, dtype, roun
         assert not mixing.matrix().isfinite().all()
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("optimiser, dtype", [*((name, torch.float64) for name in OPTIMISERS), ("adam", torch.float32)])
 @pytest.mark.parametrize("mix_type", ["cayley", "householder"])
 def test_orthogonal_at_the_start_and_after_steps(mix_type, dtype, optimiser):
     torch.manual_seed(0)
@@ -480,25 +485,6 @@ class ForgetsPositions(bi.Diagonal):
         return y, z, self.log_scale.sum().expand(len(x))
 
 
-class CountsAllEntries(bi.Coupling):
-    """A log-determinant that counts a masked coupling's scale where nothing moves."""
-
-    def moved(self, x, stays, backwards):
-        moved, self.everywhere = super().moved(x, stays, backwards)
-        return moved, self.everywhere
-
-    def forward_log_det(self, x):
-        y, z, _ = super().forward_log_det(x)
-        return y, z, self.everywhere.flatten(1).sum(1)
-
-
-class Unshifted(bi.BairdActivation):
-    """An inverse with +c."""
-
-    def inverse(self, y):
-        return self.f(y)
-
-
 def broken(kind: type = ConvPINNBlock, mixing: type = CayleyMixing) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         block = kind(7, 4, hidden=8)
@@ -515,9 +501,6 @@ BROKEN = {  # how it is made, the shape of x, the laws that it breaks, and some 
     "other latent": (broken(OtherLatent), (7, 3, 3), [natural_latents], [right_inverse, *COMPLETIONS]),
     "ignores latent": (broken(IgnoresLatent), (7, 3, 3), COMPLETIONS, [right_inverse]),
     "forgets positions": (lambda: ForgetsPositions(3), (3, 2, 2), [log_determinant], [completion_of_images]),
-    "counts all entries": (functools.partial(CountsAllEntries, 3, mask="checkerboard", hidden=4), (3, 2, 2),
-                           [log_determinant], [completion_of_images]),
-    "unshifted": (lambda: Unshifted(3), (3, 4), [right_inverse, *COMPLETIONS, loses_something], []),
     "bijection": (lambda: PixelUnshuffleBlock(1), (3, 2, 2), [loses_something], [right_inverse]),  # said to be none
 }  # fmt: skip
 
