@@ -21,7 +21,7 @@ COMMANDS += "experiments.train_stylegan benchmarks.speed benchmarks.peak_memory"
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_a_snippet_runs(snippet, capsys, tmp_path, monkeypatch):
+def test_a_snippet_runs(snippet, capsys, tmp_path, monkeypatch, small_32):
     for path in [ROOT / "DDNM", *ROOT.glob("*.py")]:
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)  # as in a clone, where it may leave pictures
