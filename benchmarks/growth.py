@@ -12,7 +12,8 @@ another's.
 What the time goes into is torch's profiler's view of the operators, summed by kind: matrix products (convolutions
 included), linear solves, and the rest, which moves memory. The share of the matrix rate counts the multiply-adds of
 convolutions and matrix products (two operations each) against a product of two large matrices, timed in the same
-process, of float32 or bf16, what is faster there. The fit is least squares on logarithms: ``seconds ~ batch^a``, ``seconds ~ pixels^b``.
+process, of float32 or bf16, what is faster there. The fit is least squares on logarithms: ``seconds ~ batch^a``,
+``seconds ~ pixels^b``.
 """
 
 import multiprocessing
