@@ -13,11 +13,8 @@ SNIPPETS = [
     for page in PAGES
     for i, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]
-COMMANDS = (
-    "evaluate app DDNM.main train_celeba DDNM.train_prior diagnostics procedural_faces judge benchmarks.growth".split()
-)
-COMMANDS += "train_operator experiments.segmentation".split()
-COMMANDS += "experiments.train_stylegan benchmarks.speed benchmarks.peak_memory".split()
+COMMANDS = """evaluate app DDNM.main train_celeba DDNM.train_prior diagnostics procedural_faces judge train_operator
+benchmarks.growth benchmarks.speed benchmarks.peak_memory experiments.segmentation experiments.train_stylegan""".split()
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
