@@ -1,10 +1,14 @@
-"""README and docs: their Python runs, their links lead somewhere, and every flag they name exists."""
+"""README, docs and the example: their Python runs, their links lead somewhere, and every flag they name exists."""
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+import example
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,6 +31,14 @@ def test_a_snippet_runs(snippet, capsys, tmp_path, monkeypatch, small_32):
     if "moved" in names:  # the errors it prints are rounding
         errors = re.findall(r"tensor\(([\d.e-]+)", capsys.readouterr().out)
         assert errors and all(float(error) < 1e-3 for error in errors)
+
+
+def test_the_example_draws_a_face_and_changes_an_attribute(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["example.py", "--steps", "8", "--out", str(tmp_path / "example.png")])
+    example.main()
+    assert float(capsys.readouterr().out.split()[-1]) > 0.5  # g sees the attribute
+    assert Image.open(tmp_path / "example.png").width >= 3 * 64
+    assert len(Path(example.__file__).read_text().splitlines()) <= 60
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
