@@ -24,20 +24,15 @@ def leave(folder: Path) -> None:
 
 
 def build(copy: Path) -> None:
-    from setuptools.build_meta import build_wheel
-
     os.chdir(copy)
-    build_wheel(str(copy))
+    importlib.import_module("setuptools.build_meta").build_wheel(".")
 
 
 def import_from(site: Path) -> None:
     leave(site.parent)
     sys.path.insert(0, str(site))
-    import DDNM.guided_diffusion.prior
-    import DDNM.main
-    import models
-
-    assert [Path(module.__file__).parents[0] for module in (models, DDNM.main)] == [site, site / "DDNM"]
+    for name in ("models", "DDNM.main", "DDNM.guided_diffusion.prior"):
+        assert Path(importlib.import_module(name).__file__).is_relative_to(site)
 
 
 def test_a_wheel_holds_all_that_is_imported(tmp_path):
