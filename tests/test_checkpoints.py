@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import threading
-from contextlib import nullcontext
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -70,8 +69,9 @@ def test_the_command_converts_to_half_the_size_or_names_what_that_cannot_hold(tm
     lambda s: {"n_averaged": torch.tensor(9), **{f"module.module.{k}": v for k, v in s.items()}},  # AveragedModel's
 ])  # fmt: skip
 def test_wrapped_state_dicts_are_unwrapped(tmp_path, state, wrap):
-    torch.save(wrap(state), tmp_path / "w.pth")
-    assert same(read_weights(tmp_path / "w.pth"), state)
+    for archive in (True, False):  # torch < 1.6 wrote pickles, many published files among them
+        torch.save(wrap(state), tmp_path / "w.pth", _use_new_zipfile_serialization=archive)
+        assert same(read_weights(tmp_path / "w.pth"), state)
 
 
 class Malicious:
@@ -160,30 +160,26 @@ def test_save_pretrained_and_back(tmp_path, model):
     model.notes = {"attributes": ["A", "B", "C"]}
     model.save_pretrained(tmp_path / "a")
     loaded = SPNN.from_pretrained(tmp_path / "a")
-    loaded.save_pretrained(tmp_path / "b")
+    for _ in range(2):
+        loaded.save_pretrained(tmp_path / "b")
     again = SPNN.from_pretrained(tmp_path / "b" / "model.safetensors")
     assert same(again.state_dict(), model.state_dict()) and again.notes == model.notes
     assert {"model.safetensors", "config.json"} <= {p.name for p in (tmp_path / "b").iterdir()}
     before = (tmp_path / "b" / "config.json").read_bytes()
     refused("config.json belongs to another network", tiny(num_classes=2).save_pretrained, tmp_path / "b")
-    for notes in ({"attributes": torch.ones(3)}, model.notes):
-        again.notes = notes
-        with nullcontext() if notes is model.notes else pytest.raises(TypeError, match="JSON"):
-            again.save_pretrained(tmp_path / "b")
-        assert (tmp_path / "b" / "config.json").read_bytes() == before
+    again.notes = {"attributes": torch.ones(3)}
+    with pytest.raises(TypeError, match="JSON"):
+        again.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("there", ["of another network", "[1]", "{", '{"model_type": "of another tool"}'])
+@pytest.mark.parametrize("there", ['{"model": {"num_classes": 2}}', "[1]", "{", '{"model_type": "of another tool"}'])
 def test_another_config_in_the_folder_stays(tmp_path, model, there):
-    if there == "of another network":
-        save_spnn(tmp_path / "a.pth", tiny(num_classes=2, mix_type="householder"))
-    else:
-        (tmp_path / "config.json").write_text(there)
-    before = (tmp_path / "config.json").read_bytes()
+    (tmp_path / "config.json").write_text(there)
     save_spnn(tmp_path / "b.pth", model)
     save_spnn(tmp_path / "b.pth", model, {"attributes": ["A", "B", "C"]})  # its own JSON must not stay behind
     assert SPNN.from_pretrained(tmp_path / "b.pth").notes == {"attributes": ["A", "B", "C"]}
-    assert (tmp_path / "config.json").read_bytes() == before
+    assert (tmp_path / "config.json").read_text() == there
 
 
 @pytest.mark.parametrize("img_size, mix_type", [(32, "cayley"), (256, "householder")])

@@ -222,17 +222,18 @@ def test_a_data_set_that_does_not_fit_is_one_line(tmp_path, form, harm, said):
 # Masks ---------------------------------------------------------------------------------------------------------------
 
 
-def write_masks(root, n: int, size: int = 24):
-    """Masks of the classes' own places as the published parts, and as palette pictures; one mask for each image."""
+def write_masks(root, parts: bool = False):
+    """A mask for each of the 20 images as palette pictures, with ``parts`` as the published parts too; the masks."""
     rng = np.random.default_rng(0)
-    masks = rng.integers(0, 19, (n, size, size)).astype(np.uint8)
+    masks = rng.integers(0, 19, (20, 24, 24)).astype(np.uint8)
     (root / "masks").mkdir()
-    (root / "CelebAMask-HQ-mask-anno" / "0").mkdir(parents=True)
+    if parts:
+        (root / "CelebAMask-HQ-mask-anno" / "0").mkdir(parents=True)
     for i, mask in enumerate(masks):
         palette = Image.fromarray(mask)
         palette.putpalette(list(range(57)))
         palette.save(root / "masks" / f"{i}.png")
-        for number, part in enumerate(MASK_CLASSES[1:], start=1):
+        for number, part in enumerate(MASK_CLASSES[1:] if parts else (), start=1):
             # what a later part covers belongs to an earlier one too
             shown = (mask == number) | ((mask > number) & (rng.random(mask.shape) < 0.3))
             if shown.any():
@@ -242,7 +243,7 @@ def write_masks(root, n: int, size: int = 24):
 
 
 def test_masks_of_parts_and_of_palettes_are_the_same(root):
-    masks = write_masks(root, 20)
+    masks = write_masks(root, parts=True)
     parts = CelebAMaskHQ(root, "all", 12, mask_size=24)
     assert torch.equal(parts.batch(range(20))[1], masks) and parts[0][1].dtype == torch.int64
     assert torch.equal(CelebAMaskHQ(root, "test", 12, mask_size=8)[1][1], masks[19, 1::3, 1::3])  # nearest
@@ -255,8 +256,7 @@ def test_masks_of_parts_and_of_palettes_are_the_same(root):
 
 
 def test_a_folder_of_images_and_masks_with_attributes_where_known(root, caplog):
-    masks = write_masks(root, 20)
-    shutil.rmtree(root / "CelebAMask-HQ-mask-anno")
+    masks = write_masks(root)
     (root / "CelebA-HQ-img").rename(root / "images")
     (root / "CelebAMask-HQ-attribute-anno.txt").unlink()
     unlabelled = CelebAMaskHQ(root, "all", 8, mask_size=24)
@@ -273,8 +273,7 @@ def test_a_folder_of_images_and_masks_with_attributes_where_known(root, caplog):
 
 def test_a_mask_belongs_to_the_picture_as_it_is_seen(root):
     """A camera that was held upright writes a lying picture, and how to turn it."""
-    write_masks(root, 20)
-    shutil.rmtree(root / "CelebAMask-HQ-mask-anno")
+    write_masks(root)
     turned = Image.Exif()
     turned[0x0112] = 6
     for i, size in ((1, (12, 20)), (3, (20, 12))):
@@ -284,7 +283,7 @@ def test_a_mask_belongs_to_the_picture_as_it_is_seen(root):
 
 
 def test_left_and_right_change_sides_with_the_picture(root):
-    masks = write_masks(root, 20)
+    masks = write_masks(root)
     names = dict(enumerate(MASK_CLASSES))
     other = {"l_eye": "r_eye", "l_brow": "r_brow", "l_ear": "r_ear"}
     other |= {right: left for left, right in other.items()}
@@ -303,7 +302,7 @@ def test_left_and_right_change_sides_with_the_picture(root):
 
 def test_masks_that_do_not_fit_are_one_line(root, caplog):
     refused("no masks; expected CelebAMask-HQ-mask-anno/", CelebAMaskHQ, root, "train", 8, mask_size=8)
-    write_masks(root, 20)
+    write_masks(root, parts=True)
     folder = root / "CelebAMask-HQ-mask-anno" / "0"
     for file in folder.glob("00003_*"):
         file.unlink()

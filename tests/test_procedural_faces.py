@@ -2,8 +2,7 @@
 
 import itertools
 import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +102,7 @@ def test_files_depend_neither_on_count_nor_on_workers(tmp_path):
     faces.write_dataset(tmp_path / "one", 3, 16, seed=1, workers=1)
     script = f"from procedural_faces import write_dataset\nwrite_dataset({str(tmp_path / 'two')!r}, 4, 16, 1, 2)\n"
     (tmp_path / "script.py").write_text(script)
-    environment = {**os.environ, "PYTHONPATH": str(Path(faces.__file__).parent)}
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    runpy.run_path(str(tmp_path / "script.py"), run_name="__main__")
     one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
     pictures = [name for name in one if name.endswith(".jpg")]
     assert len(pictures) == 3 and all(one[name] == two[name] for name in pictures)

@@ -1,10 +1,14 @@
-"""README and docs: their Python runs, their links lead somewhere, and every flag they name exists."""
+"""README, docs and the example: their Python runs, their links lead somewhere, and every flag they name exists."""
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+import example
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -13,15 +17,12 @@ SNIPPETS = [
     for page in PAGES
     for i, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]
-COMMANDS = (
-    "evaluate app DDNM.main train_celeba DDNM.train_prior diagnostics procedural_faces judge benchmarks.growth".split()
-)
-COMMANDS += "train_operator experiments.segmentation".split()
-COMMANDS += "experiments.train_stylegan benchmarks.speed benchmarks.peak_memory".split()
+COMMANDS = """evaluate app DDNM.main train_celeba DDNM.train_prior diagnostics procedural_faces judge train_operator
+benchmarks.growth benchmarks.speed benchmarks.peak_memory experiments.segmentation experiments.train_stylegan""".split()
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_a_snippet_runs(snippet, capsys, tmp_path, monkeypatch):
+def test_a_snippet_runs(snippet, capsys, tmp_path, monkeypatch, small_32):
     for path in [ROOT / "DDNM", *ROOT.glob("*.py")]:
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)  # as in a clone, where it may leave pictures
@@ -30,6 +31,14 @@ def test_a_snippet_runs(snippet, capsys, tmp_path, monkeypatch):
     if "moved" in names:  # the errors it prints are rounding
         errors = re.findall(r"tensor\(([\d.e-]+)", capsys.readouterr().out)
         assert errors and all(float(error) < 1e-3 for error in errors)
+
+
+def test_the_example_draws_a_face_and_changes_an_attribute(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["example.py", "--steps", "8", "--out", str(tmp_path / "example.png")])
+    example.main()
+    assert float(capsys.readouterr().out.split()[-1]) > 0.5  # g sees the attribute
+    assert Image.open(tmp_path / "example.png").width >= 3 * 64
+    assert len(Path(example.__file__).read_text().splitlines()) <= 60
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
