@@ -40,13 +40,13 @@ from tqdm import tqdm
 from checkpoints import load_strictly, read_json, read_weights, write_weights
 from DDNM.guided_diffusion.guidance import guide
 from DDNM.guided_diffusion.inputs import fingerprint, image_names, load_lpips
-from DDNM.guided_diffusion.results import as_saved, contact_sheet, picture, write_csv
+from DDNM.guided_diffusion.results import as_saved, contact_sheet, contents, picture, write_csv
 from evaluate import mean_of
 from images import find_images, grid, load_image, save_image
 from inversion import FeatureDistance, Inversion, Loss, MappingNet, invert, invert_through, squared_error, train_mapping
 from judge import load_judge
 from logger import MetricsTable, format_table, get_logger, plot_curves
-from loop import STATE_NAME, Loop, Run, check_settings, load_state, open_run, save_state
+from loop import START_ANEW, STATE_NAME, Loop, Run, check_settings, load_state, open_run, save_state
 from metrics import agreement, psnr
 from models import SPNN, concatenated
 from operators import SPNNOperator
@@ -407,8 +407,14 @@ def begin(s: Settings, own, target: Target, run: Run, result: str, *free: str) -
     given = {"command": type(own).__name__.lower(), **identity(target), **vars(s), **vars(own)}
     decisive = {key: value for key, value in given.items() if key not in (*FREE, *free)}
     run.find_state(decisive, s.resume, s.overwrite, s.out / result, alone=True)
+    named = {} if s.data is None else named_images(s.data, s.images)
+    known = {} if run.state is None else run.state["settings"]["contents"]
+    told = dict(zip(named, contents(list(named.values()), torch.empty(0)), strict=True))
+    if changed := [name for name in told if known.get(name, told[name]) != told[name]]:
+        raise InputError(f"{named[changed[0]]}: not what the run in {s.out} found of that name; {START_ANEW}")
+    run.settings["contents"] = known | told
     run.begin("invert", given, (result, *STALE))
-    if run.state is None:
+    if run.state is None or not isinstance(own, Train):
         save_state(s.out / STATE_NAME, {"settings": run.settings, "stage": given["command"]})
 
 

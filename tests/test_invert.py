@@ -398,7 +398,9 @@ def test_the_landscape_of_stylegan(here, tmp_path, capsys, monkeypatch):
 def test_an_evaluation_is_resumed(here, generator, tmp_path, monkeypatch):
     """A killed one finds what a whole one finds, noise drawn anew; what is found is not searched for again."""
     write_weights(tmp_path / "g.safetensors", generator.state_dict())
+    faces = shutil.copytree(here / "faces", tmp_path / "faces")
     more = f"--network stylegan --weights {tmp_path / 'g.safetensors'} --spaces z w+ --noise new --images 3".split()
+    more += ["--data", str(faces)]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     monkeypatch.setattr(command, "SAVE_STEPS", 2)
     assert main(flags(here, "eval", whole, *more)) == 0
@@ -418,6 +420,10 @@ def test_an_evaluation_is_resumed(here, generator, tmp_path, monkeypatch):
     assert fewer == [row for row in b["images"] if "6 steps" not in row["method"]]
     for row in b["methods"]:  # the seconds as well
         assert "3 steps" not in row["method"] or row == methods(parts)[row["method"]]
+    shutil.copy(faces / "0.png", faces / "1.png")
+    with pytest.raises(InputError, match="1.png: not what the run in .* found of that name"):
+        main(flags(here, "eval", parts, *more, "--resume", "--steps", "3"))
+    shutil.copy(here / "faces" / "1.png", faces / "1.png")
     write_weights(tmp_path / "g.safetensors", {name: tensor + 1 for name, tensor in generator.state_dict().items()})
     with pytest.raises(InputError, match="--resume with its settings"):
         main(flags(here, "eval", parts, *more, "--resume"))
