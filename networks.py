@@ -3,6 +3,8 @@
 The round trip of a block holds for whatever its networks compute, so their arithmetic is free to choose.
 """
 
+import functools
+import logging
 import math
 import platform
 import threading
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from utils import InputError
+
+log = logging.getLogger(__name__)
 
 # --- Layers ----------------------------------------------------------------------------------------------------------
 
@@ -279,8 +283,17 @@ def networks_in(precision: str, device: torch.device) -> Iterator[None]:
     if precision == "tf32" and not has_tf32(device):
         raise InputError(f"precision tf32 needs an NVIDIA GPU that has it, the device is {device}: choose another")
     bf16 = precision == "bf16"
+    if bf16:
+        warn_if_emulated(device)
     with convolutions_in(precision), torch.autocast(device.type, torch.bfloat16 if bf16 else None, enabled=bf16):
         yield
+
+
+@functools.cache
+def warn_if_emulated(device: torch.device) -> None:
+    """Say once if bf16 is slower there than float32."""
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        log.warning("this CPU has no bf16 arithmetic, its emulation takes several times as long as float32")
 
 
 # --- Devices and compilers -------------------------------------------------------------------------------------------

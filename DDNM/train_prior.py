@@ -34,7 +34,7 @@ from DDNM.guided_diffusion.prior import PREDICTIONS, Prior, load_prior, save_pri
 from DDNM.guided_diffusion.schedule import Schedule
 from images import find_images, grid, listed, load_image, save_image, to_float, to_uint8
 from loop import Ema, Loop, Run, adam, clip_gradients, open_run
-from networks import compile_networks
+from networks import compile_networks, warn_if_emulated
 from utils import InputError, option, parse, run_command, seed_everything
 
 SAMPLES_NAME = "samples"
@@ -179,6 +179,8 @@ class Trainer:
         except ValueError as error:
             raise InputError(str(error)) from None
         autocast = torch.bfloat16 if s.precision == "bf16" else None
+        if autocast is not None:
+            warn_if_emulated(device)
         self.prior = Prior(unet.to(device), autocast, True, s.prediction, schedule)
         self.ema = Ema(self.prior, s.ema_decay)
         self.optimizer = adam(self.prior.parameters(), s.lr, device)

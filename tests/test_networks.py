@@ -14,6 +14,7 @@ from helpers import randomise, seeded
 from runs import CHAIN as SMALL_CHAIN
 from runs import SIZE, spnn_arguments, without_diagnostics
 
+import networks
 import train
 import train_celeba
 from checkpoints import read_weights, save_spnn
@@ -233,3 +234,14 @@ def test_stage_2_asks_g_for_every_picture_once_where_that_pays(faces, tmp_path, 
     stage_2 = spnn_arguments(faces, tmp_path / "run", is_forward_train=False, r_epoch=epochs)
     assert train_celeba.main(stage_2) == 0
     assert computed == asked and compared.count(4) == 4 * epochs
+
+
+@pytest.mark.parametrize("capability, said", [("AVX2", 1), ("AVX512", 0)])
+def test_a_cpu_that_emulates_bf16_says_so_once(capability, said, monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    networks.warn_if_emulated.cache_clear()
+    for _ in range(2):
+        with networks_in("bf16", torch.device("cpu")), networks_in("float32", torch.device("cpu")):
+            pass
+    assert caplog.text.count("no bf16 arithmetic") == said
+    networks.warn_if_emulated.cache_clear()
