@@ -55,7 +55,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"weights {path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
-    state, size = read_object(path), path.stat().st_size
+    state = read_object(path)
     if not _is_state_dict(state):
         inner = {k: v for k, v in state.items() if _is_state_dict(v)} if isinstance(state, Mapping) else {}
         if len(inner) > 1:  # an optimiser's tensors, say, beside the model's
@@ -64,6 +64,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             what = f"keys {[str(k) for k in state][:4]}" if isinstance(state, Mapping) else type(state).__name__
             raise InputError(f"weights {path}: expected a state dict (name -> tensor), found {what}")
         (state,) = inner.values()
+    check_tensors(state, path)
+    return _without_prefixes(state)
+
+
+def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises InputError: of what is in a file, a tensor that is not plain, or not finite."""
+    size = path.stat().st_size
     for name, tensor in state.items():
         known = tensor.layout == torch.strided and tensor.dtype in (*DTYPES.values(), *WHOLE)
         # what is larger than the file is one number, repeated by its strides
@@ -72,7 +79,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise InputError(f"weights {path}: {name} is no plain tensor of real numbers ({found})")
         if not tensor.isfinite().all():
             raise InputError(f"weights {path}: {name} holds NaN or infinity")
-    return _without_prefixes(state)
 
 
 def read_object(path: Path) -> Any:

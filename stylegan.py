@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints import HUB_ID, built, first, opener, read_object
+from checkpoints import HUB_ID, built, check_tensors, first, opener, read_object
 from utils import InputError
 
 FILES = ("karras2019stylegan-ffhq-1024x1024.for_g_all.pt", "stylegan.safetensors", "model.safetensors")
@@ -368,4 +368,5 @@ def load_generator(source: str | Path, resolution: int | None = None, **hub: Any
         loaded = from_tensorflow(loaded[2])
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise InputError(f"weights {path}: expected one dict of tensors by name, got a {type(loaded).__name__}")
+    check_tensors(loaded, path)
     return generator_from_state_dict(loaded, resolution, path)

@@ -217,8 +217,10 @@ def test_weights_that_do_not_fit_are_named(small, tmp_path):
         with pytest.raises(InputError, match=words):
             generator_from_state_dict(wrong, resolution)
     torch.save(3, tmp_path / "g.pt")
+    torch.save({**state, name: torch.full((5,), torch.nan)}, tmp_path / "nan.pt")
     for source, words in (
         (tmp_path / "g.pt", "expected one dict of tensors by name, got a int"),
+        (tmp_path / "nan.pt", f"{name} holds NaN"),
         (tmp_path / "none.pt", "no such file, and no folder or hub id with .*Releases"),
         (tmp_path, "no folder or hub id with"),
     ):
