@@ -28,6 +28,7 @@ from DDNM.guided_diffusion.edits import CONTRADICTION
 from DDNM.guided_diffusion.guidance import RuleSettings
 from DDNM.guided_diffusion.inputs import (
     CONFIGS,
+    OF_MAIN,
     PRESET_ONLY,
     Networks,
     NetworkSettings,
@@ -65,8 +66,8 @@ RULES = ("nlbp+gradient", "nlbp", "gradient", "none")
 NAME = "face"  # of every picture: its noise comes of the seed and this
 SHOWN_EVERY = 5  # evaluations of the prior between two pictures of one that is being drawn
 LARGEST_UPLOAD = "10mb"
-# keys of presets that the page has no use for
-COMMAND_ONLY = (*PRESET_ONLY, "base_rate", "lpips", "path_y", "set")
+# keys of presets that the page has no flag for
+COMMAND_ONLY = (*PRESET_ONLY, *OF_MAIN, "path_y")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from DDNM.guided_diffusion.guidance import Guidance, RuleSettings
 from DDNM.guided_diffusion.inputs import (
     CONFIGS,
+    OF_MAIN,
     PRESET_ONLY,
     Networks,
     NetworkSettings,
@@ -376,9 +377,8 @@ def averaged(rows: Sequence[dict], name: str) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     kinds = (Evaluation, NetworkSettings, TargetSettings, RuleSettings, WalkSettings)
-    ignored = ("base_rate", "image_folder", "ni", "published_rule")  # of presets, for DDNM/main.py
     e, weights, what, rule, walk, others = parse(
-        __doc__, *kinds, argv=argv, extra=(*PRESET_ONLY, *ignored), presets=CONFIGS
+        __doc__, *kinds, argv=argv, extra=(*PRESET_ONLY, *OF_MAIN), presets=CONFIGS
     )
     edits = (None, *e.edits)  # without one first: the others are compared with it
     cases = dict.fromkeys(Case.of(m, n, edit) for n in e.steps for m in e.methods for edit in edits)

@@ -226,3 +226,13 @@ def test_intervals_are_those_of_the_normal_distribution():
         value, low, high = of(lambda drawn: values[drawn].mean(-1), 400)
         assert value == pytest.approx(values.mean().item())
         assert value - low == pytest.approx(width, rel=0.15) and high - value == pytest.approx(width, rel=0.15)
+
+
+def test_a_preset_of_the_reconstruction_command_loses_nothing_that_decides_pictures(run, assets, tmp_path):
+    preset, own = (assets / "tiny.yml").read_text(), tmp_path / "own.yml"
+    own.write_text(f"{preset}\noverwrite: true\nimage_folder: other\n")  # of its files
+    flags = "--config", str(own), "--methods", "none", "--steps", "1"
+    assert run(*flags, count=1)["rows"][1]["method"] == "none, 1 steps"
+    own.write_text(f"{preset}\npublished_rule: true\n")
+    with pytest.raises(InputError, match="unknown key 'published_rule'"):
+        run(*flags, count=1)

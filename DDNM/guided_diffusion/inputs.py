@@ -24,7 +24,7 @@ from images import find_images, load_detector, load_image
 from judge import load_judge
 from loop import World
 from models import SPNN
-from networks import compile_networks, inner_networks, prepare_networks
+from networks import compile_networks, inner_networks, prepare_networks, warn_if_emulated
 from operators import Operator, SPNNOperator, make_operator
 from utils import LARGEST_BATCH, LARGEST_SEED, InputError, file_name, option
 
@@ -32,6 +32,8 @@ DDNM = Path(__file__).resolve().parents[1]
 CONFIGS, DATASETS = DDNM / "configs", DDNM / "exp" / "datasets"
 # settings that only a preset has: the architecture of a prior in the published layout
 PRESET_ONLY = ("prior_model", "prior_image_size")
+# keys of presets that say what DDNM/main.py does with its pictures, and mean nothing to other commands
+OF_MAIN = ("base_rate", "image_folder", "lpips", "ni", "overwrite", "resume")
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,8 @@ def load_networks(
             raise InputError(f"{settings.spnn}: config.json does not name its {spnn.num_classes} attributes")
         prepare_networks(spnn, device)
     autocast = torch.bfloat16 if settings.precision == "bf16" else None
+    if autocast is not None and not settings.compile:  # OpenVINO takes float32 where that is faster
+        warn_if_emulated(device)
     image_size = architecture.get("prior_image_size", spnn and spnn.img_size)
     prior = load_prior(
         prior_source, architecture.get("prior_model"), image_size, autocast, True, settings.checkpoint_activations
