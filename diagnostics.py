@@ -27,9 +27,6 @@ from models import SPNN, concatenated
 from networks import PRECISIONS, networks_in
 from operators import DEGRADATIONS, is_linear, is_network, make_operator
 from utils import (
-    LARGEST_BATCH,
-    LARGEST_SEED,
-    LARGEST_SIDE,
     InputError,
     json_values,
     nearest,
@@ -377,10 +374,10 @@ class Options:
 
     checkpoint: Path | None = option(None, "SPNN weights, .pth or .safetensors")
     operator: str | None = option(None, "in its place: sr4, grey, inpaint:FILE, a product, or weights")
-    img_size: int = option(64, "of an operator that is a word: side of the images", 1, LARGEST_SIDE)
+    img_size: int = option(64, "of an operator that is a word: side of the images", 1, 4096)
     dataset_path: Path = option(..., "a folder in CelebAMask-HQ's layout; of images, for an operator that is a word")
     split: Literal["train", "val", "test", "all"] = option("test", "of the data set")
-    batch_size: int = option(32, "images at a time", 1, LARGEST_BATCH)
+    batch_size: int = option(32, "images at a time", 1)
     samples: int = option(64, "images for the identities", 1)
     precision: tuple[str, ...] = option(
         ("float32", "float64"), "of the identities' arithmetic; tf32 and bf16 inside the networks only",
@@ -388,7 +385,7 @@ class Options:
     )  # fmt: skip
     json: Path | None = option(None, "write the report there too")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    seed: int = option(0, "of the random targets", 0, LARGEST_SEED)
+    seed: int = option(0, "of the random targets", 0)
 
 
 def targets_for(model: SPNN, options: Options) -> tuple[list[str] | None, Iterable[tuple[Tensor, Tensor]]]:

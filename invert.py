@@ -52,9 +52,6 @@ from models import SPNN, concatenated
 from operators import SPNNOperator
 from stylegan import SPACES, Latents, load_generator
 from utils import (
-    LARGEST_BATCH,
-    LARGEST_SEED,
-    LARGEST_WIDTH,
     InputError,
     json_values,
     nearest,
@@ -100,10 +97,10 @@ class Settings:
     vgg_layers: tuple[int, ...] = option((1, 3, 13, 20), "of VGG-16's features, compared after these", 0)
     x_lr: float | None = option(None, "step of Adam on x; default: by the network, or theta's", 1e-12)
     clip: float = option(10.0, "largest norm of a sample's gradient", 1e-12)
-    batch_size: int = option(16, "samples at once", 1, LARGEST_BATCH)
+    batch_size: int = option(16, "samples at once", 1)
     overwrite: bool = option(False, "replace the results in a folder that has some")
     resume: bool = option(False, "go on with what is in --out")
-    seed: int = option(0, "of weights and draws", 0, LARGEST_SEED)
+    seed: int = option(0, "of weights and draws", 0)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
 
@@ -123,12 +120,12 @@ class Train:
 
     network: str = option("g", NETWORK)
     buffers: int = option(24, "replay buffers; 500 in the paper", 1)
-    samples: int = option(16, "inversions per buffer", 1, LARGEST_BATCH)
+    samples: int = option(16, "inversions per buffer", 1)
     steps: int = option(20, "steps of an inversion", 1)
     z_lr: float = option(0.1, "Adam on z", 1e-12)
     lr: float = option(1e-4, "AdamW on theta", 1e-12)
     weight_decay: float = option(0.1, "AdamW on theta", 0.0)
-    width: int = option(16, "channels of theta's first layer", 1, LARGEST_WIDTH)
+    width: int = option(16, "channels of theta's first layer", 1)
 
 
 @dataclass

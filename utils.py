@@ -23,10 +23,7 @@ import torch
 import yaml
 
 # bounds that settings of several commands share: beyond them is a slip of the finger
-MOST = LARGEST_SEED = 2**63 - 1  # of any whole number: beyond it PyTorch only knows tracebacks
-LARGEST_SIDE = 4096  # of an image, in pixels
-LARGEST_WIDTH = 1 << 16  # channels of a layer
-LARGEST_BATCH = 100_000
+MOST = 2**63 - 1  # of any whole number: beyond it PyTorch only knows tracebacks
 
 
 class InputError(ValueError):

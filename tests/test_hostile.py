@@ -65,7 +65,7 @@ def test_a_preset_is_a_flat_mapping_or_refused_in_one_line(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("key, value", [
     ("steps", 0), ("steps", 10**9), ("steps", "many"), ("steps", [1]), ("steps", 1.5), ("seed", -1), ("seed", 2**64),
-    ("eta", float("nan")), ("eta", 2), ("travel_repeat", 10**9), ("travel_length", 10**9), ("batch_size", 10**9),
+    ("eta", float("nan")), ("eta", 2), ("travel_repeat", 10**9), ("travel_length", 10**9), ("batch_size", 0),
     ("lambda1", float("inf")), ("guidance", "magic"), ("ni", "maybe"), ("path_y", {"a": 1}), ("spnn", "a\0b"),
     ("image_folder", "a\0b"),
 ])  # fmt: skip

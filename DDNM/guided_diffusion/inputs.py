@@ -26,7 +26,7 @@ from loop import World
 from models import SPNN
 from networks import compile_networks, inner_networks, prepare_networks, warn_if_emulated
 from operators import Operator, SPNNOperator, make_operator
-from utils import LARGEST_BATCH, LARGEST_SEED, InputError, file_name, option
+from utils import InputError, file_name, option
 
 DDNM = Path(__file__).resolve().parents[1]
 CONFIGS, DATASETS = DDNM / "configs", DDNM / "exp" / "datasets"
@@ -81,8 +81,8 @@ class WalkSettings:
     travel_repeat: int = option(1, "time travel", 1, 1000)
     eta: float | None = option(None, "DDIM's variance; none: the published one", 0, 1)
     clip_x0: bool = option(True, "keep x0 in [-1, 1]; --no-clip_x0 is the published rule")
-    seed: int = option(1234, "of the noise, with each image's name", 0, LARGEST_SEED)
-    batch_size: int = option(1, "images at once", 1, LARGEST_BATCH)
+    seed: int = option(1234, "of the noise, with each image's name", 0)
+    batch_size: int = option(1, "images at once", 1)
 
     @property
     def travel(self) -> dict[str, int]:
