@@ -19,9 +19,9 @@ from DDNM.guided_diffusion.prior import Prior, small_unet
 from utils import InputError
 
 
-def tiny_prior(autocast=None, unshuffle=2) -> Prior:
+def tiny_prior(autocast=None) -> Prior:
     torch.manual_seed(0)
-    unet = small_unet(16, (8, 16), unshuffle=unshuffle, norm_groups=4, attention_size=4)
+    unet = small_unet(16, (8, 16), unshuffle=1, norm_groups=4, attention_size=8)
     return Prior(unet, autocast, channels_last=True).eval()
 
 
@@ -55,7 +55,7 @@ def test_it_gives_the_same_noise_for_any_batch_and_gradients_pass_through_pytorc
 def test_bf16_is_the_hint_of_a_cpu_that_has_it(monkeypatch):
     pytest.importorskip("openvino")
     monkeypatch.setattr(module, "_Plain", Convolution)
-    prior = tiny_prior(torch.bfloat16, unshuffle=1)
+    prior = tiny_prior(torch.bfloat16)
     has = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert compile_for_cpu(prior) == ("bf16" if has else "f32")
     x = torch.randn(2, 3, 16, 16, generator=seeded(0))
@@ -66,7 +66,7 @@ def test_bf16_is_the_hint_of_a_cpu_that_has_it(monkeypatch):
 def two_come_and_go() -> None:
     faulthandler.enable()  # as pytest has it: signals have a stack of their own
     module._Plain = Convolution
-    priors = [tiny_prior(unshuffle=1) for _ in range(2)]
+    priors = [tiny_prior() for _ in range(2)]
     for prior in priors:
         compile_for_cpu(prior)
         with torch.no_grad():
