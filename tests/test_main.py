@@ -423,9 +423,13 @@ def test_a_mistake_costs_no_results(run, preset, samples, finished, tmp_path):
         ("none.pth", [], {"spnn": "none.pth"}),
         ("--steps 60", ["--steps", "60"], {"prior": str(tmp_path / "short")}),
         ("linear operators", ["--guidance", "linear"], {}),
+        *((f"--{key}: give the weights", [], {key: None}) for key in ("spnn", "prior")),
+        *(("nowhere.safetensors", [], {key: "nowhere.safetensors"}) for key in ("prior", "judge")),
     ):
         refused(said, run, "out", None, "--overwrite", *flags, config=preset(**changes))
         assert before == sorted(path.name for path in folder.rglob("*"))
+    refused(said, run, "new", config=preset(**changes))
+    assert not (samples / "new").exists()
 
 
 @pytest.mark.parametrize("flags", ["--eta 0.5", "--max_move=0.1", "--guidance gradient"])
@@ -547,19 +551,6 @@ def test_no_more_pictures_are_held_the_more_images_there_are(run, preset, tmp_pa
 
 
 # --- Configs ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"spnn": None}, "--spnn: give the weights"),
-        ({"prior": None}, "--prior: give the weights"),
-        *(({key: "nowhere.safetensors"}, "nowhere.safetensors") for key in ("prior", "judge")),
-    ],
-)
-def test_a_config_with_a_mistake_is_one_line(run, preset, samples, changes, said):
-    refused(said, run, config=preset(**changes))
-    assert not samples.exists()
 
 
 def test_the_shipped_configs_and_the_documented_defaults():
