@@ -27,6 +27,7 @@ from checkpoints import read_weights, save_spnn, write_weights
 from data_loader import ATTRIBUTES
 from DDNM import main as reconstruct
 from DDNM import train_prior
+from DDNM.guided_diffusion import results
 from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.guidance import NLBP, Unguided
 from DDNM.guided_diffusion.prior import Prior, save_prior, small_unet
@@ -203,6 +204,12 @@ def pixels(path):
 
 def pictures(folder):
     return {str(path.relative_to(folder)): pixels(path) for path in folder.glob("*/*.png")}
+
+
+def on_sampling(monkeypatch, hook) -> None:
+    """Whatever a command has the sampler draw: ``hook`` is called with the same arguments first."""
+    honest = results.sampling
+    monkeypatch.setattr(results, "sampling", lambda *a, **settings: (hook(*a, **settings), honest(*a, **settings))[1])
 
 
 # --- The sampler, on images of 8x8 and 5 logits ---

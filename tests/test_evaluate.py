@@ -3,43 +3,60 @@
 import csv
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import start_two, tiny_spnn
+from runs import on_sampling, start_two, tiny_spnn
+from torch import nn
 
 import evaluate
-from DDNM.guided_diffusion import results
 from DDNM.guided_diffusion.edits import Edits
 from DDNM.guided_diffusion.inputs import Targets
 from evaluate import Measured, assignments, bootstrap, fid, halves, kid
 from utils import InputError
 
 
+def main(arguments: list[str]) -> int:
+    """The command, with fewer draws: intervals are tested on their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "bootstrap", lambda of, count, draws=0: bootstrap(of, count, 20))
+        return evaluate.main(arguments)
+
+
+def arguments_of(assets, out, *flags: str) -> list[str]:
+    arguments = ["--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--count", "3"]
+    return [*arguments, "--out", str(out), "--features", "judge", "--batch_size", "2", *flags]
+
+
+def table_of(assets, out, *flags: str) -> dict:
+    assert main(arguments_of(assets, out, *flags)) == 0
+    return json.loads((out / "table.json").read_text())
+
+
 @pytest.fixture
 def run(assets, tmp_path):
-    def run(*flags: str, count: int = 3):
-        arguments = ["--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--count", str(count)]
-        arguments += ["--out", str(tmp_path / "out"), "--features", "judge", "--batch_size", "2", *flags]
-        assert evaluate.main(arguments) == 0
-        return json.loads((tmp_path / "out" / "table.json").read_text())
+    return partial(table_of, assets, tmp_path / "out")
 
-    return run
+
+TWO = ("--methods", "none", "nlbp+gradient@3", "--steps", "2")
+
+
+@pytest.fixture(scope="module")
+def finished(assets, tmp_path_factory):
+    """The folder of one run of two methods, and its table."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, table_of(assets, folder, *TWO)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """How many images the sampler was asked for, call by call."""
-    counts, honest = [], results.sampling
-
-    def sample(prior, generators, *arguments, **settings):
-        counts.append(len(generators))
-        return honest(prior, generators, *arguments, **settings)
-
-    monkeypatch.setattr(results, "sampling", sample)
+    counts = []
+    on_sampling(monkeypatch, lambda prior, generators, *_, **__: counts.append(len(generators)))
     return counts
 
 
@@ -52,11 +69,10 @@ def test_operators_are_measured_by_what_they_measure(run, drawn):
     assert again["rows"] == record["rows"] and len(drawn) == 4
 
 
-def test_the_table_has_a_row_per_method_and_says_what_its_pictures_are(run, tmp_path):
-    record = run("--methods", "none", "nlbp+gradient@3", "--steps", "2")
+def test_the_table_has_a_row_per_method_and_says_what_its_pictures_are(finished):
+    (folder, record), model = finished, tiny_spnn()
     ceiling, none, both = record["rows"]
     assert [row["method"] for row in record["rows"]] == ["inputs", "none, 2 steps", "nlbp+gradient, 3 steps"]
-    folder, model = tmp_path / "out", tiny_spnn()
     files = [folder / "pictures" / "none_2" / f"{name}.png" for name in ("blue", "green", "red")]
     pictures = [torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 127.5 - 1 for file in files]
     inputs = [torch.tensor(c).view(3, 1, 1).expand(3, 16, 16) / 127.5 - 1
@@ -79,7 +95,7 @@ def test_the_table_has_a_row_per_method_and_says_what_its_pictures_are(run, tmp_
 def test_what_is_drawn_is_not_drawn_again_and_more_images_are_added(run, drawn, assets, tmp_path):
     shutil.copytree(assets / "inputs", tmp_path / "inputs")
     flags = ["--methods", "none", "--steps", "2", "--path_y", str(tmp_path / "inputs")]
-    run(*flags, count=2)
+    run(*flags, "--count", "2")
     assert drawn == [2]
     first = run(*flags)
     assert drawn == [2, 1]
@@ -99,19 +115,14 @@ def test_what_is_drawn_is_not_drawn_again_and_more_images_are_added(run, drawn, 
     assert drawn == [2, 1, 2, 2, 1]
 
 
-def test_two_processes_draw_what_one_draws(run, assets, tmp_path):
-    flags = ["--methods", "none", "nlbp", "--steps", "2", "--batch_size", "1"]
-    one = run(*flags)
-    arguments = ["--config", str(assets / "tiny.yml"), "--path_y", str(assets / "inputs"), "--count", "3"]
-    arguments += ["--out", str(tmp_path / "two"), "--features", "judge", *flags]
-    assert start_two(evaluate.main, arguments, tmp_path / "logs")[0] == [0, 0]
-    two = json.loads((tmp_path / "two" / "table.json").read_text())
-    costs = ("seconds", "memory")
+def test_two_processes_draw_what_one_draws(finished, assets, tmp_path):
+    assert start_two(main, arguments_of(assets, tmp_path / "two", *TWO), tmp_path / "logs")[0] == [0, 0]
+    one, two = finished[1], json.loads((tmp_path / "two" / "table.json").read_text())
     for a, b in zip(one["rows"], two["rows"], strict=True):
-        name, expected = a.pop("method"), pytest.approx({k: v for k, v in a.items() if k not in costs}, abs=1e-5)
-        assert {k: v for k, v in b.items() if k not in ("method", *costs)} == expected and b["method"] == name
+        a, b = ({k: v for k, v in row.items() if k not in ("seconds", "memory")} for row in (a, b))
+        assert b.pop("method") == a.pop("method") and b == pytest.approx(a, abs=1e-5)
     assert "2 x" in two["note"] and len(list((tmp_path / "two" / "pictures").glob("*/*.png"))) == 6
-    lines = [json.loads(line) for line in (tmp_path / "two" / "pictures" / "nlbp_2.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "two" / "pictures" / "none_2.jsonl").read_text().splitlines()]
     assert sorted(name for line in lines[1:] for name in line["images"]) == ["blue", "green", "red"]
 
 
@@ -154,27 +165,23 @@ def test_what_an_edit_changed_is_told_from_what_the_method_changes_anyway():
     assert values["identity"] == pytest.approx((-1 / 3 + 1 / 3 + 1 / 3 + 1) / 4, abs=1e-6)
 
 
-def test_identity_is_measured_by_a_given_network(run, tmp_path):
-    class Embedding(torch.nn.Module):
-        def forward(self, x):
-            return x.flatten(1)
+class Few(nn.Module):
+    """In the place of networks that see pictures."""
 
-    file = tmp_path / "faces.pt2"
+    def forward(self, x):
+        return x.flatten(1)[:, ::97]
+
+
+def test_inception_is_taken_where_it_can_be_had_and_a_given_network_measures_identity(run, monkeypatch, tmp_path):
     shapes = ({0: torch.export.Dim("batch")},)
-    torch.export.save(torch.export.export(Embedding(), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=shapes), file)
-    ceiling, none = run("--methods", "none", "--steps", "2", "--identity", str(file))["rows"]
-    assert ceiling["identity"] is None and -1 <= none["identity_low"] <= none["identity"] <= none["identity_high"] <= 1
-
-
-def test_inception_is_taken_where_it_can_be_had(run, monkeypatch, tmp_path):
-    class Few(torch.nn.Module):
-        def forward(self, x):
-            return x.flatten(1)[:, ::97]
-
+    faces = torch.export.export(Few(), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=shapes)
+    torch.export.save(faces, tmp_path / "faces.pt2")
     monkeypatch.setattr(evaluate, "InceptionFeatures", Few)
-    ceiling, none = run("--methods", "none", "--steps", "2", "--features", "auto")["rows"]
+    flags = ["--features", "auto", "--identity", str(tmp_path / "faces.pt2")]
+    ceiling, none = run("--methods", "none", "--steps", "2", *flags)["rows"]
     assert none["fid"] > 0 and ceiling["fid"] == pytest.approx(0, abs=1e-3) and none["kid"] is not None
     assert "Inception features against 3 pictures" in (tmp_path / "out" / "table.md").read_text()
+    assert ceiling["identity"] is None and -1 <= none["identity_low"] <= none["identity"] <= none["identity_high"] <= 1
 
 
 def test_fid_is_that_of_two_normal_distributions():

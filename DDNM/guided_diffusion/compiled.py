@@ -53,7 +53,7 @@ def compile_for_cpu(prior: Prior) -> str:
         if not compiled:
             compiled.append(core.compile_model(_translated(_Plain(unet), h, t), "CPU", settings))
         (result,) = compiled[0]((h.float().contiguous().numpy(), t.long().contiguous().numpy())).values()
-        return (torch.from_numpy(result.copy()),)  # the next call writes into OpenVINO's own array
+        return (torch.from_numpy(result),)  # a copy already: share_outputs is not asked for
 
     unet.forward = forward  # type: ignore[method-assign]
     return precision
