@@ -239,7 +239,7 @@ def test_a_preset_of_the_reconstruction_command_loses_nothing_that_decides_pictu
     preset, own = (assets / "tiny.yml").read_text(), tmp_path / "own.yml"
     own.write_text(f"{preset}\noverwrite: true\nimage_folder: other\n")  # of its files
     flags = "--config", str(own), "--methods", "none", "--steps", "1"
-    assert run(*flags, count=1)["rows"][1]["method"] == "none, 1 steps"
+    assert run(*flags, "--count", "1")["rows"][1]["method"] == "none, 1 steps"
     own.write_text(f"{preset}\npublished_rule: true\n")
     with pytest.raises(InputError, match="unknown key 'published_rule'"):
-        run(*flags, count=1)
+        run(*flags)

@@ -52,8 +52,9 @@ def compile_for_cpu(prior: Prior) -> str:
             return plain(h, t, *arguments, **keywords)
         if not compiled:
             compiled.append(core.compile_model(_translated(_Plain(unet), h, t), "CPU", settings))
-        (result,) = compiled[0]((h.float().contiguous().numpy(), t.long().contiguous().numpy())).values()
-        return (torch.from_numpy(result),)  # a copy already: share_outputs is not asked for
+        inputs = h.float().contiguous().numpy(), t.long().contiguous().numpy()
+        (result,) = compiled[0](inputs, share_outputs=False).values()  # its own array is written into by the next call
+        return (torch.from_numpy(result),)
 
     unet.forward = forward  # type: ignore[method-assign]
     return precision
