@@ -190,25 +190,16 @@ def accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: torch
     }
 
 
-class IoU:
-    """Intersection over union of each class, summed over maps.
+def confusion(guess: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """How many places of maps (B, H, W) are of which class, and are guessed as which: (classes, classes), int64."""
+    pairs = (truth * classes + guess).flatten().cpu()
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
-    Args:
-        classes: how many there are.
-    """
 
-    def __init__(self, classes: int) -> None:
-        self.table = torch.zeros(classes, classes, dtype=torch.int64)  # truth x guess
-
-    def add(self, guess: Tensor, truth: Tensor) -> None:
-        """Maps (B, H, W) of classes."""
-        pairs = (truth * len(self.table) + guess).flatten().cpu()
-        self.table += torch.bincount(pairs, minlength=self.table.numel()).view_as(self.table)
-
-    def by_class(self) -> Tensor:
-        """(classes,): the intersection of truth and guess over their union; NaN for a class that is in neither."""
-        both = self.table.diag().double()
-        return both / (self.table.sum(0) + self.table.sum(1) - both)
+def iou_by_class(table: Tensor) -> Tensor:
+    """Intersection over union of each class of a `confusion`: (classes,); NaN for one that is in neither map."""
+    both = table.diag().double()
+    return both / (table.sum(0) + table.sum(1) - both)
 
 
 @torch.no_grad()
@@ -223,14 +214,15 @@ def map_accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: t
     Raises:
         ValueError: no images, or targets that are neither; both shapes are named.
     """
-    iou, error, images = IoU(model.num_classes), _Error(), 0
+    table = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64)
+    error, images = _Error(), 0
     with evaluating(model):
         for x, truth in loader:
             y, truth = model(x.to(device)).float().cpu(), truth.cpu()  # (B, K, H', W')
             if truth.shape == y.shape:
                 error.add(y, truth)
             elif truth.shape == y[:, 0].shape and not truth.is_floating_point():
-                iou.add(y.argmax(1), truth)
+                table += confusion(y.argmax(1), truth, model.num_classes)
             else:
                 shapes = f"{tuple(y.shape[1:])}, the targets {tuple(truth.shape[1:])}"
                 raise ValueError(f"map_accuracy: the model's maps are {shapes}: neither classes nor pictures of theirs")
@@ -240,7 +232,7 @@ def map_accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: t
     if error.count:
         figures = {key: value for key, value in error.figures().items() if key.endswith("rms")}
     else:
-        table, by_class = iou.table, iou.by_class()
+        by_class = iou_by_class(table)
         figures = {"mean_iou": by_class.nanmean().item(), "by_class": by_class.tolist(),
                    "places": (table.diag().sum() / table.sum()).item()}  # fmt: skip
     return {**figures, "images": images}

@@ -12,7 +12,7 @@ from helpers import ForgetsShift, random, randomise, seeded, tiny
 import diagnostics
 from checkpoints import save_spnn
 from data_loader import ATTRIBUTES, CelebAMaskHQ, make_loader
-from diagnostics import IDENTITIES, IoU, accuracy, diagnose, first_nonfinite, format_table, map_accuracy, penrose
+from diagnostics import IDENTITIES, accuracy, diagnose, first_nonfinite, format_table, map_accuracy, penrose
 from metrics import accuracy_by_attribute, predict
 from models import SPNN
 from utils import InputError
@@ -102,12 +102,8 @@ def mapper() -> SPNN:
 def test_iou_of_known_maps():
     truth = torch.tensor([[[0, 0, 1, 1], [2, 2, 1, 1]]])
     guess = torch.tensor([[[0, 1, 1, 1], [2, 0, 1, 3]]])
-    iou = IoU(5)
-    for row in range(2):  # summed over calls
-        iou.add(guess[:, row : row + 1], truth[:, row : row + 1])
-    torch.testing.assert_close(
-        iou.by_class(), torch.tensor([1 / 3, 3 / 5, 1 / 2, 0, math.nan]).double(), equal_nan=True
-    )
+    found = diagnostics.iou_by_class(diagnostics.confusion(guess, truth, 5))
+    torch.testing.assert_close(found, torch.tensor([1 / 3, 3 / 5, 1 / 2, 0, math.nan]).double(), equal_nan=True)
 
 
 def test_maps_of_classes_and_pictures_are_measured(mapper):
