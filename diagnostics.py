@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_loader import ATTRIBUTES, CelebAMaskHQ, make_loader
 from images import find_images, load_image
-from logger import format_table as markdown_table
+from logger import format_table
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, evaluating, predict
 from models import SPNN, concatenated
 from networks import PRECISIONS, networks_in
@@ -323,7 +323,7 @@ def diagnose(
     return json_values({"accuracy": measured, "penrose": errors, "nonfinite": broken, "attributes": attributes})
 
 
-def format_table(report: dict) -> str:
+def format_report(report: dict) -> str:
     """What `diagnose` returned, as text for the screen; "nan" for a figure that is not finite, or that there is not."""
 
     def number(value: float | None) -> float:
@@ -341,7 +341,7 @@ def format_table(report: dict) -> str:
     columns = {name: (name, ".1e") for name in list(rows[0])[1:]}
     natural = report["penrose"].get("float64", next(iter(report["penrose"].values())))
     lines = [
-        markdown_table(rows, "relative error", columns),
+        format_table(rows, "relative error", columns),
         f"naturalness: mean |g'(y)|^2 {number(natural['naturalness_norm']):.4g}, "
         f"distance of latents from the zero image's {number(natural['natural_distance']):.4g}, "
         f"|g'(g(x)) - x| / |x| {number(natural['lost']):.3f} ({natural['images']} images)",
@@ -356,7 +356,7 @@ def format_table(report: dict) -> str:
     if columns := {key: (word, ".4f") for key, word in words.items() if key in measured}:
         names = report["attributes"] or [f"logit {i}" for i in range(len(measured[next(iter(columns))]))]
         rows = [{"output": name, **{key: number(measured[key][i]) for key in columns}} for i, name in enumerate(names)]
-        lines.append(markdown_table(rows, "output", columns))
+        lines.append(format_table(rows, "output", columns))
     return "\n".join(lines)
 
 
@@ -437,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names, loader = targets_for(model, options)
         how = options.samples, options.seed, names, options.batch_size, options.precision
         report = diagnose(model.to(device), loader, device, *how)
-    print(format_table(report))
+    print(format_report(report))
     if options.json is not None:
         kept = ("checkpoint", "operator", "dataset_path", "split", "samples", "seed")
         settings = {key: getattr(options, key) for key in kept}

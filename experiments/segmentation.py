@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoints import read_weights, write_weights
 from data_loader import MASK_CLASSES, augmented, first_items
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
-from diagnostics import confusion, diagnose, format_table, iou_by_class
+from diagnostics import confusion, diagnose, format_report, iou_by_class
 from evaluate import mean_of
 from loop import Run, open_run
 from networks import conv, down, located, up
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run.world.leads:
             tests = ((x, smaller(masks)) for x, masks in loaders.test)
             report = diagnose(operator.model, tests, run.device, attributes=MASK_CLASSES)
-            print(format_table(report))
+            print(format_report(report))
             write_json(run.folder / "diagnostics.json", report)
             if r.prior is not None:
                 reconstruct_faces(operator, judge, loaders, o, s, r, run)
