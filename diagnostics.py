@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_loader import ATTRIBUTES, CelebAMaskHQ, make_loader
 from images import find_images, load_image
-from logger import format_table as markdown_table
+from logger import format_table
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, evaluating, predict
 from models import SPNN, concatenated
 from networks import PRECISIONS, networks_in
@@ -187,25 +187,16 @@ def accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: torch
     }
 
 
-class IoU:
-    """Intersection over union of each class, summed over maps.
+def confusion(guess: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """How many places of maps (B, H, W) are of which class, and are guessed as which: (classes, classes), int64."""
+    pairs = (truth * classes + guess).flatten().cpu()
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
-    Args:
-        classes: how many there are.
-    """
 
-    def __init__(self, classes: int) -> None:
-        self.table = torch.zeros(classes, classes, dtype=torch.int64)  # truth x guess
-
-    def add(self, guess: Tensor, truth: Tensor) -> None:
-        """Maps (B, H, W) of classes."""
-        pairs = (truth * len(self.table) + guess).flatten().cpu()
-        self.table += torch.bincount(pairs, minlength=self.table.numel()).view_as(self.table)
-
-    def by_class(self) -> Tensor:
-        """(classes,): the intersection of truth and guess over their union; NaN for a class that is in neither."""
-        both = self.table.diag().double()
-        return both / (self.table.sum(0) + self.table.sum(1) - both)
+def iou_by_class(table: Tensor) -> Tensor:
+    """Intersection over union of each class of a `confusion`: (classes,); NaN for one that is in neither map."""
+    both = table.diag().double()
+    return both / (table.sum(0) + table.sum(1) - both)
 
 
 @torch.no_grad()
@@ -220,14 +211,15 @@ def map_accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: t
     Raises:
         ValueError: no images, or targets that are neither; both shapes are named.
     """
-    iou, error, images = IoU(model.num_classes), _Error(), 0
+    table = torch.zeros(model.num_classes, model.num_classes, dtype=torch.int64)
+    error, images = _Error(), 0
     with evaluating(model):
         for x, truth in loader:
             y, truth = model(x.to(device)).float().cpu(), truth.cpu()  # (B, K, H', W')
             if truth.shape == y.shape:
                 error.add(y, truth)
             elif truth.shape == y[:, 0].shape and not truth.is_floating_point():
-                iou.add(y.argmax(1), truth)
+                table += confusion(y.argmax(1), truth, model.num_classes)
             else:
                 shapes = f"{tuple(y.shape[1:])}, the targets {tuple(truth.shape[1:])}"
                 raise ValueError(f"map_accuracy: the model's maps are {shapes}: neither classes nor pictures of theirs")
@@ -237,7 +229,7 @@ def map_accuracy(model: SPNN, loader: Iterable[tuple[Tensor, Tensor]], device: t
     if error.count:
         figures = {key: value for key, value in error.figures().items() if key.endswith("rms")}
     else:
-        table, by_class = iou.table, iou.by_class()
+        by_class = iou_by_class(table)
         figures = {"mean_iou": by_class.nanmean().item(), "by_class": by_class.tolist(),
                    "places": (table.diag().sum() / table.sum()).item()}  # fmt: skip
     return {**figures, "images": images}
@@ -328,7 +320,7 @@ def diagnose(
     return json_values({"accuracy": measured, "penrose": errors, "nonfinite": broken, "attributes": attributes})
 
 
-def format_table(report: dict) -> str:
+def format_report(report: dict) -> str:
     """What `diagnose` returned, as text for the screen; "nan" for a figure that is not finite, or that there is not."""
 
     def number(value: float | None) -> float:
@@ -346,7 +338,7 @@ def format_table(report: dict) -> str:
     columns = {name: (name, ".1e") for name in list(rows[0])[1:]}
     natural = report["penrose"].get("float64", next(iter(report["penrose"].values())))
     lines = [
-        markdown_table(rows, "relative error", columns),
+        format_table(rows, "relative error", columns),
         f"naturalness: mean |g'(y)|^2 {number(natural['naturalness_norm']):.4g}, "
         f"distance of latents from the zero image's {number(natural['natural_distance']):.4g}, "
         f"|g'(g(x)) - x| / |x| {number(natural['lost']):.3f} ({natural['images']} images)",
@@ -361,7 +353,7 @@ def format_table(report: dict) -> str:
     if columns := {key: (word, ".4f") for key, word in words.items() if key in measured}:
         names = report["attributes"] or [f"logit {i}" for i in range(len(measured[next(iter(columns))]))]
         rows = [{"output": name, **{key: number(measured[key][i]) for key in columns}} for i, name in enumerate(names)]
-        lines.append(markdown_table(rows, "output", columns))
+        lines.append(format_table(rows, "output", columns))
     return "\n".join(lines)
 
 
@@ -442,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names, loader = targets_for(model, options)
         how = options.samples, options.seed, names, options.batch_size, options.precision
         report = diagnose(model.to(device), loader, device, *how)
-    print(format_table(report))
+    print(format_report(report))
     if options.json is not None:
         kept = ("checkpoint", "operator", "dataset_path", "split", "samples", "seed")
         settings = {key: getattr(options, key) for key in kept}

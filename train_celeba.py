@@ -18,7 +18,7 @@ from blocks import MIXINGS
 from checkpoints import load_strictly, save_spnn
 from data_loader import ATTRIBUTES, Loaders, download_dataset, make_loaders
 from DDNM.guided_diffusion.edits import contradictions, effects_of_states
-from diagnostics import diagnose, format_table
+from diagnostics import diagnose, format_report
 from images import grid, save_image
 from judge import Judge, load_judge
 from logger import get_logger
@@ -186,7 +186,7 @@ def report(run: Run, best: Path, loaders: Loaders, samples: int, stage: str) -> 
             save_spnn(best, model)
         test = run.until_stopped(loaders.test)
         measured = diagnose(model, test, run.device, samples, run.seed, attributes=ATTRIBUTES)
-        get_logger("train_celeba").info("test split after stage %s\n%s", stage, format_table(measured))
+        get_logger("train_celeba").info("test split after stage %s\n%s", stage, format_report(measured))
         write_json(run.folder / f"diagnostics_{stage}.json", measured)
         x = next(iter(loaders.test))[0][:8].to(run.device)
         with torch.no_grad():

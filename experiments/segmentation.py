@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoints import read_weights, write_weights
 from data_loader import MASK_CLASSES, augmented, first_items
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
-from diagnostics import IoU, diagnose, format_table
+from diagnostics import confusion, diagnose, format_report, iou_by_class
 from evaluate import mean_of
 from loop import Run, open_run
 from networks import conv, down, located, up
@@ -171,10 +171,9 @@ def reconstruct_faces(
         rows[name] = {"s/image": seconds.get(name)}
         for who, network in {"judge": judge, "g": operator.A}.items():
             seen[f"{who} sees, {name}"] = guess = network(images).argmax(1)  # (N, S/4, S/4)
-            iou = IoU(CLASSES)
-            iou.add(guess, maps)
+            iou = iou_by_class(confusion(guess, maps, CLASSES))  # (classes,)
             right = (guess == maps).flatten(1).float().mean(1)
-            rows[name] |= {f"mIoU, {who}": iou.by_class().nanmean().item(), f"places, {who}": mean_of(right)}
+            rows[name] |= {f"mIoU, {who}": iou.nanmean().item(), f"places, {who}": mean_of(right)}
     best = "NLBP, then gradient"
     columns = {"map": coloured(maps), "face": pictures[best]}
     columns |= {f"{who} sees": coloured(seen[f"{who} sees, {best}"]) for who in ("g", "judge")}
@@ -198,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run.world.leads:
             tests = ((x, smaller(masks)) for x, masks in loaders.test)
             report = diagnose(operator.model, tests, run.device, attributes=MASK_CLASSES)
-            print(format_table(report))
+            print(format_report(report))
             write_json(run.folder / "diagnostics.json", report)
             if r.prior is not None:
                 reconstruct_faces(operator, judge, loaders, o, s, r, run)

@@ -121,7 +121,7 @@ def signal_at(
 def without_diagnostics(patch: pytest.MonkeyPatch) -> None:
     """They take longer than the trainings here."""
     patch.setattr(train_celeba, "diagnose", lambda *_, **__: {})
-    patch.setattr(train_celeba, "format_table", str)
+    patch.setattr(train_celeba, "format_report", str)
 
 
 CURVES = loop.plot_curves, loop.tensorboard_events

@@ -12,7 +12,7 @@ from helpers import ForgetsShift, random, randomise, seeded, tiny
 import diagnostics
 from checkpoints import save_spnn
 from data_loader import ATTRIBUTES, CelebAMaskHQ, make_loader
-from diagnostics import IDENTITIES, IoU, accuracy, diagnose, first_nonfinite, format_table, map_accuracy, penrose
+from diagnostics import IDENTITIES, accuracy, diagnose, first_nonfinite, format_report, map_accuracy, penrose
 from metrics import accuracy_by_attribute, predict
 from models import SPNN
 from utils import InputError
@@ -102,12 +102,8 @@ def mapper() -> SPNN:
 def test_iou_of_known_maps():
     truth = torch.tensor([[[0, 0, 1, 1], [2, 2, 1, 1]]])
     guess = torch.tensor([[[0, 1, 1, 1], [2, 0, 1, 3]]])
-    iou = IoU(5)
-    for row in range(2):  # summed over calls
-        iou.add(guess[:, row : row + 1], truth[:, row : row + 1])
-    torch.testing.assert_close(
-        iou.by_class(), torch.tensor([1 / 3, 3 / 5, 1 / 2, 0, math.nan]).double(), equal_nan=True
-    )
+    found = diagnostics.iou_by_class(diagnostics.confusion(guess, truth, 5))
+    torch.testing.assert_close(found, torch.tensor([1 / 3, 3 / 5, 1 / 2, 0, math.nan]).double(), equal_nan=True)
 
 
 def test_maps_of_classes_and_pictures_are_measured(mapper):
@@ -125,11 +121,11 @@ def test_maps_of_classes_and_pictures_are_measured(mapper):
         figures = report["penrose"][precision]
         assert all(figures[name]["relative_max"] < most for name in IDENTITIES)
     assert figures["lost"] > 0.01 and report["nonfinite"] is None
-    shown = format_table(report)
+    shown = format_report(report)
     assert "intersection over union" in shown and "\n| d | " in shown
     picture = diagnose(mapper, [(x, 1.1 * y)], precisions=["float32"])
     assert picture["accuracy"]["relative_rms"] == pytest.approx(0.1 / 1.1, rel=1e-4)
-    assert "measured picture: rms error" in format_table(picture)
+    assert "measured picture: rms error" in format_report(picture)
 
 
 def test_targets_that_do_not_fit_a_map_name_both_shapes(mapper):
@@ -176,10 +172,10 @@ def test_diagnose_is_json_and_a_table(model, images):
     report = diagnose(model, loader(images), samples=3, attributes=["Bald", "Young", "Male"])
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert report["penrose"]["float64"]["images"] == 3 and report["accuracy"]["images"] == 5
-    table = format_table(report)
+    table = format_report(report)
     for text in ("g g' (y) = y", "float64", "Young", "first number that is not finite: none"):
         assert text in table
-    one_class = format_table(diagnose(model, [(images, torch.ones(5, 3))], precisions=["float32"]))
+    one_class = format_report(diagnose(model, [(images, torch.ones(5, 3))], precisions=["float32"]))
     assert "balanced nan (5 images)" in one_class and " | nan |\n| logit 1 | " in one_class
     with pytest.raises(ValueError, match="2 attribute names for 3 logits"):
         diagnose(model, loader(images), attributes=["Bald", "Young"])
@@ -205,7 +201,7 @@ def test_diagnose_of_a_model_with_nan_is_a_report(model, images):
     json.dumps(report, allow_nan=False)
     assert report["nonfinite"] == "weight pinn.blocks.4.s.net.0.weight"
     assert report["penrose"]["float32"]["right_inverse"]["relative_max"] is None
-    assert "| nan | nan |" in format_table(report)
+    assert "| nan | nan |" in format_report(report)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_the_experiment_runs(tmp_path, capsys, monkeypatch):
             "--device", "cpu", "--steps", 2, "--r_steps", 1, "--judge_steps", 2, "--seed", 1]  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(segmentation, "diagnose", lambda *_, **__: {})
-        patch.setattr(segmentation, "format_table", str)
+        patch.setattr(segmentation, "format_report", str)
         assert segmentation.main([str(word) for word in argv]) == 0
     again = [*argv, "--resume", "--prior", prior, "--sampling_steps", 1, "--count", 2]
     assert segmentation.main([str(word) for word in again]) == 0
