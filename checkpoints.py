@@ -81,8 +81,12 @@ def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
             raise InputError(f"weights {path}: {name} holds NaN or infinity")
 
 
-def read_object(path: Path) -> Any:
-    """The object in ``path``, read without running any code that the file may carry."""
+def read_object(path: Path, kind: str = "plain state dict") -> Any:
+    """The object in ``path``, on the CPU, read without running any code that the file may carry.
+
+    Raises:
+        InputError: a damaged file, or one that would run code; ``kind`` says what was expected.
+    """
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -93,10 +97,24 @@ def read_object(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load and safetensors raise almost anything on damaged bytes
         reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split()) or type(error).__name__
-        raise InputError(
-            f"weights {path}: damaged, or not a plain state dict ({path.stat().st_size:,} bytes; no code in a weight "
-            f"file is run): {reason[:200]}"
-        ) from None
+        size = f"{path.stat().st_size:,} bytes"
+        raise InputError(f"{path}: damaged, or not a {kind} ({size}; no code in it is run): {reason[:200]}") from None
+
+
+def write_object(path: Path, content: Any) -> None:
+    """Write what `read_object` reads, atomically: safetensors if the suffix says so, else ``torch.save``.
+
+    Raises:
+        InputError: the file cannot be written, and is as it was.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            if path.suffix == ".safetensors":
+                safetensors.torch.save_file(content, temporary, metadata={"format": "pt"})
+            else:
+                torch.save(content, temporary)
+        except (RuntimeError, safetensors.SafetensorError) as error:  # what a full disk looks like from there
+            raise OSError(str(error).partition("\n")[0]) from error
 
 
 def _is_state_dict(value: object) -> bool:
@@ -115,7 +133,7 @@ def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_weights(path: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Write a state dict atomically: safetensors if the suffix says so, else ``torch.save``.
+    """Write a state dict, see `write_object`.
 
     Args:
         state: name -> tensor on any device; written contiguous, from the CPU.
@@ -129,14 +147,7 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], dtype: torch.dt
         tensor = _converted(path, name, tensor.detach().cpu(), dtype if tensor.is_floating_point() else None)
         # clone: safetensors refuses tensors that share memory, torch.save would write the whole storage of a view
         tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
-    with atomic_write(path) as temporary:
-        try:
-            if path.suffix == ".safetensors":
-                safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-            else:
-                torch.save(tensors, temporary)
-        except (RuntimeError, safetensors.SafetensorError) as error:  # what a full disk looks like from there
-            raise OSError(str(error)) from error
+    write_object(path, tensors)
 
 
 def _converted(path: str | Path, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
