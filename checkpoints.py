@@ -27,7 +27,7 @@ from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils.sha import sha_fileobj
 from torch import Tensor, nn
 
-from utils import InputError, InputErrors, atomic_write, run_command
+from utils import InputError, InputErrors, atomic_write, read_json, run_command, write_text
 
 ROOT = Path(__file__).resolve().parent
 M = TypeVar("M", bound=nn.Module)
@@ -201,17 +201,6 @@ def built(build: Callable[[], M], state: Mapping[str, Tensor], path: Path) -> M:
     return model
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises InputError: it cannot be read, or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return content
-
-
 def read_config(path: str | Path) -> dict | None:
     """What lies beside the weights at ``path``: X.json for X.pth, else config.json in the same folder.
 
@@ -251,8 +240,7 @@ def save_spnn(path: str | Path, model: "Pretrained", notes: Mapping | None = Non
     with suppress(InputError):  # it is somebody else's
         there = read_json(target) if target.is_file() else json.loads(text)
     same = all(there.get(key) == json.loads(text).get(key) for key in ("model", "attributes"))
-    with atomic_write(target if same and not own.is_file() else own) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(target if same and not own.is_file() else own, text)
     write_weights(path, model.state_dict())
 
 

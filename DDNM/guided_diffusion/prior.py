@@ -21,10 +21,10 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import first, locate, opener, read_json, read_weights, write_weights
+from checkpoints import first, locate, opener, read_weights, write_weights
 from DDNM.guided_diffusion.ddpm_layout import build_unet, filled, unet_from_ddpm
 from DDNM.guided_diffusion.schedule import Schedule
-from utils import InputError, atomic_write
+from utils import InputError, read_json, write_text
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAMES = tuple(
@@ -321,8 +321,7 @@ def save_prior(prior: Prior, folder: str | Path, dtype: torch.dtype | None = Non
     """
     folder, schedule = Path(folder), prior.schedule
     write_weights(folder / WEIGHTS_NAMES[0], prior.unet.state_dict(), dtype)
-    with atomic_write(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(prior.unet.to_json_string(), encoding="utf-8")
+    write_text(folder / CONFIG_NAME, prior.unet.to_json_string())
     scheduler = DDPMScheduler(
         schedule.num_diffusion_timesteps,
         schedule.beta_start,
@@ -330,5 +329,4 @@ def save_prior(prior: Prior, folder: str | Path, dtype: torch.dtype | None = Non
         trained_betas=None if schedule.linear else schedule.betas.tolist(),
         prediction_type=prior.prediction_type,
     )
-    with atomic_write(folder / SCHEDULER_NAME) as temporary:
-        temporary.write_text(scheduler.to_json_string(), encoding="utf-8")
+    write_text(folder / SCHEDULER_NAME, scheduler.to_json_string())
