@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -302,22 +301,20 @@ def hub_file(repo: str, filename: str, **hub: Any) -> Path | None:
         raise InputError(f"{what} cannot be fetched: {type(error).__name__}: {reason}") from None
 
 
-def opener(source: str | Path, **hub: Any) -> Callable[[str], Path | None]:
-    """A function from the name of a file in ``source``, a folder or a hub id, to its path; None for one it lacks."""
-    folder = Path(source)
+def find(source: str | Path, names: Sequence[str], **hub: Any) -> Path | None:
+    """The first of these files that ``source``, a folder or a hub id, has; None if it has none of them.
+
+    Raises:
+        InputError: ``source`` is neither, or as `hub_file`; NotCached: none is here, but the hub may have one.
+    """
+    folder, unknown = Path(source), None
     if folder.is_dir():
-        return lambda name: folder / name if (folder / name).is_file() else None
+        return next((folder / name for name in names if (folder / name).is_file()), None)
     if not HUB_ID.fullmatch(str(source)):
         raise InputError(f"weights {source}: no such file or folder, and not a hub id like owner/repo")
-    return partial(hub_file, str(source), **hub)
-
-
-def first(get: Callable[[str], Path | None], names: Sequence[str]) -> Path | None:
-    """The first of these files that an `opener` has. Raises NotCached if it has none here, but may have one online."""
-    unknown = None
     for name in names:
         try:
-            if (path := get(name)) is not None:
+            if (path := hub_file(str(source), name, **hub)) is not None:
                 return path
         except NotCached as error:
             unknown = unknown or error
@@ -407,11 +404,10 @@ class Pretrained(nn.Module, huggingface_hub.PyTorchModelHubMixin, library_name="
         (source,) = locate(source, **hub)
         path = Path(source)
         if not path.is_file():
-            get = opener(source, **hub)
-            if (found := first(get, WEIGHTS_NAMES)) is None:
+            if (found := find(source, WEIGHTS_NAMES, **hub)) is None:
                 raise InputError(f"weights {source}: has none of {', '.join(WEIGHTS_NAMES)}")
             path = found
-            first(get, (f"{path.stem}.json", "config.json"))  # from the hub to beside the weights
+            find(source, (f"{path.stem}.json", "config.json"), **hub)  # from the hub to beside the weights
         state = read_weights(path)
         content = read_config(path) or {"model": cls.config_of(state)}
         if content["model"] is None:
