@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +26,7 @@ from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils.sha import sha_fileobj
 from torch import Tensor, nn
 
-from utils import InputError, InputErrors, atomic_write, run_command
+from utils import InputError, InputErrors, atomic_write, read_json, run_command, write_text
 
 ROOT = Path(__file__).resolve().parent
 M = TypeVar("M", bound=nn.Module)
@@ -81,8 +80,12 @@ def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
             raise InputError(f"weights {path}: {name} holds NaN or infinity")
 
 
-def read_object(path: Path) -> Any:
-    """The object in ``path``, read without running any code that the file may carry."""
+def read_object(path: Path, kind: str = "plain state dict") -> Any:
+    """The object in ``path``, on the CPU, read without running any code that the file may carry.
+
+    Raises:
+        InputError: a damaged file, or one that would run code; ``kind`` says what was expected.
+    """
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -93,10 +96,24 @@ def read_object(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load and safetensors raise almost anything on damaged bytes
         reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split()) or type(error).__name__
-        raise InputError(
-            f"weights {path}: damaged, or not a plain state dict ({path.stat().st_size:,} bytes; no code in a weight "
-            f"file is run): {reason[:200]}"
-        ) from None
+        size = f"{path.stat().st_size:,} bytes"
+        raise InputError(f"{path}: damaged, or not a {kind} ({size}; no code in it is run): {reason[:200]}") from None
+
+
+def write_object(path: Path, content: Any) -> None:
+    """Write what `read_object` reads, atomically: safetensors if the suffix says so, else ``torch.save``.
+
+    Raises:
+        InputError: the file cannot be written, and is as it was.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            if path.suffix == ".safetensors":
+                safetensors.torch.save_file(content, temporary, metadata={"format": "pt"})
+            else:
+                torch.save(content, temporary)
+        except (RuntimeError, safetensors.SafetensorError) as error:  # what a full disk looks like from there
+            raise OSError(str(error).partition("\n")[0]) from error
 
 
 def _is_state_dict(value: object) -> bool:
@@ -115,7 +132,7 @@ def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_weights(path: str | Path, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Write a state dict atomically: safetensors if the suffix says so, else ``torch.save``.
+    """Write a state dict, see `write_object`.
 
     Args:
         state: name -> tensor on any device; written contiguous, from the CPU.
@@ -129,14 +146,7 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], dtype: torch.dt
         tensor = _converted(path, name, tensor.detach().cpu(), dtype if tensor.is_floating_point() else None)
         # clone: safetensors refuses tensors that share memory, torch.save would write the whole storage of a view
         tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
-    with atomic_write(path) as temporary:
-        try:
-            if path.suffix == ".safetensors":
-                safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-            else:
-                torch.save(tensors, temporary)
-        except (RuntimeError, safetensors.SafetensorError) as error:  # what a full disk looks like from there
-            raise OSError(str(error)) from error
+    write_object(path, tensors)
 
 
 def _converted(path: str | Path, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -190,17 +200,6 @@ def built(build: Callable[[], M], state: Mapping[str, Tensor], path: Path) -> M:
     return model
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises InputError: it cannot be read, or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return content
-
-
 def read_config(path: str | Path) -> dict | None:
     """What lies beside the weights at ``path``: X.json for X.pth, else config.json in the same folder.
 
@@ -240,8 +239,7 @@ def save_spnn(path: str | Path, model: "Pretrained", notes: Mapping | None = Non
     with suppress(InputError):  # it is somebody else's
         there = read_json(target) if target.is_file() else json.loads(text)
     same = all(there.get(key) == json.loads(text).get(key) for key in ("model", "attributes"))
-    with atomic_write(target if same and not own.is_file() else own) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(target if same and not own.is_file() else own, text)
     write_weights(path, model.state_dict())
 
 
@@ -303,22 +301,20 @@ def hub_file(repo: str, filename: str, **hub: Any) -> Path | None:
         raise InputError(f"{what} cannot be fetched: {type(error).__name__}: {reason}") from None
 
 
-def opener(source: str | Path, **hub: Any) -> Callable[[str], Path | None]:
-    """A function from the name of a file in ``source``, a folder or a hub id, to its path; None for one it lacks."""
-    folder = Path(source)
+def find(source: str | Path, names: Sequence[str], **hub: Any) -> Path | None:
+    """The first of these files that ``source``, a folder or a hub id, has; None if it has none of them.
+
+    Raises:
+        InputError: ``source`` is neither, or as `hub_file`; NotCached: none is here, but the hub may have one.
+    """
+    folder, unknown = Path(source), None
     if folder.is_dir():
-        return lambda name: folder / name if (folder / name).is_file() else None
+        return next((folder / name for name in names if (folder / name).is_file()), None)
     if not HUB_ID.fullmatch(str(source)):
         raise InputError(f"weights {source}: no such file or folder, and not a hub id like owner/repo")
-    return partial(hub_file, str(source), **hub)
-
-
-def first(get: Callable[[str], Path | None], names: Sequence[str]) -> Path | None:
-    """The first of these files that an `opener` has. Raises NotCached if it has none here, but may have one online."""
-    unknown = None
     for name in names:
         try:
-            if (path := get(name)) is not None:
+            if (path := hub_file(str(source), name, **hub)) is not None:
                 return path
         except NotCached as error:
             unknown = unknown or error
@@ -408,11 +404,10 @@ class Pretrained(nn.Module, huggingface_hub.PyTorchModelHubMixin, library_name="
         (source,) = locate(source, **hub)
         path = Path(source)
         if not path.is_file():
-            get = opener(source, **hub)
-            if (found := first(get, WEIGHTS_NAMES)) is None:
+            if (found := find(source, WEIGHTS_NAMES, **hub)) is None:
                 raise InputError(f"weights {source}: has none of {', '.join(WEIGHTS_NAMES)}")
             path = found
-            first(get, (f"{path.stem}.json", "config.json"))  # from the hub to beside the weights
+            find(source, (f"{path.stem}.json", "config.json"), **hub)  # from the hub to beside the weights
         state = read_weights(path)
         content = read_config(path) or {"model": cls.config_of(state)}
         if content["model"] is None:

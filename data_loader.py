@@ -54,7 +54,7 @@ from images import (
     to_pixels,
     upright_size,
 )
-from utils import InputError, atomic_write, sides, write_json
+from utils import InputError, atomic_write, read_json, sides, write_json
 
 ATTRIBUTES: tuple[str, ...] = (
     "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips", "Big_Nose",
@@ -376,7 +376,7 @@ class _Store:
         """The file's rows, made if they are not there, and those that could not be read."""
         key = json.dumps([_CACHE_VERSION, int(RESAMPLING), [list(map(_state, files)) for files in self.sources]])
         key, notes = hashlib.sha256(key.encode()).hexdigest(), file.with_suffix(".json")
-        if not (file.is_file() and notes.is_file() and json.loads(notes.read_text())["sources"] == key):
+        if not (file.is_file() and notes.is_file() and read_json(notes).get("sources") == key):
             bad, nothing = {}, np.zeros(self.shape, dtype=np.uint8)
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.sources), *self.shape)}
             # plain writes: a full disk is an error here, and a crash through a memory map
@@ -391,7 +391,7 @@ class _Store:
                 progress.close()
                 notes.unlink(missing_ok=True)  # or a run that is killed now leaves the file with notes of another
             write_json(notes, {"sources": key, "bad": bad})
-        bad = {int(i): why for i, why in json.loads(notes.read_text())["bad"].items()}
+        bad = {int(i): why for i, why in read_json(notes)["bad"].items()}
         return np.load(file, mmap_mode="r", allow_pickle=False), bad
 
     def __call__(self, rows: Sequence[int]) -> Tensor:

@@ -53,7 +53,7 @@ from images import find_images, load_image, save_image, to_uint8
 from logger import format_table, get_logger
 from loop import World, join_world, locked
 from metrics import agreement, balanced_accuracy_by_attribute, prob_error, psnr
-from utils import InputError, atomic_write, json_values, option, parse, peak_gib, run_command, write_json
+from utils import InputError, json_values, option, parse, peak_gib, run_command, write_json, write_text
 
 DRAWS = 1000  # of the bootstrap
 SHEET_COLUMNS = 8
@@ -462,8 +462,7 @@ def write_table(
     """table.csv, .json and .md, and sheet.png."""
     write_csv(folder / "table.csv", rows)
     write_json(folder / "table.json", {"settings": settings, "note": note, "rows": rows})
-    with atomic_write(folder / "table.md") as temporary:
-        temporary.write_text(f"{format_table(rows, 'method', COLUMNS)}\n\n{note}\n", encoding="utf-8")
+    write_text(folder / "table.md", f"{format_table(rows, 'method', COLUMNS)}\n\n{note}\n")
     faces = [[picture(image, 96) for image in pictures[:SHEET_COLUMNS]] for _, pictures in shelf]
     contact_sheet(folder / "sheet.png", [], faces, [name for name, _ in shelf])
 

@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints import load_strictly, read_json, read_weights, write_weights
+from checkpoints import load_strictly, read_weights, write_weights
 from DDNM.guided_diffusion.guidance import guide
 from DDNM.guided_diffusion.inputs import fingerprint, image_names, load_lpips
 from DDNM.guided_diffusion.results import as_saved, contact_sheet, contents, picture, write_csv
@@ -58,6 +58,7 @@ from utils import (
     option,
     parse,
     peak_gib,
+    read_json,
     run_command,
     seed_everything,
     write_json,

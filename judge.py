@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from checkpoints import DTYPES, built, read_json, read_weights, write_weights
+from checkpoints import DTYPES, built, read_weights, write_weights
 from data_loader import ATTRIBUTES, CelebAMaskHQ, Loaders, augmented, batches_from, download_dataset, make_loaders
 from diagnostics import accuracy
 from logger import MetricsTable, format_table, get_logger
 from loop import DONE, Loop, Run, adam, decaying, open_run
 from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, predict
-from utils import InputError, json_values, option, parse, run_command, seed_everything, write_json
+from utils import InputError, json_values, option, parse, read_json, run_command, seed_everything, write_json
 
 
 @dataclass(frozen=True)

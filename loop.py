@@ -27,8 +27,9 @@ from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from checkpoints import read_object, write_object
 from logger import MetricsTable, get_logger, plot_curves, tensorboard_events
-from utils import InputError, Stopped, atomic_write, is_temporary, json_values, resolve_device, write_json
+from utils import InputError, Stopped, is_temporary, json_values, resolve_device, write_json
 
 try:
     import fcntl
@@ -69,31 +70,16 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
 
 
 def save_state(path: Path, state: Mapping) -> None:
-    """Write a training state: the old file stands until the new one is complete on the disk.
-
-    Raises:
-        InputError: it cannot be written. The old file is as it was.
-    """
-    with atomic_write(path) as temporary:
-        try:
-            torch.save({"version": STATE_VERSION, **state}, temporary)
-        except RuntimeError as error:  # what a full disk looks like from there
-            raise OSError(str(error).splitlines()[0]) from error
+    """Write a training state, see `write_object`: the old file stands until the new one is complete on the disk."""
+    write_object(path, {"version": STATE_VERSION, **state})
 
 
 def load_state(path: Path) -> dict:
-    """What `save_state` wrote, on the CPU; no code in the file is run.
-
-    Raises:
-        InputError: a damaged file, or one of another version.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["version"] == STATE_VERSION:
-            return state
-    except Exception as error:  # a damaged file can raise almost anything
-        raise InputError(f"{path}: damaged, or not a training state ({type(error).__name__})") from None
-    raise InputError(f"{path}: a state of another version of this command; {START_ANEW}")
+    """What `save_state` wrote. Raises InputError: as `read_object`, or one of another version."""
+    state = read_object(path, "training state")
+    if not isinstance(state, dict) or repr(state.get("version")) != repr(STATE_VERSION):  # tensors do not compare
+        raise InputError(f"{path}: a state of another version of this command, or none; {START_ANEW}")
+    return state
 
 
 START_ANEW = "start anew with --overwrite, or in another folder"

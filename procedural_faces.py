@@ -43,7 +43,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from data_loader import ANNOTATION_FILE, ATTRIBUTES, IMAGE_FOLDER, MASK_CLASSES, MASK_FOLDER
-from utils import InputError, atomic_write, option, parse, run_command, write_json
+from utils import InputError, option, parse, run_command, write_json, write_text
 
 MARK = "procedural_faces.json"  # says that a folder's pictures were drawn here
 
@@ -887,8 +887,7 @@ def write_dataset(
             raise InputError(
                 'a process that draws has ended: a script calls this below `if __name__ == "__main__":`'
             ) from None
-    with atomic_write(out / ANNOTATION_FILE) as file:
-        file.write_text("\n".join([str(count), " ".join(ATTRIBUTES), *lines]) + "\n", encoding="utf-8")
+    write_text(out / ANNOTATION_FILE, "\n".join([str(count), " ".join(ATTRIBUTES), *lines]) + "\n")
 
 
 def _prepare_folder(out: Path, overwrite: bool, settings: dict, masks: bool) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints import HUB_ID, built, check_tensors, first, opener, read_object
+from checkpoints import HUB_ID, built, check_tensors, find, read_object
 from utils import InputError
 
 FILES = ("karras2019stylegan-ffhq-1024x1024.for_g_all.pt", "stylegan.safetensors", "model.safetensors")
@@ -357,7 +357,7 @@ def load_generator(source: str | Path, resolution: int | None = None, **hub: Any
     path = Path(source)
     if not path.is_file():
         named = path.is_dir() or HUB_ID.fullmatch(str(source))
-        path = first(opener(source, **hub), FILES) if named else None
+        path = find(source, FILES, **hub) if named else None
         if path is None:
             raise InputError(
                 f"weights {source}: no such file, and no folder or hub id with {' or '.join(FILES)}; the published "

@@ -359,10 +359,20 @@ def json_values(value: object) -> Any:
     return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises InputError: it cannot be read, or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
 def write_json(path: str | Path, content: object) -> None:
     """Write JSON atomically; paths and the like as text. Raises InputError as `atomic_write`."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def file_name(text: str) -> str:
@@ -403,6 +413,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8 atomically. Raises InputError as `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def is_temporary(path: Path) -> bool:

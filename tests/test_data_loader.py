@@ -131,6 +131,8 @@ def test_cache_is_built_once_and_again_when_the_source_changes(root, monkeypatch
         CelebAMaskHQ(root, "test", 8)
     kept.rename(root / "CelebA-HQ-img" / "18.jpg")
     assert torch.equal(CelebAMaskHQ(root, "test", 8)[0][0], after)
+    (root / ".cache" / "test_8x8.json").write_text("{")  # what is damaged is not used
+    assert torch.equal(CelebAMaskHQ(root, "test", 8)[0][0], after)
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -21,10 +21,10 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import first, locate, opener, read_json, read_weights, write_weights
+from checkpoints import find, locate, read_weights, write_weights
 from DDNM.guided_diffusion.ddpm_layout import build_unet, filled, unet_from_ddpm
 from DDNM.guided_diffusion.schedule import Schedule
-from utils import InputError, atomic_write
+from utils import InputError, read_json, write_text
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAMES = tuple(
@@ -209,21 +209,21 @@ def _from_diffusers(source: str | Path, **hub: Any) -> tuple[UNet2DModel, str, S
     folder = Path(source)
     if folder.name == "unet" and (folder.parent / "model_index.json").is_file():
         folder = source = folder.parent  # the scheduler's settings lie beside the U-Net's folder
-    get = opener(source, **hub)
-    config = first(get, (CONFIG_NAME, f"unet/{CONFIG_NAME}"))
+    one_of = partial(find, source, **hub)
+    config = one_of((CONFIG_NAME, f"unet/{CONFIG_NAME}"))
     if config is None:
         raise InputError(f"has neither {CONFIG_NAME} nor unet/{CONFIG_NAME}")
     said = read_json(config)
     pipeline = config.parent.name == "unet" and config.parent != folder
-    if pipeline and (index := get("model_index.json")) is not None and {"vae", "vqvae"} & read_json(index).keys():
+    if pipeline and (index := one_of(["model_index.json"])) is not None and {"vae", "vqvae"} & read_json(index).keys():
         raise InputError("draws latents of another network, not images")
     if (kind := said.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise InputError(f"its network is a {kind}; a prior is a UNet2DModel")
-    weights = first(get, [f"unet/{name}" if pipeline else name for name in WEIGHTS_NAMES])
+    weights = one_of([f"unet/{name}" if pipeline else name for name in WEIGHTS_NAMES])
     if weights is None:
         raise InputError(f"has none of {', '.join(WEIGHTS_NAMES)}")
     names = SCHEDULER_NAME, f"scheduler/{SCHEDULER_NAME}"
-    scheduler = first(get, names[1:] if pipeline else names if folder.is_dir() else names[:1])
+    scheduler = one_of(names[1:] if pipeline else names if folder.is_dir() else names[:1])
     if scheduler is None and pipeline:
         raise InputError(f"has no scheduler/{SCHEDULER_NAME}, which says what its network predicts")
     try:
@@ -321,8 +321,7 @@ def save_prior(prior: Prior, folder: str | Path, dtype: torch.dtype | None = Non
     """
     folder, schedule = Path(folder), prior.schedule
     write_weights(folder / WEIGHTS_NAMES[0], prior.unet.state_dict(), dtype)
-    with atomic_write(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(prior.unet.to_json_string(), encoding="utf-8")
+    write_text(folder / CONFIG_NAME, prior.unet.to_json_string())
     scheduler = DDPMScheduler(
         schedule.num_diffusion_timesteps,
         schedule.beta_start,
@@ -330,5 +329,4 @@ def save_prior(prior: Prior, folder: str | Path, dtype: torch.dtype | None = Non
         trained_betas=None if schedule.linear else schedule.betas.tolist(),
         prediction_type=prior.prediction_type,
     )
-    with atomic_write(folder / SCHEDULER_NAME) as temporary:
-        temporary.write_text(scheduler.to_json_string(), encoding="utf-8")
+    write_text(folder / SCHEDULER_NAME, scheduler.to_json_string())

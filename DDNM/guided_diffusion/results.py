@@ -23,7 +23,7 @@ from images import load_image, to_picture, to_uint8
 from loop import check_settings, is_empty
 from metrics import agreement, prob_error, psnr
 from operators import Operator
-from utils import InputError, atomic_write, file_name, json_values, nearest, shown, write_json
+from utils import InputError, atomic_write, file_name, json_values, nearest, shown, write_json, write_text
 
 PICTURES = ("input", "natural", "measured", "reconstruction", "unguided")  # folders of a result folder
 SHEET_ROWS = 50  # nobody reads a thousand, and their pictures are held at once
@@ -82,8 +82,7 @@ class Record:
     def begin(self, rows: Sequence[dict]) -> None:
         """Write the file anew."""
         lines = (json.dumps(row) + "\n" for row in ({"settings": self.settings}, *rows))
-        with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(lines))
+        write_text(self.path, "".join(lines))
 
     def append(self, rows: Sequence[dict]) -> None:
         with open(self.path, "ab", buffering=0) as file:
