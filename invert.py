@@ -41,13 +41,12 @@ from checkpoints import load_strictly, read_json, read_weights, write_weights
 from DDNM.guided_diffusion.guidance import guide
 from DDNM.guided_diffusion.inputs import fingerprint, image_names, load_lpips
 from DDNM.guided_diffusion.results import as_saved, contact_sheet, contents, picture, write_csv
-from evaluate import mean_of
 from images import find_images, grid, load_image, save_image
 from inversion import FeatureDistance, Inversion, Loss, MappingNet, invert, invert_through, squared_error, train_mapping
 from judge import load_judge
 from logger import MetricsTable, format_table, get_logger, plot_curves
 from loop import START_ANEW, STATE_NAME, Loop, Run, check_settings, load_state, open_run, save_state
-from metrics import agreement, psnr
+from metrics import agreement, mean_of, psnr
 from models import SPNN, concatenated
 from operators import SPNNOperator
 from stylegan import SPACES, Latents, load_generator

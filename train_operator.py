@@ -35,11 +35,10 @@ from DDNM.guided_diffusion.guidance import NLBP, Gradient, Guidance, Unguided
 from DDNM.guided_diffusion.inputs import load_lpips
 from DDNM.guided_diffusion.prior import load_prior
 from DDNM.guided_diffusion.results import contact_sheet, picture
-from evaluate import mean_of
 from judge import load_judge
 from logger import format_table, get_logger
 from loop import DONE, Loop, Run, adam, open_run
-from metrics import agreement, psnr
+from metrics import agreement, mean_of, psnr
 from models import SPNN
 from networks import PRECISIONS, networks_in
 from operators import Function, LinearOperator, Operator, PictureOperator, SPNNOperator, find_function, measured_shape

@@ -27,8 +27,8 @@ from checkpoints import read_weights, write_weights
 from data_loader import MASK_CLASSES, augmented, first_items
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
 from diagnostics import IoU, diagnose, format_table
-from evaluate import mean_of
 from loop import Run, open_run
+from metrics import mean_of
 from networks import conv, down, located, up
 from operators import Move, SPNNOperator
 from procedural_faces import MASK_COLOURS

@@ -15,7 +15,7 @@ import evaluate
 from DDNM.guided_diffusion import results
 from DDNM.guided_diffusion.edits import Edits
 from DDNM.guided_diffusion.inputs import Targets
-from evaluate import Measured, assignments, bootstrap, fid, halves, kid
+from evaluate import Measured, assignments, fid, kid
 from utils import InputError
 
 
@@ -216,16 +216,6 @@ def test_kid_is_torchmetrics_own_for_sets_of_one_size():
     near, far, some = kid(a, b)(torch.arange(40)), kid(a, b + 1), torch.randperm(40)[:30]
     assert near == pytest.approx(100 * poly_mmd(b, a).item(), rel=1e-9)
     assert far(some) == pytest.approx(kid(a[some], b + 1)(torch.arange(30)), rel=1e-9) and far(some) > 10 * abs(near)
-
-
-def test_intervals_are_those_of_the_normal_distribution():
-    """Of a mean over n values of variance 1: 1.96 / sqrt(n) on each side."""
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    width = 1.96 * values.std().item() / 20
-    for of in (bootstrap, lambda f, n: halves(f, n, 1000)):
-        value, low, high = of(lambda drawn: values[drawn].mean(-1), 400)
-        assert value == pytest.approx(values.mean().item())
-        assert value - low == pytest.approx(width, rel=0.15) and high - value == pytest.approx(width, rel=0.15)
 
 
 def test_a_preset_of_the_reconstruction_command_loses_nothing_that_decides_pictures(run, assets, tmp_path):
