@@ -16,7 +16,6 @@ one. Writes table.json, table.md and sheet.png.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -34,7 +33,7 @@ from DDNM.guided_diffusion.diffusion import reconstruct
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Guidance, Unguided
 from DDNM.guided_diffusion.inputs import load_lpips
 from DDNM.guided_diffusion.prior import load_prior
-from DDNM.guided_diffusion.results import compare, write_report
+from DDNM.guided_diffusion.results import clock, compare, write_report
 from judge import load_judge
 from logger import get_logger
 from loop import DONE, Loop, Run, adam, open_run
@@ -250,20 +249,19 @@ def prepare(run: Run, s: Fit, path: Path, size: int, identity: dict, mask_size: 
 
 def drawn(rules: dict[str, tuple[Operator, Guidance]], y: Tensor, r: Restoring, precision: str, run: Run):
     """For each rule its images (N, 3, H, W) by the frozen prior, of what is measured, y; seconds (on a CPU its own)."""
-    clock = time.process_time if run.device.type == "cpu" else time.perf_counter
     (source,) = locate(r.prior)
     autocast = torch.bfloat16 if precision == "bf16" else None
     prior = load_prior(source, autocast=autocast, channels_last=True).to(run.device).eval().requires_grad_(False)
     pictures, seconds = {}, {}
     for name, (operator, rule) in rules.items():
-        began = clock()
+        began = clock(run.device, own=True)
         names = [str(i) for i in range(len(y))]  # an image's noise follows from its number
         batches = tqdm(range(0, len(y), 8), str(name), unit="batch", disable=None, leave=False)
         parts = [
             reconstruct(operator, prior, y[i : i + 8], guidance=rule, steps=r.sampling_steps, names=names[i : i + 8])
             for i in run.until_stopped(batches)
         ]
-        pictures[name], seconds[name] = torch.cat(parts), (clock() - began) / len(y)
+        pictures[name], seconds[name] = torch.cat(parts), (clock(run.device, own=True) - began) / len(y)
     return pictures, seconds
 
 

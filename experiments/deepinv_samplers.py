@@ -18,7 +18,6 @@ processor's on a CPU. 95 % intervals of the means come of the bootstrap.
 """
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from DDNM.guided_diffusion.diffusion import reconstruct
 from DDNM.guided_diffusion.guidance import Linear
 from DDNM.guided_diffusion.inputs import from_ddnm, image_names, load_lpips
 from DDNM.guided_diffusion.prior import Prior, load_prior
-from DDNM.guided_diffusion.results import as_saved, compare, write_report
+from DDNM.guided_diffusion.results import as_saved, clock, compare, write_report
 from deepinv_bridge import as_denoiser, as_physics
 from images import find_images, load_image
 from judge import load_judge
@@ -127,19 +126,18 @@ def main(argv: list[str] | None = None) -> int:
     device, shape = x.device, tuple(x.shape[1:])
     judge = None if s.judge is None else load_judge(from_ddnm(s.judge)).to(device)
     lpips = load_lpips(device, get_logger("deepinv_samplers"), shape[-1])
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
     for spec, operator in {spec: make_operator(spec, shape) for spec in s.operators}.items():
         torch.manual_seed(s.seed)
         physics = as_physics(operator, noise_model=GaussianNoise(s.noise / 2)).to(device)  # of images in [0, 1]
         pictures, errors, seconds, measured = {}, {}, {}, physics((x + 1) / 2)
         for method in s.methods:
             torch.manual_seed(s.seed)  # deepinv's samplers draw from the global generator
-            started, restored = clock(), []
+            started, restored = clock(device, own=True), []
             for i in range(0, len(x), s.batch_size):
                 part = slice(i, i + s.batch_size)
                 problem = Problem(s, operator, physics, prior, names[part], measured[part])
                 restored.append(2 * METHODS[method](problem) - 1)
-            seconds[method], drawn = (clock() - started) / len(x), torch.cat(restored)
+            seconds[method], drawn = (clock(device, own=True) - started) / len(x), torch.cat(restored)
             pictures[method] = as_saved(drawn)[0]
             errors[method] = operator.distance(operator.A(drawn), operator.A(x)).mean().item()
         rows = compare(pictures, x, seconds, judge, lpips)

@@ -182,6 +182,13 @@ def draw(
     return images, {"steps": count, "seconds": (time.perf_counter() - started) / len(names)}
 
 
+def clock(device: torch.device, own: bool = False) -> float:
+    """Seconds, with all that the device was given done; ``own``: on a CPU this process's alone, not the wall's."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if own and device.type == "cpu" else time.perf_counter()
+
+
 # --- Figures ---------------------------------------------------------------------------------------------------------
 
 
