@@ -52,12 +52,10 @@ from DDNM.guided_diffusion.results import Record, as_saved, contact_sheet, conte
 from images import find_images, load_image, save_image, to_uint8
 from logger import format_table, get_logger
 from loop import World, join_world, locked
-from metrics import agreement, balanced_accuracy_by_attribute, prob_error, psnr
+from metrics import Figure, agreement, balanced_accuracy_by_attribute, bootstrap, halves, mean_of, prob_error, psnr
 from utils import InputError, json_values, option, parse, peak_gib, run_command, write_json, write_text
 
-DRAWS = 1000  # of the bootstrap
 SHEET_COLUMNS = 8
-Figure = tuple[float, float, float]  # a value and its 95 % interval
 COLUMNS = {  # figure -> its heading and format
     "judge": ("judge", ".3f"), "judge_balanced": ("judge, balanced", ".3f"), "g": ("g", ".3f"),
     "g_balanced": ("g, balanced", ".3f"), "error": ("error", ".3f"), "before": ("attribute seen before", ".3f"),
@@ -260,22 +258,6 @@ def load_identity(path: Path, device: torch.device) -> nn.Module:
 # --- Figures with their intervals ------------------------------------------------------------------------------------
 
 
-def bootstrap(of: Callable[[Tensor], Tensor], count: int, draws: int = DRAWS) -> Figure:
-    """A figure of ``count`` images with its 95 % interval: images drawn with replacement.
-
-    Args:
-        of: the figures of many draws at once, from the images' indices, (M, count) -> (M,).
-    """
-    drawn = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(0))
-    low, high = of(drawn).double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return of(torch.arange(count)[None]).item(), low, high
-
-
-def mean_of(values: Tensor) -> Figure:
-    """The mean over images of one figure of each, (N,)."""
-    return bootstrap(lambda drawn: values.double()[drawn].mean(1), len(values))
-
-
 def balanced(logits: Tensor, wanted: Tensor) -> Figure:
     """Balanced agreement of logits with the signs of others, (N, d) each."""
 
@@ -283,18 +265,6 @@ def balanced(logits: Tensor, wanted: Tensor) -> Figure:
         return torch.stack([balanced_accuracy_by_attribute(logits[i], wanted[i] > 0).nanmean() for i in drawn])
 
     return bootstrap(of, len(logits), 200)
-
-
-def halves(of: Callable[[Tensor], float], count: int, draws: int = 50) -> Figure:
-    """The same from halves of the images, which vary as the whole does (Shao and Wu 1989, the delete-d jackknife).
-
-    For KID and FID, to which an image that is there twice looks like a perfect match.
-    """
-    value, generator = of(torch.arange(count)), torch.Generator().manual_seed(0)
-    if count < 4:
-        return value, float("nan"), float("nan")
-    spread = torch.tensor([of(torch.randperm(count, generator=generator)[: count // 2]) for _ in range(draws)]).std()
-    return value, value - 1.96 * spread.item(), value + 1.96 * spread.item()
 
 
 @dataclass

@@ -26,7 +26,6 @@ import importlib
 import itertools
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,14 +39,13 @@ from tqdm import tqdm
 from checkpoints import load_strictly, read_weights, write_weights
 from DDNM.guided_diffusion.guidance import guide
 from DDNM.guided_diffusion.inputs import fingerprint, image_names, load_lpips
-from DDNM.guided_diffusion.results import as_saved, contact_sheet, contents, picture, write_csv
-from evaluate import mean_of
+from DDNM.guided_diffusion.results import as_saved, clock, contact_sheet, contents, picture, write_csv
 from images import find_images, grid, load_image, save_image
 from inversion import FeatureDistance, Inversion, Loss, MappingNet, invert, invert_through, squared_error, train_mapping
 from judge import load_judge
 from logger import MetricsTable, format_table, get_logger, plot_curves
 from loop import START_ANEW, STATE_NAME, Loop, Run, check_settings, load_state, open_run, save_state
-from metrics import agreement, psnr
+from metrics import agreement, mean_of, psnr
 from models import SPNN, concatenated
 from operators import SPNNOperator
 from stylegan import SPACES, Latents, load_generator
@@ -464,13 +462,6 @@ def train(s: Settings, own: Train, run: Run) -> None:
 
 
 # --- Searches and their figures --------------------------------------------------------------------------------------
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, with all that the device has been given done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def warn(method: str, names: Sequence[str], search: Inversion) -> None:

@@ -16,7 +16,6 @@ one. Writes table.json, table.md and sheet.png.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -34,18 +33,17 @@ from DDNM.guided_diffusion.diffusion import reconstruct
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Guidance, Unguided
 from DDNM.guided_diffusion.inputs import load_lpips
 from DDNM.guided_diffusion.prior import load_prior
-from DDNM.guided_diffusion.results import contact_sheet, picture
-from evaluate import mean_of
+from DDNM.guided_diffusion.results import clock, compare, write_report
 from judge import load_judge
-from logger import format_table, get_logger
+from logger import get_logger
 from loop import DONE, Loop, Run, adam, open_run
-from metrics import agreement, psnr
+from metrics import mean_of, psnr
 from models import SPNN
 from networks import PRECISIONS, networks_in
 from operators import Function, LinearOperator, Operator, PictureOperator, SPNNOperator, find_function, measured_shape
 from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, Settings, freeze_g, lr_factor, natural_losses, origin_latents
 from train import step as training_step
-from utils import InputError, option, parse, run_command, seed_everything, write_json
+from utils import InputError, option, parse, run_command, seed_everything
 
 
 @dataclass(frozen=True)
@@ -251,32 +249,20 @@ def prepare(run: Run, s: Fit, path: Path, size: int, identity: dict, mask_size: 
 
 def drawn(rules: dict[str, tuple[Operator, Guidance]], y: Tensor, r: Restoring, precision: str, run: Run):
     """For each rule its images (N, 3, H, W) by the frozen prior, of what is measured, y; seconds (on a CPU its own)."""
-    clock = time.process_time if run.device.type == "cpu" else time.perf_counter
     (source,) = locate(r.prior)
     autocast = torch.bfloat16 if precision == "bf16" else None
     prior = load_prior(source, autocast=autocast, channels_last=True).to(run.device).eval().requires_grad_(False)
     pictures, seconds = {}, {}
     for name, (operator, rule) in rules.items():
-        began = clock()
+        began = clock(run.device, own=True)
         names = [str(i) for i in range(len(y))]  # an image's noise follows from its number
         batches = tqdm(range(0, len(y), 8), str(name), unit="batch", disable=None, leave=False)
         parts = [
             reconstruct(operator, prior, y[i : i + 8], guidance=rule, steps=r.sampling_steps, names=names[i : i + 8])
             for i in run.until_stopped(batches)
         ]
-        pictures[name], seconds[name] = torch.cat(parts), (clock() - began) / len(y)
+        pictures[name], seconds[name] = torch.cat(parts), (clock(run.device, own=True) - began) / len(y)
     return pictures, seconds
-
-
-def write_report(folder: Path, rows: dict[str, dict], columns: dict[str, Tensor], settings: dict, footer=None) -> None:
-    """Figures by method, with intervals or not, as tables; pictures (N, 3, H, W) by heading as a sheet."""
-    names = dict.fromkeys(name for row in rows.values() for name in row)
-    table = format_table([{"": method, **row} for method, row in rows.items()], "", {n: (n, ".3g") for n in names})
-    (folder / "table.md").write_text(f"{table}\n")
-    write_json(folder / "table.json", {"settings": {k: str(v) for k, v in settings.items()}, "rows": rows})
-    side = [[picture(image, 128) for image in row] for row in list(zip(*columns.values(), strict=True))[:4]]
-    contact_sheet(folder / "sheet.png", list(columns), side, [""] * len(side), footer)
-    print(table)
 
 
 DPS_STEPS, TUNED = (0.01, 0.03, 0.1, 0.3), 4
@@ -308,27 +294,13 @@ def restore(
     rules |= {name: (each, Gradient(steps[name])) for name, each in gradients.items()}
     pictures, seconds = drawn(rules, y, r, s.precision, run)
     pictures = {"g'(y)": operator.pinv(y).clamp(-1, 1), **pictures}
-    rows = figures(pictures, x, seconds, run.device, o.judge)
+    judge = None if o.judge is None else load_judge(o.judge).to(run.device)
+    lpips = load_lpips(run.device, get_logger("train_operator"), x.shape[-1])
+    rows = compare(pictures, x, seconds, judge, lpips)
     for name, images in pictures.items():
         rows[name]["error of A(x'), true A"] = mean_of(true.distance(function(images), y))
     settings = {**asdict(o), **asdict(r), "what g is wrong by": wrong, "DPS steps": steps}
     write_report(run.folder, rows, {"input": x, "measured": y, **pictures}, settings)
-
-
-def figures(
-    pictures: dict[str, Tensor], x: Tensor, seconds: dict, device: torch.device, judge_file: Path | None
-) -> dict[str, dict]:
-    """By method: how near pictures are to the originals x, (N, 3, H, W), means with intervals."""
-    lpips = load_lpips(device, get_logger("train_operator"), x.shape[-1])
-    judge = None if judge_file is None else load_judge(judge_file).to(device)
-    rows: dict[str, dict] = {}
-    for name, images in pictures.items():
-        rows[name] = {"PSNR, dB": mean_of(psnr(images, x)), "s/image": seconds.get(name)}
-        if lpips is not None:
-            rows[name]["LPIPS"] = mean_of(lpips(images, x).flatten())
-        if judge is not None:
-            rows[name]["judge agrees"] = mean_of(agreement(judge(images), judge(x)))
-    return rows
 
 
 # --- Command ---------------------------------------------------------------------------------------------------------

@@ -20,11 +20,10 @@ from deepinv.physics import Demosaicing
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from DDNM.guided_diffusion.diffusion import image_generator, sample
 from DDNM.guided_diffusion.guidance import Linear
-from DDNM.guided_diffusion.results import as_saved
+from DDNM.guided_diffusion.results import as_saved, write_report
 from deepinv_bridge import as_prior, from_physics
 from experiments.deepinv_samplers import Common
 from metrics import psnr
-from train_operator import write_report
 from utils import parse, run_command
 
 

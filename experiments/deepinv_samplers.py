@@ -18,7 +18,6 @@ processor's on a CPU. 95 % intervals of the means come of the bootstrap.
 """
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,15 +30,16 @@ from deepinv.sampling import DDRM, DPS, DiffPIR
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from DDNM.guided_diffusion.diffusion import image_generator, sample
+from DDNM.guided_diffusion.diffusion import reconstruct
 from DDNM.guided_diffusion.guidance import Linear
-from DDNM.guided_diffusion.inputs import from_ddnm, image_names
+from DDNM.guided_diffusion.inputs import from_ddnm, image_names, load_lpips
 from DDNM.guided_diffusion.prior import Prior, load_prior
-from DDNM.guided_diffusion.results import as_saved
+from DDNM.guided_diffusion.results import as_saved, clock, compare, write_report
 from deepinv_bridge import as_denoiser, as_physics
 from images import find_images, load_image
+from judge import load_judge
+from logger import get_logger
 from operators import LinearChain, make_operator
-from train_operator import figures, write_report
 from utils import file_name, option, parse, resolve_device, run_command
 
 NAMES = "A+", "linear", "untold", "DDRM", "DiffPIR", "DPS", "DPIR"
@@ -96,9 +96,8 @@ class Problem:
 def ddnm(p: Problem, noise: float) -> Tensor:
     # y is linear in images of [0, 1]; the sampler's have twice the range, and the middle at 0
     target = 2 * p.y - p.operator.A(torch.ones(1, *p.operator.in_shape).to(p.y))
-    generators = [image_generator(p.s.seed, name) for name in p.names]
-    x = sample(p.prior, generators, p.y.device, p.operator, target, Linear(noise), steps=p.s.steps, eta=p.s.eta)
-    return (x + 1) / 2
+    walk = {"steps": p.s.steps, "eta": p.s.eta, "seed": p.s.seed, "names": p.names}
+    return (reconstruct(p.operator, p.prior, target, guidance=Linear(noise), **walk) + 1) / 2
 
 
 def diffpir(p: Problem) -> Tensor:
@@ -125,23 +124,23 @@ def main(argv: list[str] | None = None) -> int:
     (s, _) = parse(__doc__, Settings, argv=argv)
     prior, names, x = s.load()
     device, shape = x.device, tuple(x.shape[1:])
-    judge = None if s.judge is None else Path(from_ddnm(s.judge))
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    judge = None if s.judge is None else load_judge(from_ddnm(s.judge)).to(device)
+    lpips = load_lpips(device, get_logger("deepinv_samplers"), shape[-1])
     for spec, operator in {spec: make_operator(spec, shape) for spec in s.operators}.items():
         torch.manual_seed(s.seed)
         physics = as_physics(operator, noise_model=GaussianNoise(s.noise / 2)).to(device)  # of images in [0, 1]
         pictures, errors, seconds, measured = {}, {}, {}, physics((x + 1) / 2)
         for method in s.methods:
             torch.manual_seed(s.seed)  # deepinv's samplers draw from the global generator
-            started, restored = clock(), []
+            started, restored = clock(device, own=True), []
             for i in range(0, len(x), s.batch_size):
                 part = slice(i, i + s.batch_size)
                 problem = Problem(s, operator, physics, prior, names[part], measured[part])
                 restored.append(2 * METHODS[method](problem) - 1)
-            seconds[method], drawn = (clock() - started) / len(x), torch.cat(restored)
+            seconds[method], drawn = (clock(device, own=True) - started) / len(x), torch.cat(restored)
             pictures[method] = as_saved(drawn)[0]
             errors[method] = operator.distance(operator.A(drawn), operator.A(x)).mean().item()
-        rows = figures(pictures, x, seconds, device, judge)
+        rows = compare(pictures, x, seconds, judge, lpips)
         rows = {method: {"A x - y": errors[method], **row} for method, row in rows.items()}
         folder = s.out / file_name(spec)
         folder.mkdir(parents=True, exist_ok=True)

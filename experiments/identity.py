@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evaluate import mean_of
 from images import find_images
+from metrics import mean_of
 from utils import InputError, option, parse, run_command
 
 SAME = 0.6  # dlib's own threshold

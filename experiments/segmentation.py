@@ -26,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoints import read_weights, write_weights
 from data_loader import MASK_CLASSES, augmented, first_items
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
+from DDNM.guided_diffusion.results import write_report
 from diagnostics import confusion, diagnose, format_report, iou_by_class
-from evaluate import mean_of
 from loop import Run, open_run
+from metrics import mean_of
 from networks import conv, down, located, up
 from operators import Move, SPNNOperator
 from procedural_faces import MASK_COLOURS
-from train_operator import Fit, Restoring, build, drawn, fit, prepare, run_stage, write_report
+from train_operator import Fit, Restoring, build, drawn, fit, prepare, run_stage
 from utils import option, parse, run_command, write_json
 
 CLASSES = len(MASK_CLASSES)

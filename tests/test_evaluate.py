@@ -16,15 +16,8 @@ from torch import nn
 import evaluate
 from DDNM.guided_diffusion.edits import Edits
 from DDNM.guided_diffusion.inputs import Targets
-from evaluate import Measured, assignments, bootstrap, fid, halves, kid
+from evaluate import Measured, assignments, fid, kid
 from utils import InputError
-
-
-def main(arguments: list[str]) -> int:
-    """The command, with fewer draws: intervals are tested on their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "bootstrap", lambda of, count, draws=0: bootstrap(of, count, 20))
-        return evaluate.main(arguments)
 
 
 def arguments_of(assets, out, *flags: str) -> list[str]:
@@ -33,7 +26,7 @@ def arguments_of(assets, out, *flags: str) -> list[str]:
 
 
 def table_of(assets, out, *flags: str) -> dict:
-    assert main(arguments_of(assets, out, *flags)) == 0
+    assert evaluate.main(arguments_of(assets, out, *flags)) == 0
     return json.loads((out / "table.json").read_text())
 
 
@@ -116,7 +109,7 @@ def test_what_is_drawn_is_not_drawn_again_and_more_images_are_added(run, drawn, 
 
 
 def test_two_processes_draw_what_one_draws(finished, assets, tmp_path):
-    assert start_two(main, arguments_of(assets, tmp_path / "two", *TWO), tmp_path / "logs")[0] == [0, 0]
+    assert start_two(evaluate.main, arguments_of(assets, tmp_path / "two", *TWO), tmp_path / "logs")[0] == [0, 0]
     one, two = finished[1], json.loads((tmp_path / "two" / "table.json").read_text())
     for a, b in zip(one["rows"], two["rows"], strict=True):
         a, b = ({k: v for k, v in row.items() if k not in ("seconds", "memory")} for row in (a, b))
@@ -223,16 +216,6 @@ def test_kid_is_torchmetrics_own_for_sets_of_one_size():
     near, far, some = kid(a, b)(torch.arange(40)), kid(a, b + 1), torch.randperm(40)[:30]
     assert near == pytest.approx(100 * poly_mmd(b, a).item(), rel=1e-9)
     assert far(some) == pytest.approx(kid(a[some], b + 1)(torch.arange(30)), rel=1e-9) and far(some) > 10 * abs(near)
-
-
-def test_intervals_are_those_of_the_normal_distribution():
-    """Of a mean over n values of variance 1: 1.96 / sqrt(n) on each side."""
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    width = 1.96 * values.std().item() / 20
-    for of in (bootstrap, lambda f, n: halves(f, n, 1000)):
-        value, low, high = of(lambda drawn: values[drawn].mean(-1), 400)
-        assert value == pytest.approx(values.mean().item())
-        assert value - low == pytest.approx(width, rel=0.15) and high - value == pytest.approx(width, rel=0.15)
 
 
 def test_a_preset_of_the_reconstruction_command_loses_nothing_that_decides_pictures(run, assets, tmp_path):

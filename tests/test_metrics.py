@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from metrics import accuracy_by_attribute, agreement, balanced_accuracy_by_attribute, prob_error, psnr
+from metrics import (
+    accuracy_by_attribute,
+    agreement,
+    balanced_accuracy_by_attribute,
+    bootstrap,
+    halves,
+    prob_error,
+    psnr,
+)
 
 
 def test_accuracy_and_balanced_accuracy_by_hand():
@@ -46,3 +54,13 @@ def test_psnr():
     torch.testing.assert_close(values[1], torch.tensor(10 * math.log10(4 / 0.04)), atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="differ in shape"):
         psnr(a, b[:1])
+
+
+def test_intervals_are_those_of_the_normal_distribution():
+    """Of a mean over n values of variance 1: 1.96 / sqrt(n) on each side."""
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    width = 1.96 * values.std().item() / 20
+    for of in (bootstrap, lambda f, n: halves(f, n, 1000)):
+        value, low, high = of(lambda drawn: values[drawn].mean(-1), 400)
+        assert value == pytest.approx(values.mean().item())
+        assert value - low == pytest.approx(width, rel=0.15) and high - value == pytest.approx(width, rel=0.15)

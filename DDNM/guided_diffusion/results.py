@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -20,8 +20,9 @@ from tqdm import tqdm
 from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sampling
 from DDNM.guided_diffusion.guidance import Guidance
 from images import load_image, to_picture, to_uint8
+from logger import format_table
 from loop import check_settings, is_empty
-from metrics import agreement, prob_error, psnr
+from metrics import agreement, mean_of, prob_error, psnr
 from operators import Operator
 from utils import InputError, atomic_write, file_name, json_values, nearest, shown, write_json, write_text
 
@@ -180,6 +181,13 @@ def draw(
     return images, {"steps": count, "seconds": (time.perf_counter() - started) / len(names)}
 
 
+def clock(device: torch.device, own: bool = False) -> float:
+    """Seconds, with all that the device was given done; ``own``: on a CPU this process's alone, not the wall's."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if own and device.type == "cpu" else time.perf_counter()
+
+
 # --- Figures ---------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +236,22 @@ def measure(
             values |= {"psnr": psnr(*pair).item(), "lpips": None if lpips is None else lpips(*pair).item()}
         figures.append({"name": name} | {key: values.get(key) for key in FIGURES})
     return figures, logits.tolist()
+
+
+@torch.no_grad()
+def compare(
+    pictures: Mapping[str, Tensor], x: Tensor, seconds: Mapping[str, float],
+    judge: nn.Module | None, lpips: nn.Module | None,
+) -> dict[str, dict]:  # fmt: skip
+    """By method: how near pictures are to the originals x, (N, 3, H, W), means with intervals; seconds per image."""
+    rows: dict[str, dict] = {}
+    for name, images in pictures.items():
+        rows[name] = {"PSNR, dB": mean_of(psnr(images, x)), "s/image": seconds.get(name)}
+        if lpips is not None:
+            rows[name]["LPIPS"] = mean_of(lpips(images, x).flatten())
+        if judge is not None:
+            rows[name]["judge agrees"] = mean_of(agreement(judge(images), judge(x)))
+    return rows
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
@@ -351,6 +375,20 @@ def contact_sheet(
         page.paste(footer, (0, page.height - footer.height))
     with atomic_write(path) as temporary:
         page.save(temporary)
+
+
+def write_report(
+    folder: Path, rows: dict[str, dict], columns: Mapping[str, Tensor], settings: dict,
+    footer: Image.Image | None = None,
+) -> None:  # fmt: skip
+    """Figures by method, with intervals or not, as tables; pictures (N, 3, H, W) by heading as a sheet."""
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    table = format_table([{"": method, **row} for method, row in rows.items()], "", {n: (n, ".3g") for n in names})
+    write_text(folder / "table.md", f"{table}\n")
+    write_json(folder / "table.json", {"settings": {k: str(v) for k, v in settings.items()}, "rows": rows})
+    side = [[picture(image, 128) for image in row] for row in list(zip(*columns.values(), strict=True))[:4]]
+    contact_sheet(folder / "sheet.png", list(columns), side, [""] * len(side), footer)
+    print(table)
 
 
 def write_results(
