@@ -203,16 +203,15 @@ def fit(operator: SPNNOperator, loaders: Loaders, pair: Pair, s: Fit, run: Run, 
     """
     model, settings = operator.model, Settings()
     first, second = run.folder / FORWARD_CHECKPOINT, run.folder / R_OPT_CHECKPOINT
-    stage = None if run.state is None else run.state["stage"]
 
     def forward(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         data, image = operator.loss(model(x), y).mean(), F.mse_loss(model.pinv(y), x)
         return {"total": s.lambda_data * data + s.lambda_img_rec * image, "data": data, "img_rec": image}
 
-    if stage in (None, "forward"):
+    if run.stage not in ("r_opt", DONE):
         run_stage(run, s, "forward", model, loaders, pair, forward, lambda: save_spnn(first, model, notes),
                   s.steps, s.lr)  # fmt: skip
-    if s.r_steps and stage != DONE:
+    if s.r_steps and run.stage != DONE:
         model.load_state_dict(SPNN.from_pretrained(first).state_dict())
         freeze_g(model)
         origin = origin_latents(model)
