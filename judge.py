@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                strict=machine.strict, device=run.device)  # fmt: skip
         used = {**asdict(settings), "images": len(loaders.train.dataset)}
         run.find_state(used, machine.resume, machine.overwrite, out)
-        if run.state is not None and run.state["stage"] == DONE:
+        if run.stage == DONE:
             print(f"{folder}: this training is finished")
         else:
             judge = train_judge(loaders, settings, run)

@@ -358,7 +358,8 @@ class Run:
         save_every: steps between two states.
         seed: of what steps draw.
         stopped: asked after every step: the number of a signal that came to this process, or None.
-        state: that of a state file, to go on from.
+        state: that of a state file, to go on from; its stage's `Loop` takes it.
+        stage: of that state, as long as the run lasts; None if there was none.
     """
 
     folder: Path | None
@@ -369,6 +370,7 @@ class Run:
     seed: int = 0
     stopped: Callable[[], int | None] = lambda: None
     state: dict | None = None
+    stage: str | None = None
 
     def find_state(
         self, settings: Mapping, resume: bool, overwrite: bool, result: Path | None = None, alone: bool = False
@@ -398,7 +400,7 @@ class Run:
         if not resume:
             raise InputError(f"{path}: a run that is not finished; give --resume to continue it or --overwrite")
         check_settings(state["settings"], self.settings, self.folder)
-        self.state = state
+        self.state, self.stage = state, state["stage"]
 
     def add_settings(self, settings: Mapping) -> None:
         """Take more ``settings``, known only now. Raises InputError: the run that is resumed has others."""

@@ -18,6 +18,7 @@ Source: Ehrlich, Berman and Shocher, "Pseudo-Invertible Neural Networks", arXiv 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from data_loader import FaceLoader, Key, augmented, batches_from, with_batches
 from diagnostics import first_nonfinite
 from images import listed
 from loop import Loop, Run, adam, clip_gradients, decaying
-from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute
+from metrics import accuracy_by_attribute, balanced_accuracy_by_attribute, evaluating
 from models import SPNN, concatenated
 from networks import convolutions_in, networks_in
 from utils import option
@@ -229,20 +230,25 @@ def backward(losses_of: Callable[[], dict[str, Tensor]], precision: str, device:
 
 
 def step(
-    model: SPNN,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    losses_of: Callable[[], dict[str, Tensor]],
+    losses_of: Callable[..., dict[str, Tensor]],
     settings: Settings,
     device: torch.device,
+    *batch: Tensor,
 ) -> dict[str, Tensor]:
-    """A step of training; returns its losses.
+    """A step of training on the losses of a batch, whose images come first; returns the losses.
 
     Raises:
-        FloatingPointError: a loss or gradient is not finite, named; nothing has been applied.
+        FloatingPointError: a loss or gradient is not finite; names what is not first. Nothing has been applied.
     """
     optimizer.zero_grad(set_to_none=True)
-    losses = backward(losses_of, settings.precision, device)
-    clip_gradients(model, settings.grad_clip, losses["total"].detach())
+    losses = backward(lambda: losses_of(*batch), settings.precision, device)
+    try:
+        clip_gradients(model, settings.grad_clip, losses["total"].detach())
+    except FloatingPointError as error:  # a weight, or a block, says more
+        named = first_nonfinite(model, batch[0]) if isinstance(model, SPNN) and batch else None
+        raise FloatingPointError(named or str(error)) from None
     optimizer.step()
     return losses
 
@@ -279,7 +285,7 @@ class CelebATrainer:
             TrainingFailed: NaN or infinity; names the block, and the last good checkpoint is kept.
             Stopped: a signal came; the state is saved.
         """
-        model, settings, run = self.model, self.settings, self.run
+        model, settings, run = self.model.train(), self.settings, self.run
         optimizer = adam(decaying(model, settings.weight_decay), settings.lr, run.device)
         balanced = settings.balance > 0
         classes = class_weights(self.train.dataset.labels, settings.balance).to(run.device) if balanced else None
@@ -295,8 +301,8 @@ class CelebATrainer:
         @torch.no_grad()
         def look_at_validation(turn: int) -> None:
             x, labels = next(iter(with_batches(self.val, [looks[turn % len(looks)]])))
-            with networks_in("float32", run.device):
-                weights.update(bce_by_attribute(model.eval()(x), labels))
+            with evaluating(model), networks_in("float32", run.device):
+                weights.update(bce_by_attribute(model(x), labels))
 
         def batches(done: int) -> Batches:
             for number, (keys, (x, labels)) in enumerate(batches_from(self.train, done), start=done):
@@ -366,18 +372,10 @@ class CelebATrainer:
         """Train on the ``losses`` of what ``batches`` gives; ``parts`` change in training as well."""
         model, checkpoint = self.model, self.run.folder / file
         notes = {**model.notes, "attributes": list(self.attributes), "training": asdict(self.settings)}
-
-        def one_step(*batch: Tensor) -> dict[str, Tensor]:
-            model.train(name == "forward")
-            try:
-                return step(model, optimizer, lambda: losses(*batch), self.settings, self.run.device)
-            except FloatingPointError as error:  # a weight, or a block, says more
-                raise FloatingPointError(first_nonfinite(model, batch[0]) or str(error)) from None
-
         Loop(
             self.run,
             name,
-            step=one_step,
+            step=partial(step, model, optimizer, losses, self.settings, self.run.device),
             batches=batches,
             steps=epochs * len(self.train),
             row_every=len(self.train),
@@ -423,19 +421,19 @@ class CelebATrainer:
         Raises:
             FloatingPointError: a loss is not finite; names what is not first.
         """
-        model, world = self.model.eval(), self.run.world
+        model, world = self.model, self.run.world
         found, right_inverse = [], 0.0  # of each batch its size, losses, logits and labels
         shared = self.val if world.size == 1 else with_batches(self.val, world.share(list(self.val.batch_sampler)))
-        for x, labels in shared:
-            if world.size == 1:  # several processes agree on it between steps: their parts may differ in length
-                self.run.stop_if_asked()
-            with networks_in("float32", self.run.device):
+        with evaluating(model), networks_in("float32", self.run.device):
+            for x, labels in shared:
+                if world.size == 1:  # several processes agree on it between steps: their parts may differ in length
+                    self.run.stop_if_asked()
                 losses, y = losses_and_logits(x, labels)
                 if not found:  # zero but for rounding: one batch tells
                     right_inverse = right_inverse_error(model, model.pinv(y), y).item()
-            if not torch.isfinite(losses["total"]):
-                raise FloatingPointError(first_nonfinite(model, x) or "a loss")
-            found.append((len(x), {name: value.item() for name, value in losses.items()}, y.cpu(), labels.cpu()))
+                if not torch.isfinite(losses["total"]):
+                    raise FloatingPointError(first_nonfinite(model, x) or "a loss")
+                found.append((len(x), {name: value.item() for name, value in losses.items()}, y.cpu(), labels.cpu()))
         sizes, each, logits, truth = zip(*(batch for part in world.gather(found) for batch in part), strict=True)
         means = {k: sum(n * of[k] for n, of in zip(sizes, each, strict=True)) / sum(sizes) for k in each[0]}
         y, labels = torch.cat(logits), torch.cat(truth)  # (N, d)

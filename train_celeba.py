@@ -104,13 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         del identity["precision"]  # it may be another, as the device may
         result = FORWARD_CHECKPOINT if task.is_forward_train else R_OPT_CHECKPOINT
         run.find_state(identity, machine.resume, machine.overwrite, folder / result)
-        stage = None if run.state is None else run.state["stage"]
-        if stage == DONE:
+        if run.stage == DONE:
             print(f"{folder}: this run is finished")
             return 0
         usual = "tf32" if has_tf32(run.device) else "float32"
         settings = replace(settings, precision=machine.precision or usual)
-        forward = task.is_forward_train and stage in (None, "forward")
+        forward = task.is_forward_train and run.stage in (None, "forward")
         model, teachers, loaders = prepare(task, settings, machine, chain, run, forward)
         run.add_settings({f"images in its {name} split": len(of.dataset) for name, of in loaders._asdict().items()})
         stale = [R_OPT_CHECKPOINT, "diagnostics_r_opt.json", "natural_r_opt.png"]

@@ -18,6 +18,7 @@ one. Writes table.json, table.md and sheet.png.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -172,12 +173,8 @@ def run_stage(
         pair: of a loader's images and targets, and whether they are for training, x and y.
         save: writes the best weights so far, by the losses of the validation split.
     """
-    settings, parallel = Settings(precision=s.precision), run.world.parallel(model, losses)
     optimizer = adam([p for p in model.parameters() if p.requires_grad], lr, run.device)
-
-    def one_step(*batch: Tensor) -> dict[str, Tensor]:
-        x, y = pair(batch[0], batch[1], True)
-        return training_step(model, optimizer, lambda: parallel(x, y), settings, run.device)
+    parallel, settings = run.world.parallel(model, losses), Settings(precision=s.precision)
 
     @torch.no_grad()
     def measure() -> dict[str, float]:
@@ -185,12 +182,14 @@ def run_stage(
         with networks_in("float32", run.device):
             for batch in islice(loaders.val, max(1, VALIDATED // s.batch_size)):
                 run.stop_if_asked()
-                found.append(losses(*pair(batch[0], batch[1], False)))
+                found.append(losses(*pair(*batch, False)))
         means = {key: torch.stack([each[key] for each in found]).mean().item() for key in found[0]}
         return {"loss": means.pop("total"), **means}
 
-    Loop(run, name, steps=steps, row_every=min(200, steps), axis="step", step=one_step, measure=measure, keep=save,
-         batches=lambda done: batches_from(loaders.train, done), parts={"model": model, "optimizer": optimizer},
+    Loop(run, name, steps=steps, row_every=min(200, steps), axis="step", measure=measure, keep=save,
+         step=partial(training_step, model, optimizer, parallel, settings, run.device),
+         batches=lambda done: ((keys, pair(*batch, True)) for keys, batch in batches_from(loaders.train, done)),
+         parts={"model": model, "optimizer": optimizer},
          rate=lambda done, _: lr * lr_factor(done, steps, 50, 0.3)).train()  # fmt: skip
 
 
@@ -202,16 +201,15 @@ def fit(operator: SPNNOperator, loaders: Loaders, pair: Pair, s: Fit, run: Run, 
     """
     model, settings = operator.model, Settings()
     first, second = run.folder / FORWARD_CHECKPOINT, run.folder / R_OPT_CHECKPOINT
-    stage = None if run.state is None else run.state["stage"]
 
     def forward(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         data, image = operator.loss(model(x), y).mean(), F.mse_loss(model.pinv(y), x)
         return {"total": s.lambda_data * data + s.lambda_img_rec * image, "data": data, "img_rec": image}
 
-    if stage in (None, "forward"):
+    if run.stage not in ("r_opt", DONE):
         run_stage(run, s, "forward", model, loaders, pair, forward, lambda: save_spnn(first, model, notes),
                   s.steps, s.lr)  # fmt: skip
-    if s.r_steps and stage != DONE:
+    if s.r_steps and run.stage != DONE:
         model.load_state_dict(SPNN.from_pretrained(first).state_dict())
         freeze_g(model)
         origin = origin_latents(model)

@@ -126,7 +126,7 @@ def trained_judge(run: Run, loaders, pairs, s: Fit, steps: int) -> nn.Module:
     def losses(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return {"total": F.cross_entropy(network(x).float(), y.softmax(1))}
 
-    if run.state is None or run.state["stage"] == "judge":
+    if run.stage in (None, "judge"):
         run_stage(run, s, "judge", network, loaders, pairs, losses, lambda: write_weights(file, network.state_dict()),
                   steps=steps, lr=2 * s.lr)  # fmt: skip
     network.load_state_dict(read_weights(file))

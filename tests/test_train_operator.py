@@ -177,3 +177,13 @@ def test_a_fit_learns(faces, tmp_path):
     model, y = SPNN.from_pretrained(tmp_path / "best_model.pth"), operators.saturation(x)
     averaged = F.mse_loss(F.avg_pool2d(x, 4), y)  # where it began
     assert F.mse_loss(model(x), y) < 0.9 * averaged
+
+
+def test_a_fit_that_fails_names_the_block(faces, tmp_path, monkeypatch):
+    def huge(*given):
+        model = build(*given)
+        torch.nn.init.constant_(model.pinn.blocks[1].t.net[0].weight, 3e38)  # finite itself
+        return model
+
+    monkeypatch.setattr(train_operator, "build", huge)
+    refused(r"step 1 .*: not a finite number in block \d ConvPINNBlock", run, faces, tmp_path)
