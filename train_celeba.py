@@ -159,7 +159,7 @@ def prepare(
         raise InputError(f"{file} takes {size}x{size} images, but --img_size is {task.img_size}")
     teachers = [load_judge(teacher).requires_grad_(False) for teacher in task.teachers if forward]
     for teacher, judge in zip(task.teachers, teachers, strict=False):
-        if (judge.img_size, judge.num_classes) != (size, classes):
+        if (judge.img_size, tuple(judge.attributes)) != (size, ATTRIBUTES):
             raise InputError(f"--teachers {teacher}: not of the {classes} attributes of {size}x{size} images")
         judge.to(run.device, memory_format=torch.channels_last)
     how = {"strict": machine.strict, "cache": not machine.no_cache, "device": run.device}

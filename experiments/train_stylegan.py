@@ -305,7 +305,7 @@ def train(s: Settings, run: Run) -> None:
     without = ("out", "save_every", "resume", "overwrite", "device")
     own = {name: value for name, value in dataclasses.asdict(s).items() if name not in without}
     run.find_state(own, s.resume, s.overwrite, s.out / WEIGHTS)
-    if run.state is not None and run.state["stage"] == DONE:
+    if run.stage == DONE:
         print(f"{s.out}: this training is finished")
         return
     if s.batch_size % 8:

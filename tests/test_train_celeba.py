@@ -73,10 +73,10 @@ def test_a_seed_repeats_and_stage_2_alone_is_that_of_both(finished, faces, tmp_p
 
 
 def test_it_begins_with_given_weights_and_teachers_if_they_fit(finished, faces, tmp_path, monkeypatch):
-    for size in (SIZE, 8):
+    for name, size, attributes in (("32", SIZE, ATTRIBUTES), ("8", 8, ATTRIBUTES), ("turned", SIZE, ATTRIBUTES[::-1])):
         teacher = Judge(40, size, width=4)
-        write_weights(tmp_path / f"{size}.safetensors", teacher.state_dict())
-        write_json(tmp_path / f"{size}.json", {"architecture": teacher.config()})
+        write_weights(tmp_path / f"{name}.safetensors", teacher.state_dict())
+        write_json(tmp_path / f"{name}.json", {"architecture": teacher.config(), "attributes": attributes})
     without_diagnostics(monkeypatch)
     given, asked = str(finished / "best_model.pth"), []
     monkeypatch.setattr(CelebATrainer, "_taught", lambda self, x, labels: asked.append(len(self.teachers)) or labels)
@@ -86,8 +86,9 @@ def test_it_begins_with_given_weights_and_teachers_if_they_fit(finished, faces, 
     assert all(torch.allclose(one[key], other[key], atol=1e-9) for key in one) and asked == [1] * 4
     flags.append("--overwrite")
     refused("best_model.pth: do not fit SPNN", run, faces, tmp_path, *flags, layer_channels=changed(1, hidden=5))
-    flags[-2] = str(tmp_path / "8.safetensors")
-    refused("8.safetensors: not of the 40 attributes of 32x32 images", run, faces, tmp_path, *flags)
+    for name in ("8", "turned"):
+        flags[-2] = str(tmp_path / f"{name}.safetensors")
+        refused(f"{name}.safetensors: not of the 40 attributes of 32x32 images", run, faces, tmp_path, *flags)
 
 
 def changed(index, **arguments):
