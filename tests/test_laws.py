@@ -491,6 +491,13 @@ class ForgetsPositions(bi.Diagonal):
         return y, z, self.log_scale.sum().expand(len(x))
 
 
+class Unshifted(bi.BairdActivation):
+    """An inverse with +c."""
+
+    def inverse(self, y):
+        return self.f(y)
+
+
 def broken(kind: type = ConvPINNBlock, mixing: type = CayleyMixing) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         block = kind(7, 4, hidden=8)
@@ -507,6 +514,7 @@ BROKEN = {  # how it is made, the shape of x, the laws that it breaks, and some 
     "other latent": (broken(OtherLatent), (7, 3, 3), [natural_latents], [right_inverse, *COMPLETIONS]),
     "ignores latent": (broken(IgnoresLatent), (7, 3, 3), COMPLETIONS, [right_inverse]),
     "forgets positions": (lambda: ForgetsPositions(3), (3, 2, 2), [log_determinant], [completion_of_images]),
+    "unshifted": (lambda: Unshifted(3), (3, 4), [right_inverse, *COMPLETIONS, loses_something], []),
     "bijection": (lambda: PixelUnshuffleBlock(1), (3, 2, 2), [loses_something], [right_inverse]),  # said to be none
 }  # fmt: skip
 

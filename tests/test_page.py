@@ -50,9 +50,14 @@ def test_a_link_carries_the_state(studio, wish):
 
 
 def test_the_command_draws_the_same_picture(studio, wish, tmp_path, monkeypatch):
+    given, honest = [], app.sampling
+    monkeypatch.setattr(app, "sampling", lambda *arguments, **_: given.append(arguments[5]) or iter(()))
     for rule in app.RULES:
+        assert not list(studio.draw(app.replace(wish, rule=rule)))
         said = reconstruct.parse(shlex.split(studio.command(app.replace(wish, rule=rule)))[2:])
         assert said.rule == app.replace(studio.rule, guidance=rule) and said.walk.eta == studio.walk.eta
+        assert given.pop() == said.rule.build(wish.steps)
+    monkeypatch.setattr(app, "sampling", honest)
     (early, _), (share, picture) = studio.draw(wish)
     assert early == 5 / 6 and share == 1
     monkeypatch.chdir(tmp_path)

@@ -34,6 +34,7 @@ def test_a_snippet_runs(snippet, capsys, tmp_path, monkeypatch, small_32):
 
 
 def test_the_example_draws_a_face_and_changes_an_attribute(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # from any folder
     monkeypatch.setattr(sys, "argv", ["example.py", "--steps", "8", "--out", str(tmp_path / "example.png")])
     example.main()
     assert float(capsys.readouterr().out.split()[-1]) > 0.5  # g sees the attribute

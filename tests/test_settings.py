@@ -102,6 +102,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(argv, said, capsys):
     ("widths: [1, [2]]", "widths: expected values"),
     ("fast: 1", "fast: must be true or false"),
     ("help: true", "unknown key 'help'"),
+    ("count: 1\ncount: 2", "the key 'count' is there twice"),
 ])  # fmt: skip
 def test_a_preset_is_checked_like_a_command_line(tmp_path, text, said):
     assert "preset.yml" in refused(said, settings, preset=text, tmp_path=tmp_path)
