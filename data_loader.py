@@ -30,6 +30,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -376,7 +377,10 @@ class _Store:
         """The file's rows, made if they are not there, and those that could not be read."""
         key = json.dumps([_CACHE_VERSION, int(RESAMPLING), [list(map(_state, files)) for files in self.sources]])
         key, notes = hashlib.sha256(key.encode()).hexdigest(), file.with_suffix(".json")
-        if not (file.is_file() and notes.is_file() and read_json(notes).get("sources") == key):
+        kept = None
+        with suppress(InputError):  # missing, or damaged: it is made again
+            kept = read_json(notes).get("sources")
+        if not (file.is_file() and kept == key):
             bad, nothing = {}, np.zeros(self.shape, dtype=np.uint8)
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.sources), *self.shape)}
             # plain writes: a full disk is an error here, and a crash through a memory map

@@ -119,12 +119,12 @@ class Train:
 
     network: str = option("g", NETWORK)
     buffers: int = option(24, "replay buffers; 500 in the paper", 1)
-    samples: int = option(16, "inversions per buffer", 1)
+    samples: int = option(16, "inversions per buffer", 1, 100_000)
     steps: int = option(20, "steps of an inversion", 1)
     z_lr: float = option(0.1, "Adam on z", 1e-12)
     lr: float = option(1e-4, "AdamW on theta", 1e-12)
     weight_decay: float = option(0.1, "AdamW on theta", 0.0)
-    width: int = option(16, "channels of theta's first layer", 1)
+    width: int = option(16, "channels of theta's first layer", 1, 1 << 16)
 
 
 @dataclass
@@ -403,8 +403,9 @@ def begin(s: Settings, own, target: Target, run: Run, result: str, *free: str) -
     given = {"command": type(own).__name__.lower(), **identity(target), **vars(s), **vars(own)}
     decisive = {key: value for key, value in given.items() if key not in (*FREE, *free)}
     run.find_state(decisive, s.resume, s.overwrite, s.out / result, alone=True)
-    named = {} if s.data is None else named_images(s.data, s.images)
-    known = {} if run.state is None else run.state["settings"]["contents"]
+    read = s.data is not None and target.img_size is not None and getattr(own, "morph", None) is None
+    named = named_images(s.data, s.images) if read else {}
+    known = {} if run.state is None else run.state["settings"].get("contents", {})
     told = dict(zip(named, contents(list(named.values()), torch.empty(0)), strict=True))
     if changed := [name for name in told if known.get(name, told[name]) != told[name]]:
         raise InputError(f"{named[changed[0]]}: not what the run in {s.out} found of that name; {START_ANEW}")

@@ -99,7 +99,8 @@ def bootstrap(of: Callable[[Tensor], Tensor], count: int, draws: int = 1000) -> 
         of: the figures of many draws at once, from the images' indices, (M, count) -> (M,).
     """
     drawn = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(0))
-    low, high = of(drawn).double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    values = torch.cat([of(some) for some in drawn.split(64)]).cpu().double()  # all at once would take much memory
+    low, high = values.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return of(torch.arange(count)[None]).item(), low, high
 
 
@@ -117,4 +118,5 @@ def halves(of: Callable[[Tensor], float], count: int, draws: int = 50) -> Figure
 
 def mean_of(values: Tensor) -> Figure:
     """The mean over images of one figure of each, (N,)."""
-    return bootstrap(lambda drawn: values.double()[drawn].mean(1), len(values))
+    values = values.cpu().double()
+    return bootstrap(lambda drawn: values[drawn].mean(1), len(values))

@@ -226,7 +226,9 @@ LEFT = (FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, "config.json", "best_model*.json",
 
 
 def prepare(run: Run, s: Fit, path: Path, size: int, identity: dict, mask_size: int | None = None) -> Loaders:
-    """Take up the run in the folder, or begin one; and the data, of which each process has its part.
+    """Find the run in the folder, if there is one to go on with; and the data, of which each process has its part.
+
+    ``run.begin``, which deletes what an earlier run has `LEFT`, comes when nothing else can fail.
 
     Raises:
         InputError: it would replace a trained network, or there are no such data.
@@ -237,9 +239,7 @@ def prepare(run: Run, s: Fit, path: Path, size: int, identity: dict, mask_size: 
     run.find_state(given, s.resume, s.overwrite, run.folder / FORWARD_CHECKPOINT, alone=True)
     with run.world.leader_first():  # it builds the cache
         share = run.world.rank, run.world.size
-        loaders = make_loaders(path, size, s.batch_size, 0, s.seed, device=run.device, share=share, mask_size=mask_size)
-    run.begin("train_operator", {**identity, **asdict(s)}, LEFT)
-    return loaders
+        return make_loaders(path, size, s.batch_size, seed=s.seed, device=run.device, share=share, mask_size=mask_size)
 
 
 # --- Restoration -----------------------------------------------------------------------------------------------------
@@ -312,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_run(o.out, s.device, save_every=500, seed=s.seed) as run:
         loaders = prepare(run, s, o.dataset_path, o.img_size, {"operator": o.operator, "img_size": o.img_size})
         operator = PictureOperator(build(in_shape, out_shape, s.hidden).to(run.device))
+        run.begin("train_operator", {**asdict(o), **asdict(s)}, LEFT)
 
         def pair(x: Tensor, _: Tensor, training: bool) -> tuple[Tensor, Tensor]:
             x = augmented(x, s.augment if training else 0.0)

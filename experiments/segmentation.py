@@ -33,7 +33,7 @@ from metrics import mean_of
 from networks import conv, down, located, up
 from operators import Move, SPNNOperator
 from procedural_faces import MASK_COLOURS
-from train_operator import Fit, Restoring, build, drawn, fit, prepare, run_stage
+from train_operator import LEFT, Fit, Restoring, build, drawn, fit, prepare, run_stage
 from utils import option, parse, run_command, write_json
 
 CLASSES = len(MASK_CLASSES)
@@ -189,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loaders = prepare(run, s, o.dataset_path, o.size, {"size": o.size, "judge_steps": o.judge_steps}, o.size)
         shapes = (3, o.size, o.size), (CLASSES, o.size // 4, o.size // 4)
         operator = ClassOperator(build(*shapes, s.hidden).to(run.device))
+        run.begin("segmentation", {**asdict(o), **asdict(s)}, LEFT)
 
         def pairs(x: Tensor, masks: Tensor, training: bool) -> tuple[Tensor, Tensor]:
             return pair(x, masks, s.augment if training else 0.0)

@@ -1,6 +1,7 @@
 """Data sets as they lie on disks, whole and broken; loaders that repeat, resume and share."""
 
 import itertools
+import json
 import shutil
 import sys
 import types
@@ -131,8 +132,9 @@ def test_cache_is_built_once_and_again_when_the_source_changes(root, monkeypatch
         CelebAMaskHQ(root, "test", 8)
     kept.rename(root / "CelebA-HQ-img" / "18.jpg")
     assert torch.equal(CelebAMaskHQ(root, "test", 8)[0][0], after)
-    (root / ".cache" / "test_8x8.json").write_text("{")  # what is damaged is not used
+    (root / ".cache" / "test_8x8.json").write_text("{")  # what is damaged is made again
     assert torch.equal(CelebAMaskHQ(root, "test", 8)[0][0], after)
+    assert json.loads((root / ".cache" / "test_8x8.json").read_text())["bad"] == {}
 
 
 @pytest.mark.parametrize("cache", [True, False])

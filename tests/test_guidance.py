@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -105,6 +106,19 @@ def test_a_gradient_is_taken_only_if_x_next_is_used(walk, count, monkeypatch):
     draw(Gradient(0.05), "a", steps=6, **walk)
     steps = [t_next < t for t, t_next in time_pairs(1000, 6, **walk)]
     assert len(losses) == count == sum(now and after for now, after in zip(steps, steps[1:], strict=False))
+
+
+def test_the_activations_of_a_step_are_gone_at_the_next():
+    seen, alive = [], []
+
+    @as_prior
+    def prior(x, t):
+        alive.append(any(x() is not None for x in seen))
+        seen.append(weakref.ref(x))
+        return gaussian_prior(x, t)
+
+    draw(Gradient(0.05), "a", prior, steps=6, travel_length=2, travel_repeat=2)
+    assert len(alive) == 10 and not any(alive)
 
 
 def test_recurrences_take_x_back_to_t_with_fresh_noise():

@@ -17,6 +17,7 @@ from models import SPNN
 from operators import DEGRADATIONS, find_function, measured_shape
 from procedural_faces import write_dataset
 from train_operator import PictureOperator, averages, build
+from utils import InputError
 
 # --- Measurements ----------------------------------------------------------------------------------------------------
 
@@ -155,7 +156,7 @@ def test_the_command_fits_measures_and_restores(faces, prior, tmp_path, capsys, 
     assert "measured picture" in capsys.readouterr().out
 
 
-def test_a_function_of_ones_own_without_a_gradient(faces, prior, tmp_path):
+def test_a_function_of_ones_own_without_a_gradient(faces, prior, tmp_path, monkeypatch):
     flags = "--prior", prior, "--sampling_steps", 1, "--dps_step", 0.1
     assert run(faces, tmp_path, *flags, operator="operators:jpeg") == 0
     assert "DPS, true A" not in json.loads((tmp_path / "table.json").read_text())["rows"]
@@ -163,6 +164,11 @@ def test_a_function_of_ones_own_without_a_gradient(faces, prior, tmp_path):
     assert model.notes["operator"] == "operators:jpeg" and model.out_shape == (3, 8, 8)
     weights = ["--checkpoint", str(tmp_path / "best_model.pth"), "--dataset_path", str(faces), "--device", "cpu"]
     refused(r"gives maps \(3, 8, 8\).*unknown", diagnostics.main, weights)  # code that a file names is not run
+    # what is wrong about another run costs nothing
+    with monkeypatch.context() as patch:
+        patch.setattr(train_operator, "build", lambda *_: (_ for _ in ()).throw(InputError("no such network")))
+        refused("no such network", run, faces, tmp_path, "--overwrite")
+    assert SPNN.from_pretrained(tmp_path).notes["operator"] == "operators:jpeg" and (tmp_path / "table.md").is_file()
     # a shorter run in its place leaves nothing of it that would be taken for its own
     (tmp_path / "notes.txt").write_text("mine")
     assert run(faces, tmp_path, "--overwrite", "--r_steps", 0, "--hidden", 12) == 0

@@ -121,6 +121,7 @@ def sampling(
             x = renoise(x0, eps, z, abar, abar_next, eta)  # 4
             if correction is not None and (again or after_next < after):  # else no x_next is used: x0' is
                 x = x + correction()
+            correction = None  # or it would keep the prior's activations
             if again:
                 x = (abar / abar_next).sqrt() * x + (1 - abar / abar_next).sqrt() * noise()
             yield t, x0
