@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sampling
+from DDNM.guided_diffusion.diffusion import image_generator, sampling
 from DDNM.guided_diffusion.edits import CONTRADICTION
 from DDNM.guided_diffusion.guidance import RuleSettings
 from DDNM.guided_diffusion.inputs import (
@@ -162,7 +162,7 @@ class Studio:
     def draw(self, wish: Wish) -> Iterator[tuple[float, Tensor]]:
         """(share done, x0) at every fifth step or so, the last one the picture, (3, S, S)."""
         n, rule = self.networks, replace(self.rule, guidance=wish.rule).build(wish.steps)
-        total = evaluations(n.prior, rule, wish.steps, **self.walk.travel)
+        total = rule.evaluations(n.prior.schedule, wish.steps, **self.walk.travel)
         target = torch.tensor([wish.logits], device=n.device)
         drawing = sampling(
             n.prior, [image_generator(wish.seed, NAME)], n.device, n.operator, target, rule, steps=wish.steps,

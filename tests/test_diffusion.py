@@ -9,7 +9,7 @@ from runs import SCHEDULE, SHAPE, draw, gaussian_prior, images, logits, spnn8, u
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from DDNM.guided_diffusion import guidance as rules
-from DDNM.guided_diffusion.diffusion import BEST, evaluations, image_generator, reconstruct, renoise, sampling
+from DDNM.guided_diffusion.diffusion import BEST, image_generator, reconstruct, renoise, sampling
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Switched, Unguided
 from DDNM.guided_diffusion.prior import Prior, small_unet
 from DDNM.guided_diffusion.schedule import Schedule
@@ -88,7 +88,7 @@ def test_without_guidance_it_is_the_plain_sampler(clip, eta, walk, length, repea
     torch.testing.assert_close(drawn, tuple(expected))
     assert list(steps) == [100 * a for a, b in zip(walk, walk[1:], strict=False) if b < a]
     assert torch.equal(draw("ab", **settings), drawn[-1])
-    assert evaluations(gaussian_prior, Unguided(), 10, length, repeat) == len(steps)
+    assert Unguided().evaluations(SCHEDULE, 10, length, repeat) == len(steps)
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -257,4 +257,4 @@ def test_reconstruct_draws_what_the_sampler_draws_and_leaves_the_networks_as_the
 
 def test_more_steps_than_the_prior_has_are_refused():
     with pytest.raises(ValueError, match="1000, got 1001"):
-        evaluations(gaussian_prior, Unguided(), 1001)
+        Unguided().evaluations(SCHEDULE, 1001)

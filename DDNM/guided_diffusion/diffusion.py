@@ -59,12 +59,6 @@ def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], de
     return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
-def evaluations(prior, guidance: Guidance, steps: int, travel_length: int = 1, travel_repeat: int = 1) -> int:
-    """How often `sampling` evaluates the prior. Raises ValueError: more steps than the prior was trained with."""
-    pairs = time_pairs(prior.schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat)
-    return sum(guidance.recurrences(prior.schedule.per_mille(t)) for t, t_next in pairs if t_next < t)
-
-
 @torch.inference_mode(False)  # a rule may need gradients
 @torch.no_grad()
 def sampling(

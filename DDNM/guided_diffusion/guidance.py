@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from DDNM.guided_diffusion.schedule import Schedule
+from DDNM.guided_diffusion.schedule import Schedule, time_pairs
 from operators import LinearOperator, Move, Operator
 from utils import InputError, nearest, option
 
@@ -88,6 +88,11 @@ class Guidance:
     def recurrences(self, t: float) -> int:
         """How often the step from t, of 1000, is made; before each but the first, noise takes x_next back to t."""
         return 1
+
+    def evaluations(self, schedule: Schedule, steps: int, travel_length: int = 1, travel_repeat: int = 1) -> int:
+        """How often a drawing evaluates the prior. Raises ValueError: more steps than it was trained with."""
+        pairs = time_pairs(schedule.num_diffusion_timesteps, steps, travel_length, travel_repeat)
+        return sum(self.recurrences(schedule.per_mille(t)) for t, t_next in pairs if t_next < t)
 
 
 @dataclass(frozen=True)

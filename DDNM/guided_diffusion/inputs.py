@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from checkpoints import locate
 from data_loader import ATTRIBUTES
 from DDNM.guided_diffusion.compiled import compile_for_cpu
-from DDNM.guided_diffusion.diffusion import evaluations, image_generator
+from DDNM.guided_diffusion.diffusion import image_generator
 from DDNM.guided_diffusion.edits import CONTRADICTION, Edits
 from DDNM.guided_diffusion.guidance import Guidance
 from DDNM.guided_diffusion.prior import Prior, load_prior
@@ -130,7 +130,7 @@ class Networks:
         """How often a batch evaluates the prior. Raises InputError: a rule or a number of steps that does not fit."""
         rule.towards(self.operator, targets.logits[:1].to(self.device))
         try:
-            return evaluations(self.prior, rule, steps, **walk.travel)
+            return rule.evaluations(self.prior.schedule, steps, **walk.travel)
         except ValueError as error:
             raise InputError(f"--steps {steps}: {error}") from None
 

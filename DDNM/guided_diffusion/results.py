@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from DDNM.guided_diffusion.diffusion import evaluations, image_generator, sampling
+from DDNM.guided_diffusion.diffusion import image_generator, sampling
 from DDNM.guided_diffusion.guidance import Guidance
 from images import load_image, to_picture, to_uint8
 from logger import format_table
@@ -169,7 +169,8 @@ def draw(
         label, shown: of the progress bar.
     """
     n, settings, started = networks, walk.travel | {"steps": steps}, time.perf_counter()
-    count, generators = evaluations(n.prior, rule, **settings), [image_generator(walk.seed, name) for name in names]
+    count = rule.evaluations(n.prior.schedule, **settings)
+    generators = [image_generator(walk.seed, name) for name in names]
     drawing = sampling(
         n.prior, generators, n.device, n.operator, y.to(n.device), rule, eta=walk.eta, clip_x0=walk.clip_x0, **settings
     )
