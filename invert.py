@@ -39,7 +39,7 @@ from tqdm import tqdm
 from checkpoints import load_strictly, read_weights, write_weights
 from DDNM.guided_diffusion.guidance import guide
 from DDNM.guided_diffusion.inputs import fingerprint, image_names, load_lpips
-from DDNM.guided_diffusion.results import as_saved, clock, contact_sheet, contents, picture, write_csv
+from DDNM.guided_diffusion.results import as_saved, contact_sheet, contents, picture, write_csv
 from images import find_images, grid, load_image, save_image
 from inversion import FeatureDistance, Inversion, Loss, MappingNet, invert, invert_through, squared_error, train_mapping
 from judge import load_judge
@@ -51,6 +51,7 @@ from operators import SPNNOperator
 from stylegan import SPACES, Latents, load_generator
 from utils import (
     InputError,
+    clock,
     json_values,
     nearest,
     option,
@@ -310,11 +311,13 @@ class Problems(NamedTuple):
     """N inversions.
 
     Attributes:
+        files: of the images that they come from, by name.
         y: wanted outputs, and ``wanted``, the images (or inputs) that they belong to.
         x0: starts; None if the network's outputs are images.
     """
 
     names: list[str]
+    files: Mapping[str, Path]
     y: Tensor
     wanted: Tensor
     x0: Tensor | None = None
@@ -328,19 +331,19 @@ def load_problems(target: Target, s: Settings) -> Problems:
     generator = torch.Generator().manual_seed(s.seed)
     if target.img_size is None:
         wanted = torch.randn(s.images if s.images is not None else 100, *target.in_shape, generator=generator)
-        return Problems(list(map(str, range(len(wanted)))), outputs(target.f, wanted, s), wanted, wanted * 0)
+        return Problems(list(map(str, range(len(wanted)))), {}, outputs(target.f, wanted, s), wanted, wanted * 0)
     named = named_images(s.data, s.images)
     paths = tqdm(named.values(), desc="images", unit="image", leave=False, disable=None)
     names, images = list(named), torch.stack([load_image(path, target.img_size) for path in paths])
     if target.to_image:
-        return Problems(names, images, images)
+        return Problems(names, named, images, images)
     if len(images) < 2:
         raise InputError("--data: one image has no other one to be moved to; two are enough")
     order = torch.randperm(len(images), generator=generator)
     following = torch.empty_like(order)
     following[order] = order.roll(-1)  # a cycle, so nobody gets its own
     wanted = images[following]
-    return Problems(names, outputs(target.f, wanted, s), wanted, images)
+    return Problems(names, named, outputs(target.f, wanted, s), wanted, images)
 
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
@@ -395,20 +398,19 @@ def identity(target: Target) -> dict[str, str | None]:
     return {"network": target.name, "weights of the network": fingerprint(target.f)}
 
 
-def begin(s: Settings, own, target: Target, run: Run, result: str, *free: str) -> None:
+def begin(s: Settings, own, target: Target, run: Run, files: Mapping[str, Path], result: str, *free: str) -> None:
     """Write settings.json. What an earlier run wrote goes, unless it goes on with these settings.
 
-    Raises InputError: the folder holds something else, or a run that differs in more than `FREE` and ``free`` settings.
+    Raises InputError: the folder holds something else, or a run that differs in more than `FREE` and ``free`` settings,
+    or in what one of the ``files`` holds.
     """
     given = {"command": type(own).__name__.lower(), **identity(target), **vars(s), **vars(own)}
     decisive = {key: value for key, value in given.items() if key not in (*FREE, *free)}
     run.find_state(decisive, s.resume, s.overwrite, s.out / result, alone=True)
-    read = s.data is not None and target.img_size is not None and getattr(own, "morph", None) is None
-    named = named_images(s.data, s.images) if read else {}
     known = {} if run.state is None else run.state["settings"].get("contents", {})
-    told = dict(zip(named, contents(list(named.values()), torch.empty(0)), strict=True))
+    told = dict(zip(files, contents(files.values()), strict=True))
     if changed := [name for name in told if known.get(name, told[name]) != told[name]]:
-        raise InputError(f"{named[changed[0]]}: not what the run in {s.out} found of that name; {START_ANEW}")
+        raise InputError(f"{files[changed[0]]}: not what the run in {s.out} found of that name; {START_ANEW}")
     run.settings["contents"] = known | told
     run.begin("invert", given, (result, *STALE))
     if run.state is None or not isinstance(own, Train):
@@ -449,7 +451,7 @@ def train(s: Settings, own: Train, run: Run) -> None:
         x0 = starts(target, y, s, loss) if problems.x0 is None else problems.x0[others]
         return y.to(run.device), x0.to(run.device)
 
-    begin(s, own, target, run, "theta.safetensors", "buffers")
+    begin(s, own, target, run, problems.files, "theta.safetensors", "buffers")
     peak_gib(run.device, reset=True)
 
     def saved(loop: Loop) -> None:
@@ -663,7 +665,7 @@ def evaluate(s: Settings, own: Eval, run: Run) -> None:
     judge = find_judge(own.judge, target, run.device)
     search, problems = Searches(s, run, make_loss(target, s)), load_problems(target, s)
     beside = spnn_beside(target, s)
-    begin(s, own, target, run, "results.csv", "steps", "theta", "theta_steps", "judge")
+    begin(s, own, target, run, problems.files, "results.csv", "steps", "theta", "theta_steps", "judge")
     rows, images, curves, shown = [], [], {}, {}
     for method, f, x0, x, seconds, curve in ways(targets, problems, thetas, beside, own, search):
         seed_everything(s.seed)  # noise drawn anew is the same for all ways, and after a resume
@@ -703,7 +705,7 @@ def find(s: Settings, own: Find, run: Run) -> None:
     if not target.to_image:
         raise InputError(f"--network {own.network}: gives no image; use eval")
     paths, loss = named_images(s.data, s.images), make_loss(target, s)
-    begin(s, own, target, run, "results.csv", "images")
+    begin(s, own, target, run, paths, "results.csv", "images")
     table, search = MetricsTable(s.out / "results.csv"), Searches(s, run, loss)
     left = [name for name in paths if name not in {row["image"] for row in table.rows}]
     for start in tqdm(range(0, len(left), s.batch_size), "batches", disable=None):
@@ -759,7 +761,7 @@ def morph(s: Settings, own: Find, run: Run) -> None:
         if tuple(w_plus.shape) != shape:
             raise InputError(f"--morph {path}: its w_plus has shape {tuple(w_plus.shape)}, the generator needs {shape}")
         ends.append(w_plus.float().flatten())
-    begin(s, own, target, run, "frames.png")
+    begin(s, own, target, run, {}, "frames.png")
     mixes = torch.stack([ends[0].lerp(ends[1], i / own.frames) for i in range(own.frames + 1)])
     pictures = outputs(target.f, mixes, s).clamp(-1, 1)
     for i, frame in enumerate(pictures):

@@ -34,7 +34,7 @@ from DDNM.guided_diffusion.diffusion import reconstruct
 from DDNM.guided_diffusion.guidance import NLBP, Gradient, Guidance, Unguided
 from DDNM.guided_diffusion.inputs import load_lpips
 from DDNM.guided_diffusion.prior import load_prior
-from DDNM.guided_diffusion.results import clock, compare, write_report
+from DDNM.guided_diffusion.results import compare, write_report
 from judge import load_judge
 from logger import get_logger
 from loop import DONE, Loop, Run, adam, open_run
@@ -44,7 +44,7 @@ from networks import PRECISIONS, networks_in
 from operators import Function, LinearOperator, Operator, PictureOperator, SPNNOperator, find_function, measured_shape
 from train import FORWARD_CHECKPOINT, R_OPT_CHECKPOINT, Settings, freeze_g, lr_factor, natural_losses, origin_latents
 from train import step as training_step
-from utils import InputError, option, parse, run_command, seed_everything
+from utils import InputError, clock, option, parse, run_command, seed_everything
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,6 +136,13 @@ def peak_gib(device: torch.device, reset: bool = False) -> float:
         marks.write_text("5")
     (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**20
+
+
+def clock(device: torch.device, own: bool = False) -> float:
+    """Seconds, with all that the device was given done; ``own``: on a CPU this process's alone, not the wall's."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if own and device.type == "cpu" else time.perf_counter()
 
 
 def seed_everything(seed: int) -> None:

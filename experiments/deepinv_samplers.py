@@ -34,13 +34,13 @@ from DDNM.guided_diffusion.diffusion import reconstruct
 from DDNM.guided_diffusion.guidance import Linear
 from DDNM.guided_diffusion.inputs import from_ddnm, image_names, load_lpips
 from DDNM.guided_diffusion.prior import Prior, load_prior
-from DDNM.guided_diffusion.results import as_saved, clock, compare, write_report
+from DDNM.guided_diffusion.results import as_saved, compare, write_report
 from deepinv_bridge import as_denoiser, as_physics
 from images import find_images, load_image
 from judge import load_judge
 from logger import get_logger
 from operators import LinearChain, make_operator
-from utils import file_name, option, parse, resolve_device, run_command
+from utils import clock, file_name, option, parse, resolve_device, run_command
 
 NAMES = "A+", "linear", "untold", "DDRM", "DiffPIR", "DPS", "DPIR"
 

@@ -294,7 +294,7 @@ class Gradient(Guidance):
                 seen, eps = denoise(x, t)
             x0, eps = seen.detach(), eps.detach()
             if self.clean:
-                by = x0.clone().requires_grad_()
+                by = x0.detach().requires_grad_()
                 x0 = denoise.in_range(x0 - self.clean * scale * gradient(by, by))
             return Denoised(x0, eps, (lambda: -self.through * scale * gradient(seen, x)) if self.through else None)
 

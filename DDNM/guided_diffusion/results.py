@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -123,9 +123,9 @@ class Progress(Record):
         return [rows.get(name) for name in names]
 
 
-def contents(files: Sequence[Path] | None, logits: Tensor) -> list[str]:
+def contents(files: Iterable[Path] | None, logits: Tensor | None = None) -> list[str]:
     """What tells each target from another of its name: a hash of its file, or of its row of a table, (N, d)."""
-    said = logits.numpy() if files is None else [file.read_bytes() for file in files]
+    said = logits.numpy() if files is None else (file.read_bytes() for file in files)
     return [hashlib.sha256(bytes(one)).hexdigest()[:16] for one in said]
 
 
@@ -180,13 +180,6 @@ def draw(
     if broken := [name for name, ok in zip(names, finite, strict=True) if not ok]:
         log.warning("%s: not finite: %s; --clip_x0 and --max_move keep images in range", label, ", ".join(broken))
     return images, {"steps": count, "seconds": (time.perf_counter() - started) / len(names)}
-
-
-def clock(device: torch.device, own: bool = False) -> float:
-    """Seconds, with all that the device was given done; ``own``: on a CPU this process's alone, not the wall's."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.process_time() if own and device.type == "cpu" else time.perf_counter()
 
 
 # --- Figures ---------------------------------------------------------------------------------------------------------
